@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images a long-tailed training set keeps: class counts and the selection itself. NumPy only.
+
+The profile and the selection are those of the reference repository (and of LDAM-DRW, RIDE, SADE),
+to the image: with the original order of CIFAR, `select_indices` returns the published subset.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.errors import UserError
+
+
+def exponential_counts(
+    num_classes: int, max_count: int, imbalance_ratio: float, reverse: bool = False
+) -> npt.NDArray[np.int64]:
+    """Class counts that fall exponentially: `int(max_count * (1/ratio)**(c / (C-1)))`.
+
+    Args:
+        num_classes: `C`, at least 1.
+        max_count: images of the largest class.
+        imbalance_ratio: largest over smallest class before rounding down, at least 1.
+        reverse: class `C-1` is the largest instead of class 0 (the "backward" test sets).
+
+    Returns:
+        int64 `[C]`. CIFAR-100 at ratio 100: 500 ... 5, in all 10,847.
+
+    Raises:
+        UserError (a `ValueError`): numbers out of range.
+    """
+    if num_classes < 1 or max_count < 0 or not imbalance_ratio >= 1:
+        raise UserError(
+            "Expected num_classes >= 1, max_count >= 0 and imbalance_ratio >= 1, "
+            f"got {num_classes}, {max_count} and {imbalance_ratio}."
+        )
+    if num_classes == 1:
+        return np.array([max_count], np.int64)
+    # Python's scalar pow, in the reference's order: a vectorised pow may round differently, and
+    # truncation turns the last bit into an image.
+    factor = 1 / imbalance_ratio
+    last = num_classes - 1
+    ranks = range(last, -1, -1) if reverse else range(num_classes)
+    return np.array([int(max_count * factor ** (rank / last)) for rank in ranks], np.int64)
+
+
+def select_indices(
+    labels: npt.ArrayLike, counts: npt.ArrayLike, seed: int = 0
+) -> npt.NDArray[np.int64]:
+    """Positions of the kept images: class by class, a seeded shuffle, the first `counts[c]`.
+
+    One legacy NumPy stream (`RandomState(seed)`) runs through all classes, so the choice in a
+    class depends on the sizes of the classes before it, as in the reference (seed 0).
+
+    Args:
+        labels: int `[N]`, in the original order of the data set, values in `[0, C)`.
+        counts: int `[C]`, images to keep of each class.
+        seed: of the selection; not the seed of the run.
+
+    Returns:
+        int64 `[sum(counts)]`, ordered by class, within a class by the shuffle.
+
+    Raises:
+        UserError (a `ValueError`): a label out of range, or a class with fewer images than asked.
+    """
+    labels, counts = np.asarray(labels), np.asarray(counts)
+    check_labels(labels, len(counts))
+    if (counts < 0).any():
+        raise UserError(f"counts must not be negative, got a minimum of {counts.min()}.")
+    random = np.random.RandomState(seed)
+    kept = []
+    for label, count in enumerate(counts):
+        members = np.flatnonzero(labels == label)
+        if len(members) < count:
+            raise UserError(
+                f"Class {label} should keep {count} images but has only {len(members)}; "
+                "lower the counts or use the complete data set."
+            )
+        random.shuffle(members)
+        kept.append(members[:count])
+    return np.concatenate(kept).astype(np.int64)
+
+
+def class_counts(labels: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:
+    """Images of each class, int64 `[num_classes]`; refuses labels out of range."""
+    labels = np.asarray(labels)
+    check_labels(labels, num_classes)
+    return np.bincount(labels, minlength=num_classes).astype(np.int64)
+
+
+def check_labels(labels: npt.NDArray, num_classes: int) -> None:
+    """Raises UserError unless `labels` are integers `[N]` in `[0, num_classes)`."""
+    if labels.ndim != 1 or (labels.size and labels.dtype.kind not in "iu"):
+        raise UserError(f"labels must be integers [N], got {labels.dtype} {labels.shape}.")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise UserError(
+            f"Labels must lie in 0..{num_classes - 1}, but {wrong.size} do not "
+            f"(the first: label {labels[wrong[0]]} at position {wrong[0]}); "
+            "check num_classes against the data set."
+        )

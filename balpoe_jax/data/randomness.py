@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-example random numbers that are a function of (seed, step, row) alone.
+
+Every host draws the numbers of the whole global batch, which are few, and keeps its own rows: the
+batches are then the same for any number of hosts, threads and restarts.
+"""
+
+import dataclasses
+import zlib
+
+import tensorflow as tf
+
+_ALGORITHM = "philox"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRandom:
+    """Random numbers for the rows `rows` of a global batch of `batch_size` examples.
+
+    Attributes:
+        seed: int32 `[2]`, already folded with the step.
+        batch_size: number of rows of the global batch.
+        rows: the slice of rows that this host makes.
+    """
+
+    seed: tf.Tensor
+    batch_size: int
+    rows: slice
+
+    def stream(self, name: str) -> "RowRandom":
+        """An independent source for the sub-task `name`."""
+        return dataclasses.replace(self, seed=fold_in(self.seed, stream_id(name)))
+
+    def uniform(
+        self, name: str, low: float = 0.0, high: float = 1.0, dtype: tf.DType = tf.float32
+    ) -> tf.Tensor:
+        """Uniform in `[low, high)`, shape `[rows]`; integers when `dtype` is one."""
+        drawn = tf.random.stateless_uniform(
+            [self.batch_size], fold_in(self.seed, stream_id(name)), low, high, dtype, _ALGORITHM
+        )
+        return drawn[self.rows]
+
+
+def stream_id(name: str) -> int:
+    """A stable 31-bit number for a name (Python's own `hash` changes from run to run)."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def fold_in(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
+    """A new int32 `[2]` seed from a seed and a number."""
+    return tf.random.fold_in(seed, tf.cast(data, tf.int32), _ALGORITHM)

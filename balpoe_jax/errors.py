@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception that means "the input is wrong, the program is not"."""
+
+
+class UserError(ValueError):
+    """Something that the user can mend: a flag, a config value, a data set, a workdir, a checkpoint.
+
+    The message is one sentence: what was expected, what came, what to do. The command line prints
+    it without a traceback and exits with code 2; library callers can catch it as a `ValueError`.
+    """

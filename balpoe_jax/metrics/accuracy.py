@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy over all examples, by class, and by shot group (many, medium, few)."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.errors import UserError
+
+# A class is few-shot below the first count and many-shot above the second.
+DEFAULT_THRESHOLDS = (20, 100)
+
+
+class ShotGroups(NamedTuple):
+    """Which classes belong to each group: three bool `[C]`."""
+
+    many: npt.NDArray[np.bool_]
+    medium: npt.NDArray[np.bool_]
+    few: npt.NDArray[np.bool_]
+
+
+class ShotAccuracy(NamedTuple):
+    """Fractions in [0, 1]; `nan` where a group has no class with test examples.
+
+    Attributes:
+        all: correct examples over all examples.
+        many, medium, few: mean over the group's classes of the per-class accuracies.
+        balanced: the same mean over all classes.
+        per_class: float64 `[C]`, `nan` for a class without test examples.
+    """
+
+    all: float
+    many: float
+    medium: float
+    few: float
+    balanced: float
+    per_class: npt.NDArray[np.float64]
+
+
+def shot_groups(
+    train_counts: npt.ArrayLike, thresholds: tuple[int, int] = DEFAULT_THRESHOLDS
+) -> ShotGroups:
+    """Splits classes by training count: few `< low`, medium `low..high`, many `> high`.
+
+    Args:
+        train_counts: int `[C]`.
+        thresholds: `(low, high)`; (20, 100) is the field's convention.
+    """
+    low, high = thresholds
+    if low > high + 1:
+        raise UserError(f"shot thresholds must be (low, high) with low <= high, got {thresholds}.")
+    counts = np.asarray(train_counts)
+    return ShotGroups(counts > high, (counts >= low) & (counts <= high), counts < low)
+
+
+def shot_accuracy(
+    predictions: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    train_counts: npt.ArrayLike,
+    thresholds: tuple[int, int] = DEFAULT_THRESHOLDS,
+) -> ShotAccuracy:
+    """Top-1 accuracy over everything and by shot group.
+
+    A group's figure is the unweighted mean over its classes, as in the reference repository. Two
+    differences from it: classes without test examples are left out of the means instead of turning
+    them into `nan`, and an empty group is `nan` without touching `balanced`.
+
+    Args:
+        predictions: int `[N]`, predicted classes.
+        labels: int `[N]`, true classes in `[0, C)`.
+        train_counts: int `[C]`, training examples of each class.
+        thresholds: see `shot_groups`.
+
+    Raises:
+        UserError (a `ValueError`): shapes that do not fit, no example, or a label out of range.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    counts = np.asarray(train_counts)
+    if predictions.shape != labels.shape or labels.ndim != 1 or labels.size == 0:
+        raise UserError(
+            "predictions and labels must be vectors of one length, at least 1, "
+            f"got shapes {predictions.shape} and {labels.shape}."
+        )
+    if labels.min() < 0 or labels.max() >= len(counts):
+        raise UserError(
+            f"Labels must lie in 0..{len(counts) - 1} for {len(counts)} train_counts, "
+            f"got {labels.min()}..{labels.max()}."
+        )
+    correct = predictions == labels
+    totals = np.bincount(labels, minlength=len(counts))
+    hits = np.bincount(labels, weights=correct, minlength=len(counts))
+    per_class = np.divide(hits, totals, out=np.full(len(counts), np.nan), where=totals > 0)
+    groups = shot_groups(counts, thresholds)
+    return ShotAccuracy(
+        all=float(correct.mean()),
+        many=_mean_defined(per_class[groups.many]),
+        medium=_mean_defined(per_class[groups.medium]),
+        few=_mean_defined(per_class[groups.few]),
+        balanced=_mean_defined(per_class),
+        per_class=per_class,
+    )
+
+
+def _mean_defined(values: npt.NDArray[np.float64]) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Confidence calibration over a whole test set: ECE, MCE and the bins behind them; NLL."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.errors import UserError
+
+
+class Calibration(NamedTuple):
+    """Calibration errors in [0, 1] and the bins of the reliability diagram.
+
+    Attributes:
+        ece: expected calibration error, the mean over examples of their bin's gap.
+        mce: maximum calibration error, the largest gap of a bin that is not empty.
+        bin_accuracy, bin_confidence: float64 `[num_bins]`, means in each bin, 0 in an empty one.
+        bin_fraction: float64 `[num_bins]`, share of the examples in each bin.
+    """
+
+    ece: float
+    mce: float
+    bin_accuracy: npt.NDArray[np.float64]
+    bin_confidence: npt.NDArray[np.float64]
+    bin_fraction: npt.NDArray[np.float64]
+
+
+def calibration(
+    probabilities: npt.ArrayLike, labels: npt.ArrayLike, num_bins: int = 15
+) -> Calibration:
+    """Bins examples by confidence, the largest probability, and compares with their accuracy.
+
+    Bins have equal width and are closed above, `(lower, upper]`, with edges
+    `linspace(0, 1, num_bins + 1)`; the errors are sums over the whole set, never means of batches
+    (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, and the reference). Two
+    differences from the reference: a confidence above 1 by rounding is put into the last bin
+    instead of being lost, and one of exactly 0, which no softmax gives, into the first.
+
+    Args:
+        probabilities: float `[N, C]`; cast to float64. Ties go to the lowest class.
+        labels: int `[N]`.
+        num_bins: at least 1.
+
+    Raises:
+        UserError (a `ValueError`): shapes that do not fit, no example, or values that are not
+            probabilities.
+    """
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
+    _check(probabilities, labels)
+    if num_bins < 1:
+        raise UserError(f"num_bins must be at least 1, got {num_bins}.")
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    edges = np.linspace(0, 1, num_bins + 1)
+    bins = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, num_bins - 1)
+    sizes = np.bincount(bins, minlength=num_bins)
+    filled = np.maximum(sizes, 1)
+    accuracy = np.bincount(bins, weights=correct, minlength=num_bins) / filled
+    mean_confidence = np.bincount(bins, weights=confidence, minlength=num_bins) / filled
+    fraction = sizes / len(labels)
+    gap = np.abs(accuracy - mean_confidence)
+    return Calibration(
+        ece=float(np.sum(fraction * gap)),
+        mce=float(gap[sizes > 0].max()),
+        bin_accuracy=accuracy,
+        bin_confidence=mean_confidence,
+        bin_fraction=fraction,
+    )
+
+
+def negative_log_likelihood(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Mean of `-log softmax(logits)[label]` in nats, from float `[N, C]` and int `[N]`.
+
+    From logits, so that a probability that underflows does not make it infinite.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    picked = shifted[np.arange(len(labels)), labels]
+    return float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - picked))
+
+
+def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Softmax over the last axis in float64."""
+    logits = np.asarray(logits, np.float64)
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def _check(probabilities: npt.NDArray[np.float64], labels: npt.NDArray) -> None:
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or labels.size == 0:
+        raise UserError(
+            "Expected probabilities [N, C] and labels [N] with N >= 1, "
+            f"got shapes {probabilities.shape} and {labels.shape}."
+        )
+    low, high = probabilities.min(), probabilities.max()
+    if not (low >= 0 and high <= 1 + 1e-6):
+        raise UserError(
+            f"Probabilities must lie in [0, 1], got {low} to {high}; pass logits through softmax."
+        )

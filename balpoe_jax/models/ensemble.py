@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ensemble of experts on a shared trunk, as one module with stacked expert parameters."""
+
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+
+EXPERT_MAPS = ("loop", "vmap")
+
+
+class Outputs(NamedTuple):
+    """What a model returns.
+
+    Attributes:
+        logits: float `[E, B, C]`, raw: no prior was added. The ensemble's are their mean over E.
+        features: float `[E, B, D]`, pooled, before the head.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+
+
+class Expert(nn.Module):
+    """One expert: a body that pools features, and a head."""
+
+    body: nn.Module
+    head: nn.Module
+
+    def __call__(self, shared: jax.Array, train: bool) -> Outputs:
+        features = self.body(shared, train)
+        return Outputs(self.head(features), features)
+
+
+class ExpertEnsemble(nn.Module):
+    """Maps one expert over `num_experts` sets of parameters, stacked on a leading axis `[E, ...]`.
+
+    The parameters do not depend on `expert_map`, so a checkpoint serves both: "vmap" batches the
+    experts into grouped convolutions, which suits TPUs; "loop" unrolls them, which is several
+    times faster on a CPU.
+    """
+
+    trunk: nn.Module
+    expert: nn.Module
+    num_experts: int
+    expert_map: str = "loop"
+
+    def __call__(self, images: jax.Array, train: bool) -> Outputs:
+        """Logits and features of every expert.
+
+        Args:
+            images: float `[B, H, W, 3]`, normalised.
+            train: use and update batch statistics (apply with `mutable=["batch_stats"]`).
+        """
+        shared = self.trunk(images, train)
+        axes = {"params": 0, "batch_stats": 0}
+        # The two maps split keys differently: initialising with one makes a seed mean one network.
+        if self.expert_map == "vmap" or self.is_initializing():
+            mapped = nn.vmap(
+                lambda expert: expert(shared, train),
+                variable_axes=axes,
+                split_rngs={"params": True},
+                in_axes=(),
+                axis_size=self.num_experts,
+            )
+            return mapped(self.expert)
+        scanned = nn.scan(
+            lambda expert, carry: (carry, expert(shared, train)),
+            variable_axes=axes,
+            split_rngs={"params": True},
+            length=self.num_experts,
+            unroll=self.num_experts,
+        )
+        return scanned(self.expert, ())[1]

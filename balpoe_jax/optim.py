@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning-rate schedules by epoch, and the optimizer of the reference."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import optax
+
+from balpoe_jax.errors import UserError
+
+SCHEDULES = ("step", "cosine")
+
+
+def learning_rates(
+    epochs: int,
+    base_lr: float,
+    schedule: str = "step",
+    boundaries: Sequence[int] = (),
+    factor: float = 0.1,
+    warmup_epochs: int = 0,
+) -> npt.NDArray[np.float64]:
+    """The learning rate in force during each epoch.
+
+    The reference steps its schedule once at the end of an epoch, so the rate is constant within
+    one. `step` multiplies by `factor` from each boundary on (0-based: boundary 160 is the 161st
+    epoch) and, for the first `warmup_epochs`, by `(1 + epoch) / warmup_epochs`. `cosine` is
+    `base_lr * (1 + cos(pi * epoch / epochs)) / 2`; it has no warm-up in the reference, and gets
+    the same factor here when one is asked for.
+
+    Args:
+        epochs: number of epochs, at least 1.
+        base_lr: rate before any factor.
+        schedule: "step" or "cosine".
+        boundaries: increasing epochs at which `step` decays; ignored by `cosine`.
+        factor: of each decay.
+        warmup_epochs: length of the linear warm-up; 0 for none.
+
+    Returns:
+        float64 `[epochs]`.
+
+    Raises:
+        UserError (a `ValueError`): an unknown schedule or numbers out of range.
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f"Unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}.")
+    if epochs < 1 or warmup_epochs < 0 or not base_lr >= 0:
+        raise UserError(
+            "Expected epochs >= 1, warmup_epochs >= 0 and base_lr >= 0, "
+            f"got {epochs}, {warmup_epochs} and {base_lr}."
+        )
+    if list(boundaries) != sorted(boundaries):
+        raise UserError(f"Schedule boundaries must increase, got {tuple(boundaries)}.")
+    rates = np.empty(epochs, np.float64)
+    for epoch in range(epochs):
+        if schedule == "step":
+            scale = factor ** sum(epoch >= boundary for boundary in boundaries)
+        else:
+            scale = (1 + math.cos(math.pi * epoch / epochs)) / 2
+        if epoch < warmup_epochs:
+            scale *= (1 + epoch) / warmup_epochs
+        rates[epoch] = base_lr * scale
+    return rates
+
+
+def rate_of_step(
+    rates: npt.ArrayLike, steps_per_epoch: int
+) -> Callable[[jax.Array | int], jax.Array]:
+    """A schedule for Optax: the rate of the epoch that a step belongs to.
+
+    Args:
+        rates: `[epochs]`; the last one stays in force beyond the end.
+        steps_per_epoch: at least 1.
+    """
+    table = jnp.asarray(rates, jnp.float32)
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        return table[jnp.minimum(step // steps_per_epoch, len(table) - 1)]
+
+    return schedule
+
+
+def make_optimizer(
+    learning_rate: float | Callable,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 5e-4,
+) -> optax.GradientTransformation:
+    """SGD as PyTorch does it: L2 added to the gradient before momentum, on every parameter.
+
+    Every parameter means BatchNorm's scales and biases too: the reference makes no exception.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+    )
