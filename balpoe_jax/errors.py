@@ -3,7 +3,7 @@
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a flag, a config value, a data set, a workdir, a checkpoint.
+    """Something that the user can mend: a flag, a config, a data set, a workdir, a checkpoint.
 
     The message is one sentence: what was expected, what came, what to do. The command line prints
     it without a traceback and exits with code 2; library callers can catch it as a `ValueError`.

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax behind a few verbs: save, restore the latest, wait, close.
+
+A checkpoint is written in the background and appears under its final name only when complete.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder, named by step.
+
+    Args:
+        directory: absolute path; created when missing.
+        keep: how many of the latest to keep.
+    """
+
+    def __init__(self, directory: str, keep: int = 2) -> None:
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+                # A finished checkpoint holds every byte: nothing may refer to live buffers.
+                enable_async_checkpointing=True,
+            ),
+            item_names=("state",),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint; None without any."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing `state` under its step, unless a checkpoint of that step is there.
+
+        The state may be donated to the next step at once: it is copied before this returns.
+        """
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        # On a CPU the writer would otherwise read the very buffers that the next step overwrites.
+        snapshot = jax.tree.map(lambda x: x.copy(), state)
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(snapshot)))
+
+    def restore_latest(self, like: TrainState) -> TrainState | None:
+        """The newest checkpoint, in the shapes, dtypes and placement of `like`.
+
+        Args:
+            like: a state, or its abstract twin of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+            The restored state, or None when there is no checkpoint.
+
+        Raises:
+            UserError (a `ValueError`): a checkpoint of another shape, or one that cannot be read.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        where = f"{self.directory}/{step}"
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            saved = self._manager.item_metadata(step)["state"]
+        except Exception as error:  # Orbax raises what its storage layers do
+            raise _unreadable(where, error) from error
+        if saved is None:
+            raise _unreadable(where, ValueError("it holds no state"))
+        _check_shapes(where, saved, abstract)
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
+        except Exception as error:
+            raise _unreadable(where, error) from error
+        return restored["state"]
+
+    def close(self) -> None:
+        """Waits for writing to end."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(
+        f"The checkpoint {where} cannot be read ({reason}); move that folder away to go on from "
+        "the checkpoint before it."
+    )
+
+
+def _check_shapes(where: str, saved: Any, expected: TrainState) -> None:
+    """Names every leaf that differs before Orbax would stop at the first."""
+    there, here = _shapes(saved), _shapes(expected)
+    differing = [
+        f"{name} {there.get(name, 'absent')} instead of {here.get(name, 'absent')}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"The checkpoint {where} is of another model or optimizer: "
+            f"{', '.join(differing[:4])}{more}; use the config that it was trained with."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every array by its path; containers count alike as names or as positions."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        "/".join(_key_name(key) for key in path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of an experiment, their defaults, and the arguments after a config file's colon.
+
+A file in `configs/` has a function `get_config(arguments)` that starts from `default_config`, sets
+what its data set needs, and returns it; `--config=FILE:key=value,...` passes the arguments, and
+`--config.field=value` overrides any field afterwards.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.losses import equidistant_taus
+
+# What each method trains: the number of experts, and taus as its two ends.
+METHODS = {
+    "balpoe": (3, 0.0, 2.0),
+    "balanced_softmax": (1, 1.0, 1.0),
+    "cross_entropy": (1, 0.0, 0.0),
+}
+
+# The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
+# augmented strongly (AutoAugment) instead of rotated.
+CIFAR_RECIPES = {
+    "standard": (200, (160, 180), 5, False),
+    "strong": (200, (160, 180), 5, True),
+    "long": (400, (320, 360), 10, True),
+}
+
+
+def default_config() -> ConfigDict:
+    """Every field of an experiment with its default: the CIFAR recipe, without a data set.
+
+    Fields (sizes of batches are global; durations carry their unit in their name):
+        seed: of initialisation, order, augmentation and mixup.
+        total_epochs, batch_size.
+        log_every_steps: a progress line and a row of metrics.jsonl each time.
+        data.name: see `balpoe_jax.data.datasets.DATASETS`.
+        data.data_dir: TFDS folder; empty for TFDS's default.
+        data.imbalance_ratio: largest over smallest class.
+        data.selection_seed: of the kept images.
+        data.check_counts: refuse a data set whose class counts are not the published ones.
+        data.shot_thresholds: few-shot below the first, many-shot above the second.
+        data.mean, data.std: normalisation by channel.
+        data.threads: of the input pipeline; 0 for all cores.
+        augment.crop_padding, .flip, .rotation (degrees), .policy, .cutout (side in pixels).
+        mixup.alpha: 0 for none. mixup.groups: see `balpoe_jax.data.mixing`.
+        model.name, .num_experts, .classifier, .scale, .reduce_dimension: see
+            `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs and
+            "loop" elsewhere.
+        loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
+        optim.*: see `balpoe_jax.optim`.
+        parallel.mode: "pmap" or "shard_map"; parallel.sync_batch_norm: statistics over the
+            global batch instead of each device's part.
+        eval.batch_size, eval.num_bins; eval.every_epochs: also during training; 0 for the end only.
+        checkpoint.every_epochs, checkpoint.keep.
+    """
+    config = ConfigDict()
+    config.seed = 1
+    config.total_epochs = 200
+    config.batch_size = 128
+    config.log_every_steps = 50
+    config.data = ConfigDict(
+        {
+            "name": "",
+            "data_dir": "",
+            "imbalance_ratio": 100.0,
+            "selection_seed": 0,
+            "check_counts": True,
+            "shot_thresholds": (20, 100),
+            # The reference normalises CIFAR-100 with these constants of CIFAR-10 too.
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2023, 0.1994, 0.2010),
+            "threads": 0,
+        }
+    )
+    config.augment = ConfigDict(
+        {"crop_padding": 4, "flip": True, "rotation": 15.0, "policy": "none", "cutout": 0}
+    )
+    config.mixup = ConfigDict({"alpha": 0.4, "groups": 1})
+    config.model = ConfigDict(
+        {
+            "name": "resnet32",
+            "num_experts": 3,
+            "classifier": "cosine",
+            "scale": 30.0,
+            "reduce_dimension": False,
+            "expert_map": "auto",
+        }
+    )
+    config.loss = ConfigDict({"taus": (), "tau_min": 0.0, "tau_max": 2.0})
+    config.optim = ConfigDict(
+        {
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "schedule": "step",
+            "boundaries": (160, 180),
+            "factor": 0.1,
+            "warmup_epochs": 5,
+        }
+    )
+    config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
+    config.eval = ConfigDict({"batch_size": 500, "num_bins": 15, "every_epochs": 0})
+    config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
+    return config
+
+
+def set_method(config: ConfigDict, method: str, experts: int, mixup: bool) -> None:
+    """Sets experts, taus and mixup for a row of the paper's tables.
+
+    Args:
+        config: changed in place; `mixup.alpha` must hold the recipe's value.
+        method: one of `METHODS`.
+        experts: instead of the method's own number; 0 for that.
+        mixup: whether to mix.
+    """
+    own_experts, low, high = METHODS[method]
+    config.model.num_experts = experts or own_experts
+    config.loss.tau_min, config.loss.tau_max = low, high
+    if not mixup:
+        config.mixup.alpha = 0.0
+
+
+def set_cifar_recipe(config: ConfigDict, recipe: str, epochs: int) -> None:
+    """Sets the schedule and augmentation of one of `CIFAR_RECIPES`.
+
+    Args:
+        config: changed in place.
+        recipe: its name.
+        epochs: to train for, with the recipe's schedule scaled; 0 for the recipe's own length.
+    """
+    recipe_epochs, boundaries, warmup, strong = CIFAR_RECIPES[recipe]
+    epochs = epochs or recipe_epochs
+    scale = epochs / recipe_epochs
+    config.total_epochs = epochs
+    config.optim.boundaries = tuple(round(boundary * scale) for boundary in boundaries)
+    config.optim.warmup_epochs = round(warmup * scale)
+    if strong:
+        config.augment.rotation = 0.0
+        config.augment.policy = "autoaugment_cifar"
+
+
+def resolve_taus(config: ConfigDict) -> tuple[float, ...]:
+    """The tau of each expert, from the list or from its two ends.
+
+    Raises:
+        UserError (a `ValueError`): a list whose length is not the number of experts.
+    """
+    experts = config.model.num_experts
+    if not config.loss.taus:
+        return equidistant_taus(config.loss.tau_min, config.loss.tau_max, experts)
+    if len(config.loss.taus) != experts:
+        raise UserError(
+            f"loss.taus must have one value for each of the {experts} experts, got "
+            f"{len(config.loss.taus)} ({config.loss.taus}); change the list or model.num_experts."
+        )
+    return tuple(float(tau) for tau in config.loss.taus)
+
+
+def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
+    """Parses `key=value,...` against typed defaults.
+
+    Args:
+        text: what stands after the colon of `--config=FILE:text`; None or empty for nothing.
+        **specification: by key, the default, whose type the value must have; or a tuple of the
+            valid values, the default first.
+
+    Returns:
+        A namespace with every key.
+
+    Raises:
+        UserError (a `ValueError`): an unknown key, a key given twice, or a value that is not valid.
+    """
+    values = {
+        key: default[0] if isinstance(default, tuple) else default
+        for key, default in specification.items()
+    }
+    seen: set[str] = set()
+    for item in filter(None, (text or "").split(",")):
+        key, equals, value = item.partition("=")
+        if key not in specification:
+            raise UserError(
+                f"Unknown config argument {key!r}; choose from {', '.join(specification)}."
+            )
+        if not equals or key in seen:
+            raise UserError(f"Write each config argument once, as key=value; got {item!r}.")
+        seen.add(key)
+        values[key] = _parse_value(key, value, specification[key])
+    return SimpleNamespace(**values)
+
+
+def _parse_value(key: str, value: str, default: Any) -> Any:
+    choices = default if isinstance(default, tuple) else None
+    kind = type(choices[0] if choices else default)
+    try:
+        parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError) as error:
+        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise UserError(f"Config argument {key} must be {wanted}, got {value!r}.") from error
+    if choices and parsed not in choices:
+        valid = ", ".join(str(choice) for choice in choices)
+        raise UserError(f"Config argument {key} must be one of {valid}; got {value!r}.")
+    return parsed
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses values that no part below would refuse by itself, before anything is written.
+
+    Raises:
+        UserError (a `ValueError`): naming the field, its value and what is valid.
+    """
+    at_least = {
+        "seed": 0,
+        "total_epochs": 1,
+        "batch_size": 1,
+        "log_every_steps": 1,
+        "data.imbalance_ratio": 1,
+        "data.threads": 0,
+        "mixup.alpha": 0,
+        "mixup.groups": 1,
+        "model.num_experts": 1,
+        "optim.learning_rate": 0,
+        "optim.momentum": 0,
+        "optim.weight_decay": 0,
+        "optim.warmup_epochs": 0,
+        "eval.batch_size": 1,
+        "eval.num_bins": 1,
+        "eval.every_epochs": 0,
+        "checkpoint.every_epochs": 1,
+        "checkpoint.keep": 1,
+    }
+    for field, least in at_least.items():
+        value = config
+        for name in field.split("."):
+            value = value[name]
+        if not value >= least:
+            raise UserError(f"config.{field} must be at least {least}, got {value}.")
+    if any(std <= 0 for std in config.data.std):
+        raise UserError(f"config.data.std must be positive, got {config.data.std}.")
+    resolve_taus(config)

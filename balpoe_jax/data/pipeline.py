@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step-indexed tf.data pipelines: batch k is a function of (seed, k) and of nothing else.
+
+No iterator state needs to be saved, a resumed run reads batch k at step k, and any number of hosts
+or threads makes the same global batches.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from balpoe_jax.data import mixing
+from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
+from balpoe_jax.data.randomness import RowRandom, fold_in, stream_id
+from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How training batches are made.
+
+    Attributes:
+        batch_size: of the global batch.
+        seed: of order, augmentation and mixup.
+        mean, std: of the normalisation, by channel, for images in [0, 1].
+        augment: what happens to the uint8 images.
+        mixup_alpha: of the Beta distribution; 0 for no mixup.
+        mixup_groups: see `mixing.draw_mix`.
+    """
+
+    batch_size: int
+    seed: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augment: AugmentSettings
+    mixup_alpha: float = 0.0
+    mixup_groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Which part of each global batch to make, and with how many threads (0: all cores)."""
+
+    index: int = 0
+    count: int = 1
+    threads: int = 0
+
+    def rows(self, batch_size: int) -> slice:
+        """This host's rows of a global batch."""
+        if batch_size % self.count:
+            raise UserError(
+                f"The batch size must be a multiple of the {self.count} hosts, got {batch_size}."
+            )
+        share = batch_size // self.count
+        return slice(self.index * share, (self.index + 1) * share)
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """`ceil(N / B)`: the last batch of an epoch wraps to the start of the epoch's permutation.
+
+    The reference makes as many steps, the last of them with the smaller rest as a batch.
+    """
+    return -(-num_examples // batch_size)
+
+
+def train_batches(
+    source: ArraySource,
+    settings: TrainSettings,
+    first_step: int,
+    last_step: int,
+    host: Host = Host(),  # noqa: B008 (frozen)
+) -> Iterator[Arrays]:
+    """The batches of steps `first_step` to `last_step - 1`.
+
+    Each is a dict of NumPy arrays, `b` being this host's share of the batch: `images` float32
+    `[b, H, W, 3]`, augmented, normalised and mixed; `labels` and `other_labels` int32 `[b]`; and
+    `weight` float32 `[b]`, the share of `labels` (1 without mixup).
+
+    Every epoch is a permutation of all examples, drawn from (seed, epoch); augmentation is drawn
+    from (seed, step, row), mixup from (seed, step).
+
+    Raises:
+        UserError (a `ValueError`): a batch size or groups that the hosts cannot share.
+    """
+    rows = host.rows(settings.batch_size)
+    if settings.mixup_alpha > 0:
+        mixing.check_groups(settings.batch_size, settings.mixup_groups, host.count)
+    reader = source.reader()
+
+    def make_batch(step: tf.Tensor, indices: tf.Tensor) -> dict[str, tf.Tensor]:
+        images, labels = reader.read(indices[rows])
+        random = RowRandom(_seed(settings.seed, "augment", step), settings.batch_size, rows)
+        images = augment_batch(images, random, settings.augment)
+        images = normalize(images, settings.mean, settings.std)
+        if settings.mixup_alpha <= 0:
+            return _batch(images, labels, labels, tf.constant(1.0))
+        mix = mixing.draw_mix(
+            _seed(settings.seed, "mixup", step),
+            settings.mixup_alpha,
+            settings.batch_size,
+            settings.mixup_groups,
+            rows,
+        )
+        other_labels = tf.gather(labels, mix.partners)
+        return _batch(mixing.mix_images(images, mix), labels, other_labels, mix.weight)
+
+    order = _epoch_order(len(source), settings.batch_size, settings.seed, first_step, last_step)
+    return _iterate(order, make_batch, host.threads)
+
+
+def eval_batches(
+    source: ArraySource,
+    batch_size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    host: Host = Host(),  # noqa: B008 (frozen)
+) -> Iterator[Arrays]:
+    """Every example once, in order; the last batch is padded.
+
+    Each batch is a dict of NumPy arrays: `images` float32 `[b, H, W, 3]`, normalised, `labels`
+    int32 `[b]`, and `mask` bool `[b]`, False for padding.
+    """
+    rows = host.rows(batch_size)
+    reader = source.reader()
+
+    def make_batch(step: tf.Tensor) -> dict[str, tf.Tensor]:
+        positions = (tf.cast(step, tf.int32) * batch_size + tf.range(batch_size))[rows]
+        images, labels = reader.read(tf.minimum(positions, len(source) - 1))
+        return {
+            "images": normalize(images, mean, std),
+            "labels": labels,
+            "mask": positions < len(source),
+        }
+
+    steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
+    return _iterate(steps, make_batch, host.threads)
+
+
+def _epoch_order(
+    num_examples: int, batch_size: int, seed: int, first_step: int, last_step: int
+) -> tf.data.Dataset:
+    """Pairs of a step and the positions int32 `[B]` of its global batch."""
+    per_epoch = steps_per_epoch(num_examples, batch_size)
+
+    def steps_of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        permutation = tf.random.experimental.stateless_shuffle(
+            tf.range(num_examples), _seed(seed, "order", epoch), "philox"
+        )
+
+        def indices(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            start = tf.cast(step - epoch * per_epoch, tf.int32) * batch_size
+            return step, tf.gather(permutation, (start + tf.range(batch_size)) % num_examples)
+
+        start = tf.maximum(epoch * per_epoch, first_step)
+        stop = tf.minimum((epoch + 1) * per_epoch, last_step)
+        return tf.data.Dataset.range(start, stop).map(indices)
+
+    epochs = tf.data.Dataset.range(first_step // per_epoch, -(-last_step // per_epoch))
+    return epochs.flat_map(steps_of_epoch)
+
+
+def _iterate(dataset: tf.data.Dataset, make_batch, threads: int) -> Iterator[Arrays]:
+    options = tf.data.Options()
+    options.deterministic = True
+    if threads:
+        options.threading.private_threadpool_size = threads
+    parallel_calls = threads or tf.data.AUTOTUNE
+    batches = dataset.map(make_batch, num_parallel_calls=parallel_calls, deterministic=True)
+    return batches.prefetch(2).with_options(options).as_numpy_iterator()
+
+
+def _batch(
+    images: tf.Tensor, labels: tf.Tensor, other_labels: tf.Tensor, weight: tf.Tensor
+) -> dict[str, tf.Tensor]:
+    return {
+        "images": images,
+        "labels": labels,
+        "other_labels": other_labels,
+        "weight": tf.fill(tf.shape(labels), weight),
+    }
+
+
+def _seed(seed: int, stream: str, index: tf.Tensor) -> tf.Tensor:
+    """The int32 `[2]` seed of one batch or epoch in one stream of random numbers."""
+    root = tf.constant([seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF], tf.int32)
+    return fold_in(fold_in(root, stream_id(stream)), index)

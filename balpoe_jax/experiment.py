@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config describes, built: data, devices, model, optimizer."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy.typing as npt
+import optax
+from ml_collections import ConfigDict
+
+from balpoe_jax import config as config_lib
+from balpoe_jax import metrics, optim, parallel
+from balpoe_jax.data import datasets, pipeline
+from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.losses import log_prior
+from balpoe_jax.models import ExpertEnsemble, create_model
+from balpoe_jax.state import TrainState, create_state
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run works with that does not change while it runs.
+
+    Attributes:
+        config: the resolved values, plain and immutable by convention; for the record only.
+        data: the long-tailed training set and the test set.
+        train_settings: how training batches are made.
+        parallel: the devices.
+        model: to be applied within `parallel`'s mapped steps.
+        optimizer: with its learning-rate schedule.
+        learning_rates: float64 `[epochs]`.
+        log_prior: float32 `[C]`.
+        taus: one for each expert.
+        steps_per_epoch, total_steps: in updates.
+    """
+
+    config: dict[str, Any]
+    data: datasets.LongTailed
+    train_settings: pipeline.TrainSettings
+    parallel: parallel.Parallel
+    model: ExpertEnsemble
+    optimizer: optax.GradientTransformation
+    learning_rates: npt.NDArray
+    log_prior: jax.Array
+    taus: tuple[float, ...]
+    steps_per_epoch: int
+    total_steps: int
+
+    def init_state(self) -> TrainState:
+        """A fresh state, a function of the seed alone, on every device."""
+        create = jax.jit(
+            lambda key: create_state(
+                self.model, self.optimizer, key, self.data.train.image_shape
+            ),
+            out_shardings=self.parallel.replicated,
+        )
+        return create(jax.random.key(self.config["seed"]))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and placement of the state, without computing one."""
+        shapes = jax.eval_shape(
+            lambda: create_state(
+                self.model, self.optimizer, jax.random.key(0), self.data.train.image_shape
+            )
+        )
+        placement = self.parallel.replicated
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), shapes
+        )
+
+    def data_record(self) -> dict[str, Any]:
+        """What the data set turned out to be."""
+        groups = metrics.shot_groups(
+            self.data.class_counts, self.config["data"]["shot_thresholds"]
+        )
+        return {
+            "class_counts": self.data.class_counts,
+            "counts_as_published": self.data.counts_as_published,
+            "check_counts": self.config["data"]["check_counts"],
+            "groups": {name: int(group.sum()) for name, group in groups._asdict().items()},
+            "num_train": len(self.data.train),
+            "num_test": len(self.data.test),
+        }
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Builds the parts of an experiment and announces its data.
+
+    Raises:
+        UserError (a `ValueError`): a value of the config that is not valid, data that is not there
+            or not as it should be, a batch that the devices cannot share.
+    """
+    config_lib.check_config(config)
+    devices = parallel.make_parallel(config.parallel.mode)
+    devices.check_batch_size(config.batch_size, "batch_size")
+    devices.check_batch_size(config.eval.batch_size, "eval.batch_size")
+    taus = config_lib.resolve_taus(config)
+    rates = optim.learning_rates(
+        config.total_epochs,
+        config.optim.learning_rate,
+        config.optim.schedule,
+        config.optim.boundaries,
+        config.optim.factor,
+        config.optim.warmup_epochs,
+    )
+    settings = _train_settings(config)
+    data = _load_data(config)
+    steps_per_epoch = pipeline.steps_per_epoch(len(data.train), config.batch_size)
+    return Experiment(
+        config=config.to_dict(),
+        data=data,
+        train_settings=settings,
+        parallel=devices,
+        model=_make_model(config, data.num_classes, devices),
+        optimizer=optim.make_optimizer(
+            optim.rate_of_step(rates, steps_per_epoch),
+            config.optim.momentum,
+            config.optim.nesterov,
+            config.optim.weight_decay,
+        ),
+        learning_rates=rates,
+        log_prior=log_prior(data.class_counts),
+        taus=taus,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.total_epochs * steps_per_epoch,
+    )
+
+
+def _train_settings(config: ConfigDict) -> pipeline.TrainSettings:
+    return pipeline.TrainSettings(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        augment=AugmentSettings(**config.augment.to_dict()),
+        mixup_alpha=config.mixup.alpha,
+        mixup_groups=config.mixup.groups,
+    )
+
+
+def _load_data(config: ConfigDict) -> datasets.LongTailed:
+    data = datasets.load(
+        config.data.name,
+        config.data.imbalance_ratio,
+        config.data.data_dir,
+        config.data.check_counts,
+        config.data.selection_seed,
+    )
+    counts = data.class_counts
+    low, high = config.data.shot_thresholds
+    groups = metrics.shot_groups(counts, (low, high))
+    log.info(
+        "%s: %d training images in %d classes, max %d, min %d, ratio %.1f; "
+        "classes: %d many (> %d), %d medium, %d few (< %d); %d test images",
+        config.data.name,
+        counts.sum(),
+        len(counts),
+        counts.max(),
+        counts.min(),
+        counts.max() / counts.min(),
+        groups.many.sum(),
+        high,
+        groups.medium.sum(),
+        groups.few.sum(),
+        low,
+        len(data.test),
+    )
+    if not config.data.check_counts:
+        log.info(
+            "Class counts are not checked (data.check_counts=False): they are %sas published",
+            "" if data.counts_as_published else "not ",
+        )
+    return data
+
+
+def _make_model(
+    config: ConfigDict, num_classes: int, devices: parallel.Parallel
+) -> ExpertEnsemble:
+    expert_map = config.model.expert_map
+    if expert_map == "auto":
+        # Grouped convolutions, which vmap makes, are fast on a TPU and slow on a CPU.
+        on_tpu = devices.mesh.devices.flat[0].platform == "tpu"
+        expert_map = "vmap" if on_tpu else "loop"
+    return create_model(
+        config.model.name,
+        num_classes=num_classes,
+        num_experts=config.model.num_experts,
+        axis_name=parallel.AXIS_NAME if config.parallel.sync_batch_norm else None,
+        expert_map=expert_map,
+        classifier=config.model.classifier,
+        scale=config.model.scale,
+        reduce_dimension=config.model.reduce_dimension,
+    )
+
+
+def num_parameters(params: Any) -> int:
+    """Trainable numbers in a tree."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run: plain files in its workdir.
+
+`config.json` claims the workdir for one configuration, `metrics.jsonl` grows by a line at a time,
+`results.json` is written at the end, `train.log` repeats the terminal, and `tensorboard/` holds the
+same curves as events.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import balpoe_jax
+from balpoe_jax.errors import UserError
+
+CONFIG, METRICS, DISCARDED, RESULTS = (
+    "config.json",
+    "metrics.jsonl",
+    "metrics.discarded.jsonl",
+    "results.json",
+)
+
+# Where and how often things are read and written: may differ between the starts of one run.
+_OPERATIONAL = (
+    "data.data_dir",
+    "data.threads",
+    "log_every_steps",
+    "checkpoint.",
+    "eval.",
+    "model.expert_map",
+)
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
+
+
+def open_workdir(workdir: str) -> Path:
+    """Creates the workdir if needed; refuses one that cannot be written to."""
+    path = Path(workdir).absolute()
+    probe = path / f".writable-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"The workdir {path} cannot be written to ({error.strerror}); choose another one with "
+            "--workdir=DIR."
+        ) from error
+    return path
+
+
+def claim(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Writes `config.json`, or checks that the one that is there describes the same run.
+
+    Args:
+        workdir: of the run.
+        config: the resolved configuration, plain values only.
+        data: what the data set turned out to be.
+
+    Raises:
+        UserError (a `ValueError`): the workdir holds the run of another configuration.
+    """
+    path = workdir / CONFIG
+    if path.exists():
+        check_claim(workdir, config)
+        return
+    content = {"config": config, "data": data, "environment": environment()}
+    write_atomically(path, json.dumps(plain(content), indent=2) + "\n")
+
+
+def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless `workdir` holds a run of this configuration."""
+    path = workdir / CONFIG
+    try:
+        before = json.loads(path.read_text())["config"]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{workdir} holds no run (there is no {CONFIG}); train first, or name the workdir of a "
+            "run with --workdir=DIR."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another workdir.") from error
+    there, here = _flatten(before), _flatten(plain(config))
+    differing = [
+        f"{field} was {there.get(field)!r} and is now {here.get(field)!r}"
+        for field in sorted(there.keys() | here.keys())
+        if there.get(field) != here.get(field) and not field.startswith(_OPERATIONAL)
+    ]
+    if differing:
+        raise UserError(
+            f"The workdir {workdir} holds a run of another config: {'; '.join(differing)}. "
+            "Choose another --workdir, or the config that the run was started with."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and source of this process."""
+    devices = jax.local_devices()
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "balpoe_jax": balpoe_jax.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "platform": devices[0].platform,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+class MetricWriter:
+    """Appends rows to `metrics.jsonl` and to TensorBoard events; used as a context.
+
+    Args:
+        workdir: of the run.
+        from_step: rows of later steps are left over from before an interruption. They move to
+            `metrics.discarded.jsonl`, since the steps will be made again.
+    """
+
+    def __init__(self, workdir: Path, from_step: int) -> None:
+        import tensorflow as tf
+
+        _discard_rows_after(workdir, from_step)
+        self._file = (workdir / METRICS).open("a", encoding="utf-8")
+        self._summary = tf.summary
+        self._events = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one row; it must have an integer `step`."""
+        self._file.write(json.dumps(plain(row)) + "\n")
+        self._file.flush()
+        with self._events.as_default(step=row["step"]):
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._summary.scalar(name, value)
+        self._events.flush()
+
+
+def log_to_file(workdir: Path) -> logging.Handler:
+    """Repeats the package's log lines in `train.log`; returns the handler to remove."""
+    handler = logging.FileHandler(workdir / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger("balpoe_jax").addHandler(handler)
+    return handler
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON can hold: tuples become lists, arrays lists, and not-a-number null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _discard_rows_after(workdir: Path, step: int) -> None:
+    path = workdir / METRICS
+    if not path.exists():
+        return
+    kept, dropped = [], []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        (kept if _row_step(line) <= step else dropped).append(line)
+    if dropped:
+        with open(workdir / DISCARDED, "a", encoding="utf-8") as discarded:
+            discarded.writelines(line if line.endswith("\n") else line + "\n" for line in dropped)
+        write_atomically(path, "".join(kept))
+
+
+def _row_step(line: str) -> float:
+    """The step of a row; a line torn by an interruption counts as later than any."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the source, with "+" when files were changed; None outside a repository."""
+    root = Path(balpoe_jax.__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

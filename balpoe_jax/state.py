@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training changes, and how one step changes it: pure functions for a single device."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from balpoe_jax.losses import expert_losses
+from balpoe_jax.models import ExpertEnsemble
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds; nothing random, since randomness is indexed by step.
+
+    Attributes:
+        step: int32 scalar, updates made.
+        params: parameters; those of the experts are stacked `[E, ...]`.
+        batch_stats: running averages of BatchNorm.
+        opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model's `apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: ExpertEnsemble, optimizer: optax.GradientTransformation, key: jax.Array, image_shape: Any
+) -> TrainState:
+    """A fresh state; `image_shape` is `(H, W, 3)`."""
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+    )
+
+
+def mixed_targets(batch: Batch, num_classes: int) -> jax.Array:
+    """Label distributions float32 `[B, C]` of a batch that mixup made from pairs of examples."""
+    one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
+    weight = batch["weight"][:, None]
+    return weight * one_hot(batch["labels"]) + (1 - weight) * one_hot(batch["other_labels"])
+
+
+def make_train_step(
+    model: ExpertEnsemble,
+    optimizer: optax.GradientTransformation,
+    log_prior: jax.Array,
+    taus: jax.Array,
+    axis_name: str,
+    sync_batch_norm: bool = True,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The update of one device, which must run mapped over the axis `axis_name`.
+
+    The returned function takes the replicated state and this device's part of the batch:
+    `images` float `[b, H, W, 3]`, `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the
+    share of `labels`. It returns the new state and metrics, equal on all devices. Pass
+    `sync_batch_norm=False` for a model whose statistics are each device's own: they are averaged.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        targets = mixed_targets(batch, log_prior.shape[0])
+
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            outputs, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                batch["images"],
+                train=True,
+                mutable=["batch_stats"],
+            )
+            by_expert = expert_losses(outputs.logits, targets, log_prior, taus).mean(axis=1)
+            return by_expert.mean(), (by_expert, updated["batch_stats"])
+
+        # Without the cast, shard_map's transpose would already sum the gradients over devices.
+        params = jax.lax.pcast(state.params, axis_name, to="varying")
+        (_, (by_expert, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        grads, by_expert = jax.lax.pmean((grads, by_expert), axis_name)
+        if not sync_batch_norm:
+            batch_stats = jax.lax.pmean(batch_stats, axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        metrics = {
+            "loss": by_expert.mean(),
+            "expert_losses": by_expert,
+            "grad_norm": optax.global_norm(grads),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: ExpertEnsemble, axis_name: str
+) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
+    """The prediction of one device, which must run mapped over the axis `axis_name`.
+
+    The returned function takes the model's variables and this device's part of the batch:
+    `images`, `labels` and `mask` (False for padding). It returns the whole batch, on every
+    device: `logits` `[E, B, C]`, `labels` `[B]` and `mask` `[B]`.
+    """
+
+    def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        logits = model.apply(variables, batch["images"], train=False).logits
+        gather = partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
+        return {
+            "logits": gather(logits, axis=1),
+            "labels": gather(batch["labels"], axis=0),
+            "mask": gather(batch["mask"], axis=0),
+        }
+
+    return eval_step

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train(config, workdir): the whole experiment, read from top to bottom."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from balpoe_jax import record
+from balpoe_jax.checkpoint import Checkpoints
+from balpoe_jax.data import pipeline
+from balpoe_jax.errors import UserError
+from balpoe_jax.evaluate import Evaluator
+from balpoe_jax.experiment import Experiment, build, num_parameters
+from balpoe_jax.parallel import AXIS_NAME, Prefetcher
+from balpoe_jax.state import make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains, or goes on training, the experiment of `config` in `workdir`, then evaluates it.
+
+    Args:
+        config: see `balpoe_jax.config.default_config`.
+        workdir: folder of the run; a run that is there already is resumed from its newest
+            checkpoint, and a finished one only evaluated again.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        UserError (a `ValueError`): input that is not valid, or a loss that is not finite.
+    """
+    path = record.open_workdir(workdir)
+    handler = record.log_to_file(path)
+    try:
+        experiment = build(config)
+        record.claim(path, experiment.config, experiment.data_record())
+        return _train(experiment, path)
+    finally:
+        logging.getLogger("balpoe_jax").removeHandler(handler)
+        handler.close()
+
+
+def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+    config, devices = experiment.config, experiment.parallel
+    per_epoch, total_steps = experiment.steps_per_epoch, experiment.total_steps
+    _announce(experiment)
+
+    with Checkpoints(str(workdir / "checkpoints"), config["checkpoint"]["keep"]) as checkpoints:
+        # The newest checkpoint, or a fresh state.
+        state = checkpoints.restore_latest(experiment.abstract_state())
+        if state is None:
+            state = experiment.init_state()
+        else:
+            log.info("Resumed from the checkpoint of step %d", int(state.step))
+        log.info("%s parameters", f"{num_parameters(state.params):,}")
+        first_step = int(state.step)
+
+        train_step = devices.map_step(
+            make_train_step(
+                experiment.model,
+                experiment.optimizer,
+                experiment.log_prior,
+                jnp.asarray(experiment.taus),
+                AXIS_NAME,
+                config["parallel"]["sync_batch_norm"],
+            ),
+            donate=True,
+        )
+        evaluator = Evaluator(experiment)
+        batches = Prefetcher(
+            pipeline.train_batches(
+                experiment.data.train,
+                experiment.train_settings,
+                first_step,
+                total_steps,
+                pipeline.Host(threads=config["data"]["threads"]),
+            ),
+            devices,
+        )
+
+        with record.MetricWriter(workdir, first_step) as writer:
+            progress = Progress(experiment, first_step, batches)
+            for step in range(first_step + 1, total_steps + 1):
+                state, metrics = train_step(state, next(batches))
+                progress.add(metrics)
+                epoch, epoch_ends = step // per_epoch, step % per_epoch == 0
+                save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
+                test = _due(epoch, config["eval"]["every_epochs"]) and epoch_ends
+                last = step == total_steps
+                # Before a checkpoint, so that none is ever written of a state that is not finite.
+                if step % config["log_every_steps"] == 0 or save or test or last:
+                    writer.write(progress.report(step))
+                if save or last:
+                    checkpoints.save(state)
+                if test and not last:
+                    results = evaluator.score(state, workdir / "predictions")
+                    writer.write(_test_row(results, step, per_epoch))
+                    progress.restart_clock()
+            results = evaluator.finish(state, workdir)
+            if first_step < total_steps:
+                writer.write(_test_row(results, total_steps, per_epoch))
+    return results
+
+
+class Progress:
+    """Collects the metrics of steps and turns them into rows and lines."""
+
+    def __init__(self, experiment: Experiment, first_step: int, batches: Prefetcher) -> None:
+        self._experiment = experiment
+        self._batches = batches
+        self._first_step = self._last_step = first_step
+        self._pending: list[Any] = []
+        self._steps_timed, self._seconds_timed = 0, 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last report."""
+        self._clock, self._waited = time.perf_counter(), self._batches.waited
+
+    def add(self, metrics: Any) -> None:
+        """Takes the metrics of one step, which may still be being computed."""
+        self._pending.append(metrics)
+
+    def report(self, step: int) -> dict[str, Any]:
+        """Waits for the steps since the last report, logs a line and returns their row.
+
+        Raises:
+            UserError (a `ValueError`): a loss or gradient that is not finite.
+        """
+        history = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(self._pending))
+        elapsed = time.perf_counter() - self._clock
+        self._refuse_non_finite(history)
+        steps = len(self._pending)
+        row = {
+            "step": step,
+            "epoch": step / self._experiment.steps_per_epoch,
+            "loss": history["loss"].mean(dtype=np.float64),
+            "expert_losses": history["expert_losses"].mean(axis=0, dtype=np.float64),
+            "grad_norm": history["grad_norm"].mean(dtype=np.float64),
+            "learning_rate": float(self._rate(step)),
+            "images_per_second": steps * self._experiment.train_settings.batch_size / elapsed,
+            "data_wait_fraction": (self._batches.waited - self._waited) / elapsed,
+        }
+        row = record.plain(row)
+        self._log(row, steps, elapsed)
+        self._pending, self._last_step = [], step
+        self.restart_clock()
+        return row
+
+    def _rate(self, step: int) -> float:
+        """The rate that the update leading to `step` used."""
+        return self._experiment.learning_rates[(step - 1) // self._experiment.steps_per_epoch]
+
+    def _log(self, row: dict[str, Any], steps: int, elapsed: float) -> None:
+        if self._last_step > self._first_step:  # the first interval is mostly compilation
+            self._steps_timed += steps
+            self._seconds_timed += elapsed
+        left = self._experiment.total_steps - row["step"]
+        per_step = self._seconds_timed / self._steps_timed if self._steps_timed else elapsed / steps
+        log.info(
+            "step %d/%d  epoch %.1f  loss %.4f  lr %.4g  %.0f images/s  data wait %.0f%%  %s left",
+            row["step"],
+            self._experiment.total_steps,
+            row["epoch"],
+            row["loss"],
+            row["learning_rate"],
+            row["images_per_second"],
+            100 * row["data_wait_fraction"],
+            _duration(left * per_step),
+        )
+
+    def _refuse_non_finite(self, history: dict[str, np.ndarray]) -> None:
+        finite = np.isfinite(history["loss"]) & np.isfinite(history["grad_norm"])
+        if not finite.all():
+            step = self._last_step + 1 + int(np.argmin(finite))
+            raise UserError(
+                f"The loss or its gradient is not finite at step {step} (learning rate "
+                f"{self._rate(step):g}); training stopped and the last checkpoint is kept: try "
+                "a lower --config.optim.learning_rate in a new workdir."
+            )
+
+
+def _announce(experiment: Experiment) -> None:
+    config, taus = experiment.config, experiment.taus
+    log.info(
+        "%s, %d experts, taus %s; %d steps of %d images on %d %s",
+        config["model"]["name"],
+        len(taus),
+        ", ".join(f"{tau:g}" for tau in taus),
+        experiment.total_steps,
+        config["batch_size"],
+        experiment.parallel.num_devices,
+        experiment.parallel.mesh.devices.flat[0].device_kind,
+    )
+    mean_tau = float(np.mean(taus))
+    if not np.isclose(mean_tau, 1):
+        leaning = "frequent" if mean_tau < 1 else "rare"
+        log.info(
+            "The mean tau is %g, not 1: on a balanced test set the ensemble leans to %s classes",
+            mean_tau,
+            leaning,
+        )
+
+
+def _due(epoch: int, every: int) -> bool:
+    return every > 0 and epoch % every == 0
+
+
+def _test_row(results: dict[str, Any], step: int, per_epoch: int) -> dict[str, Any]:
+    names = ("top1", "many", "medium", "few", "ece", "mce", "nll")
+    scores = {f"test_{name}": results["test"][name] for name in names}
+    return {"step": step, "epoch": step / per_epoch, **scores}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

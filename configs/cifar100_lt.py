@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BalPoE on CIFAR-100-LT.
+
+    python -m balpoe_jax.main --config=configs/cifar100_lt.py:ir=100,recipe=standard --workdir=DIR
+
+Arguments: ir=100|50|10, recipe=standard|strong|long, method=balpoe|balanced_softmax|cross_entropy,
+mixup=true|false, experts=E (0: the method's own number), backbone=resnet32|..., epochs=N (0: the
+recipe's own, else its schedule scaled).
+"""
+
+from balpoe_jax import config as config_lib
+from balpoe_jax.models import MODELS
+
+
+def get_config(arguments: str | None = None):
+    args = config_lib.parse_arguments(
+        arguments,
+        ir=(100, 50, 10),
+        recipe=tuple(config_lib.CIFAR_RECIPES),
+        method=tuple(config_lib.METHODS),
+        mixup=True,
+        experts=0,
+        backbone=("resnet32", *(name for name in MODELS if name != "resnet32")),
+        epochs=0,
+    )
+    config = config_lib.default_config()
+    config.data.name = "cifar100"
+    config.data.imbalance_ratio = float(args.ir)
+    config.model.name = args.backbone
+    config.mixup.alpha = 0.4
+    config_lib.set_cifar_recipe(config, args.recipe, args.epochs)
+    config_lib.set_method(config, args.method, args.experts, args.mixup)
+    return config
