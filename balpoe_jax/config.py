@@ -234,11 +234,29 @@ def check_config(config: ConfigDict) -> None:
         "checkpoint.keep": 1,
     }
     for field, least in at_least.items():
-        value = config
-        for name in field.split("."):
-            value = value[name]
+        value = _field(config, field)
         if not value >= least:
             raise UserError(f"config.{field} must be at least {least}, got {value}.")
-    if any(std <= 0 for std in config.data.std):
+    lengths = {
+        "data.mean": 3,
+        "data.std": 3,
+        "data.shot_thresholds": 2,
+        "optim.boundaries": None,
+        "loss.taus": None,
+    }
+    for field, length in lengths.items():
+        values = _field(config, field)
+        numbers = all(isinstance(value, int | float) for value in values)
+        if not numbers or (length is not None and len(values) != length):
+            wanted = "numbers" if length is None else f"{length} numbers"
+            raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {values}.")
+    if min(config.data.std) <= 0:
         raise UserError(f"config.data.std must be positive, got {config.data.std}.")
     resolve_taus(config)
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value[name]
+    return value

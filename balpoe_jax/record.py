@@ -60,23 +60,21 @@ def open_workdir(workdir: str) -> Path:
     return path
 
 
+def is_claimed(workdir: Path) -> bool:
+    """Whether the workdir already holds a run."""
+    return (workdir / CONFIG).exists()
+
+
 def claim(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Writes `config.json`, or checks that the one that is there describes the same run.
+    """Writes `config.json`: from then on the workdir belongs to this configuration.
 
     Args:
         workdir: of the run.
-        config: the resolved configuration, plain values only.
+        config: the resolved configuration.
         data: what the data set turned out to be.
-
-    Raises:
-        UserError (a `ValueError`): the workdir holds the run of another configuration.
     """
-    path = workdir / CONFIG
-    if path.exists():
-        check_claim(workdir, config)
-        return
     content = {"config": config, "data": data, "environment": environment()}
-    write_atomically(path, json.dumps(plain(content), indent=2) + "\n")
+    write_atomically(workdir / CONFIG, json.dumps(plain(content), indent=2) + "\n")
 
 
 def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:

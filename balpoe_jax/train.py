@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import record
 from balpoe_jax.checkpoint import Checkpoints
+from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator
@@ -37,11 +38,16 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
         UserError (a `ValueError`): input that is not valid, or a loss that is not finite.
     """
+    check_config(config)
     path = record.open_workdir(workdir)
     handler = record.log_to_file(path)
     try:
+        claimed = record.is_claimed(path)
+        if claimed:
+            record.check_claim(path, config.to_dict())
         experiment = build(config)
-        record.claim(path, experiment.config, experiment.data_record())
+        if not claimed:
+            record.claim(path, experiment.config, experiment.data_record())
         return _train(experiment, path)
     finally:
         logging.getLogger("balpoe_jax").removeHandler(handler)

@@ -151,19 +151,23 @@ def _prepared_builder(name: str, data_dir: str):
     import tensorflow_datasets as tfds
 
     where = f" --data_dir={data_dir}" if data_dir else ""
+    remedy = (
+        f"prepare it with `tfds build {name}{where}`, or name the folder that holds it with "
+        "--config.data.data_dir=DIR."
+    )
+    builder = tfds.builder(name, data_dir=data_dir or None)
+    if builder.info.splits:
+        return builder
+    if data_dir:
+        raise UserError(f"The data set {name} is not in {data_dir}; {remedy}")
+    log.info("Downloading %s into %s", name, builder.data_dir)
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
-        if not builder.info.splits:
-            if data_dir:
-                raise FileNotFoundError(f"nothing prepared in {builder.data_dir}")
-            log.info("Downloading %s into %s", name, builder.data_dir)
-            builder.download_and_prepare()
-    except Exception as error:  # TFDS raises whatever its network and archive libraries do
+        builder.download_and_prepare()
+    except Exception as error:  # whatever the network and archive libraries below raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"The data set {name} is not there and could not be downloaded ({reason}); prepare it "
-            f"with `tfds build {name}{where}`, or name the folder that holds it with "
-            "--config.data.data_dir=DIR."
+            f"The data set {name} is not in {builder.data_dir} and could not be downloaded "
+            f"({reason}); {remedy}"
         ) from error
     return builder
 

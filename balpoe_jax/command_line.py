@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the package's commands share: flags, logging, and errors as one sentence with exit code 2."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+
+from balpoe_jax.errors import UserError
+
+_EXIT_USER_ERROR = 2
+
+
+def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command: defines and parses flags, then calls `main` with what is left of them.
+
+    Wrong flags and every `UserError` end the process with one line on stderr and exit code 2.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
+    _log_to_terminal()
+
+    def guarded(arguments: Sequence[str]) -> None:
+        try:
+            main(arguments)
+        except UserError as error:
+            _fail(str(error))
+
+    define_flags()
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def define_run_flags() -> None:
+    """Defines --config and --workdir."""
+    config_flags.DEFINE_config_file(
+        "config", None, "File of the experiment, FILE.py[:key=value,...].", lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def _log_to_terminal() -> None:
+    """Our own lines as they are on stdout; of the libraries, warnings on stderr."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("balpoe_jax")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.addHandler(handler)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        arguments = flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(_own_sentence(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections names the field at best; it is an override that does not fit the config.
+        _fail(_unknown_field(argv) or _own_sentence(error))
+    if not isinstance(flags.FLAGS.config, ConfigDict):  # it could not be read
+        _fail(
+            f"The config file {_config_path(argv)} cannot be read; name an experiment's file, such "
+            "as --config=configs/digits_lt.py."
+        )
+    return arguments
+
+
+def _own_sentence(error: Exception) -> str:
+    """The message of an error; of the tracebacks that ml_collections quotes, the last line."""
+    message = str(error)
+    if "Traceback (most recent call last)" in message:
+        last_line = message.strip().splitlines()[-1]
+        return last_line.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    return message
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """Names the first override whose field the config does not have, with the valid ones."""
+    config = ConfigFileFlagParser("config").parse(_config_path(argv))
+    for item in argv:
+        name = item.lstrip("-").partition("=")[0]
+        if not name.startswith("config."):
+            continue
+        node = config
+        path = name.split(".")
+        for depth, part in enumerate(path[1:], start=1):
+            if not isinstance(node, ConfigDict) or part not in node:
+                above = ".".join(path[:depth])
+                valid = ", ".join(node) if isinstance(node, ConfigDict) else "no fields"
+                return f"Unknown config field {name}; {above} has {valid}."
+            node = node[part]
+    return None
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """What --config was given, in either spelling."""
+    for item, following in zip(argv, (*argv[1:], ""), strict=True):
+        name, equals, value = item.lstrip("-").partition("=")
+        if name == "config":
+            return value if equals else following
+    return ""
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(_EXIT_USER_ERROR)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input on the command line: one sentence, exit code 2, no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "balpoe_jax.main", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config=configs/digits_lt.py"], "--workdir must have a value"),
+        (["--workdir={dir}"], "--config must have a value"),
+        (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
+        (["--mode=fly"], "<train|eval>"),
+        (["--config=configs/absent.py", "--workdir={dir}"], "configs/absent.py cannot be read"),
+        (["--config=configs/digits_lt.py:speed=1", "--workdir={dir}"], "method, mixup, experts"),
+        (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
+        (
+            ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
+            "Unknown config field config.data.nme; config.data has name, data_dir",
+        ),
+        (
+            ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],
+            "--config.seed=one",
+        ),
+        (["--config=configs/digits_lt.py", "--workdir={dir}", "more"], "Unexpected argument"),
+        (
+            ["--config=configs/digits_lt.py", "--config.loss.taus=(0,2)", "--workdir={dir}"],
+            "one value for each of the 3 experts",
+        ),
+        (
+            ["--config=configs/digits_lt.py", "--mode=eval", "--workdir={dir}/none"],
+            "holds no run",
+        ),
+        (["--config=configs/digits_lt.py", "--workdir={dir}/file"], "cannot be written to"),
+        (
+            [
+                "--config=configs/cifar10_lt.py",
+                "--config.data.data_dir={dir}",
+                "--workdir={dir}/run",
+            ],
+            "tfds build cifar10 --data_dir=",
+        ),
+    ],
+)
+def test_refuses_with_one_sentence(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    (tmp_path / "file").write_text("a file where a folder is asked for")
+    result = run_main(*(argument.format(dir=tmp_path) for argument in arguments))
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert expected in lines[0]
+    assert "Traceback" not in result.stdout

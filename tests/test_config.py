@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config files, their arguments, and the checks before anything starts."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from balpoe_jax import config as config_lib
+from balpoe_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def get_config(name: str, arguments: str | None = None):
+    path = ROOT / "configs" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.get_config(arguments)
+
+
+@pytest.mark.parametrize("name", ["digits_lt", "cifar10_lt", "cifar100_lt"])
+def test_configs_are_valid_and_say_how_to_run_them(name: str) -> None:
+    config = get_config(name)
+    config_lib.check_config(config)
+    assert config_lib.resolve_taus(config) == (0.0, 1.0, 2.0)
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"python -m balpoe_jax.main --config=configs/{name}.py" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "boundaries", "warmup", "rotation", "policy"),
+    [
+        ("standard", 200, (160, 180), 5, 15.0, "none"),
+        ("strong", 200, (160, 180), 5, 0.0, "autoaugment_cifar"),
+        ("long", 400, (320, 360), 10, 0.0, "autoaugment_cifar"),
+    ],
+)
+def test_cifar_recipes(recipe, epochs, boundaries, warmup, rotation, policy) -> None:
+    config = get_config("cifar100_lt", f"ir=50,recipe={recipe}")
+    assert config.data.imbalance_ratio == 50
+    assert config.total_epochs == epochs
+    assert config.optim.boundaries == boundaries
+    assert config.optim.warmup_epochs == warmup
+    assert (config.augment.rotation, config.augment.policy) == (rotation, policy)
+    assert (config.batch_size, config.optim.learning_rate) == (128, 0.1)
+    assert (config.optim.weight_decay, config.optim.nesterov) == (5e-4, True)
+
+
+def test_mixup_strength_is_the_data_sets() -> None:
+    assert get_config("cifar100_lt").mixup.alpha == 0.4
+    assert get_config("cifar10_lt").mixup.alpha == 0.8
+    assert get_config("cifar10_lt", "mixup=false").mixup.alpha == 0
+
+
+def test_epochs_scale_the_schedule() -> None:
+    config = get_config("cifar100_lt", "epochs=30")
+    assert config.total_epochs == 30
+    assert config.optim.boundaries == (24, 27)
+    assert config.optim.warmup_epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taus"),
+    [
+        ("method=balanced_softmax", (1.0,)),
+        ("method=cross_entropy", (0.0,)),
+        ("experts=5", (0.0, 0.5, 1.0, 1.5, 2.0)),
+        ("experts=1", (1.0,)),
+        ("method=cross_entropy,experts=2", (0.0, 0.0)),
+    ],
+)
+def test_methods_set_experts_and_taus(arguments: str, taus: tuple[float, ...]) -> None:
+    assert config_lib.resolve_taus(get_config("digits_lt", arguments)) == taus
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("speed=1", "Unknown config argument 'speed'; choose from ratio, flag, kind"),
+        ("ratio=abc", "ratio must be of type int, got 'abc'"),
+        ("flag=2", "flag must be true or false, got '2'"),
+        ("kind=c", "kind must be one of a, b; got 'c'"),
+        ("flag", "once, as key=value; got 'flag'"),
+        ("ratio=1,ratio=2", "once, as key=value; got 'ratio=2'"),
+    ],
+)
+def test_arguments_that_are_not_valid(text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        config_lib.parse_arguments(text, ratio=100, flag=True, kind=("a", "b"))
+
+
+def test_arguments_are_typed() -> None:
+    parsed = config_lib.parse_arguments("ratio=50,flag=False", ratio=100, flag=True, kind=("a",))
+    assert vars(parsed) == {"ratio": 50, "flag": False, "kind": "a"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("total_epochs", 0, "config.total_epochs must be at least 1, got 0"),
+        ("mixup.alpha", -0.1, "config.mixup.alpha must be at least 0"),
+        ("data.imbalance_ratio", float("nan"), "config.data.imbalance_ratio must be at least 1"),
+        ("data.std", (0.2, 0.0, 0.2), "config.data.std must be positive"),
+        ("data.mean", (0.5,), "config.data.mean must be 3 numbers"),
+        ("optim.boundaries", ("a",), "config.optim.boundaries must be numbers"),
+        ("loss.taus", (0.0, 2.0), "for each of the 3 experts, got 2"),
+    ],
+)
+def test_values_that_are_not_valid(field: str, value, expected: str) -> None:
+    config = get_config("digits_lt")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=expected):
+        config_lib.check_config(config)

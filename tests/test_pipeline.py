@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches are a function of (seed, step), whatever the hosts, the threads or the restart."""
+
+import numpy as np
+import pytest
+
+from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.pipeline import (
+    Host,
+    TrainSettings,
+    eval_batches,
+    steps_per_epoch,
+    train_batches,
+)
+from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.errors import UserError
+
+BATCH = 8
+NUM_EXAMPLES = 21  # 3 steps an epoch, 3 examples of wrap
+
+
+def make_source(num_examples: int = NUM_EXAMPLES) -> ArraySource:
+    images = np.random.RandomState(0).randint(0, 256, (num_examples, 8, 8, 3)).astype(np.uint8)
+    positions = np.arange(num_examples)
+    return ArraySource(images, positions % 5, positions)
+
+
+def make_settings(**changes) -> TrainSettings:
+    fields = {
+        "batch_size": BATCH,
+        "seed": 3,
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.3, 0.4),
+        "augment": AugmentSettings(crop_padding=1, flip=True, rotation=15.0),
+        "mixup_alpha": 0.4,
+    }
+    return TrainSettings(**{**fields, **changes})
+
+
+def collect(first: int, last: int, host: Host = Host(), **changes) -> list[dict[str, np.ndarray]]:
+    return list(train_batches(make_source(), make_settings(**changes), first, last, host))
+
+
+def assert_equal(left, right) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def numbered_source(num_examples: int) -> ArraySource:
+    """Each image holds its own position, so that batches tell which examples they are made of."""
+    positions = np.arange(num_examples)
+    images = np.broadcast_to(positions[:, None, None, None], (num_examples, 2, 2, 3))
+    return ArraySource(images.astype(np.uint8), positions % 3, positions)
+
+
+def positions_of(batch: dict[str, np.ndarray]) -> np.ndarray:
+    return np.round(batch["images"][:, 0, 0, 0] * 255).astype(int)
+
+
+PLAIN = {"augment": AugmentSettings(), "mixup_alpha": 0.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+def test_a_resumed_run_reads_the_same_batches() -> None:
+    assert_equal(collect(0, 7)[4:], collect(4, 7))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_change_nothing(threads: int) -> None:
+    assert_equal(collect(0, 5, Host(threads=threads)), collect(0, 5))
+
+
+@pytest.mark.parametrize("policy", ["none", "autoaugment_cifar"])
+def test_hosts_make_the_same_global_batches(policy: str) -> None:
+    augment = AugmentSettings(crop_padding=1, flip=True, rotation=15.0, policy=policy)
+    changes = {"augment": augment, "mixup_groups": 2}
+    whole = collect(0, 4, **changes)
+    parts = [collect(0, 4, Host(index, 2), **changes) for index in range(2)]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_equal(whole, joined)
+
+
+def test_seeds_and_steps_differ() -> None:
+    first, second = collect(0, 2)
+    assert not np.array_equal(first["images"], second["images"])
+    assert not np.array_equal(collect(0, 1, seed=4)[0]["images"], first["images"])
+
+
+def test_an_epoch_is_a_permutation_that_wraps_to_its_own_start() -> None:
+    source, settings = numbered_source(NUM_EXAMPLES), make_settings(**PLAIN)
+    batches = list(train_batches(source, settings, 0, 6))
+    epochs = [np.concatenate([positions_of(b) for b in batches[e : e + 3]]) for e in (0, 3)]
+    for order in epochs:
+        np.testing.assert_array_equal(np.sort(order[:NUM_EXAMPLES]), np.arange(NUM_EXAMPLES))
+        np.testing.assert_array_equal(order[NUM_EXAMPLES:], order[: len(order) - NUM_EXAMPLES])
+    assert not np.array_equal(*epochs)
+    for batch in batches:
+        np.testing.assert_array_equal(batch["labels"], positions_of(batch) % 3)
+
+
+def test_a_batch_larger_than_the_data_set_wraps() -> None:
+    batch = next(train_batches(numbered_source(3), make_settings(**PLAIN), 0, 1))
+    np.testing.assert_array_equal(positions_of(batch)[:3], positions_of(batch)[3:6])
+
+
+def test_order_is_uniform() -> None:
+    """Every example is as likely as any other to come first: chi-squared over 600 epochs."""
+    settings = make_settings(**{**PLAIN, "batch_size": 6})
+    batches = train_batches(numbered_source(6), settings, 0, 600)
+    counts = np.bincount([positions_of(batch)[0] for batch in batches], minlength=6)
+    assert ((counts - 100) ** 2 / 100).sum() < 20.5  # 99.9 % of chi-squared with 5 degrees
+
+
+def test_mixup_is_one_weight_and_one_permutation_of_the_unmixed_batch() -> None:
+    plain, mixed = collect(0, 3, mixup_alpha=0.0), collect(0, 3)
+    for before, after in zip(plain, mixed, strict=True):
+        weight = after["weight"][0]
+        assert (after["weight"] == weight).all() and 0 <= weight <= 1
+        np.testing.assert_array_equal(after["labels"], before["labels"])
+        np.testing.assert_array_equal(np.sort(after["other_labels"]), np.sort(before["labels"]))
+        # The partner of each row is the one example that explains its image.
+        residual = after["images"] - weight * before["images"]
+        others = (1 - weight) * before["images"]
+        distance = np.abs(residual[:, None] - others[None]).max(axis=(2, 3, 4))
+        partners = distance.argmin(axis=1)
+        assert distance.min(axis=1).max() < 1e-5
+        np.testing.assert_array_equal(after["other_labels"], before["labels"][partners])
+        if weight < 0.99:
+            np.testing.assert_array_equal(np.sort(partners), np.arange(BATCH))
+    assert len({batch["weight"][0] for batch in mixed}) == 3
+
+
+def test_mixup_weights_follow_the_beta_distribution() -> None:
+    alpha = 0.4
+    settings = make_settings(**{**PLAIN, "mixup_alpha": alpha, "batch_size": 2})
+    weights = np.array([b["weight"][0] for b in train_batches(make_source(2), settings, 0, 2000)])
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(weights.mean() - 0.5) < 4 * np.sqrt(variance / 2000)
+    assert abs(weights.var() - variance) < 0.01
+    # P(weight < 0.01), by the Beta distribution's function: a tail that a Gaussian has not.
+    assert abs((weights < 0.01).mean() - 0.1118) < 0.03
+
+
+def test_mixup_groups_keep_partners_together() -> None:
+    settings = make_settings(**{**PLAIN, "mixup_alpha": 5.0, "mixup_groups": 4})
+    source = ArraySource(
+        np.zeros((NUM_EXAMPLES, 2, 2, 3), np.uint8), np.arange(NUM_EXAMPLES), np.arange(21)
+    )
+    for batch in train_batches(source, settings, 0, 3):
+        pairs = batch["labels"].reshape(4, 2), batch["other_labels"].reshape(4, 2)
+        np.testing.assert_array_equal(*(np.sort(pair, axis=1) for pair in pairs))
+
+
+@pytest.mark.parametrize(
+    ("host", "changes", "expected"),
+    [
+        (Host(0, 3), {}, "multiple of the 3 hosts, got 8"),
+        (Host(0, 2), {"mixup_groups": 1}, "multiple of the 2 hosts, got 1"),
+        (Host(), {"mixup_groups": 3}, "divide the batch size 8"),
+    ],
+)
+def test_batches_that_hosts_cannot_share(host: Host, changes, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        collect(0, 1, host, **changes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 21, 50])
+def test_evaluation_sees_every_example_once_in_order(batch_size: int) -> None:
+    source = numbered_source(NUM_EXAMPLES)
+    batches = list(eval_batches(source, batch_size, (0, 0, 0), (1, 1, 1)))
+    assert all(len(batch["images"]) == batch_size for batch in batches)
+    seen = np.concatenate([positions_of(batch)[batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(seen, np.arange(NUM_EXAMPLES))
+    assert len(batches) == steps_per_epoch(NUM_EXAMPLES, batch_size)
+
+
+def test_steps_of_the_published_sets() -> None:
+    assert steps_per_epoch(10847, 128) == 85
+    assert 85 * 128 - 10847 == 33
+
+
+def test_normalisation_is_by_channel() -> None:
+    source = make_source()
+    batch = next(eval_batches(source, NUM_EXAMPLES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    expected = (source.images / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
+    np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
