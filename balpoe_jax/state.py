@@ -104,7 +104,7 @@ def make_train_step(
         metrics = {
             "loss": by_expert.mean(),
             "expert_losses": by_expert,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return new_state, metrics
 

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs, small: resume, refuse, evaluate, record."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from balpoe_jax.checkpoint import Checkpoints
+from balpoe_jax.errors import UserError
+from balpoe_jax.evaluate import evaluate
+from balpoe_jax.experiment import build
+from balpoe_jax.train import train
+
+from test_config import get_config
+
+STEPS_PER_EPOCH = 2
+
+
+def tiny_config(total_epochs: int = 3, **changes):
+    """ResNet-8 on 413 digits, two steps an epoch."""
+    config = get_config("digits_lt")
+    config.batch_size = 208
+    config.total_epochs = total_epochs
+    config.log_every_steps = 1
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.keep = 10
+    config.eval.every_epochs = 0
+    config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
+    return config
+
+
+def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def final_state(config, workdir: Path):
+    with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
+        return checkpoints.restore_latest(build(config).abstract_state())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """An undisturbed run of six steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    train(tiny_config(), str(workdir))
+    return workdir
+
+
+def interrupt(finished: Path, workdir: Path, epoch: int) -> None:
+    """A copy of the run as if it had been killed some time after the checkpoint of `epoch`."""
+    shutil.copytree(finished, workdir)
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        if int(checkpoint.name) > epoch * STEPS_PER_EPOCH:
+            shutil.rmtree(checkpoint)
+    (workdir / "results.json").unlink()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
+    finished: Path, tmp_path: Path, epoch: int
+) -> None:
+    workdir = tmp_path / "run"
+    interrupt(finished, workdir, epoch)
+    train(tiny_config(), str(workdir))
+    undisturbed, resumed = final_state(tiny_config(), finished), final_state(tiny_config(), workdir)
+    assert int(resumed.step) == 6
+    jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
+    assert (workdir / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+    timeless = ("loss", "expert_losses", "grad_norm", "learning_rate", "step", "epoch", "test_top1")
+    for before, after in zip(rows(finished), rows(workdir), strict=True):
+        assert {k: before.get(k) for k in timeless} == {k: after.get(k) for k in timeless}
+    discarded = rows(workdir, "metrics.discarded.jsonl")
+    assert [row["step"] for row in discarded] == [*range(epoch * STEPS_PER_EPOCH + 1, 7), 6]
+
+
+def test_the_record_of_a_run(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "results.json", "train.log", "checkpoints"}
+    assert (finished / "report" / "index.html").exists()
+    assert list((finished / "tensorboard").glob("events.*"))
+    recorded = json.loads((finished / "config.json").read_text())
+    assert recorded["config"]["model"]["num_experts"] == 3
+    assert sum(recorded["data"]["class_counts"]) == 413
+    assert recorded["data"]["groups"] == {"many": 3, "medium": 3, "few": 4}
+    assert recorded["environment"]["versions"]["jax"] == jax.__version__
+    train_rows = [row for row in rows(finished) if "loss" in row]
+    assert [row["step"] for row in train_rows] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= row["data_wait_fraction"] <= 1 for row in train_rows)
+    log = (finished / "train.log").read_text()
+    assert "413 training images in 10 classes" in log and "step 6/6" in log
+
+
+def test_results_have_the_schema_of_the_contract(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results) == {
+        "step", "epoch", "num_parameters", "class_counts", "test", "experts",
+    }  # fmt: skip
+    scores = {"top1", "many", "medium", "few", "ece", "mce"}
+    assert set(results["test"]) == scores | {"balanced", "nll"}
+    assert [set(expert) for expert in results["experts"]] == [scores | {"tau"}] * 3
+    assert (results["step"], results["epoch"]) == (6, 3)
+    assert [expert["tau"] for expert in results["experts"]] == [0, 1, 2]
+
+
+def test_results_follow_from_the_predictions(finished: Path) -> None:
+    """A second derivation, from the files alone."""
+    results = json.loads((finished / "results.json").read_text())
+    logits = np.load(finished / "predictions" / "expert_logits.npy")
+    labels = np.load(finished / "predictions" / "labels.npy")
+    assert logits.shape == (3, 400, 10) and logits.dtype == np.float32
+    np.testing.assert_array_equal(np.bincount(labels), [40] * 10)
+    correct = logits.astype(np.float64).mean(axis=0).argmax(axis=1) == labels
+    assert results["test"]["top1"] == pytest.approx(correct.mean())
+    by_class = np.array([correct[labels == c].mean() for c in range(10)])
+    counts = np.array(results["class_counts"])
+    assert results["test"]["many"] == pytest.approx(by_class[counts > 60].mean())
+    assert results["test"]["few"] == pytest.approx(by_class[counts < 20].mean())
+    for expert, expert_logits in zip(results["experts"], logits, strict=True):
+        accuracy = (expert_logits.argmax(axis=1) == labels).mean()
+        assert expert["top1"] == pytest.approx(accuracy)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = json.loads((finished / "results.json").read_text())
+    after = evaluate(tiny_config(eval__batch_size=52), str(workdir))
+    for name, value in before["test"].items():
+        assert after["test"][name] == pytest.approx(value, abs=1e-6)
+
+
+def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    train(tiny_config(), str(workdir))
+    assert rows(workdir) == rows(finished)
+    assert not (workdir / "metrics.discarded.jsonl").exists()
+
+
+def test_another_config_is_refused_with_the_fields(finished: Path) -> None:
+    for start in (train, evaluate):
+        with pytest.raises(UserError, match=r"mixup.alpha was 0.4 and is now 0.2; seed was 1"):
+            start(tiny_config(mixup__alpha=0.2, seed=5), str(finished))
+
+
+def test_reading_more_often_is_the_same_run(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    evaluate(tiny_config(log_every_steps=7, data__threads=1), str(workdir))
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
+    config = tiny_config(total_epochs=6, optim__learning_rate=1e18, optim__warmup_epochs=4)
+    config.log_every_steps = 5
+    with pytest.raises(UserError, match=r"not finite at step [2-9] \(learning rate"):
+        train(config, str(tmp_path))
+    with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
+        state = checkpoints.restore_latest(build(config).abstract_state())
+    if state is not None:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
+    other = build(tiny_config(model__reduce_dimension=True))
+    with Checkpoints(str(finished / "checkpoints")) as checkpoints:
+        with pytest.raises(UserError, match=r"another model.*\(3, 3, 3, 16, 32\) instead of"):
+            checkpoints.restore_latest(other.abstract_state())
+
+
+def test_a_corrupt_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    latest = workdir / "checkpoints" / "6"
+    for path in latest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* move that folder away"):
+        evaluate(tiny_config(), str(workdir))
+
+
+def test_a_workdir_without_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "config.json", tmp_path)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        evaluate(tiny_config(), str(tmp_path))
+
+
+def test_taus_without_mean_one_are_announced(tmp_path: Path, caplog) -> None:
+    package = logging.getLogger("balpoe_jax")
+    package.setLevel(logging.INFO)
+    config = tiny_config(total_epochs=1, loss__tau_max=1.0, model__num_experts=2)
+    with caplog.at_level(logging.INFO, logger="balpoe_jax"):
+        train(config, str(tmp_path))
+    lines = [r.getMessage() for r in caplog.records if "mean tau" in r.getMessage()]
+    assert lines == [
+        "The mean tau is 0.5, not 1: on a balanced test set the ensemble leans to frequent classes"
+    ]
