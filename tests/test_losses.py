@@ -37,10 +37,13 @@ def mixed_labels(case: dict[str, np.ndarray]) -> np.ndarray:
     return case["lam"] * one_hot[case["labels"]] + (1 - case["lam"]) * one_hot[case["labels_b"]]
 
 
-# The constants of the float64 reference runs have float32 precision, as has our log prior: 1e-7.
-@pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-7), (np.float32, 1e-5)])
 @pytest.mark.parametrize("mixup", [False, True])
-@pytest.mark.parametrize("name", cases("balpoe"))
+@pytest.mark.parametrize(
+    ("name", "dtype", "rtol"),
+    # The log prior has float32 precision even here, hence no less than 1e-7.
+    [(name, np.float64, 1e-7) for name in cases("balpoe")]
+    + [(name, np.float32, 1e-5) for name in ("e3_inat", "e7_c100", "extreme80")],
+)
 def test_balpoe_loss_is_the_references(name, mixup, dtype, rtol, x64):
     case, kind = golden(f"balpoe/{name}"), "mixup" if mixup else "plain"
     labels = jnp.asarray(mixed_labels(case) if mixup else case["labels"])
@@ -52,26 +55,12 @@ def test_balpoe_loss_is_the_references(name, mixup, dtype, rtol, x64):
         return balpoe_loss(logits, labels, prior, taus).mean(), losses.mean(axis=1)
 
     logits = jnp.asarray(case["expert_logits"], dtype)
-    (loss, by_expert), grad = jax.value_and_grad(loss_fn, has_aux=True)(logits)
+    (loss, by_expert), grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(logits)
     assert loss.dtype == dtype
     np.testing.assert_allclose(loss, case[f"loss_{kind}_f64"], rtol=rtol)
     np.testing.assert_allclose(by_expert, case[f"expert_losses_{kind}_f64"], rtol=rtol)
     if f"grad_{kind}" in case:
         assert max_relative(grad, case[f"grad_{kind}"]) <= 2e-5
-
-
-@pytest.mark.parametrize("name", cases("balpoe"))
-def test_mixup_is_the_mix_of_two_losses(name, x64):
-    case = golden(f"balpoe/{name}")
-    prior = log_prior(case["class_counts"], allow_empty=True)
-    first, second = (
-        balpoe_loss(case["expert_logits"], case[key], prior, case["taus"])
-        for key in ("labels", "labels_b")
-    )
-    mix = case["lam"] * first + (1 - case["lam"]) * second
-    np.testing.assert_allclose(mix.mean(), case["loss_mixup_f64"], rtol=1e-5)
-    soft = balpoe_loss(case["expert_logits"], mixed_labels(case), prior, case["taus"])
-    np.testing.assert_allclose(soft, mix, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in cases("balpoe") if n != "e7_c100"])
