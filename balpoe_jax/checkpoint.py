@@ -124,10 +124,7 @@ def _check_shapes(where: str, saved: Any, expected: TrainState) -> None:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every array by its path; containers count alike as names or as positions."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {
-        "/".join(_key_name(key) for key in path): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {"/".join(_key_name(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _key_name(key: Any) -> str:

@@ -54,9 +54,7 @@ class Experiment:
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
         create = jax.jit(
-            lambda key: create_state(
-                self.model, self.optimizer, key, self.data.train.image_shape
-            ),
+            lambda key: create_state(self.model, self.optimizer, key, self.data.train.image_shape),
             out_shardings=self.parallel.replicated,
         )
         return create(jax.random.key(self.config["seed"]))
@@ -75,9 +73,7 @@ class Experiment:
 
     def data_record(self) -> dict[str, Any]:
         """What the data set turned out to be."""
-        groups = metrics.shot_groups(
-            self.data.class_counts, self.config["data"]["shot_thresholds"]
-        )
+        groups = metrics.shot_groups(self.data.class_counts, self.config["data"]["shot_thresholds"])
         return {
             "class_counts": self.data.class_counts,
             "counts_as_published": self.data.counts_as_published,
@@ -178,9 +174,7 @@ def _load_data(config: ConfigDict) -> datasets.LongTailed:
     return data
 
 
-def _make_model(
-    config: ConfigDict, num_classes: int, devices: parallel.Parallel
-) -> ExpertEnsemble:
+def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel) -> ExpertEnsemble:
     expert_map = config.model.expert_map
     if expert_map == "auto":
         # Grouped convolutions, which vmap makes, are fast on a TPU and slow on a CPU.

@@ -67,7 +67,12 @@ def test_crop_then_flip_then_rotate(shape: str, degrees: float | None) -> None:
     flip = np.array([False, True, False, True, True])
     angles = None if degrees is None else tf.fill([5], degrees)
     actual = image_ops.crop_flip_rotate(
-        tf.constant(images), tf.constant(top, tf.int32), tf.constant(left, tf.int32), flip, angles, 4
+        tf.constant(images),
+        tf.constant(top, tf.int32),
+        tf.constant(left, tf.int32),
+        flip,
+        angles,
+        4,
     ).numpy()
     for i in range(5):
         expected = crop_flip_by_hand(images[i], top[i], left[i], flip[i], 4)

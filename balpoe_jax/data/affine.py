@@ -50,36 +50,26 @@ def gather_pixels(
 
 
 def sample_bicubic(images: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """Transforms by float `[B, 6]` matrices with cubic interpolation (a = -0.5), grey outside.
+    """Transforms by float `[B, 6]` matrices with cubic interpolation (a = -1), grey outside.
 
     Neighbours beyond the border repeat it; only points outside the image are grey.
     """
     _, height, width, _ = images.shape
-    a, b, c, d, e, f = (
-        x[:, None, None] for x in tf.unstack(tf.cast(matrix, tf.float64), axis=-1)
-    )
+    a, b, c, d, e, f = (x[:, None, None] for x in tf.unstack(tf.cast(matrix, tf.float64), axis=-1))
     x = tf.range(width, dtype=tf.float64)[None, None, :] + 0.5
     y = tf.range(height, dtype=tf.float64)[None, :, None] + 0.5
     column, row = a * x + b * y + c, d * x + e * y + f
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    column, row = column - 0.5, row - 0.5
-    left, top = tf.floor(column), tf.floor(row)
-    column_weights, row_weights = _cubic_weights(column - left), _cubic_weights(row - top)
-    left, top = tf.cast(left, tf.int32), tf.cast(top, tf.int32)
-    total: tf.Tensor = tf.constant(0.0, tf.float64)
-    for i, row_weight in enumerate(row_weights, start=-1):
-        line: tf.Tensor = tf.constant(0.0, tf.float64)
-        for j, column_weight in enumerate(column_weights, start=-1):
-            pixels = gather_pixels(
-                images,
-                tf.clip_by_value(top + i, 0, height - 1),
-                tf.clip_by_value(left + j, 0, width - 1),
-                tf.constant(True),
-                fill=0,
-            )
-            line += column_weight[..., None] * tf.cast(pixels, tf.float64)
-        total += row_weight[..., None] * line
-    values = tf.cast(tf.clip_by_value(total, 0, 255), tf.uint8)
+    left, top = tf.floor(column - 0.5), tf.floor(row - 0.5)
+    across, down = (column - 0.5 - left)[..., None], (row - 0.5 - top)[..., None]
+    lefts = [tf.clip_by_value(tf.cast(left, tf.int32) + i, 0, width - 1) for i in range(-1, 3)]
+    tops = [tf.clip_by_value(tf.cast(top, tf.int32) + i, 0, height - 1) for i in range(-1, 3)]
+
+    def pixel(row: tf.Tensor, column: tf.Tensor) -> tf.Tensor:
+        return tf.cast(gather_pixels(images, row, column, tf.constant(True), 0), tf.float64)
+
+    lines = [_cubic(*(pixel(row, column) for column in lefts), across) for row in tops]
+    values = tf.cast(tf.clip_by_value(_cubic(*lines, down), 0, 255), tf.uint8)
     return tf.where(inside[..., None], values, tf.constant(GREY, tf.uint8))
 
 
@@ -95,15 +85,9 @@ def _fixed_point_line(
     return tf.bitwise.right_shift(start + by_column * x + by_row * y, _FRACTION_BITS)
 
 
-def _cubic_weights(t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Weights of the four neighbours around a point at `t` in [0, 1) after the second."""
-    squared, cubed = t * t, t * t * t
-    return (
-        -0.5 * t + squared - 0.5 * cubed,
-        1 - 2.5 * squared + 1.5 * cubed,
-        0.5 * t + 2 * squared - 1.5 * cubed,
-        -0.5 * squared + 0.5 * cubed,
-    )
+def _cubic(v0: tf.Tensor, v1: tf.Tensor, v2: tf.Tensor, v3: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    """Cubic convolution with a = -1 at `t` in [0, 1) between `v1` and `v2`, in Horner's form."""
+    return v1 + t * (v2 - v0 + t * (2 * (v0 - v1) + v2 - v3 + t * (v1 - v0 - v2 + v3)))
 
 
 def _round_15(x: tf.Tensor) -> tf.Tensor:

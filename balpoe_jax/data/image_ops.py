@@ -7,8 +7,13 @@ arithmetic allows it; `tests/test_image_ops.py` compares them. Nothing here is r
 
 import tensorflow as tf
 
-from balpoe_jax.data.affine import GREY, gather_pixels, inverse_rotation, sample_bicubic
-from balpoe_jax.data.affine import source_pixels as _source_pixels
+from balpoe_jax.data.affine import (
+    GREY,
+    gather_pixels,
+    inverse_rotation,
+    sample_bicubic,
+    source_pixels,
+)
 
 
 def crop_flip_rotate(
@@ -35,7 +40,7 @@ def crop_flip_rotate(
         columns = tf.broadcast_to(tf.range(width)[None, None, :], [1, height, width])
         inside = tf.constant(True)
     else:
-        rows, columns = _source_pixels(inverse_rotation(degrees, height, width), height, width)
+        rows, columns = source_pixels(inverse_rotation(degrees, height, width), height, width)
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     columns = tf.where(flip[:, None, None], width - 1 - columns, columns)
     rows = rows + (top - padding)[:, None, None]
@@ -46,7 +51,7 @@ def crop_flip_rotate(
 def rotate(images: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
     """Rotates counter-clockwise by float `[B]` degrees, nearest, corners grey."""
     _, height, width, _ = images.shape
-    rows, columns = _source_pixels(inverse_rotation(degrees, height, width), height, width)
+    rows, columns = source_pixels(inverse_rotation(degrees, height, width), height, width)
     return gather_pixels(images, rows, columns, tf.constant(True), fill=GREY)
 
 
@@ -64,7 +69,7 @@ def _translate(images: tf.Tensor, down: tf.Tensor, right: tf.Tensor) -> tf.Tenso
     _, height, width, _ = images.shape
     one, zero = tf.ones_like(down), tf.zeros_like(down)
     matrix = tf.stack([one, zero, right, zero, one, down], axis=-1)
-    rows, columns = _source_pixels(matrix, height, width)
+    rows, columns = source_pixels(matrix, height, width)
     return gather_pixels(images, rows, columns, tf.constant(True), fill=GREY)
 
 
@@ -151,8 +156,8 @@ def sharpness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     # The outermost pixels have no neighbourhood and stay as they are.
     inner = tf.pad(smooth, [[0, 0], [1, 1], [1, 1], [0, 0]])
     _, height, width, _ = images.shape
-    border = tf.pad(tf.zeros([height - 2, width - 2], tf.bool), [[1, 1], [1, 1]], constant_values=1)
-    return _blend(tf.where(border[None, :, :, None], images, inner), images, factor)
+    is_inner = tf.pad(tf.ones([height - 2, width - 2], tf.bool), [[1, 1], [1, 1]])
+    return _blend(tf.where(is_inner[None, :, :, None], inner, images), images, factor)
 
 
 def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The augmentation of a training batch, in the reference's order."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from balpoe_jax.data import image_ops
+from balpoe_jax.data.policies import apply_policy, check_policy
+from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentSettings:
+    """What happens to each image, in this order.
+
+    Attributes:
+        crop_padding: pixels of black around the image, of which a crop of the old size is taken.
+        flip: mirror left and right, half of the images.
+        rotation: uniform between minus and plus so many degrees; nearest pixel, black corners.
+        policy: one of `policies.POLICIES`.
+        cutout: side in pixels of a black square with its centre anywhere; 0 for none.
+
+    Raises:
+        UserError (a `ValueError`): a value that is not valid.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    rotation: float = 0.0
+    policy: str = "none"
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
+        if not 0 <= self.rotation <= 180:
+            raise UserError(f"augment.rotation must be 0 to 180 degrees, got {self.rotation}.")
+        if self.crop_padding < 0:
+            raise UserError(f"augment.crop_padding must not be negative, got {self.crop_padding}.")
+        if self.cutout < 0 or self.cutout % 2:
+            raise UserError(f"augment.cutout must be even and not negative, got {self.cutout}.")
+
+
+def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:
+    """Augments each image by draws of its own.
+
+    Args:
+        images: uint8 `[rows, H, W, 3]`, the rows of `random`.
+        random: source of the draws; the same source gives the same images.
+        settings: what to do.
+
+    Returns:
+        uint8 `[rows, H, W, 3]`.
+    """
+    images = _move(images, random.stream("move"), settings)
+    images = apply_policy(images, random.stream("policy"), settings.policy)
+    if settings.cutout:
+        _, height, width, _ = images.shape
+        draws = random.stream("cutout")
+        top = draws.uniform("top", 0, height, tf.int32)
+        left = draws.uniform("left", 0, width, tf.int32)
+        images = image_ops.cutout(images, top, left, settings.cutout)
+    return images
+
+
+def normalize(images: tf.Tensor, mean: Sequence[float], std: Sequence[float]) -> tf.Tensor:
+    """`(images / 255 - mean) / std` as float32, `mean` and `std` by channel."""
+    scaled = tf.cast(images, tf.float32) / 255
+    return (scaled - tf.constant(mean, tf.float32)) / tf.constant(std, tf.float32)
+
+
+def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:
+    """Crop, flip and rotation."""
+    padding = settings.crop_padding
+    if not (padding or settings.flip or settings.rotation):
+        return images
+    top = random.uniform("top", 0, 2 * padding + 1, tf.int32)
+    left = random.uniform("left", 0, 2 * padding + 1, tf.int32)
+    flip = random.uniform("flip") < (0.5 if settings.flip else 0.0)
+    degrees = None
+    if settings.rotation:
+        degrees = random.uniform("degrees", -settings.rotation, settings.rotation, tf.float64)
+    return image_ops.crop_flip_rotate(images, top, left, flip, degrees, padding)
