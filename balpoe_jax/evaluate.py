@@ -46,7 +46,9 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if state is None:
         raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
     log.info("Evaluating the checkpoint of step %d", int(state.step))
-    return Evaluator(experiment).finish(state, path)
+    results = Evaluator(experiment).score(state, path / "predictions")
+    publish(results, path)
+    return results
 
 
 class Evaluator:
@@ -59,33 +61,34 @@ class Evaluator:
     def score(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """Predicts every test example once, into `folder`, and scores the predictions.
 
-        Returns the content of `results.json`.
+        Returns the content of `results.json`: plain values, None where undefined.
         """
         experiment = self._experiment
         predict(self._step, state, experiment, folder)
         expert_logits, labels = load_predictions(folder)
         step = int(state.step)
-        return {
+        scores = score(
+            expert_logits,
+            labels,
+            experiment.data.class_counts,
+            experiment.taus,
+            experiment.config["eval"]["num_bins"],
+            tuple(experiment.config["data"]["shot_thresholds"]),
+        )
+        results = {
             "step": step,
             "epoch": step // experiment.steps_per_epoch,
             "num_parameters": num_parameters(state.params),
-            **score(
-                expert_logits,
-                labels,
-                experiment.data.class_counts,
-                experiment.taus,
-                experiment.config["eval"]["num_bins"],
-                tuple(experiment.config["data"]["shot_thresholds"]),
-            ),
+            **scores,
         }
+        return record.plain(results)
 
-    def finish(self, state: TrainState, workdir: Path) -> dict[str, Any]:
-        """Scores a run's final state, writes `results.json` and the report, logs the table."""
-        results = record.plain(self.score(state, workdir / "predictions"))
-        record.write_atomically(workdir / record.RESULTS, json.dumps(results, indent=2) + "\n")
-        page = report.write_report(str(workdir))
-        log.info("\n%s\nReport: %s", report.result_table(results), page)
-        return results
+
+def publish(results: dict[str, Any], workdir: Path) -> None:
+    """Writes `results.json` and the report, and logs the result table."""
+    record.write_atomically(workdir / record.RESULTS, json.dumps(results, indent=2) + "\n")
+    page = report.write_report(str(workdir))
+    log.info("\n%s\n\nReport: %s", report.result_table(results), page)
 
 
 def predict(step: Any, state: TrainState, experiment: Experiment, folder: Path) -> None:

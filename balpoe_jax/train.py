@@ -16,7 +16,7 @@ from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
-from balpoe_jax.evaluate import Evaluator
+from balpoe_jax.evaluate import Evaluator, publish
 from balpoe_jax.experiment import Experiment, build, num_parameters
 from balpoe_jax.parallel import AXIS_NAME, Prefetcher
 from balpoe_jax.state import make_train_step
@@ -110,9 +110,10 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                     results = evaluator.score(state, workdir / "predictions")
                     writer.write(_test_row(results, step, per_epoch))
                     progress.restart_clock()
-            results = evaluator.finish(state, workdir)
+            results = evaluator.score(state, workdir / "predictions")
             if first_step < total_steps:
                 writer.write(_test_row(results, total_steps, per_epoch))
+    publish(results, workdir)
     return results
 
 

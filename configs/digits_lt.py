@@ -16,9 +16,9 @@ def get_config(arguments: str | None = None):
         arguments, method=tuple(config_lib.METHODS), mixup=True, experts=0
     )
     config = config_lib.default_config()
-    config.total_epochs = 60
+    config.total_epochs = 120
     config.batch_size = 32
-    config.log_every_steps = 140
+    config.log_every_steps = 130
     config.data.name = "digits"
     config.data.imbalance_ratio = 26.0
     # Classes are small here: many is above 60 images, instead of the field's 100.
@@ -30,8 +30,8 @@ def get_config(arguments: str | None = None):
     config.model.name = "resnet8"
     config.mixup.alpha = 0.4
     config.optim.learning_rate = 0.1
-    config.optim.boundaries = (48, 54)
-    config.optim.warmup_epochs = 2
+    config.optim.boundaries = (96, 108)
+    config.optim.warmup_epochs = 4
     config.eval.batch_size = 200
     config.eval.every_epochs = 10
     config_lib.set_method(config, args.method, args.experts, args.mixup)
