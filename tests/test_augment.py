@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draws of augmentation: their statistics, and what they depend on."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from balpoe_jax.data import policies
+from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
+from balpoe_jax.data.randomness import RowRandom, fold_in
+from balpoe_jax.errors import UserError
+
+EVERYTHING = AugmentSettings(
+    crop_padding=4, flip=True, rotation=15.0, policy="autoaugment_cifar", cutout=16
+)
+
+
+def source(batch_size: int, seed: int = 0, rows: slice | None = None) -> RowRandom:
+    return RowRandom(tf.constant([seed, 1]), batch_size, rows or slice(0, batch_size))
+
+
+def noise(batch_size: int, side: int = 16) -> tf.Tensor:
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3))
+    return tf.constant(images, tf.uint8)
+
+
+def within_four_sigma(hits: np.ndarray, probability: float) -> bool:
+    sigma = np.sqrt(probability * (1 - probability) / hits.size)
+    return abs(hits.mean() - probability) <= 4 * sigma
+
+
+def test_same_source_same_images_and_another_seed_others() -> None:
+    images = noise(32)
+    first = augment_batch(images, source(32), EVERYTHING).numpy()
+    np.testing.assert_array_equal(first, augment_batch(images, source(32), EVERYTHING).numpy())
+    other = augment_batch(images, source(32, seed=1), EVERYTHING).numpy()
+    changed = (first != other).reshape(32, -1).any(axis=1)
+    assert changed.mean() > 0.9
+
+
+def test_rows_do_not_depend_on_who_makes_them() -> None:
+    """Two hosts make the halves of the batch that one host makes."""
+    images = noise(32)
+    whole = augment_batch(images, source(32), EVERYTHING).numpy()
+    for rows in (slice(0, 16), slice(16, 32)):
+        part = augment_batch(images[rows], source(32, rows=rows), EVERYTHING).numpy()
+        np.testing.assert_array_equal(part, whole[rows])
+
+
+def test_no_settings_no_change() -> None:
+    images = noise(8)
+    np.testing.assert_array_equal(augment_batch(images, source(8), AugmentSettings()), images)
+
+
+def test_crops_are_uniform_over_all_corners() -> None:
+    """A single lit pixel in the middle tells the corner of its crop."""
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[8, 8] = 255
+    images = tf.constant(np.broadcast_to(image, (8100, 16, 16, 3)))
+    output = augment_batch(images, source(8100), AugmentSettings(crop_padding=1)).numpy()
+    positions = output[..., 0].reshape(8100, -1).argmax(axis=1)
+    found, times = np.unique(positions, return_counts=True)
+    assert set(found) == {16 * row + column for row in (7, 8, 9) for column in (7, 8, 9)}
+    assert all(within_four_sigma(positions == position, 1 / 9) for position in found)
+    assert times.sum() == 8100
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[:, 0] = 255
+    images = tf.constant(np.broadcast_to(image, (4000, 4, 4, 3)))
+    output = augment_batch(images, source(4000), AugmentSettings(flip=True)).numpy()
+    assert within_four_sigma(output[:, 0, 3, 0] == 255, 0.5)
+
+
+def test_rotations_are_uniform_within_their_limits() -> None:
+    """Where a pixel far from the centre lands gives the angle, to the width of a pixel."""
+    side, radius = 101, 45
+    image = np.zeros((side, side, 3), np.uint8)
+    image[side // 2 - 1 : side // 2 + 2, side // 2 + radius] = 255
+    images = tf.constant(np.broadcast_to(image, (600, side, side, 3)))
+    output = augment_batch(images, source(600), AugmentSettings(rotation=15.0)).numpy()[..., 0]
+    rows, columns = np.mgrid[:side, :side] - side // 2
+    weight = output.astype(float)
+    angles = np.degrees(
+        np.arctan2(-(weight * rows).sum(axis=(1, 2)), (weight * columns).sum(axis=(1, 2)))
+    )
+    assert -16 < angles.min() < -14
+    assert 14 < angles.max() < 16
+    # The standard error of the mean of a uniform distribution over 30 degrees is 0.35 here.
+    assert abs(angles.mean()) < 4 * 0.354
+    assert within_four_sigma(np.abs(angles) < 7.5, 0.5)
+
+
+def test_every_rule_runs_as_often_and_as_strongly_as_it_says(monkeypatch) -> None:
+    """Operations that note their parameters instead of changing images."""
+    draws = 50_000
+    noted: dict[str, list[np.ndarray]] = {}
+    real = policies._operations
+
+    def noting(name: str):
+        def apply(images: tf.Tensor, parameters: tf.Tensor) -> tf.Tensor:
+            noted.setdefault(name, []).append(parameters.numpy())
+            return images
+
+        return apply
+
+    def operations(height: int, width: int):
+        return {
+            name: operation._replace(apply=noting(name))
+            for name, operation in real(height, width).items()
+        }
+
+    monkeypatch.setattr(policies, "_operations", operations)
+    policies.apply_policy(tf.zeros([draws, 2, 2, 3], tf.uint8), source(draws), "autoaugment_cifar")
+
+    rules = [rule for pair in policies.AUTOAUGMENT_CIFAR for rule in pair]
+    for name in {name for name, _, _ in rules}:
+        expected = sum(probability for other, probability, _ in rules if other == name) / 25
+        runs = sum(len(parameters) for parameters in noted[name])
+        assert abs(runs / draws - expected) < 4 * np.sqrt(expected / draws), name
+    sharpness = np.concatenate(noted["sharpness"])
+    steps = np.array([1, 3, 5, 6, 9]) / 10  # magnitude indices 1, 3, 5, 6 and 9 of 0..0.9
+    np.testing.assert_allclose(
+        np.unique(sharpness), np.sort([*(1 - steps), *(1 + steps)]), atol=1e-6
+    )
+    assert within_four_sigma(sharpness > 1, 0.5)
+    rotations = np.concatenate(noted["rotate"])
+    np.testing.assert_allclose(np.unique(rotations), [2 * 30 / 9], atol=1e-5)  # never negative
+
+
+def test_every_pair_is_equally_likely() -> None:
+    chosen = source(50_000).uniform("pair", 0, 25, tf.int32).numpy()
+    assert len(policies.AUTOAUGMENT_CIFAR) == 25
+    assert all(within_four_sigma(chosen == pair, 1 / 25) for pair in range(25))
+
+
+def test_magnitudes_are_the_published_ones() -> None:
+    operations = policies._operations(32, 32)
+    expected = {
+        "shear_y": 8 / 9 * 0.3,
+        "translate_x": 8 / 9 * 150 / 331 * 32,
+        "color": 8 / 9 * 0.9,
+        "posterize": 4,
+        "rotate": 8 / 9 * 30,
+    }
+    for name, strength in expected.items():
+        assert operations[name].strengths[8] == pytest.approx(strength), name
+    solarize = operations["solarize"]
+    assert solarize.neutral + solarize.strengths[2] == pytest.approx(256 * 7 / 9)
+    assert [operations["posterize"].strengths[i] for i in range(10)] == [
+        8,
+        8,
+        7,
+        7,
+        6,
+        6,
+        5,
+        5,
+        4,
+        4,
+    ]
+
+
+def test_normalizes_by_channel() -> None:
+    images = tf.constant([[[[0, 51, 255]]]], tf.uint8)
+    output = normalize(images, (0.5, 0.2, 0.0), (0.25, 0.5, 2.0)).numpy()
+    np.testing.assert_allclose(output[0, 0, 0], [-2.0, 0.0, 0.5], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "randaugment"}, "one of none, autoaugment_cifar; got 'randaugment'"),
+        ({"rotation": -1.0}, "rotation"),
+        ({"rotation": float("nan")}, "rotation"),
+        ({"crop_padding": -1}, "crop_padding"),
+        ({"cutout": 3}, "cutout must be even"),
+    ],
+)
+def test_refuses_what_is_not_valid(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AugmentSettings(**settings)
+
+
+def test_seeds_fold_in_their_step() -> None:
+    seeds = {tuple(fold_in(tf.constant([0, 0]), step).numpy()) for step in range(100)}
+    assert len(seeds) == 100
