@@ -31,10 +31,10 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
-                # A finished checkpoint holds every byte: nothing may refer to live buffers.
                 enable_async_checkpointing=True,
             ),
-            item_names=("state",),
+            # Named here, since without its handler Orbax cannot tell what a checkpoint holds.
+            item_handlers={"state": ocp.StandardCheckpointHandler()},
         )
 
     def __enter__(self) -> "Checkpoints":

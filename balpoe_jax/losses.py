@@ -109,7 +109,8 @@ def logit_adjusted_cross_entropy(
     logits, labels, log_prior = jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(log_prior)
     _check_shapes(logits, labels, log_prior)
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    bias = jnp.asarray(tau, dtype)[..., None] * _rank_as(log_prior.astype(dtype), logits)
+    taus = jnp.broadcast_to(jnp.asarray(tau, dtype), logits.shape[:-1])[..., None]
+    bias = taus * _rank_as(log_prior.astype(dtype), logits)
     log_probabilities = jax.nn.log_softmax(logits.astype(dtype) + bias)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         # Negative indices would count from the end: send them out of range, where fill is nan.

@@ -6,6 +6,7 @@
 same curves as events.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,21 @@ class MetricWriter:
         self._events.flush()
 
 
-def log_to_file(workdir: Path) -> logging.Handler:
-    """Repeats the package's log lines in `train.log`; returns the handler to remove."""
+@contextlib.contextmanager
+def log_to_file(workdir: Path) -> Iterator[None]:
+    """Repeats the package's log lines in `train.log`, whether or not the caller shows them."""
     handler = logging.FileHandler(workdir / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.getLogger("balpoe_jax").addHandler(handler)
-    return handler
+    package = logging.getLogger("balpoe_jax")
+    level = package.level
+    package.setLevel(min(level, logging.INFO) if level else logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -123,8 +123,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     variables = convert(state_dict)
     directory = record.open_workdir(workdir)
     _refuse_used(directory)
-    handler = record.log_to_file(directory)
-    try:
+    with record.log_to_file(directory):
         experiment = build(config)
         expected = experiment.abstract_state()
         check_against(variables, expected.variables)
@@ -133,9 +132,6 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
             checkpoints.save(_make_state(experiment, expected, variables, step))
         record.claim(directory, experiment.config, experiment.data_record())
         log.info("Imported %s as step %d of %s; evaluate with --mode=eval", path, step, directory)
-    finally:
-        logging.getLogger("balpoe_jax").removeHandler(handler)
-        handler.close()
 
 
 def define_flags() -> None:

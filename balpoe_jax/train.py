@@ -40,8 +40,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     check_config(config)
     path = record.open_workdir(workdir)
-    handler = record.log_to_file(path)
-    try:
+    with record.log_to_file(path):
         claimed = record.is_claimed(path)
         if claimed:
             record.check_claim(path, config.to_dict())
@@ -49,9 +48,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if not claimed:
             record.claim(path, experiment.config, experiment.data_record())
         return _train(experiment, path)
-    finally:
-        logging.getLogger("balpoe_jax").removeHandler(handler)
-        handler.close()
 
 
 def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
