@@ -159,7 +159,7 @@ def test_reading_more_often_is_the_same_run(finished: Path, tmp_path: Path) -> N
 def diverged(tmp_path_factory) -> Path:
     """A run whose loss is soon not finite, of taus with the mean 0.5."""
     workdir = tmp_path_factory.mktemp("diverged")
-    with pytest.raises(UserError, match=r"not finite at step [2-9] \(learning rate"):
+    with pytest.raises(UserError, match=r"not finite at step [3-6] \(learning rate"):
         train(diverging_config(), str(workdir))
     return workdir
 
@@ -169,8 +169,9 @@ def diverging_config():
         total_epochs=6,
         log_every_steps=5,
         loss__tau_max=1.0,
-        optim__learning_rate=1e18,
-        optim__warmup_epochs=4,
+        optim__warmup_epochs=0,
+        optim__boundaries=(1,),
+        optim__factor=1e20,  # after the first epoch, and its checkpoint
     )
 
 
@@ -178,7 +179,7 @@ def test_a_loss_that_is_not_finite_leaves_no_such_checkpoint(diverged: Path) -> 
     experiment = build(diverging_config())
     with Checkpoints(str(diverged / "checkpoints")) as checkpoints:
         state = checkpoints.restore_latest(experiment.abstract_state())
-    assert state is not None
+    assert int(state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert all(np.isfinite(row["loss"]) for row in rows(diverged))
 
