@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules and the optimizer: against the reference's numbers, and against a second derivation."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden import golden
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.optim import learning_rates, make_optimizer, rate_of_step
+
+RECIPES = {
+    "cifar_standard": (200, 0.1, "step", (160, 180), 0.1, 5),
+    "cifar_long": (400, 0.1, "step", (320, 360), 0.1, 10),
+    "imagenet_standard": (180, 0.025, "cosine"),
+    "custom_step": (40, 0.05, "step", (25, 33), 0.2, 3),
+    "custom_nowarm": (12, 0.1, "step", (6, 9), 0.1, 0),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_schedules_are_the_references(recipe: str) -> None:
+    expected = golden("schedules")[recipe]
+    np.testing.assert_allclose(learning_rates(*RECIPES[recipe]), expected, rtol=1e-12)
+
+
+def test_the_rate_is_constant_within_an_epoch() -> None:
+    rates = learning_rates(4, 1.0, boundaries=(2,), warmup_epochs=2)
+    schedule = rate_of_step(rates, steps_per_epoch=3)
+    steps = [float(schedule(jnp.asarray(step))) for step in range(15)]
+    expected = np.repeat([0.5, 1.0, 0.1, 0.1, 0.1], 3)  # the last one stays in force
+    np.testing.assert_allclose(steps, expected, rtol=1e-6)
+
+
+def test_warm_up_serves_the_cosine_too() -> None:
+    plain = learning_rates(10, 2.0, "cosine")
+    warm = learning_rates(10, 2.0, "cosine", warmup_epochs=4)
+    np.testing.assert_allclose(warm / plain, [0.25, 0.5, 0.75, *[1.0] * 7], rtol=1e-12)
+
+
+def test_sgd_is_pytorchs(x64) -> None:
+    """By hand: decay joins the gradient before momentum, on every parameter."""
+    rate, momentum, decay = 0.1, 0.9, 0.05
+    optimizer = make_optimizer(rate, momentum, True, decay)
+    random = np.random.default_rng(0)
+    params = {"kernel": random.normal(size=(3, 2)), "scale": random.normal(size=3)}
+    ours = {name: jnp.asarray(value) for name, value in params.items()}
+    state = optimizer.init(ours)
+    buffers = {name: np.zeros_like(value) for name, value in params.items()}
+    for _ in range(4):
+        grads = {name: random.normal(size=value.shape) for name, value in params.items()}
+        updates, state = optimizer.update(
+            {name: jnp.asarray(grad) for name, grad in grads.items()}, state, ours
+        )
+        ours = optax.apply_updates(ours, updates)
+        for name, grad in grads.items():
+            decayed = grad + decay * params[name]
+            buffers[name] = momentum * buffers[name] + decayed
+            params[name] = params[name] - rate * (decayed + momentum * buffers[name])
+    for name in params:
+        np.testing.assert_allclose(ours[name], params[name], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "linear"}, "Unknown schedule 'linear'; choose from step, cosine"),
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"base_lr": float("nan")}, "base_lr >= 0"),
+        ({"boundaries": (5, 3)}, "must increase"),
+    ],
+)
+def test_refuses_what_is_not_valid(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        learning_rates(**{"epochs": 10, "base_lr": 0.1, **options})
