@@ -55,7 +55,8 @@ class ExpertEnsemble(nn.Module):
         shared = self.trunk(images, train)
         axes = {"params": 0, "batch_stats": 0}
         # The two maps split keys differently: initialising with one makes a seed mean one network.
-        if self.expert_map == "vmap" or self.is_initializing():
+        # For one expert vmap is free, while the scan would keep a loop that is slow on a CPU.
+        if self.expert_map == "vmap" or self.num_experts == 1 or self.is_initializing():
             mapped = nn.vmap(
                 lambda expert: expert(shared, train),
                 variable_axes=axes,
