@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package's commands share: flags, logging, and errors as one sentence with exit code 2."""
+"""What the commands share: flags, logging, and errors as one sentence with exit code 2."""
 
 import logging
 import os

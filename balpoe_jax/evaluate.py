@@ -152,7 +152,7 @@ def score(
         `class_counts`, `test` and `experts` of `results.json`, fractions in [0, 1], nan where
         undefined.
     """
-    ensemble = np.mean(expert_logits, axis=0, dtype=np.float64)
+    ensemble = np.asarray(np.mean(expert_logits, axis=0, dtype=np.float64))
     options = (labels, class_counts, num_bins, thresholds)
     test = _score_logits(ensemble, *options)
     experts = [_score_logits(logits, *options) for logits in expert_logits]

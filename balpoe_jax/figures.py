@@ -17,7 +17,7 @@ from balpoe_jax.metrics import Calibration, ShotGroups
 
 # Stands for the page's text colour while matplotlib draws, and is replaced by `currentColor`.
 _INK = "#010203"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "balpoe_jax",  # element names that do not differ from run to run
     "font.family": "sans-serif",

@@ -35,6 +35,7 @@ class Parallel:
 
     @property
     def num_devices(self) -> int:
+        """Devices that share a batch."""
         return self.mesh.size
 
     @property
@@ -81,8 +82,8 @@ class Parallel:
             return jax.pmap(
                 step,
                 axis_name=AXIS_NAME,
-                in_axes=(None, 0),  # type: ignore[arg-type]
-                out_axes=None,  # type: ignore[arg-type]
+                in_axes=(None, 0),
+                out_axes=None,
                 donate_argnums=donated,
                 devices=list(self.mesh.devices.flat),
             )

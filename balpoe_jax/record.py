@@ -197,7 +197,8 @@ def _discard_rows_after(workdir: Path, step: int) -> None:
     path = workdir / METRICS
     if not path.exists():
         return
-    kept, dropped = [], []
+    kept: list[str] = []
+    dropped: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         (kept if _row_step(line) <= step else dropped).append(line)
     if dropped:

@@ -122,7 +122,8 @@ def make_eval_step(
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        logits = model.apply(variables, batch["images"], train=False).logits
+        outputs: Any = model.apply(variables, batch["images"], train=False)
+        logits = outputs.logits
         gather = partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
         return {
             "logits": gather(logits, axis=1),

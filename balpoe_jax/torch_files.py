@@ -133,7 +133,7 @@ def _load_weights_only(path: Path) -> Any:
             f"Reading {path} needs PyTorch 2.5 or newer, and {torch.__version__} is installed: "
             "pip install --upgrade torch."
         )
-    stand_ins = [_stand_in(name) for name in _INERT_GLOBALS]
+    stand_ins: list[Any] = [_stand_in(name) for name in _INERT_GLOBALS]
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         # Warnings of strange files come with an error too.
         warnings.simplefilter("ignore")

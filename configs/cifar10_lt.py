@@ -8,11 +8,14 @@ mixup=true|false, experts=E (0: the method's own number), backbone=resnet32|...,
 recipe's own, else its schedule scaled).
 """
 
+from ml_collections import ConfigDict
+
 from balpoe_jax import config as config_lib
 from balpoe_jax.models import MODELS
 
 
-def get_config(arguments: str | None = None):
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The experiment; `arguments` is what stands after the colon."""
     args = config_lib.parse_arguments(
         arguments,
         ir=(100, 50, 10),

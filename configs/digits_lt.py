@@ -8,10 +8,13 @@ Arguments: method=balpoe|balanced_softmax|cross_entropy, mixup=true|false, exper
 method's own number). Not in the paper; what we measured is in the README.
 """
 
+from ml_collections import ConfigDict
+
 from balpoe_jax import config as config_lib
 
 
-def get_config(arguments: str | None = None):
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The experiment; `arguments` is what stands after the colon."""
     args = config_lib.parse_arguments(
         arguments, method=tuple(config_lib.METHODS), mixup=True, experts=0
     )

@@ -43,7 +43,7 @@ def reference_state(
 
 
 def seeded_value(name: str, shape: Sequence[int]) -> np.ndarray:
-    """The value of one entry: drawn in float64 from a generator seeded by the name, then float32."""
+    """The value of one entry: drawn in float64 by a generator seeded by its name, then float32."""
     leaf = name.rsplit(".", 1)[1]
     if leaf == "num_batches_tracked":
         return np.zeros((), np.int64)

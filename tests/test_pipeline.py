@@ -37,7 +37,10 @@ def make_settings(**changes) -> TrainSettings:
     return TrainSettings(**{**fields, **changes})
 
 
-def collect(first: int, last: int, host: Host = Host(), **changes) -> list[dict[str, np.ndarray]]:
+ONE_HOST = Host()
+
+
+def collect(first: int, last: int, host: Host = ONE_HOST, **changes) -> list[dict[str, np.ndarray]]:
     return list(train_batches(make_source(), make_settings(**changes), first, last, host))
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_config import get_config
 
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
-
-from test_config import get_config
 
 STEPS_PER_EPOCH = 2
 

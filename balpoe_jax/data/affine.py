@@ -6,6 +6,7 @@ A matrix `(a, b, c, d, e, f)` maps the centre of an output pixel to a point of t
 """
 
 import math
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -68,8 +69,8 @@ def sample_bicubic(images: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     def pixel(row: tf.Tensor, column: tf.Tensor) -> tf.Tensor:
         return tf.cast(gather_pixels(images, row, column, tf.constant(True), 0), tf.float64)
 
-    lines = [_cubic(*(pixel(row, column) for column in lefts), across) for row in tops]
-    values = tf.cast(tf.clip_by_value(_cubic(*lines, down), 0, 255), tf.uint8)
+    lines = [_cubic([pixel(row, column) for column in lefts], across) for row in tops]
+    values = tf.cast(tf.clip_by_value(_cubic(lines, down), 0, 255), tf.uint8)
     return tf.where(inside[..., None], values, tf.constant(GREY, tf.uint8))
 
 
@@ -85,8 +86,12 @@ def _fixed_point_line(
     return tf.bitwise.right_shift(start + by_column * x + by_row * y, _FRACTION_BITS)
 
 
-def _cubic(v0: tf.Tensor, v1: tf.Tensor, v2: tf.Tensor, v3: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-    """Cubic convolution with a = -1 at `t` in [0, 1) between `v1` and `v2`, in Horner's form."""
+def _cubic(values: Sequence[tf.Tensor], t: tf.Tensor) -> tf.Tensor:
+    """Cubic convolution (a = -1) of four values at `t` in [0, 1) between the middle two.
+
+    In Horner's form, which rounds as Pillow does.
+    """
+    v0, v1, v2, v3 = values
     return v1 + t * (v2 - v0 + t * (2 * (v0 - v1) + v2 - v3 + t * (v1 - v0 - v2 + v3)))
 
 

@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,7 @@ class LongTailed:
 
     @property
     def num_classes(self) -> int:
+        """Classes of the data set, whether or not they have examples."""
         return len(self.class_counts)
 
 
@@ -146,7 +148,7 @@ def _load_cifar(name: str) -> Callable[[str], tuple[ArraySource, ArraySource]]:
     return load_splits
 
 
-def _prepared_builder(name: str, data_dir: str):
+def _prepared_builder(name: str, data_dir: str) -> Any:
     """The TFDS builder of a data set that is on disk; downloads only into TFDS's own folder."""
     import tensorflow_datasets as tfds
 
@@ -172,7 +174,7 @@ def _prepared_builder(name: str, data_dir: str):
     return builder
 
 
-def _read_cifar(builder, split: str) -> ArraySource:
+def _read_cifar(builder: Any, split: str) -> ArraySource:
     """A whole split in memory, in the order of the original archive.
 
     TFDS shuffles its records, but an `id` such as "train_00042" tells the original position, on

@@ -6,7 +6,8 @@ or threads makes the same global batches.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -73,7 +74,7 @@ def train_batches(
     settings: TrainSettings,
     first_step: int,
     last_step: int,
-    host: Host = Host(),  # noqa: B008 (frozen)
+    host: Host = Host(),
 ) -> Iterator[Arrays]:
     """The batches of steps `first_step` to `last_step - 1`.
 
@@ -118,7 +119,7 @@ def eval_batches(
     batch_size: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    host: Host = Host(),  # noqa: B008 (frozen)
+    host: Host = Host(),
 ) -> Iterator[Arrays]:
     """Every example once, in order; the last batch is padded.
 
@@ -164,7 +165,9 @@ def _epoch_order(
     return epochs.flat_map(steps_of_epoch)
 
 
-def _iterate(dataset: tf.data.Dataset, make_batch, threads: int) -> Iterator[Arrays]:
+def _iterate(
+    dataset: tf.data.Dataset, make_batch: Callable[..., Any], threads: int
+) -> Iterator[Arrays]:
     options = tf.data.Options()
     options.deterministic = True
     if threads:

@@ -41,7 +41,7 @@ class ArraySource:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(H, W, 3)`."""
-        return self.images.shape[1:]  # type: ignore[return-value]
+        return self.images.shape[1:]
 
     def select(self, indices: npt.NDArray[np.int64]) -> "ArraySource":
         """The examples at `indices`, in that order."""

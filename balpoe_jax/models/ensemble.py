@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An ensemble of experts on a shared trunk, as one module with stacked expert parameters."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -28,6 +28,7 @@ class Expert(nn.Module):
     head: nn.Module
 
     def __call__(self, shared: jax.Array, train: bool) -> Outputs:
+        """The trunk's output -> logits `[B, C]` and features `[B, D]`."""
         features = self.body(shared, train)
         return Outputs(self.head(features), features)
 
@@ -53,7 +54,7 @@ class ExpertEnsemble(nn.Module):
             train: use and update batch statistics (apply with `mutable=["batch_stats"]`).
         """
         shared = self.trunk(images, train)
-        axes = {"params": 0, "batch_stats": 0}
+        axes: Any = {"params": 0, "batch_stats": 0}
         # The two maps split keys differently: initialising with one makes a seed mean one network.
         # For one expert vmap is free, while the scan would keep a loop that is slow on a CPU.
         if self.expert_map == "vmap" or self.num_experts == 1 or self.is_initializing():

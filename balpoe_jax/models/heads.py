@@ -53,7 +53,9 @@ class LinearHead(nn.Module):
         """float `[B, D]` -> `[B, C]`."""
         bound = features.shape[-1] ** -0.5
 
-        def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
+        def bias_init(
+            key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+        ) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         return nn.Dense(

@@ -43,6 +43,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, in]` -> `[B, H / stride, W / stride, width]`."""
         norm = partial(
             BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
         )
@@ -69,6 +70,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, in]` -> `[B, H / stride, W / stride, width]`."""
         for i in range(self.num_blocks):
             stride = self.stride if i == 0 else 1
             x = BasicBlock(self.width, stride, self.axis_name, self.dtype, name=f"block{i}")(
@@ -86,6 +88,7 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, 3]` -> `[B, H, W, 16]`; `train` uses and updates batch statistics."""
         x = Conv3x3(TRUNK_WIDTH, dtype=self.dtype, name="conv1")(images)
         norm = BatchNorm(
             use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype, name="bn1"
@@ -106,6 +109,7 @@ class ExpertBody(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics."""
         for i, (blocks, width) in enumerate(zip(self.num_blocks, self.widths, strict=True)):
             x = Stage(width, blocks, 2, self.axis_name, self.dtype, name=f"layer{i + 2}")(x, train)
         return jnp.mean(x, axis=(1, 2))

@@ -1,0 +1,45 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Makes a virtual environment with what a requirements file names: setup.sh PYTHON VENV FILE
+set -eu
+
+python=$1
+venv=$2
+requirements=$3
+
+fail() {
+    echo "Error: $*" >&2
+    exit 2
+}
+
+supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+if ! command -v "$python" > /dev/null 2>&1; then
+    fail "there is no $python here; install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=..."
+fi
+if ! "$python" -c "$supported"; then
+    found=$("$python" -c 'import platform; print(platform.python_version())' 2> /dev/null || echo '?')
+    # The default may be old while a newer one is installed beside it.
+    for other in python3.13 python3.12 python3.11; do
+        if command -v "$other" > /dev/null 2>&1 && "$other" -c "$supported" 2> /dev/null; then
+            echo "$python is version $found; using $other instead."
+            python=$other
+            break
+        fi
+    done
+    "$python" -c "$supported" || fail "Python 3.11, 3.12 or 3.13 is needed, and $python is version" \
+        "$found; install one and name it: make PYTHON=python3.12"
+fi
+
+if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c "$supported" 2> /dev/null; then
+    rm -rf "$venv"
+    "$python" -m venv "$venv" 2> /dev/null || {
+        rm -rf "$venv"
+        fail "$python cannot make a virtual environment; install its venv module (on Debian and" \
+            "Ubuntu: apt-get install python3-venv)."
+    }
+fi
+
+echo "Installing $requirements into $venv (once; a few minutes)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$requirements" ||
+    fail "the packages of $requirements could not be installed (see above); is the package index" \
+        "reachable, or behind a proxy (HTTPS_PROXY, PIP_INDEX_URL)?"
