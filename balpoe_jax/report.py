@@ -5,6 +5,7 @@ Everything is read from the plain files of the workdir, so a report can be writt
 time. The page stands alone: no scripts, no other files, no network.
 """
 
+import contextlib
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -273,17 +274,25 @@ def _predictions(path: Path) -> tuple[Any, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None when there is no readable one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def _read_rows(path: Path) -> Sequence[dict[str, Any]]:
+    """The rows of a file of one object a line, without those that an interruption tore."""
+    rows = []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
         return []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _number(value: float | None) -> float:

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table and the page: what they say, what they need, and that they stand alone."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.evaluate import score
+from balpoe_jax.record import plain
+from balpoe_jax.report import result_table, write_report
+
+COUNTS = np.array([300, 120, 50, 8])
+VOID = {"meta", "br"}
+
+
+def make_run(workdir: Path, num_experts: int = 3, name: str = "digits") -> dict:
+    """The files of a run, with predictions that are drawn."""
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 25).astype(np.int32)
+    logits = random.normal(size=(num_experts, 100, 4)).astype(np.float32)
+    logits[:, np.arange(100), labels] += 2
+    taus = tuple(np.linspace(0, 2, num_experts))
+    results = plain(
+        {"step": 20, "epoch": 2, "num_parameters": 1234, **score(logits, labels, COUNTS, taus)}
+    )
+    config = {
+        "data": {"name": name, "imbalance_ratio": 40.0, "shot_thresholds": [20, 100]},
+        "model": {"name": "resnet8"},
+        "mixup": {"alpha": 0.4},
+        "optim": {"learning_rate": 0.1, "schedule": "step", "weight_decay": 5e-4},
+        "eval": {"num_bins": 15},
+        "total_epochs": 2,
+        "batch_size": 10,
+        "seed": 1,
+    }
+    environment = {"versions": {"jax": "1.2.3"}, "command": ["main.py", "--config=a&b"]}
+    rows = [
+        {"step": step, "epoch": step / 10, "loss": 2 - step / 20, "learning_rate": 0.1}
+        | {"expert_losses": [2 - step / 20] * num_experts}
+        for step in (5, 10, 15, 20)
+    ]
+    test = {f"test_{key}": results["test"][key] for key in ("top1", "many", "medium", "few")}
+    rows.append({"step": 20, "epoch": 2.0, **test})
+    workdir.mkdir(exist_ok=True)
+    (workdir / "predictions").mkdir()
+    np.save(workdir / "predictions" / "expert_logits.npy", logits)
+    np.save(workdir / "predictions" / "labels.npy", labels)
+    (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "config.json").write_text(
+        json.dumps({"config": config, "data": {}, "environment": environment})
+    )
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return results
+
+
+class Balanced(HTMLParser):
+    """Fails on an element that is not closed in its place; collects text and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.attributes: list[tuple[str, str, str | None]] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+def parse(page: Path) -> Balanced:
+    parser = Balanced()
+    parser.feed(page.read_text())
+    assert not parser.open
+    return parser
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 7])
+def test_the_table_has_a_row_for_each_expert_and_the_ensemble(
+    tmp_path: Path, num_experts: int
+) -> None:
+    results = make_run(tmp_path / "run", num_experts)
+    lines = result_table(results).splitlines()
+    assert len(lines) == 1 + num_experts + 1
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[0].split() == ["tau", "all", "many", "medium", "few", "ECE", "MCE"]
+    cells = lines[-1].split()
+    expected = [results["test"][key] for key in ("top1", "many", "medium", "few", "ece", "mce")]
+    assert cells == ["ensemble", *(f"{100 * value:.1f}" for value in expected)]
+    assert lines[1].split()[:3] == ["expert", "1", f"{results['experts'][0]['tau']:.4g}"]
+
+
+def test_what_is_undefined_is_a_dash(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    results["test"]["few"] = None
+    assert result_table(results).splitlines()[-1].split()[4] == "-"
+
+
+def test_the_page_stands_alone_and_says_what_the_results_say(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    page = write_report(str(tmp_path / "run"))
+    assert page == tmp_path / "run" / "report" / "index.html"
+    parsed = parse(page)
+    references = [value for _, name, value in parsed.attributes if name in ("src", "href")]
+    assert not [value for value in references if not str(value).startswith("#")]
+    assert "<script" not in page.read_text()
+    for key in ("top1", "few", "ece"):
+        assert f"{100 * results['test'][key]:.1f}" in parsed.text
+    assert "main.py --config=a&b" in parsed.text
+    described = [value for tag, name, value in parsed.attributes if name == "aria-label"]
+    assert len(described) == page.read_text().count("<svg") == 3
+    assert f"ensemble {100 * results['test']['ece']:.1f}%" in described[0]
+
+
+def test_figures_are_well_formed_and_their_names_do_not_clash(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", num_experts=7)
+    text = write_report(str(tmp_path / "run")).read_text()
+    figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    for figure in figures:
+        ElementTree.fromstring(figure)
+    names = re.findall(r'\bid="([^"]+)"', text)
+    assert len(names) == len(set(names))
+    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used <= set(names)
+    assert "#010203" not in text  # the page's own colour took its place
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    first = write_report(str(tmp_path / "run")).read_bytes()
+    assert write_report(str(tmp_path / "run")).read_bytes() == first
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", name='<b>"x"</b>')
+    page = write_report(str(tmp_path / "run"))
+    assert "<b>" not in page.read_text()
+    assert '<b>"x"</b>, resnet8' in parse(page).text
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("metrics.jsonl", "no training metrics"),
+        ("config.json", "no config.json"),
+        ("predictions/labels.npy", "no predictions"),
+    ],
+)
+def test_a_missing_file_leaves_its_part_out(tmp_path: Path, missing: str, sentence: str) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / missing).unlink()
+    assert sentence in parse(write_report(str(tmp_path / "run"))).text
+
+
+def test_a_torn_last_row_does_not_lose_the_curves(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "lo')
+    assert "no training metrics" not in parse(write_report(str(tmp_path / "run"))).text
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_results_are_needed(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"no readable results\.json"):
+        write_report(str(tmp_path))
