@@ -27,7 +27,7 @@ from balpoe_jax.torch_files import load_checkpoint, load_state_dict
 
 __all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("balpoe_jax.torch_import")  # also when it runs as a command
 
 # Our module's path -> the reference's name, where {expert} is empty if there is only one expert.
 _MODULES = (

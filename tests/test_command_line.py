@@ -34,7 +34,7 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
         (
             ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
-            "Unknown config field config.data.nme; config.data has name, data_dir",
+            "Unknown config field config.data.nme; config.data has check_counts, data_dir",
         ),
         (
             ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],
