@@ -16,13 +16,13 @@ from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
 
-STEPS_PER_EPOCH = 2
+STEPS_PER_EPOCH = 3
 
 
-def tiny_config(total_epochs: int = 3, **changes):
-    """ResNet-8 on 413 digits, two steps an epoch."""
+def tiny_config(total_epochs: int = 2, **changes):
+    """ResNet-8 on 413 digits, three steps an epoch."""
     config = get_config("digits_lt")
-    config.batch_size = 208
+    config.batch_size = 140
     config.total_epochs = total_epochs
     config.log_every_steps = 1
     config.checkpoint.every_epochs = 1
@@ -58,7 +58,7 @@ def interrupt(finished: Path, workdir: Path, epoch: int) -> None:
     (workdir / "results.json").unlink()
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     finished: Path, tmp_path: Path, epoch: int
 ) -> None:
@@ -102,7 +102,7 @@ def test_results_have_the_schema_of_the_contract(finished: Path) -> None:
     scores = {"top1", "many", "medium", "few", "ece", "mce"}
     assert set(results["test"]) == scores | {"balanced", "nll"}
     assert [set(expert) for expert in results["experts"]] == [scores | {"tau"}] * 3
-    assert (results["step"], results["epoch"]) == (6, 3)
+    assert (results["step"], results["epoch"]) == (6, 2)
     assert [expert["tau"] for expert in results["experts"]] == [0, 1, 2]
 
 
@@ -158,14 +158,14 @@ def test_reading_more_often_is_the_same_run(finished: Path, tmp_path: Path) -> N
 def diverged(tmp_path_factory) -> Path:
     """A run whose loss is soon not finite, of taus with the mean 0.5."""
     workdir = tmp_path_factory.mktemp("diverged")
-    with pytest.raises(UserError, match=r"not finite at step [3-6] \(learning rate"):
+    with pytest.raises(UserError, match=r"not finite at step [4-9] \(learning rate"):
         train(diverging_config(), str(workdir))
     return workdir
 
 
 def diverging_config():
     return tiny_config(
-        total_epochs=6,
+        total_epochs=4,
         log_every_steps=5,
         loss__tau_max=1.0,
         optim__warmup_epochs=0,
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_leaves_no_such_checkpoint(diverged: Path) -> 
     experiment = build(diverging_config())
     with Checkpoints(str(diverged / "checkpoints")) as checkpoints:
         state = checkpoints.restore_latest(experiment.abstract_state())
-    assert int(state.step) == 2
+    assert int(state.step) == 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert all(np.isfinite(row["loss"]) for row in rows(diverged))
 
