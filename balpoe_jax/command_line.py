@@ -33,6 +33,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
             _fail(str(error))
 
     define_flags()
+    for name in ("config", "workdir"):  # --help lists what belongs to the command's own module
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(guarded, flags_parser=_parse_flags)
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import equidistant_taus
+from balpoe_jax.models import MODELS
 
 # What each method trains: the number of experts, and taus as its two ends.
 METHODS = {
@@ -106,6 +107,37 @@ def default_config() -> ConfigDict:
     config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
     config.eval = ConfigDict({"batch_size": 500, "num_bins": 15, "every_epochs": 0})
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
+    return config
+
+
+def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> ConfigDict:
+    """The experiment on a long-tailed CIFAR that a config file's arguments ask for.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        mixup_alpha: of the data set's recipes.
+        arguments: ir, recipe, method, mixup, experts, backbone, epochs; see `configs/`.
+
+    Raises:
+        UserError (a `ValueError`): an argument that is not valid.
+    """
+    args = parse_arguments(
+        arguments,
+        ir=(100, 50, 10),
+        recipe=tuple(CIFAR_RECIPES),
+        method=tuple(METHODS),
+        mixup=True,
+        experts=0,
+        backbone=("resnet32", *(model for model in MODELS if model != "resnet32")),
+        epochs=0,
+    )
+    config = default_config()
+    config.data.name = name
+    config.data.imbalance_ratio = float(args.ir)
+    config.model.name = args.backbone
+    config.mixup.alpha = mixup_alpha
+    set_cifar_recipe(config, args.recipe, args.epochs)
+    set_method(config, args.method, args.experts, args.mixup)
     return config
 
 

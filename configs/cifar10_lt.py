@@ -14,27 +14,9 @@ recipe for this data set; ours does, and --config.augment.policy=none gives the 
 
 from ml_collections import ConfigDict
 
-from balpoe_jax import config as config_lib
-from balpoe_jax.models import MODELS
+from balpoe_jax.config import cifar_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The experiment; `arguments` is what stands after the colon."""
-    args = config_lib.parse_arguments(
-        arguments,
-        ir=(100, 50, 10),
-        recipe=tuple(config_lib.CIFAR_RECIPES),
-        method=tuple(config_lib.METHODS),
-        mixup=True,
-        experts=0,
-        backbone=("resnet32", *(name for name in MODELS if name != "resnet32")),
-        epochs=0,
-    )
-    config = config_lib.default_config()
-    config.data.name = "cifar10"
-    config.data.imbalance_ratio = float(args.ir)
-    config.model.name = args.backbone
-    config.mixup.alpha = 0.8
-    config_lib.set_cifar_recipe(config, args.recipe, args.epochs)
-    config_lib.set_method(config, args.method, args.experts, args.mixup)
-    return config
+    return cifar_config("cifar10", mixup_alpha=0.8, arguments=arguments)

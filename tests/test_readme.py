@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README shows runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_library_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["logits"].shape == (8, 4)
+    assert np.isfinite(names["loss"])
