@@ -74,7 +74,7 @@ def class_accuracies(
         expert_groups: name of each expert and its mean accuracy in each group.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
         axis = figure.subplots()
         for name, members in groups._asdict().items():
             axis.scatter(
@@ -115,8 +115,8 @@ def training_curves(
         expert_names: for the legend.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8, 2.7), layout="constrained")
-        losses, rates, tests = figure.subplots(1, 3)
+        figure = Figure(figsize=(10.5, 2.7), layout="constrained")
+        losses, rates, tests = figure.subplots(1, 3, sharex=True)
         epochs = [row["epoch"] for row in train_rows]
         by_expert = np.array([row["expert_losses"] for row in train_rows], float)
         for name, values, color in zip(

@@ -21,7 +21,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config = config_lib.default_config()
     config.total_epochs = 120
     config.batch_size = 32
-    config.log_every_steps = 130
+    config.log_every_steps = 65
     config.data.name = "digits"
     config.data.imbalance_ratio = 26.0
     # Classes are small here: many is above 60 images, instead of the field's 100.
