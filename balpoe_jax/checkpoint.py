@@ -19,18 +19,21 @@ class Checkpoints:
     """The checkpoints of one run, in one folder, named by step.
 
     Args:
-        directory: absolute path; created when missing.
+        directory: absolute path; created when missing, unless it is only read.
         keep: how many of the latest to keep.
+        read_only: leave everything there as it is, such as what a running training is writing.
     """
 
-    def __init__(self, directory: str, keep: int = 2) -> None:
+    def __init__(self, directory: str, keep: int = 2, read_only: bool = False) -> None:
         logging.getLogger("absl").setLevel(logging.WARNING)
         self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
                 enable_async_checkpointing=True,
             ),
             # Named here, since without its handler Orbax cannot tell what a checkpoint holds.

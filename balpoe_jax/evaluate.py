@@ -41,7 +41,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     record.check_claim(path, config.to_dict())
     path = record.open_workdir(workdir)
     experiment = build(config)
-    with Checkpoints(str(path / "checkpoints")) as checkpoints:
+    with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
         state = checkpoints.restore_latest(experiment.abstract_state())
     if state is None:
         raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")

@@ -134,6 +134,16 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
         assert after["test"][name] == pytest.approx(value, abs=1e-6)
 
 
+def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> None:
+    """A training may be writing one at that moment, and keeps as many as its config says."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+    before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    evaluate(tiny_config(checkpoint__keep=1), str(workdir))
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
+
+
 def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
