@@ -33,7 +33,7 @@ _STYLE: Any = {
     "ytick.color": _INK,
     "legend.frameon": False,
 }
-_ENSEMBLE, _GAP = "#2b7bba", "#d1495b"
+_ENSEMBLE, _OVER, _UNDER = "#2b7bba", "#e59aa5", "#17496f"
 _GROUP_COLORS = {"many": "#2b7bba", "medium": "#e08e0b", "few": "#c2185b"}
 _PANELS_A_ROW = 4
 
@@ -56,6 +56,8 @@ def reliability_diagrams(panels: Mapping[str, Calibration]) -> str:
             row, column = divmod(i, columns)
             _draw_reliability(axes[2 * row, column], title, calibration, labelled=column == 0)
             _draw_fractions(axes[2 * row + 1, column], calibration, labelled=column == 0)
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(4, 2 * columns))
         return _svg(figure, "reliability")
 
 
@@ -125,7 +127,9 @@ def training_curves(
             losses.plot(epochs, values, color=color, linewidth=1.2, label=name)
         losses.set(title="training loss", xlabel="epoch", ylim=(0, None))
         losses.legend()
-        rates.step(epochs, [row["learning_rate"] for row in train_rows], where="pre", color=_GAP)
+        rates.step(
+            epochs, [row["learning_rate"] for row in train_rows], where="pre", color=_ENSEMBLE
+        )
         rates.set(title="learning rate", xlabel="epoch", ylim=(0, None))
         for name, color in {"top1": _INK, **_GROUP_COLORS}.items():
             values = np.array([row[f"test_{name}"] for row in test_rows], float)
@@ -152,15 +156,11 @@ def _draw_reliability(axis: Axes, title: str, calibration: Calibration, labelled
     accuracy, confidence = calibration.bin_accuracy[filled], calibration.bin_confidence[filled]
     axis.set_axis_on()
     axis.bar(centers[filled], accuracy, 0.92 / num_bins, color=_ENSEMBLE, label="accuracy")
-    axis.bar(
-        centers[filled],
-        confidence - accuracy,
-        0.92 / num_bins,
-        bottom=accuracy,
-        color=_GAP,
-        alpha=0.45,
-        label="gap to confidence",
-    )
+    for label, color, gap in (
+        ("over-confidence", _OVER, np.maximum(confidence - accuracy, 0)),
+        ("under-confidence", _UNDER, np.minimum(confidence - accuracy, 0)),
+    ):
+        axis.bar(centers[filled], gap, 0.92 / num_bins, bottom=accuracy, color=color, label=label)
     axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle="--", label="calibrated")
     axis.set(
         title=f"{title}\nECE {100 * calibration.ece:.1f}%, MCE {100 * calibration.mce:.1f}%",
@@ -170,7 +170,6 @@ def _draw_reliability(axis: Axes, title: str, calibration: Calibration, labelled
     axis.set_xticks([0, 0.5, 1], labels=[])
     if labelled:
         axis.set_ylabel("accuracy")
-        axis.legend(loc="upper left", fontsize=7, handlelength=1)
 
 
 def _draw_fractions(axis: Axes, calibration: Calibration, labelled: bool) -> None:

@@ -164,8 +164,8 @@ def _calibration_html(path: Path, results: Mapping[str, Any], run: Mapping[str, 
     return _figure(
         figures.reliability_diagrams(panels),
         f"Reliability diagrams. Expected calibration error: {described}.",
-        "Accuracy of the examples in each bin of confidence. A bar below the dashed line is "
-        "over-confidence. Beneath, how the examples spread over the bins.",
+        "Accuracy of the examples in each bin of confidence, and how far their mean confidence is "
+        "above (over-confidence) or below it. Beneath, how the examples spread over the bins.",
     )
 
 
