@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets: what is kept, in which order, and which ones are refused. CIFAR is generated here."""
+
+import logging
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_config import get_config
+
+from balpoe_jax.data import datasets, long_tail
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import build
+
+PER_CLASS = {"train": 500, "test": 100}
+
+
+class Builder:
+    """A prepared CIFAR-100 as TFDS gives it: PNG files, in an order that is not the archive's.
+
+    The image at a position of the archive has that position in its pixels.
+    """
+
+    def __init__(self, per_class: dict[str, int], top_label: int = 99) -> None:
+        self.labels = {}
+        for split, count in per_class.items():
+            labels = np.random.default_rng(3).permutation(np.repeat(np.arange(100), count))
+            self.labels[split] = np.minimum(labels, top_label)
+
+    def as_dataset(self, split: str, shuffle_files: bool, decoders: dict) -> tf.data.Dataset:
+        labels = self.labels[split]
+        order = np.random.default_rng(4).permutation(len(labels))
+        ids = [f"{split}_{position:05d}" for position in order]
+        dataset = tf.data.Dataset.from_tensor_slices((ids, labels[order], order.astype(np.int32)))
+
+        def record(name: tf.Tensor, label: tf.Tensor, position: tf.Tensor) -> dict[str, tf.Tensor]:
+            pixel = tf.stack([position % 256, position // 256, tf.zeros_like(position)])
+            image = tf.broadcast_to(tf.cast(pixel, tf.uint8), [2, 2, 3])
+            return {"id": name, "label": label, "image": tf.io.encode_png(image)}
+
+        return dataset.map(record)
+
+
+def use(monkeypatch, builder: Builder) -> Builder:
+    monkeypatch.setattr(datasets, "_prepared_builder", lambda name, data_dir: builder)
+    return builder
+
+
+def test_cifar_keeps_the_images_that_the_archives_order_selects(monkeypatch) -> None:
+    builder = use(monkeypatch, Builder(PER_CLASS))
+    data = datasets.load("cifar100", 100.0)
+    labels = builder.labels["train"]
+    counts = long_tail.exponential_counts(100, 500, 100)
+    expected = long_tail.select_indices(labels, counts)
+    pixels = data.train.images[:, 0, 0].astype(int)
+    np.testing.assert_array_equal(pixels[:, 0] + 256 * pixels[:, 1], expected)
+    np.testing.assert_array_equal(data.train.labels, labels[expected])
+    np.testing.assert_array_equal(data.class_counts, counts)
+    assert data.counts_as_published
+    np.testing.assert_array_equal(data.test.labels, builder.labels["test"])
+
+
+def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None:
+    use(monkeypatch, Builder({"train": 40, "test": 10}))
+    with pytest.raises(UserError, match=r"should have 500 training and 100 test .* has 40 to 40"):
+        datasets.load("cifar100", 10.0)
+    data = datasets.load("cifar100", 10.0, check_counts=False)
+    assert not data.counts_as_published
+    np.testing.assert_array_equal(data.class_counts, long_tail.exponential_counts(100, 40, 10))
+
+
+def test_unchecked_counts_are_announced_and_recorded(monkeypatch, caplog) -> None:
+    use(monkeypatch, Builder({"train": 40, "test": 10}))
+    config = get_config("cifar100_lt", "ir=10,backbone=resnet8")
+    config.data.check_counts = False
+    with caplog.at_level(logging.INFO, logger="balpoe_jax"):
+        experiment = build(config)
+    lines = [message for message in caplog.messages if "not checked" in message]
+    assert lines == [
+        "Class counts are not checked (data.check_counts=False): they are not as published"
+    ]
+    recorded = experiment.data_record()
+    assert (recorded["check_counts"], recorded["counts_as_published"]) == (False, False)
+
+
+def test_an_empty_class_is_refused(monkeypatch) -> None:
+    use(monkeypatch, Builder({"train": 40, "test": 10}, top_label=98))
+    with pytest.raises(UserError, match=r"Class 99 of cifar100 would have no training image"):
+        datasets.load("cifar100", 10.0, check_counts=False)
+
+
+def test_a_label_out_of_range_is_refused(monkeypatch) -> None:
+    builder = use(monkeypatch, Builder(PER_CLASS))
+    builder.labels["train"][7] = 100
+    with pytest.raises(UserError, match=r"Labels must lie in 0..99, but 1 do not"):
+        datasets.load("cifar100", 10.0)
+
+
+def test_digits_are_long_tailed_for_training_and_balanced_for_test() -> None:
+    data = datasets.load("digits", 26.0)
+    np.testing.assert_array_equal(data.class_counts, [130, 90, 63, 43, 30, 21, 14, 10, 7, 5])
+    np.testing.assert_array_equal(np.bincount(data.test.labels), [40] * 10)
+    assert not set(data.train.keys) & set(data.test.keys)
+    assert data.train.image_shape == (8, 8, 3)
+    assert data.train.images.max() == 255
+
+
+def test_an_unknown_set_is_refused() -> None:
+    with pytest.raises(UserError, match="choose from digits, cifar10, cifar100"):
+        datasets.load("mnist", 10.0)
