@@ -53,14 +53,13 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Starts writing `state` under its step, unless a checkpoint of that step is there.
 
-        The state may be donated to the next step at once: it is copied before this returns.
+        The state may be donated to the next step at once: Orbax has fetched it from an accelerator
+        before this returns, and a CPU's memory is not overwritten while the writer looks at it.
         """
         step = int(state.step)
         if step == self.latest_step():
             return
-        # On a CPU the writer would otherwise read the very buffers that the next step overwrites.
-        snapshot = jax.tree.map(lambda x: x.copy(), state)
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(snapshot)))
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint, in the shapes, dtypes and placement of `like`.

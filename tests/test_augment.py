@@ -129,6 +129,29 @@ def test_every_rule_runs_as_often_and_as_strongly_as_it_says(monkeypatch) -> Non
     np.testing.assert_allclose(np.unique(rotations), [2 * 30 / 9], atol=1e-5)  # never negative
 
 
+# The policy as it is published: operation, probability in tenths, magnitude index.
+PUBLISHED = """
+invert 1 7 contrast 2 6; rotate 7 2 translate_x 3 9; sharpness 8 1 sharpness 9 3;
+shear_y 5 8 translate_y 7 9; autocontrast 5 8 equalize 9 2; shear_y 2 7 posterize 3 7;
+color 4 3 brightness 6 7; sharpness 3 9 brightness 7 9; equalize 6 5 equalize 5 1;
+contrast 6 7 sharpness 6 5; color 7 7 translate_x 5 8; equalize 3 7 autocontrast 4 8;
+translate_y 4 3 sharpness 2 6; brightness 9 6 color 2 8; solarize 5 2 invert 0 3;
+equalize 2 0 autocontrast 6 0; equalize 2 8 equalize 6 4; color 9 9 equalize 6 6;
+autocontrast 8 4 solarize 2 8; brightness 1 3 color 7 0; solarize 4 5 autocontrast 9 3;
+translate_y 9 9 translate_y 7 9; autocontrast 9 2 solarize 8 3; equalize 8 8 invert 1 3;
+translate_y 7 9 autocontrast 9 1
+"""
+
+
+def test_the_policy_is_the_published_one() -> None:
+    pairs = []
+    for text in PUBLISHED.split(";"):
+        words = text.split()
+        rules = [words[:3], words[3:]]
+        pairs.append(tuple((name, int(tenths) / 10, int(index)) for name, tenths, index in rules))
+    assert tuple(pairs) == policies.AUTOAUGMENT_CIFAR
+
+
 def test_every_pair_is_equally_likely() -> None:
     chosen = source(50_000).uniform("pair", 0, 25, tf.int32).numpy()
     assert len(policies.AUTOAUGMENT_CIFAR) == 25

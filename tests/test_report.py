@@ -133,6 +133,7 @@ def test_figures_are_well_formed_and_their_names_do_not_clash(tmp_path: Path) ->
     figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
     for figure in figures:
         ElementTree.fromstring(figure)
+        assert "#ffffff" not in figure  # no ground of its own on a dark page
     names = re.findall(r'\bid="([^"]+)"', text)
     assert len(names) == len(set(names))
     used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))

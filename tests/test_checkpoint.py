@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints by themselves: what is saved is what was there, kept as asked, read as a tree."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balpoe_jax.checkpoint import Checkpoints
+from balpoe_jax.errors import UserError
+from balpoe_jax.state import TrainState
+
+
+def make_state(step: int, size: int = 8) -> TrainState:
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params={"kernel": jnp.full((size,), float(step))},
+        batch_stats={"mean": jnp.zeros(3)},
+        opt_state=({"trace": jnp.ones(size)},),
+    )
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def test_a_state_that_the_next_step_overwrites_is_saved_as_it_was(tmp_path: Path) -> None:
+    """The write goes on in the background while the donated memory is used again."""
+    state = make_state(1, size=20_000_000)
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x - 5, s), donate_argnums=0)
+    update = update.lower(state).compile()
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(state)
+        for _ in range(5):
+            state = update(state)
+        jax.block_until_ready(state)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        restored = checkpoints.restore_latest(abstract(make_state(1, size=20_000_000)))
+    assert restored is not None
+    assert int(restored.step) == 1
+    assert np.asarray(restored.params["kernel"]).min() == 1
+
+
+def test_the_latest_are_kept_and_restored(tmp_path: Path) -> None:
+    with Checkpoints(str(tmp_path), keep=2) as checkpoints:
+        for step in (3, 6, 9):
+            checkpoints.save(make_state(step))
+        checkpoints.save(make_state(9))  # again: nothing to do
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["6", "9"]
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        assert checkpoints.latest_step() == 9
+        restored = checkpoints.restore_latest(abstract(make_state(0)))
+    assert jax.tree.structure(restored) == jax.tree.structure(make_state(9))
+    jax.tree.map(np.testing.assert_array_equal, restored, make_state(9))
+
+
+def test_an_unfinished_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(make_state(3))
+    (tmp_path / "6.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        assert checkpoints.latest_step() == 3
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    for read_only in (True, False):
+        with Checkpoints(str(tmp_path / "none"), read_only=read_only) as checkpoints:
+            assert checkpoints.restore_latest(abstract(make_state(0))) is None
+
+
+def test_another_tree_is_refused_by_name(tmp_path: Path) -> None:
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(make_state(3))
+        other = make_state(0).replace(params={"kernel": jnp.zeros(9), "bias": jnp.zeros(2)})
+        with pytest.raises(UserError, match=r"params/bias absent instead of \(2,\), params/kernel"):
+            checkpoints.restore_latest(abstract(other))
