@@ -4,7 +4,6 @@
 A checkpoint is written in the background and appears under its final name only when complete.
 """
 
-import logging
 from typing import Any
 
 import jax
@@ -25,14 +24,12 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, keep: int = 2, read_only: bool = False) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)
         self.directory = directory
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.LatestN(keep),
+                preservation_policy=None if read_only else checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=not read_only,
-                read_only=read_only,
                 create=not read_only,
                 enable_async_checkpointing=True,
             ),
