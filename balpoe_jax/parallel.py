@@ -95,9 +95,19 @@ class Parallel:
 
 
 def make_parallel(mode: str = "pmap", devices: Iterable[jax.Device] | None = None) -> Parallel:
-    """All local devices, or the given ones, behind one axis."""
+    """All local devices, or the given ones, behind one axis.
+
+    Raises:
+        UserError (a `ValueError`): an unknown mode, or several processes, which would each train a
+            model of their own.
+    """
     if mode not in MODES:
         raise UserError(f"Unknown parallel mode {mode!r}; choose from {', '.join(MODES)}.")
+    if jax.process_count() > 1:
+        raise UserError(
+            f"Training runs on the devices of one host so far, got {jax.process_count()} JAX "
+            "processes; start it on a single host."
+        )
     chosen = jax.local_devices() if devices is None else list(devices)
     return Parallel(mode, Mesh(np.array(chosen), (AXIS_NAME,)))
 

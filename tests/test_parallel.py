@@ -147,6 +147,12 @@ def test_batches_that_devices_cannot_share() -> None:
         make_parallel("mesh")
 
 
+def test_several_processes_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"one host so far, got 4 JAX processes"):
+        make_parallel()
+
+
 def test_prefetcher_yields_everything_once_in_order() -> None:
     devices = make_parallel("shard_map")
     count = 4 * len(jax.devices())
