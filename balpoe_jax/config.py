@@ -105,7 +105,7 @@ def default_config() -> ConfigDict:
         }
     )
     config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
-    config.eval = ConfigDict({"batch_size": 500, "num_bins": 15, "every_epochs": 0})
+    config.eval = ConfigDict({"batch_size": 512, "num_bins": 15, "every_epochs": 0})
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
     return config
 
