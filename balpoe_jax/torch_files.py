@@ -75,8 +75,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[StateDict, int | None
 
 
 def _read_npz(path: Path) -> tuple[StateDict, None]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file), None
+    # Opened here, since NumPy leaves a file open when it cannot read it.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays), None
 
 
 def _read_safetensors(path: Path) -> tuple[StateDict, None]:

@@ -424,7 +424,7 @@ def test_refuses_pickles_in_an_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "file.npz", a=np.array([Malicious(touched)], dtype=object))
     with pytest.raises(UserError, match="cannot be read"):
         load_state_dict(str(tmp_path / "file.npz"))
-    pickle.dump(Malicious(touched), (tmp_path / "pickle.npz").open("wb"))
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Malicious(touched)))
     with pytest.raises(UserError, match="cannot be read"):
         load_state_dict(str(tmp_path / "pickle.npz"))
     assert not touched.exists()
