@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint format types clean
 
 help:
-	@echo "make demo    train BalPoE on long-tailed digits and write a report (two minutes)"
+	@echo "make demo    train BalPoE on long-tailed digits and write a report (about a minute)"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and format;  make format: mend them;  make types: check types"
 	@echo "make clean   remove the virtual environment and the demo's run"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BalPoE on scikit-learn's handwritten digits made long-tailed: two minutes on two CPU cores.
+"""BalPoE on scikit-learn's handwritten digits made long-tailed: about a minute on two CPU cores.
 
     python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/digits_lt
 
