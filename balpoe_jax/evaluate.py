@@ -37,8 +37,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
         UserError (a `ValueError`): no run or no checkpoint there, or one of another config.
     """
-    path = Path(workdir).absolute()
-    record.check_claim(path, config.to_dict())
+    record.check_claim(record.locate(workdir), config.to_dict())
     path = record.open_workdir(workdir)
     experiment = build(config)
     with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:

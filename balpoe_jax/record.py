@@ -45,9 +45,16 @@ _OPERATIONAL = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
 
 
+def locate(workdir: str) -> Path:
+    """The absolute path of a workdir, `~` expanded; refuses what is not a local folder's name."""
+    if "://" in workdir:
+        raise UserError(f"--workdir must name a local folder so far, got {workdir}.")
+    return Path(workdir).expanduser().absolute()
+
+
 def open_workdir(workdir: str) -> Path:
     """Creates the workdir if needed; refuses one that cannot be written to."""
-    path = Path(workdir).absolute()
+    path = locate(workdir)
     probe = path / f".writable-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_config import get_config
 
+from balpoe_jax import record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
@@ -222,6 +223,13 @@ def test_a_corrupt_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None
             path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* move that folder away"):
         evaluate(tiny_config(), str(workdir))
+
+
+def test_workdirs_are_local_and_may_begin_at_home(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert record.open_workdir("~/runs/a") == tmp_path / "runs" / "a"
+    with pytest.raises(UserError, match="local folder so far, got gs://bucket/run"):
+        train(tiny_config(), "gs://bucket/run")
 
 
 def test_a_workdir_without_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
