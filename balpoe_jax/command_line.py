@@ -15,12 +15,14 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from balpoe_jax.errors import UserError
 
 _EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130  # as a shell reports it
 
 
 def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command: defines and parses flags, then calls `main` with what is left of them.
 
-    Wrong flags and every `UserError` end the process with one line on stderr and exit code 2.
+    Wrong flags and every `UserError` end the process with one line on stderr and exit code 2, an
+    interruption from the keyboard with one line and 130.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
@@ -31,6 +33,11 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
             main(arguments)
         except UserError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            print(
+                "Interrupted: the same command goes on from the last checkpoint.", file=sys.stderr
+            )
+            sys.exit(_EXIT_INTERRUPTED)
 
     define_flags()
     for name in ("config", "workdir"):  # --help lists what belongs to the command's own module

@@ -2,6 +2,7 @@
 """Bad input on the command line: one sentence, exit code 2, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,25 @@ def test_refuses_with_one_sentence(tmp_path: Path, arguments: list[str], expecte
     assert lines[0].startswith("Error: ")
     assert expected in lines[0]
     assert "Traceback" not in result.stdout
+
+
+def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "balpoe_jax.main", "--config=configs/digits_lt.py"]
+    options = ["--config.checkpoint.every_epochs=1", "--config.log_every_steps=13"]
+    process = subprocess.Popen(
+        [*command, *options, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "step 26/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.strip() == "Interrupted: the same command goes on from the last checkpoint."
+    assert (tmp_path / "checkpoints" / "13").exists()
+    assert '"step": 13' in (tmp_path / "metrics.jsonl").read_text()
