@@ -2,7 +2,7 @@
 # Everything runs in a virtual environment that is made on first use: no activation needed.
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test lint format types clean
@@ -31,7 +31,8 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf runs/demo
+	if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 
 $(VENV)/.run: requirements.txt launch/setup.sh
 	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements.txt

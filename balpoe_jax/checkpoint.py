@@ -56,7 +56,13 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        try:
+            self._manager.save(step, args=arguments)
+        except (
+            Exception
+        ) as error:  # Orbax raises what its storage layers do, of this save or before
+            raise self._unwritable(error) from error
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint, in the shapes, dtypes and placement of `like`.
@@ -92,16 +98,28 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writing to end."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except Exception as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> UserError:
+        return UserError(
+            f"A checkpoint could not be written to {self.directory} ({_reason(error)}); make room "
+            "or mend its permissions, and start again to go on from the checkpoint before it."
+        )
 
 
 def _unreadable(where: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
     return UserError(
-        f"The checkpoint {where} cannot be read ({reason}); move that folder away to go on from "
-        "the checkpoint before it."
+        f"The checkpoint {where} cannot be read ({_reason(error)}); move that folder away "
+        "to go on from the checkpoint before it."
     )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _check_shapes(where: str, saved: Any, expected: TrainState) -> None:

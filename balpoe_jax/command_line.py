@@ -35,7 +35,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
             _fail(str(error))
         except KeyboardInterrupt:
             print(
-                "Interrupted: the same command goes on from the last checkpoint.", file=sys.stderr
+                "Interrupted: a training goes on from its last checkpoint when started again.",
+                file=sys.stderr,
             )
             sys.exit(_EXIT_INTERRUPTED)
 
@@ -69,7 +70,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         arguments = flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(_own_sentence(error))
+        about_field = str(error).startswith("flag --config.")
+        _fail((about_field and _unknown_field(argv)) or _own_sentence(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections names the field at best; it is an override that does not fit the config.
         _fail(_unknown_field(argv) or _own_sentence(error))
@@ -91,7 +93,7 @@ def _own_sentence(error: Exception) -> str:
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
-    """Names the first override whose field the config does not have, with the valid ones."""
+    """Names the first override that is of no single field of the config, with the valid ones."""
     config = ConfigFileFlagParser("config").parse(_config_path(argv))
     for item in argv:
         name = item.lstrip("-").partition("=")[0]
@@ -105,6 +107,8 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
                 valid = ", ".join(node) if isinstance(node, ConfigDict) else "no fields"
                 return f"Unknown config field {name}; {above} has {valid}."
             node = node[part]
+        if isinstance(node, ConfigDict):
+            return f"{name} is a section of the config; set one of its fields: {', '.join(node)}."
     return None
 
 

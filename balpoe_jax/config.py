@@ -251,6 +251,7 @@ def check_config(config: ConfigDict) -> None:
         "batch_size": 1,
         "log_every_steps": 1,
         "data.imbalance_ratio": 1,
+        "data.selection_seed": 0,
         "data.threads": 0,
         "mixup.alpha": 0,
         "mixup.groups": 1,
@@ -269,6 +270,9 @@ def check_config(config: ConfigDict) -> None:
         value = _field(config, field)
         if not value >= least:
             raise UserError(f"config.{field} must be at least {least}, got {value}.")
+    for field in ("seed", "data.selection_seed"):
+        if _field(config, field) >= 2**31:
+            raise UserError(f"config.{field} must be below 2**31, got {_field(config, field)}.")
     lengths = {
         "data.mean": 3,
         "data.std": 3,

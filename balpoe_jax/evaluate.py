@@ -39,14 +39,15 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     record.check_claim(record.locate(workdir), config.to_dict())
     path = record.open_workdir(workdir)
-    experiment = build(config)
-    with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
-        state = checkpoints.restore_latest(experiment.abstract_state())
-    if state is None:
-        raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
-    log.info("Evaluating the checkpoint of step %d", int(state.step))
-    results = Evaluator(experiment).score(state, path / "predictions")
-    publish(results, path)
+    with record.log_to_file(path):
+        experiment = build(config)
+        with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
+            state = checkpoints.restore_latest(experiment.abstract_state())
+        if state is None:
+            raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
+        log.info("Evaluating the checkpoint of step %d", int(state.step))
+        results = Evaluator(experiment).score(state, path / "predictions")
+        publish(results, path)
     return results
 
 
@@ -99,13 +100,16 @@ def predict(step: Any, state: TrainState, experiment: Experiment, folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     test = experiment.data.test
     shape = (len(experiment.taus), len(test), experiment.data.num_classes)
-    partial = folder / ".expert_logits.npy"
+    # Names of this process's own: a training may be evaluating itself at the same time.
+    partial = folder / f".expert_logits.{os.getpid()}.npy"
+    partial_labels = folder / f".labels.{os.getpid()}.npy"
     logits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
     labels = np.empty(len(test), np.int32)
     settings = experiment.train_settings
-    batches = pipeline.eval_batches(
-        test, experiment.config["eval"]["batch_size"], settings.mean, settings.std
-    )
+    devices = experiment.parallel.num_devices
+    # Rounded up to what the devices can share; what is too much is padding.
+    batch_size = -(-experiment.config["eval"]["batch_size"] // devices) * devices
+    batches = pipeline.eval_batches(test, batch_size, settings.mean, settings.std)
     seen = 0
     for output in _outputs(step, state, Prefetcher(batches, experiment.parallel)):
         valid = output["mask"]
@@ -116,8 +120,8 @@ def predict(step: Any, state: TrainState, experiment: Experiment, folder: Path) 
     if seen != len(test):
         raise RuntimeError(f"Predicted {seen} of {len(test)} test examples.")
     logits.flush()
-    np.save(folder / ".labels.npy", labels)
-    os.replace(folder / ".labels.npy", folder / "labels.npy")
+    np.save(partial_labels, labels)
+    os.replace(partial_labels, folder / "labels.npy")
     os.replace(partial, folder / "expert_logits.npy")
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel
-from balpoe_jax.data import datasets, pipeline
+from balpoe_jax.data import datasets, mixing, pipeline
 from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import ExpertEnsemble, create_model
@@ -71,6 +71,15 @@ class Experiment:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), shapes
         )
 
+    def resolved(self) -> dict[str, Any]:
+        """What the config leaves to its defaults and the devices, as it is in use."""
+        return {
+            "taus": self.taus,
+            "expert_map": self.model.expert_map,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+        }
+
     def data_record(self) -> dict[str, Any]:
         """What the data set turned out to be."""
         groups = metrics.shot_groups(self.data.class_counts, self.config["data"]["shot_thresholds"])
@@ -94,7 +103,7 @@ def build(config: ConfigDict) -> Experiment:
     config_lib.check_config(config)
     devices = parallel.make_parallel(config.parallel.mode)
     devices.check_batch_size(config.batch_size, "batch_size")
-    devices.check_batch_size(config.eval.batch_size, "eval.batch_size")
+    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts=1)
     taus = config_lib.resolve_taus(config)
     rates = optim.learning_rates(
         config.total_epochs,

@@ -38,7 +38,8 @@ _OPERATIONAL = (
     "data.threads",
     "log_every_steps",
     "checkpoint.",
-    "eval.",
+    "eval.batch_size",
+    "eval.every_epochs",
     "model.expert_map",
 )
 
@@ -47,8 +48,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ten
 
 def locate(workdir: str) -> Path:
     """The absolute path of a workdir, `~` expanded; refuses what is not a local folder's name."""
-    if "://" in workdir:
-        raise UserError(f"--workdir must name a local folder so far, got {workdir}.")
+    if not workdir or "://" in workdir:
+        raise UserError(f"--workdir must name a local folder so far, got {workdir!r}.")
     return Path(workdir).expanduser().absolute()
 
 
@@ -73,15 +74,18 @@ def is_claimed(workdir: Path) -> bool:
     return (workdir / CONFIG).exists()
 
 
-def claim(workdir: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def claim(
+    workdir: Path, config: Mapping[str, Any], resolved: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
     """Writes `config.json`: from then on the workdir belongs to this configuration.
 
     Args:
         workdir: of the run.
-        config: the resolved configuration.
+        config: all its fields.
+        resolved: what the fields that are left open turned out to be.
         data: what the data set turned out to be.
     """
-    content = {"config": config, "data": data, "environment": environment()}
+    content = {"config": config, "resolved": resolved, "data": data, "environment": environment()}
     write_atomically(workdir / CONFIG, json.dumps(plain(content), indent=2) + "\n")
 
 
@@ -200,6 +204,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def has_test_row(workdir: Path, step: int) -> bool:
+    """Whether `metrics.jsonl` has the test scores of a step."""
+    lines = (workdir / METRICS).read_text(encoding="utf-8").splitlines()
+    return any(row["step"] == step and "test_top1" in row for row in map(json.loads, lines))
+
+
 def _discard_rows_after(workdir: Path, step: int) -> None:
     path = workdir / METRICS
     if not path.exists():
@@ -243,6 +253,9 @@ def _git_commit() -> str | None:
     """The commit of the source, with "+" when files were changed; None outside a repository."""
     root = Path(balpoe_jax.__file__).parent
     try:
+        # An installed package may lie inside a repository that is not its own.
+        tracked = ["git", "ls-files", "--error-unmatch", "__init__.py"]
+        subprocess.run(tracked, cwd=root, capture_output=True, timeout=10, check=True)
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
             cwd=root,

@@ -11,6 +11,7 @@ below is one-to-one, so that what does not fit is reported by the names in the c
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,9 +129,15 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
         expected = experiment.abstract_state()
         check_against(variables, expected.variables)
         step = experiment.total_steps if epoch is None else epoch * experiment.steps_per_epoch
-        with Checkpoints(str(directory / "checkpoints")) as checkpoints:
-            checkpoints.save(_make_state(experiment, expected, variables, step))
-        record.claim(directory, experiment.config, experiment.data_record())
+        try:
+            with Checkpoints(str(directory / "checkpoints")) as checkpoints:
+                checkpoints.save(_make_state(experiment, expected, variables, step))
+            record.claim(
+                directory, experiment.config, experiment.resolved(), experiment.data_record()
+            )
+        except BaseException:  # half an import would be in the way of the next try
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            raise
         log.info("Imported %s as step %d of %s; evaluate with --mode=eval", path, step, directory)
 
 

@@ -44,9 +44,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         claimed = record.is_claimed(path)
         if claimed:
             record.check_claim(path, config.to_dict())
+        elif any((path / "checkpoints").glob("[0-9]*")):
+            raise UserError(
+                f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
+                "another --workdir."
+            )
         experiment = build(config)
         if not claimed:
-            record.claim(path, experiment.config, experiment.data_record())
+            record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
         return _train(experiment, path)
 
 
@@ -100,14 +105,15 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 # Before a checkpoint, so that none is ever written of a state that is not finite.
                 if step % config["log_every_steps"] == 0 or save or test or last:
                     writer.write(progress.report(step))
-                if save or last:
-                    checkpoints.save(state)
+                # Before a checkpoint too: a resumed run does not come back to this step.
                 if test and not last:
                     results = evaluator.score(state, workdir / "predictions")
                     writer.write(_test_row(results, step, per_epoch))
                     progress.restart_clock()
+                if save or last:
+                    checkpoints.save(state)
             results = evaluator.score(state, workdir / "predictions")
-            if first_step < total_steps:
+            if not record.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, per_epoch))
     publish(results, workdir)
     return results
@@ -186,7 +192,7 @@ class Progress:
             step = self._last_step + 1 + int(np.argmin(finite))
             raise UserError(
                 f"The loss or its gradient is not finite at step {step} (learning rate "
-                f"{self._rate(step):g}); training stopped and the last checkpoint is kept: try "
+                f"{self._rate(step):g}); training stopped and the checkpoints so far are kept: try "
                 "a lower --config.optim.learning_rate in a new workdir."
             )
 

@@ -12,6 +12,8 @@ fail() {
     exit 2
 }
 
+[ -n "$venv" ] || fail "the virtual environment needs a folder: make VENV=DIR"
+
 supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 if ! command -v "$python" > /dev/null 2>&1; then
     fail "there is no $python here; install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=..."
@@ -31,9 +33,11 @@ if ! "$python" -c "$supported"; then
 fi
 
 if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c "$supported" 2> /dev/null; then
-    rm -rf "$venv"
-    "$python" -m venv "$venv" 2> /dev/null || {
-        rm -rf "$venv"
+    # Only ever clears what is an environment, of a Python that is gone or too old.
+    if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
+        fail "$venv is there and is no virtual environment; name another folder: make VENV=DIR"
+    fi
+    "$python" -m venv --clear "$venv" 2> /dev/null || {
         fail "$python cannot make a virtual environment; install its venv module (on Debian and" \
             "Ubuntu: apt-get install python3-venv)."
     }

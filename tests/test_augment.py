@@ -170,7 +170,7 @@ def test_magnitudes_are_the_published_ones() -> None:
     for name, strength in expected.items():
         assert operations[name].strengths[8] == pytest.approx(strength), name
     solarize = operations["solarize"]
-    assert solarize.neutral + solarize.strengths[2] == pytest.approx(256 * 7 / 9)
+    assert solarize.origin + solarize.strengths[2] == pytest.approx(256 * 7 / 9)
     assert [operations["posterize"].strengths[i] for i in range(10)] == [
         8,
         8,

@@ -42,6 +42,11 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
             "--config.seed=one",
         ),
         (["--config=configs/digits_lt.py", "--workdir={dir}", "more"], "Unexpected argument"),
+        (["--config=configs/digits_lt.py", "--workdir="], "must name a local folder"),
+        (
+            ["--config=configs/digits_lt.py", "--config.model=resnet8", "--workdir={dir}"],
+            "config.model is a section of the config; set one of its fields: classifier",
+        ),
         (
             ["--config=configs/digits_lt.py", "--config.loss.taus=(0,2)", "--workdir={dir}"],
             "one value for each of the 3 experts",
@@ -73,10 +78,17 @@ def test_refuses_with_one_sentence(tmp_path: Path, arguments: list[str], expecte
 
 
 def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "balpoe_jax.main", "--config=configs/digits_lt.py"]
+    # A process that was started in the background ignores interruptions unless told otherwise.
+    code = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('balpoe_jax.main', run_name='__main__', alter_sys=True)"
+    )
     options = ["--config.checkpoint.every_epochs=1", "--config.log_every_steps=13"]
     process = subprocess.Popen(
-        [*command, *options, f"--workdir={tmp_path}"],
+        [
+            *(sys.executable, "-c", code, "--config=configs/digits_lt.py"),
+            *(*options, f"--workdir={tmp_path}"),
+        ],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -89,6 +101,7 @@ def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors.strip() == "Interrupted: the same command goes on from the last checkpoint."
+    assert errors.startswith("Interrupted: a training goes on from its last checkpoint")
+    assert len(errors.splitlines()) == 1
     assert (tmp_path / "checkpoints" / "13").exists()
     assert '"step": 13' in (tmp_path / "metrics.jsonl").read_text()

@@ -163,7 +163,7 @@ def test_mixup_groups_keep_partners_together() -> None:
     ("host", "changes", "expected"),
     [
         (Host(0, 3), {}, "multiple of the 3 hosts, got 8"),
-        (Host(0, 2), {"mixup_groups": 1}, "multiple of the 2 hosts, got 1"),
+        (Host(0, 2), {"mixup_groups": 1}, "multiple of the number of hosts, 2; got 1"),
         (Host(), {"mixup_groups": 3}, "divide the batch size 8"),
     ],
 )

@@ -84,6 +84,8 @@ def test_the_record_of_a_run(finished: Path) -> None:
     assert list((finished / "tensorboard").glob("events.*"))
     recorded = json.loads((finished / "config.json").read_text())
     assert recorded["config"]["model"]["num_experts"] == 3
+    assert recorded["resolved"]["taus"] == [0, 1, 2]
+    assert recorded["resolved"]["expert_map"] == "loop"
     assert sum(recorded["data"]["class_counts"]) == 413
     assert recorded["data"]["groups"] == {"many": 3, "medium": 3, "few": 4}
     assert recorded["environment"]["versions"]["jax"] == jax.__version__
@@ -130,7 +132,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = json.loads((finished / "results.json").read_text())
-    after = evaluate(tiny_config(eval__batch_size=52), str(workdir))
+    after = evaluate(tiny_config(eval__batch_size=50), str(workdir))
     for name, value in before["test"].items():
         assert after["test"][name] == pytest.approx(value, abs=1e-6)
 
@@ -151,6 +153,32 @@ def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) 
     train(tiny_config(), str(workdir))
     assert rows(workdir) == rows(finished)
     assert not (workdir / "metrics.discarded.jsonl").exists()
+
+
+def test_a_run_that_stopped_in_its_last_evaluation_gets_its_row(
+    finished: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "test_top1" in lines[-1]
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    train(tiny_config(), str(workdir))
+    assert rows(workdir) == rows(finished)
+
+
+def test_checkpoints_of_nobody_are_not_adopted(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        train(tiny_config(seed=5), str(workdir))
+
+
+def test_what_is_refused_leaves_the_workdir_free(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mixup\.groups must divide the batch size 140"):
+        train(tiny_config(mixup__groups=3), str(tmp_path))
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_another_config_is_refused_with_the_fields(finished: Path) -> None:
@@ -228,7 +256,7 @@ def test_a_corrupt_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None
 def test_workdirs_are_local_and_may_begin_at_home(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert record.open_workdir("~/runs/a") == tmp_path / "runs" / "a"
-    with pytest.raises(UserError, match="local folder so far, got gs://bucket/run"):
+    with pytest.raises(UserError, match="local folder so far, got 'gs://bucket/run'"):
         train(tiny_config(), "gs://bucket/run")
 
 

@@ -193,7 +193,15 @@ def _read_cifar(builder: Any, split: str) -> ArraySource:
         },
         num_parallel_calls=tf.data.AUTOTUNE,
     )
-    batches = list(decoded.batch(1024).as_numpy_iterator())
+    try:
+        batches = list(decoded.batch(1024).as_numpy_iterator())
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"The {split} records in {builder.data_dir} cannot be read ({error.message}); remove "
+            "that folder and prepare the data set anew."
+        ) from error
+    if not batches:
+        raise UserError(f"The {split} split in {builder.data_dir} is empty; prepare it anew.")
     columns = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     keys = np.array([int(name.rsplit(b"_", 1)[-1]) for name in columns["id"]], np.int64)
     order = np.argsort(keys, kind="stable")

@@ -25,8 +25,8 @@ def check_groups(batch_size: int, groups: int, num_hosts: int) -> None:
     """Refuses groups within which rows of one host could not find all their partners."""
     if groups < 1 or batch_size % groups or groups % num_hosts:
         raise UserError(
-            f"mixup.groups must divide the batch size {batch_size} and be a multiple of the "
-            f"{num_hosts} hosts, got {groups}."
+            f"mixup.groups must divide the batch size {batch_size} and be a multiple of the number "
+            f"of hosts, {num_hosts}; got {groups}."
         )
 
 

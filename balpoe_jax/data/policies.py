@@ -53,13 +53,13 @@ class _Operation(NamedTuple):
 
     Attributes:
         apply: from images and float32 `[n]` parameters to images.
-        neutral: the parameter that changes nothing.
-        strengths: distance from `neutral` for each magnitude index.
+        origin: the parameter from which strengths count.
+        strengths: distance from `origin` for each magnitude index.
         signed: whether the distance goes either way, with even odds.
     """
 
     apply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-    neutral: float
+    origin: float
     strengths: tuple[float, ...]
     signed: bool
 
@@ -150,7 +150,7 @@ def _apply_rules(
         operation = operations[name]
         distance = sign * strength if operation.signed else strength
         uses = tf.gather([other == name for other in names], chosen)
-        images = _apply_where(images, runs & uses, operation, operation.neutral + distance)
+        images = _apply_where(images, runs & uses, operation, operation.origin + distance)
     return images
 
 

@@ -40,7 +40,13 @@ class CosineHead(nn.Module):
         """float `[B, D]` -> `[B, C]`."""
         kernel = self.param("kernel", unit_columns, (features.shape[-1], self.num_classes))
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        return self.scale * (normalize(features, axis=-1) @ normalize(kernel, axis=0))
+        # Accelerators multiply float32 in fewer bits by default; a logit is 30 times the product.
+        cosines = jnp.matmul(
+            normalize(features, axis=-1),
+            normalize(kernel, axis=0),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return self.scale * cosines
 
 
 class LinearHead(nn.Module):
@@ -63,5 +69,6 @@ class LinearHead(nn.Module):
             kernel_init=initializers.variance_scaling(2.0, "fan_in", "normal"),
             bias_init=bias_init,
             dtype=jnp.promote_types(features.dtype, jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
             name="dense",
         )(features)
