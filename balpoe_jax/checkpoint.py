@@ -52,6 +52,9 @@ class Checkpoints:
 
         The state may be donated to the next step at once: Orbax has fetched it from an accelerator
         before this returns, and a CPU's memory is not overwritten while the writer looks at it.
+
+        Raises:
+            UserError (a `ValueError`): this or the save before it could not be written.
         """
         step = int(state.step)
         if step == self.latest_step():
@@ -59,9 +62,7 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
         try:
             self._manager.save(step, args=arguments)
-        except (
-            Exception
-        ) as error:  # Orbax raises what its storage layers do, of this save or before
+        except Exception as error:  # of this save, or of the one before that ran until now
             raise self._unwritable(error) from error
 
     def restore_latest(self, like: TrainState) -> TrainState | None:

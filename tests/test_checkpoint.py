@@ -78,3 +78,13 @@ def test_another_tree_is_refused_by_name(tmp_path: Path) -> None:
         other = make_state(0).replace(params={"kernel": jnp.zeros(9), "bias": jnp.zeros(2)})
         with pytest.raises(UserError, match=r"params/bias absent instead of \(2,\), params/kernel"):
             checkpoints.restore_latest(abstract(other))
+
+
+def test_a_failed_write_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(UserError, match=r"could not be written to .*No space left on device"):
+            checkpoints.save(make_state(3))

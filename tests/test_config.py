@@ -100,6 +100,8 @@ def test_arguments_are_typed() -> None:
     ("field", "value", "expected"),
     [
         ("total_epochs", 0, "config.total_epochs must be at least 1, got 0"),
+        ("seed", 2**31, r"config.seed must be below 2\*\*31"),
+        ("data.selection_seed", -1, "config.data.selection_seed must be at least 0"),
         ("mixup.alpha", -0.1, "config.mixup.alpha must be at least 0"),
         ("data.imbalance_ratio", float("nan"), "config.data.imbalance_ratio must be at least 1"),
         ("data.std", (0.2, 0.0, 0.2), "config.data.std must be positive"),

@@ -105,6 +105,19 @@ def test_digits_are_long_tailed_for_training_and_balanced_for_test() -> None:
     assert data.train.images.max() == 255
 
 
+def test_records_that_cannot_be_read_are_refused(monkeypatch) -> None:
+    builder = use(monkeypatch, Builder({"train": 1, "test": 1}))
+    builder.data_dir = "prepared/cifar100"
+    intact = builder.as_dataset
+
+    def damaged(**options) -> tf.data.Dataset:
+        return intact(**options).map(lambda record: {**record, "image": b"no image"})
+
+    monkeypatch.setattr(builder, "as_dataset", damaged)
+    with pytest.raises(UserError, match=r"train records in prepared/cifar100 cannot be read"):
+        datasets.load("cifar100", 10.0)
+
+
 def test_an_unknown_set_is_refused() -> None:
     with pytest.raises(UserError, match="choose from digits, cifar10, cifar100"):
         datasets.load("mnist", 10.0)

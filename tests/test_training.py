@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -251,6 +252,18 @@ def test_a_corrupt_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None
             path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* move that folder away"):
         evaluate(tiny_config(), str(workdir))
+
+
+def test_the_commit_is_never_that_of_another_repository(monkeypatch, tmp_path: Path) -> None:
+    """A package that is installed inside somebody's repository is not tracked by it."""
+    package = tmp_path / "site-packages" / "balpoe_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(record.balpoe_jax, "__file__", str(package / "__init__.py"))
+    assert record._git_commit() is None
 
 
 def test_workdirs_are_local_and_may_begin_at_home(monkeypatch, tmp_path: Path) -> None:
