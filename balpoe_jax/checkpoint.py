@@ -68,6 +68,8 @@ class Checkpoints:
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint, in the shapes, dtypes and placement of `like`.
 
+        One that this object is still writing is waited for.
+
         Args:
             like: a state, or its abstract twin of `jax.ShapeDtypeStruct` with shardings.
 
@@ -75,8 +77,10 @@ class Checkpoints:
             The restored state, or None when there is no checkpoint.
 
         Raises:
-            UserError (a `ValueError`): a checkpoint of another shape, or one that cannot be read.
+            UserError (a `ValueError`): a checkpoint of another shape, one that cannot be read, or
+                one that could not be written.
         """
+        self._wait()
         step = self.latest_step()
         if step is None:
             return None
@@ -99,9 +103,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writing to end."""
+        self._wait()
+        self._manager.close()
+
+    def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
-            self._manager.close()
         except Exception as error:
             raise self._unwritable(error) from error
 
