@@ -55,7 +55,15 @@ def default_config() -> ConfigDict:
         optim.*: see `balpoe_jax.optim`.
         parallel.mode: "pmap" or "shard_map"; parallel.sync_batch_norm: statistics over the
             global batch instead of each device's part.
-        eval.batch_size, eval.num_bins; eval.every_epochs: also during training; 0 for the end only.
+        eval.batch_size; eval.num_bins: of calibration errors and reliability diagrams.
+        eval.every_epochs: also during training; 0 for the end only.
+        eval.held_out_per_class: training images that the selection left out, on which temperatures
+            and the correction before prior estimation are fitted; 0 for none.
+        eval.shift_ratios: of the forward and backward test sets.
+        eval.shift_lists: files or patterns of published lists, separated by commas, instead of
+            the rule; see `balpoe_jax.data.shift`.
+        eval.prior_strength: weight of the uniform prior against the unlabelled examples when the
+            target prior is estimated; see `balpoe_jax.scoring.score`.
         checkpoint.every_epochs, checkpoint.keep.
     """
     config = ConfigDict()
@@ -105,7 +113,17 @@ def default_config() -> ConfigDict:
         }
     )
     config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
-    config.eval = ConfigDict({"batch_size": 512, "num_bins": 15, "every_epochs": 0})
+    config.eval = ConfigDict(
+        {
+            "batch_size": 512,
+            "num_bins": 15,
+            "every_epochs": 0,
+            "held_out_per_class": 20,
+            "shift_ratios": (2.0, 5.0, 10.0, 25.0, 50.0),
+            "shift_lists": "",
+            "prior_strength": 0.3,
+        }
+    )
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
     return config
 
@@ -263,6 +281,8 @@ def check_config(config: ConfigDict) -> None:
         "eval.batch_size": 1,
         "eval.num_bins": 1,
         "eval.every_epochs": 0,
+        "eval.held_out_per_class": 0,
+        "eval.prior_strength": 0,
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
     }
@@ -279,6 +299,7 @@ def check_config(config: ConfigDict) -> None:
         "data.shot_thresholds": 2,
         "optim.boundaries": None,
         "loss.taus": None,
+        "eval.shift_ratios": None,
     }
     for field, length in lengths.items():
         values = _field(config, field)
@@ -286,6 +307,11 @@ def check_config(config: ConfigDict) -> None:
         if not numbers or (length is not None and len(values) != length):
             wanted = "numbers" if length is None else f"{length} numbers"
             raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {values}.")
+    if min(config.eval.shift_ratios, default=2) <= 1:
+        raise UserError(
+            f"config.eval.shift_ratios must be above 1, got {config.eval.shift_ratios}; the "
+            "uniform test set is always scored."
+        )
     if min(config.data.std) <= 0:
         raise UserError(f"config.data.std must be positive, got {config.data.std}.")
     resolve_taus(config)

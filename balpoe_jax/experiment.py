@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel
-from balpoe_jax.data import datasets, mixing, pipeline
+from balpoe_jax.data import datasets, mixing, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import ExpertEnsemble, create_model
@@ -29,6 +29,7 @@ class Experiment:
     Attributes:
         config: the resolved values, plain and immutable by convention; for the record only.
         data: the long-tailed training set and the test set.
+        targets: the class distributions that the test set is scored on.
         train_settings: how training batches are made.
         parallel: the devices.
         model: to be applied within `parallel`'s mapped steps.
@@ -41,6 +42,7 @@ class Experiment:
 
     config: dict[str, Any]
     data: datasets.LongTailed
+    targets: list[shift.Target]
     train_settings: pipeline.TrainSettings
     parallel: parallel.Parallel
     model: ExpertEnsemble
@@ -119,6 +121,13 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(
         config=config.to_dict(),
         data=data,
+        targets=shift.make_targets(
+            data.test.labels,
+            data.class_counts,
+            config.eval.shift_ratios,
+            data.test_names,
+            config.eval.shift_lists,
+        ),
         train_settings=settings,
         parallel=devices,
         model=_make_model(config, data.num_classes, devices),
@@ -155,6 +164,7 @@ def _load_data(config: ConfigDict) -> datasets.LongTailed:
         config.data.data_dir,
         config.data.check_counts,
         config.data.selection_seed,
+        config.eval.held_out_per_class,
     )
     counts = data.class_counts
     low, high = config.data.shot_thresholds

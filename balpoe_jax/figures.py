@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a run as SVG text, to stand inside a page: they take its text colour and font."""
+"""Figures as SVG text, to stand inside a page: they take its text colour and font.
+
+Each is small enough to be read on a phone; a page puts several side by side. Colours are told apart
+with any colour vision (blue, vermilion, green of equal weight), and marks or dashes differ as well.
+"""
 
 import io
 import re
@@ -32,161 +36,294 @@ _STYLE: Any = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "legend.frameon": False,
+    "legend.fontsize": 8,
 }
-_ENSEMBLE, _OVER, _UNDER = "#2b7bba", "#e59aa5", "#17496f"
-_GROUP_COLORS = {"many": "#2b7bba", "medium": "#e08e0b", "few": "#c2185b"}
-_PANELS_A_ROW = 4
+_BLUE, _VERMILION, _GREEN = "#2b7bba", "#d5622b", "#169c78"
+_OVER, _UNDER = "#e59a7d", "#8cc0ea"
+_GROUP_COLORS = {"many": _BLUE, "medium": _VERMILION, "few": _GREEN}
+_GROUP_MARKS = {"many": "o", "medium": "s", "few": "^"}
+_DASHES = ("-", "--", ":", "-.")
+_SIZE = (4.6, 3.3)
+
+PRIOR_KINDS = {"none": "no prior", "prior": "known prior", "estimated": "estimated prior"}
+_KIND_STYLES = {
+    "none": (_INK, "o", "--"),
+    "prior": (_BLUE, "s", "-"),
+    "estimated": (_VERMILION, "^", "-"),
+}
 
 
-def reliability_diagrams(panels: Mapping[str, Calibration]) -> str:
-    """Accuracy against confidence in bins, and how many examples each bin has.
+def reliability_diagram(title: str, calibration: Calibration, name: str) -> str:
+    """Accuracy against confidence in bins, the gap to it, and how many examples each bin has.
 
     Args:
-        panels: title and calibration of each diagram.
+        title: of the diagram.
+        calibration: the bins.
+        name: distinguishes this figure's elements from those of others on the page.
     """
-    columns = min(len(panels), _PANELS_A_ROW)
-    blocks = -(-len(panels) // columns)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.5 * columns + 0.5, 3.4 * blocks), layout="constrained")
-        heights = [3, 1] * blocks
-        axes = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=heights)
-        for axis in axes.flat[:]:
-            axis.set_axis_off()
-        for i, (title, calibration) in enumerate(panels.items()):
-            row, column = divmod(i, columns)
-            _draw_reliability(axes[2 * row, column], title, calibration, labelled=column == 0)
-            _draw_fractions(axes[2 * row + 1, column], calibration, labelled=column == 0)
-        handles = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(4, 2 * columns))
-        return _svg(figure, "reliability")
+        figure = Figure(figsize=(3.3, 3.7), layout="constrained")
+        bins, shares = figure.subplots(2, 1, height_ratios=[3.2, 1])
+        _draw_reliability(bins, calibration)
+        bins.set_title(title)
+        _draw_fractions(shares, calibration)
+        legend = {"handlelength": 1, "columnspacing": 0.9, "handletextpad": 0.4, "fontsize": 7.5}
+        figure.legend(
+            *bins.get_legend_handles_labels(), loc="outside lower center", ncols=3, **legend
+        )
+        return _svg(figure, name)
 
 
 def class_accuracies(
-    class_counts: npt.NDArray,
-    per_class: npt.NDArray[np.float64],
-    groups: ShotGroups,
-    expert_groups: Sequence[tuple[str, Mapping[str, float]]],
+    class_counts: npt.NDArray, per_class: npt.NDArray[np.float64], groups: ShotGroups
 ) -> str:
-    """The ensemble's accuracy of each class against its training images, and group means.
+    """The accuracy of each class against its training images.
 
     Args:
         class_counts: `[C]`.
         per_class: `[C]` accuracies of the ensemble, nan where there are no test examples.
         groups: which classes are many, medium and few.
-        expert_groups: name of each expert and its mean accuracy in each group.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        figure = Figure(figsize=_SIZE, layout="constrained")
         axis = figure.subplots()
         for name, members in groups._asdict().items():
-            axis.scatter(
-                class_counts[members],
-                per_class[members],
-                s=18,
-                color=_GROUP_COLORS[name],
-                alpha=0.75,
-                label=f"{name}-shot classes ({int(members.sum())})",
-            )
-        for (name, means), color in zip(
-            expert_groups, _expert_colors(len(expert_groups)), strict=True
-        ):
-            label: str | None = f"{name}, group means"
-            for group, members in groups._asdict().items():
-                if members.any():
-                    counts = class_counts[members]
-                    ends = [counts.min() / 1.06, counts.max() * 1.06]
-                    axis.plot(ends, [means[group]] * 2, color=color, linewidth=2, label=label)
-                    label = None
+            if members.any():
+                axis.scatter(
+                    class_counts[members],
+                    per_class[members],
+                    s=18,
+                    color=_GROUP_COLORS[name],
+                    marker=_GROUP_MARKS[name],
+                    alpha=0.75,
+                    linewidths=0,
+                    label=f"{name} ({int(members.sum())} classes)",
+                )
         axis.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy")
         axis.set_ylim(-0.03, 1.03)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.legend(loc="outside upper center", ncols=3, handletextpad=0.1, columnspacing=1)
         return _svg(figure, "classes")
 
 
-def training_curves(
-    train_rows: Sequence[Mapping[str, Any]],
-    test_rows: Sequence[Mapping[str, Any]],
-    expert_names: Sequence[str],
+def group_accuracies(names: Sequence[str], accuracies: Sequence[Mapping[str, float | None]]) -> str:
+    """The accuracy of each expert and the ensemble in each shot group.
+
+    Args:
+        names: of the experts and the ensemble.
+        accuracies: of each, by group.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axis = figure.subplots()
+        positions = np.arange(len(names))
+        for i, (group, color) in enumerate(_GROUP_COLORS.items()):
+            values = [_number(scores[group]) for scores in accuracies]
+            axis.bar(positions + (i - 1) * 0.27, values, 0.25, color=color, label=group)
+        axis.set_xticks(positions, names)
+        axis.set(ylabel="test accuracy", ylim=(0, 1.0))
+        figure.legend(loc="outside upper center", ncols=3)
+        return _svg(figure, "groups")
+
+
+def shift_accuracies(shift: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str:
+    """Accuracy from the most forward to the most backward test set, with each kind of prior.
+
+    Args:
+        shift: by distribution, the accuracy of each of `PRIOR_KINDS`.
+        names: short ones of the distributions.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axis = figure.subplots()
+        for kind, label in PRIOR_KINDS.items():
+            color, mark, dash = _KIND_STYLES[kind]
+            values = [scores[kind] for scores in shift.values()]
+            axis.plot(
+                range(len(names)), values, dash, color=color, marker=mark, markersize=4, label=label
+            )
+        axis.set_xticks(range(len(names)), names)
+        axis.set(xlabel="test set", ylabel="accuracy")
+        figure.legend(loc="outside upper center", ncols=3)
+        return _svg(figure, "shift")
+
+
+def marginal(
+    title: str,
+    class_counts: npt.NDArray,
+    target: npt.NDArray[np.float64],
+    expected: npt.NDArray[np.float64],
+    name: str,
 ) -> str:
-    """Loss of each expert, learning rate, and test accuracy over the epochs.
+    """An expert's expected marginal over the classes against the prior that it is meant to have.
+
+    Args:
+        title: of the figure.
+        class_counts: `[C]`; classes stand from the largest to the smallest.
+        target: `[C]`.
+        expected: `[C]`.
+        name: distinguishes this figure's elements from those of others on the page.
+    """
+    order = np.argsort(-class_counts, kind="stable")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.3, 2.7), layout="constrained")
+        axis = figure.subplots()
+        ranks = np.arange(1, len(order) + 1)
+        size = 12 if len(order) <= 100 else 3
+        axis.scatter(
+            ranks, expected[order], s=size, color=_BLUE, linewidths=0, label="expected marginal"
+        )
+        axis.plot(ranks, target[order], color=_VERMILION, linewidth=1.6, label="target prior")
+        axis.set(title=title, yscale="log", xlabel="class, from largest to smallest")
+        axis.set_ylabel("probability")
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, name)
+
+
+def group_confusion(confusion: npt.NDArray[np.float64]) -> str:
+    """Into which shot group the examples of each shot group are put.
+
+    Args:
+        confusion: `[3, 3]` fractions, rows by label, nan in the row of an empty group.
+    """
+    names = list(_GROUP_COLORS)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.9, 3.3), layout="constrained")
+        axis = figure.subplots()
+        for row, column in np.ndindex(3, 3):
+            value = confusion[row, column]
+            shade = 0.0 if np.isnan(value) else 0.85 * float(value)
+            axis.add_patch(
+                matplotlib.patches.Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, facecolor=_BLUE, alpha=shade, linewidth=0
+                )
+            )
+            text = "-" if np.isnan(value) else f"{100 * value:.1f}%"
+            axis.text(column, row, text, ha="center", va="center")
+        axis.set(xlim=(-0.5, 2.5), ylim=(2.5, -0.5), aspect="equal")
+        axis.set_xticks(range(3), names)
+        axis.set_yticks(range(3), names)
+        axis.set(xlabel="group of the predicted class", ylabel="group of the true class")
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        return _svg(figure, "confusion")
+
+
+def experts_curve(
+    numbers: Sequence[int],
+    means: Mapping[str, Sequence[float]],
+    spreads: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    name: str = "experts",
+) -> str:
+    """Accuracy against the number of experts, over all classes and in each shot group.
+
+    Args:
+        numbers: of experts.
+        means: by "all", "many", "medium", "few", the accuracy at each number.
+        spreads: lowest and highest likewise.
+        name: distinguishes this figure's elements from those of others on the page.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axis = figure.subplots()
+        for group, values in means.items():
+            color = _GROUP_COLORS.get(group, _INK)
+            mark = _GROUP_MARKS.get(group, "D")
+            axis.plot(numbers, values, color=color, marker=mark, markersize=4, label=group)
+            if spreads:
+                low, high = np.array(spreads[group], float).T
+                axis.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.set_xticks(list(numbers))
+        axis.set(xlabel="number of experts", ylabel="test accuracy", ylim=(0, None))
+        figure.legend(loc="outside upper center", ncols=4)
+        return _svg(figure, name)
+
+
+def training_losses(train_rows: Sequence[Mapping[str, Any]], expert_names: Sequence[str]) -> str:
+    """Loss of each expert and learning rate over the epochs.
 
     Args:
         train_rows: rows of `metrics.jsonl` with a loss.
-        test_rows: those with `test_top1`.
         expert_names: for the legend.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 2.7), layout="constrained")
-        losses, rates, tests = figure.subplots(1, 3, sharex=True)
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[2.5, 1])
         epochs = [row["epoch"] for row in train_rows]
         by_expert = np.array([row["expert_losses"] for row in train_rows], float)
-        for name, values, color in zip(
-            expert_names, by_expert.T, _expert_colors(len(expert_names)), strict=True
-        ):
-            losses.plot(epochs, values, color=color, linewidth=1.2, label=name)
-        losses.set(title="training loss", xlabel="epoch", ylim=(0, None))
-        losses.legend()
-        rates.step(
-            epochs, [row["learning_rate"] for row in train_rows], where="pre", color=_ENSEMBLE
-        )
-        rates.set(title="learning rate", xlabel="epoch", ylim=(0, None))
+        colors = _expert_colors(len(expert_names))
+        for i, (name, values) in enumerate(zip(expert_names, by_expert.T, strict=True)):
+            dash = _DASHES[i % len(_DASHES)]
+            losses.plot(epochs, values, dash, color=colors[i], linewidth=1.3, label=name)
+        losses.set(ylabel="training loss", ylim=(0, None))
+        losses.legend(loc="upper right")
+        used = [row["learning_rate"] for row in train_rows]
+        rates.step(epochs, used, where="pre", color=_INK, linewidth=1.2)
+        rates.set(ylabel="rate", xlabel="epoch", ylim=(0, None))
+        return _svg(figure, "losses")
+
+
+def test_curves(test_rows: Sequence[Mapping[str, Any]]) -> str:
+    """The ensemble's test accuracy over the epochs, all and by shot group.
+
+    Args:
+        test_rows: rows of `metrics.jsonl` with `test_top1`.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axis = figure.subplots()
+        epochs = [row["epoch"] for row in test_rows]
         for name, color in {"top1": _INK, **_GROUP_COLORS}.items():
             values = np.array([row[f"test_{name}"] for row in test_rows], float)
+            mark = _GROUP_MARKS.get(name, "D")
             label = "all" if name == "top1" else name
-            marks = "o" if len(values) < 20 else None
-            tests.plot(
-                [row["epoch"] for row in test_rows],
-                values,
-                color=color,
-                marker=marks,
-                markersize=3,
-                linewidth=1.2,
-                label=label,
-            )
-        tests.set(title="test accuracy", xlabel="epoch", ylim=(0, 1.02))
-        tests.legend()
-        return _svg(figure, "curves")
+            axis.plot(epochs, values, color=color, marker=mark, markersize=3.5, label=label)
+        axis.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1.02))
+        figure.legend(loc="outside upper center", ncols=4)
+        return _svg(figure, "tests")
 
 
-def _draw_reliability(axis: Axes, title: str, calibration: Calibration, labelled: bool) -> None:
+def _draw_reliability(axis: Axes, calibration: Calibration) -> None:
+    """Bars of accuracy, and from there to the confidence; both errors in the corner."""
     num_bins = len(calibration.bin_fraction)
     centers = (np.arange(num_bins) + 0.5) / num_bins
     filled = calibration.bin_fraction > 0
     accuracy, confidence = calibration.bin_accuracy[filled], calibration.bin_confidence[filled]
-    axis.set_axis_on()
-    axis.bar(centers[filled], accuracy, 0.92 / num_bins, color=_ENSEMBLE, label="accuracy")
+    width = 0.94 / num_bins
+    axis.bar(centers[filled], accuracy, width, color=_BLUE, label="accuracy")
     for label, color, gap in (
         ("over-confidence", _OVER, np.maximum(confidence - accuracy, 0)),
         ("under-confidence", _UNDER, np.minimum(confidence - accuracy, 0)),
     ):
-        axis.bar(centers[filled], gap, 0.92 / num_bins, bottom=accuracy, color=color, label=label)
-    axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle="--", label="calibrated")
-    axis.set(
-        title=f"{title}\nECE {100 * calibration.ece:.1f}%, MCE {100 * calibration.mce:.1f}%",
-        xlim=(0, 1),
-        ylim=(0, 1),
+        axis.bar(centers[filled], gap, width, bottom=accuracy, color=color, label=label)
+    axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle="--")
+    axis.text(
+        0.04,
+        0.96,
+        f"ECE {100 * calibration.ece:.1f}%\nMCE {100 * calibration.mce:.1f}%",
+        va="top",
+        transform=axis.transAxes,
     )
+    axis.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     axis.set_xticks([0, 0.5, 1], labels=[])
-    if labelled:
-        axis.set_ylabel("accuracy")
 
 
-def _draw_fractions(axis: Axes, calibration: Calibration, labelled: bool) -> None:
+def _draw_fractions(axis: Axes, calibration: Calibration) -> None:
     num_bins = len(calibration.bin_fraction)
     centers = (np.arange(num_bins) + 0.5) / num_bins
-    axis.set_axis_on()
-    axis.bar(centers, calibration.bin_fraction, 0.92 / num_bins, color=_INK, alpha=0.45)
-    axis.set(xlim=(0, 1), xlabel="confidence")
+    axis.bar(centers, calibration.bin_fraction, 0.94 / num_bins, color=_INK, alpha=0.45)
+    axis.set(xlim=(0, 1), xlabel="confidence", ylabel="share")
     axis.set_xticks([0, 0.5, 1], labels=["0", "0.5", "1"])
-    if labelled:
-        axis.set_ylabel("share of\nexamples")
 
 
 def _expert_colors(count: int) -> list[str]:
-    """From violet to orange, in the order of the experts."""
+    """From magenta to orange, in the order of the experts: seen on white and on black."""
     plasma = matplotlib.colormaps["plasma"]
-    return [matplotlib.colors.to_hex(plasma(x)) for x in np.linspace(0.25, 0.75, count)]
+    return [matplotlib.colors.to_hex(plasma(x)) for x in np.linspace(0.38, 0.72, count)]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -32,14 +32,13 @@ CONFIG, METRICS, DISCARDED, RESULTS = (
     "results.json",
 )
 
-# Where and how often things are read and written: may differ between the starts of one run.
+# Where and how often things are read, written and scored: may differ between starts of one run.
 _OPERATIONAL = (
     "data.data_dir",
     "data.threads",
     "log_every_steps",
     "checkpoint.",
-    "eval.batch_size",
-    "eval.every_epochs",
+    "eval.",
     "model.expert_map",
 )
 

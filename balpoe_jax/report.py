@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a run for people: a table for the terminal and a page with figures.
+"""The result of a run for people: tables for the terminal and files, a page with figures.
 
 Everything is read from the plain files of the workdir, so a report can be written again at any
-time. The page stands alone: no scripts, no other files, no network.
+time.
 """
 
 import contextlib
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,64 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from balpoe_jax import figures, metrics
+from balpoe_jax import figures, metrics, page, predictions, scoring, tables
 from balpoe_jax.errors import UserError
 
-_COLUMNS = ("tau", "all", "many", "medium", "few", "ECE", "MCE")
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --ground: #ffffff;
-  --line: #d9dee5; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e9ee; --soft: #a0aab8; --ground: #14181e; --line: #333b47; }} }}
-body {{ margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: var(--ink);
-  background: var(--ground); font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.5rem; margin-bottom: 0; }}
-h2 {{ font-size: 1.1rem; margin: 2.2rem 0 0.5rem; }}
-p.soft, figcaption, caption {{ color: var(--soft); font-size: 0.9rem; }}
-div.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-caption {{ caption-side: bottom; text-align: left; padding-top: 0.4rem; }}
-th, td {{ padding: 0.25rem 0.9rem; border-bottom: 1px solid var(--line); text-align: right; }}
-th:first-child, td.text {{ text-align: left; }}
-tr.ensemble td, tr.ensemble th {{ font-weight: 600; }}
-th {{ font-weight: 500; }}
-figure {{ margin: 0; }}
-svg {{ max-width: 100%; height: auto; }}
-code {{ font-size: 0.85em; overflow-wrap: anywhere; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="soft">{subtitle}</p>
-{sections}
-</body>
-</html>
-"""
+# Those that fit the terminal's attention; the page and the files have all.
+_PRINTED = ("result", "calibration", "shift", "experts")
 
 
-def result_table(results: Mapping[str, Any]) -> str:
-    """A row for each expert and one for the ensemble, in percent, 80 characters wide or less.
+def result_text(results: Mapping[str, Any], width: int = 80) -> str:
+    """The main tables, for a terminal of `width` characters.
 
     Args:
         results: what `results.json` holds.
+        width: 80 or more.
     """
-    lines = ["".join([f"{'':10}", *(f"{name:>9}" for name in _COLUMNS)])]
-    for name, tau, scores in _table_rows(results):
-        cells = [f"{tau:>9}", *(f"{_percent(score):>9}" for score in scores)]
-        lines.append("".join([f"{name:10}", *cells]))
-    return "\n".join(lines)
+    printed = [table for table in tables.result_tables(results) if table.name in _PRINTED]
+    return "\n\n".join(f"{table.title}\n{tables.as_text(table, width)}" for table in printed)
 
 
 def write_report(workdir: str) -> Path:
-    """Writes `report/index.html` from the files of a run and returns its path.
+    """Writes `report/` from the files of a run and returns the path of its page.
 
+    Beside `index.html` there are `tables.md` with all tables and a CSV file for each.
     `results.json` must be there; what else is missing (predictions, metrics.jsonl, config.json) is
     left out of the page, which says so.
 
@@ -79,38 +42,51 @@ def write_report(workdir: str) -> Path:
         UserError (a `ValueError`): no or unreadable results.
     """
     path = Path(workdir).absolute()
-    results = _read_json(path / "results.json")
+    results = read_json(path / "results.json")
     if results is None:
         raise UserError(
             f"{path} holds no readable results.json to report; evaluate the run first, with "
             "--mode=eval."
         )
-    run = _read_json(path / "config.json") or {}
+    run = read_json(path / "config.json") or {}
+    content = {table.name: table for table in tables.result_tables(results)}
+    summaries = _summaries(path)
     title, subtitle = _headline(results, run)
+    folder = path / "report"
+    folder.mkdir(exist_ok=True)
+    for table in content.values():
+        (folder / f"{table.name}.csv").write_text(tables.as_csv(table), encoding="utf-8")
+    markdown = "\n".join(tables.as_markdown(table) for table in content.values())
+    (folder / "tables.md").write_text(f"# {title}\n\n{subtitle}\n\n{markdown}", encoding="utf-8")
     sections = [
-        _section("Result", _result_html(results, run)),
-        _section("Calibration", _calibration_html(path, results, run)),
-        _section("Accuracy and class size", _classes_html(path, results, run)),
-        _section("Training", _curves_html(path, results)),
-        _section("The run", _facts_html(results, run)),
+        page.section("Result", page.table(content["result"], heading=False)),
+        _calibration_section(content, results, summaries),
+        _classes_section(results, run, summaries),
+        *(_shift_section(content, results) if "shift" in content else ()),
+        *(_experts_section(content, results, summaries) if "bias" in content else ()),
+        page.section("Training", _curves(path, results)),
+        page.section("The run", _facts(results, run)),
     ]
-    page = path / "report" / "index.html"
-    page.parent.mkdir(exist_ok=True)
-    temporary = page.with_name(".index.html")
-    text = _PAGE.format(title=title, subtitle=subtitle, sections="\n".join(sections))
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(page)
-    return page
+    return page.write(folder / "index.html", title, subtitle, sections)
 
 
-def _table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[float | None]]]:
-    """Name, tau and scores (fractions, None where undefined) of each row of the result table."""
-    keys = ("top1", "many", "medium", "few", "ece", "mce")
-    rows = [
-        (f"expert {i}", f"{expert['tau']:.4g}", [expert[key] for key in keys])
-        for i, expert in enumerate(results["experts"], start=1)
-    ]
-    return [*rows, ("ensemble", "", [results["test"][key] for key in keys])]
+class _Summaries:
+    """What the page needs of the predictions: each classifier's summary, the ensemble last."""
+
+    def __init__(self, test: predictions.Predictions) -> None:
+        self.labels = test.labels
+        ensemble, self.experts = scoring.summarize_experts(test)
+        self.ensemble = ensemble
+
+
+def _summaries(path: Path) -> _Summaries | None:
+    try:
+        return _Summaries(predictions.load(path / predictions.FOLDER))
+    except (OSError, ValueError):
+        return None
+
+
+_NO_PREDICTIONS = "There are no predictions in this folder."
 
 
 def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
@@ -127,128 +103,227 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
         f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
         f"epoch {results['epoch']}, step {results['step']:,}"
     )
-    return html.escape(title), html.escape(subtitle)
+    return title, subtitle
 
 
-def _result_html(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    low, high = _thresholds(run)
-    header = "".join(f'<th scope="col">{name}</th>' for name in ("", *_COLUMNS))
-    rows = [
-        f'<tr class="{name.split()[0]}"><th scope="row">{name}</th><td>{tau}</td>'
-        + "".join(f"<td>{_percent(score)}</td>" for score in scores)
-        + "</tr>"
-        for name, tau, scores in _table_rows(results)
+def _calibration_section(
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
+) -> str:
+    parts = [page.table(content["calibration"], heading=False), _reliability(results, summaries)]
+    return page.section("Calibration", *parts, page.table(content["calibration_groups"]))
+
+
+def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> str:
+    if summaries is None:
+        return page.absent(_NO_PREDICTIONS)
+    named = {"ensemble": summaries.ensemble}
+    if len(summaries.experts) > 1:
+        named |= dict(zip(_expert_names(results), summaries.experts, strict=True))
+    drawn = []
+    for i, (name, summary) in enumerate(named.items()):
+        correct = summary.predicted == summaries.labels
+        bins = metrics.bin_confidences(summary.confidence, correct, results.get("num_bins", 15))
+        drawn.append(
+            page.figure(
+                figures.reliability_diagram(name, bins, f"reliability{i}"),
+                f"Reliability diagram of {name}: expected calibration error "
+                f"{100 * bins.ece:.1f}%, maximum {100 * bins.mce:.1f}%.",
+            )
+        )
+    caption = (
+        "Accuracy of the test examples in each bin of confidence, and the gap to their mean "
+        "confidence: orange where it exceeds the accuracy, light blue where it falls short. "
+        "Beneath, how the examples spread over the bins."
+    )
+    return page.figures(*drawn) + page.absent(caption)
+
+
+def _classes_section(
+    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | None
+) -> str:
+    counts, test = np.array(results["class_counts"]), results["test"]
+    low, high = thresholds = _thresholds(run)
+    names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
+    accuracies = [*results["experts"], test]
+    means = ", ".join(f"{group} {_percent(test[group])}%" for group in scoring.GROUPS)
+    drawn = [
+        page.figure(
+            figures.group_accuracies([*names, "ensemble"], accuracies),
+            f"Accuracy of each expert and the ensemble by shot group; ensemble: {means}.",
+            f"Many-shot classes have more than {high} training images, few-shot ones fewer than "
+            f"{low}.",
+        )
     ]
+    if "group_confusion" in test:
+        confusion = np.array(test["group_confusion"], float)
+        stays = ", ".join(
+            f"{group} {_percent(value)}%"
+            for group, value in zip(scoring.GROUPS, confusion.diagonal(), strict=True)
+        )
+        drawn.append(
+            page.figure(
+                figures.group_confusion(confusion),
+                f"Confusion between shot groups. Examples predicted in their own group: {stays}.",
+                "Where the ensemble puts the examples of each group, right class or not.",
+            )
+        )
+    if summaries is None:
+        drawn.append(page.absent(_NO_PREDICTIONS))
+    else:
+        predicted = summaries.ensemble.predicted
+        per_class = metrics.shot_accuracy(predicted, summaries.labels, counts, thresholds).per_class
+        drawn.insert(
+            0,
+            page.figure(
+                figures.class_accuracies(
+                    counts, per_class, metrics.shot_groups(counts, thresholds)
+                ),
+                f"Test accuracy of each class against its training images; group means: {means}.",
+                "A point is a class under the ensemble.",
+            ),
+        )
+    return page.section("Classes and shot groups", page.figures(*drawn, broad=True))
+
+
+def _shift_section(
+    content: Mapping[str, tables.Table], results: Mapping[str, Any]
+) -> tuple[str, ...]:
+    shift = results["shift"]
+    names = [tables.short_name(name) for name in shift]
+    ends = [next(iter(shift)), "uniform", next(reversed(shift))]
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {_percent(shift[name][kind])}%" for kind in shift[name])
+        for name in dict.fromkeys(ends)
+    )
+    drawn = page.figure(
+        figures.shift_accuracies(shift, names),
+        f"Accuracy by target distribution with each kind of prior. {said}.",
+    )
     return (
-        f'<div class="wide"><table><caption>Percent, on the balanced test set. Many-shot classes '
-        f"have more than {high} training images, few-shot ones fewer than {low}; the figure of a "
-        "group is the mean over its classes. Each expert is trained with the prior weighted by its "
-        "tau; the ensemble is the mean of their logits.</caption>"
-        f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _calibration_html(path: Path, results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    logits, labels = _predictions(path)
-    if logits is None:
-        return _absent("There are no predictions in this folder.")
-    num_bins = run.get("config", {}).get("eval", {}).get("num_bins", 15)
-    named = {"ensemble": logits.mean(axis=0, dtype=np.float64)}
-    if len(logits) > 1:
-        named |= dict(zip(_expert_names(results), logits, strict=True))
-    panels = {
-        name: metrics.calibration(metrics.softmax(values), labels, num_bins)
-        for name, values in named.items()
-    }
-    described = "; ".join(f"{name} {100 * panel.ece:.1f}%" for name, panel in panels.items())
-    return _figure(
-        figures.reliability_diagrams(panels),
-        f"Reliability diagrams. Expected calibration error: {described}.",
-        "Accuracy of the examples in each bin of confidence, and how far their mean confidence is "
-        "above (over-confidence) or below it. Beneath, how the examples spread over the bins.",
-    )
-
-
-def _classes_html(path: Path, results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    logits, labels = _predictions(path)
-    if logits is None:
-        return _absent("There are no predictions in this folder.")
-    counts, thresholds = np.array(results["class_counts"]), _thresholds(run)
-    predicted = logits.mean(axis=0, dtype=np.float64).argmax(axis=1)
-    per_class = metrics.shot_accuracy(predicted, labels, counts, thresholds).per_class
-    experts = [
-        (name, {group: _number(expert[group]) for group in ("many", "medium", "few")})
-        for name, expert in zip(_expert_names(results), results["experts"], strict=True)
-    ]
-    test = results["test"]
-    return _figure(
-        figures.class_accuracies(
-            counts, per_class, metrics.shot_groups(counts, thresholds), experts
+        page.section(
+            "Target distributions",
+            page.table(content["shift"], heading=False),
+            page.figures(drawn, broad=True),
+            page.table(content["prior_estimates"]),
         ),
-        "Test accuracy of each class against its number of training images. Ensemble, group means: "
-        + ", ".join(f"{name} {_percent(test[name])}%" for name in ("many", "medium", "few")),
-        "A point is a class under the ensemble; a line is the mean of an expert over a group.",
     )
 
 
-def _curves_html(path: Path, results: Mapping[str, Any]) -> str:
+def _experts_section(
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
+) -> tuple[str, ...]:
+    bias = [page.table(content["bias"], heading=False)]
+    if summaries is None:
+        bias.append(page.absent(_NO_PREDICTIONS))
+    else:
+        bias.append(page.figures(*_marginals(results, summaries)))
+    sections = [page.section("Bias of the experts", *bias)]
+    if len(results["experts"]) > 1:
+        curve = _experts_curve(results)
+        sections.append(
+            page.section("Number of experts", page.table(content["experts"], heading=False), curve)
+        )
+    return tuple(sections)
+
+
+def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
+    counts = np.array(results["class_counts"])
+    uniform = np.full(len(counts), 1 / len(counts))
+    panels = [
+        (name, metrics.target_prior(counts, expert["tau"]), summary.marginal, bias["kl"])
+        for name, expert, summary, bias in zip(
+            _expert_names(results),
+            results["experts"],
+            summaries.experts,
+            results["bias"]["experts"],
+            strict=True,
+        )
+    ]
+    kl = results["bias"]["ensemble"]["kl"]
+    panels.append(("ensemble", uniform, summaries.ensemble.marginal, kl))
+    return [
+        page.figure(
+            figures.marginal(f"{name}: KL {kl:.3f}", counts, target, expected, f"marginal{i}"),
+            f"Expected marginal of {name} against its target prior: KL divergence {kl:.3f} nats.",
+        )
+        for i, (name, target, expected, kl) in enumerate(panels)
+    ]
+
+
+def _experts_curve(results: Mapping[str, Any]) -> str:
+    by_size = tables.subsets_by_size(results)
+    keys = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
+    values = {
+        label: [[_number(subset[key]) for subset in subsets] for subsets in by_size.values()]
+        for label, key in keys.items()
+    }
+    means = {label: [float(np.mean(v)) for v in per_size] for label, per_size in values.items()}
+    spreads = {label: [(min(v), max(v)) for v in per_size] for label, per_size in values.items()}
+    said = ", ".join(
+        f"{size}: {100 * mean:.1f}%" for size, mean in zip(by_size, means["all"], strict=True)
+    )
+    return page.figures(
+        page.figure(
+            figures.experts_curve(list(by_size), means, spreads),
+            f"Mean accuracy over subsets by number of experts: {said}.",
+            "Lines are means over the subsets of each size, bands go from the worst to the best.",
+        ),
+        broad=True,
+    )
+
+
+def _curves(path: Path, results: Mapping[str, Any]) -> str:
     rows = _read_rows(path / "metrics.jsonl")
     train_rows = [row for row in rows if "expert_losses" in row]
     test_rows = [row for row in rows if "test_top1" in row]
     if not train_rows:
-        return _absent("There are no training metrics in this folder.")
+        return page.absent("There are no training metrics in this folder.")
     first, last = train_rows[0], train_rows[-1]
-    return _figure(
-        figures.training_curves(train_rows, test_rows, _expert_names(results)),
-        f"Curves over epochs {first['epoch']:.1f} to {last['epoch']:.1f}: the loss goes from "
-        f"{first['loss']:.3f} to {last['loss']:.3f}.",
-        "Losses are means over the steps since the row before; test accuracy is the ensemble's.",
-    )
+    drawn = [
+        page.figure(
+            figures.training_losses(train_rows, _expert_names(results)),
+            f"Training over epochs {first['epoch']:.1f} to {last['epoch']:.1f}: the loss goes from "
+            f"{first['loss']:.3f} to {last['loss']:.3f}.",
+            "Losses are means over the steps since the row before.",
+        )
+    ]
+    if len(test_rows) > 1:
+        drawn.append(
+            page.figure(
+                figures.test_curves(test_rows),
+                f"Test accuracy over the epochs: from {_percent(test_rows[0]['test_top1'])}% to "
+                f"{_percent(test_rows[-1]['test_top1'])}%.",
+                "The ensemble's.",
+            )
+        )
+    return page.figures(*drawn, broad=True)
 
 
-def _facts_html(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     config, environment = run.get("config", {}), run.get("environment", {})
     if not config:
-        return _absent("There is no config.json in this folder.")
+        return page.absent("There is no config.json in this folder.")
     data, optim = config["data"], config["optim"]
     versions = environment.get("versions", {})
-    facts = {
-        "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
-        "class counts": "as they should be for this data set"
-        if run.get("data", {}).get("counts_as_published")
-        else "not as they should be for this data set",
-        "taus": ", ".join(f"{expert['tau']:.4g}" for expert in results["experts"]),
-        "mixup": f"alpha {config['mixup']['alpha']:g}" if config["mixup"]["alpha"] else "none",
-        "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning rate "
-        f"{optim['learning_rate']:g} ({optim['schedule']}), weight decay "
-        f"{optim['weight_decay']:g}",
-        "seed": config["seed"],
-        "devices": f"{environment.get('device_count')} x {environment.get('device_kind')}",
-        "started": environment.get("started"),
-        "source": environment.get("git_commit") or "not from a git repository",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "command": " ".join(environment.get("command", [])),
-    }
-    rows = "".join(
-        f'<tr><th scope="row">{name}</th><td class="text"><code>{html.escape(str(value))}</code>'
-        "</td></tr>"
-        for name, value in facts.items()
+    return page.facts(
+        {
+            "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
+            "class counts": "as they should be for this data set"
+            if run.get("data", {}).get("counts_as_published")
+            else "not as they should be for this data set",
+            "taus": ", ".join(f"{expert['tau']:.4g}" for expert in results["experts"]),
+            "mixup": f"alpha {config['mixup']['alpha']:g}" if config["mixup"]["alpha"] else "none",
+            "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
+            f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "
+            f"{optim['weight_decay']:g}",
+            "seed": config["seed"],
+            "devices": f"{environment.get('device_count')} x {environment.get('device_kind')}",
+            "started": environment.get("started"),
+            "source": environment.get("git_commit") or "not from a git repository",
+            "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+            "command": " ".join(environment.get("command", [])),
+        }
     )
-    return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
-
-
-def _section(heading: str, body: str) -> str:
-    return f"<section><h2>{heading}</h2>\n{body}\n</section>"
-
-
-def _figure(svg: str, alternative: str, caption: str) -> str:
-    label = html.escape(alternative, quote=True)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _absent(sentence: str) -> str:
-    return f'<p class="soft">{sentence}</p>'
 
 
 def _expert_names(results: Mapping[str, Any]) -> list[str]:
@@ -264,16 +339,7 @@ def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
     return low, high
 
 
-def _predictions(path: Path) -> tuple[Any, Any]:
-    folder = path / "predictions"
-    try:
-        logits = np.load(folder / "expert_logits.npy", mmap_mode="r", allow_pickle=False)
-        return logits, np.load(folder / "labels.npy", allow_pickle=False)
-    except (OSError, ValueError):
-        return None, None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is no readable one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -300,4 +366,4 @@ def _number(value: float | None) -> float:
 
 
 def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
+    return "-" if fraction is None or np.isnan(fraction) else f"{100 * fraction:.1f}"

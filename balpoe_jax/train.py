@@ -107,7 +107,7 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                     writer.write(progress.report(step))
                 # Before a checkpoint too: a resumed run does not come back to this step.
                 if test and not last:
-                    results = evaluator.score(state, workdir / "predictions")
+                    results = evaluator.score_test(state, workdir / "predictions")
                     writer.write(_test_row(results, step, per_epoch))
                     progress.restart_clock()
                 if save or last:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table and the page: what they say, what they need, and that they stand alone."""
 
+import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from balpoe_jax.data.shift import make_targets
 from balpoe_jax.errors import UserError
-from balpoe_jax.evaluate import score
+from balpoe_jax.predictions import Predictions
 from balpoe_jax.record import plain
-from balpoe_jax.report import result_table, write_report
+from balpoe_jax.report import result_text, write_report
+from balpoe_jax.scoring import score
 
 COUNTS = np.array([300, 120, 50, 8])
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "link"}
 
 
 def make_run(workdir: Path, num_experts: int = 3, name: str = "digits") -> dict:
@@ -26,9 +29,15 @@ def make_run(workdir: Path, num_experts: int = 3, name: str = "digits") -> dict:
     logits = random.normal(size=(num_experts, 100, 4)).astype(np.float32)
     logits[:, np.arange(100), labels] += 2
     taus = tuple(np.linspace(0, 2, num_experts))
-    results = plain(
-        {"step": 20, "epoch": 2, "num_parameters": 1234, **score(logits, labels, COUNTS, taus)}
+    scores = score(
+        Predictions(logits, labels),
+        COUNTS,
+        taus,
+        held_out=Predictions(logits[:, ::3], labels[::3]),
+        held_out_description="34 of the very same",
+        targets=make_targets(labels, COUNTS, (2, 50)),
     )
+    results = plain({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
     config = {
         "data": {"name": name, "imbalance_ratio": 40.0, "shot_thresholds": [20, 100]},
         "model": {"name": "resnet8"},
@@ -90,14 +99,19 @@ def parse(page: Path) -> Balanced:
     return parser
 
 
+def text_tables(results: dict, width: int = 80) -> dict[str, list[str]]:
+    """The lines of each printed table by its title."""
+    parts = result_text(results, width).split("\n\n")
+    return {part.splitlines()[0]: part.splitlines()[1:] for part in parts}
+
+
 @pytest.mark.parametrize("num_experts", [1, 3, 7])
 def test_the_table_has_a_row_for_each_expert_and_the_ensemble(
     tmp_path: Path, num_experts: int
 ) -> None:
     results = make_run(tmp_path / "run", num_experts)
-    lines = result_table(results).splitlines()
+    lines = text_tables(results)["Accuracy and calibration"]
     assert len(lines) == 1 + num_experts + 1
-    assert all(len(line) <= 80 for line in lines)
     assert lines[0].split() == ["tau", "all", "many", "medium", "few", "ECE", "MCE"]
     cells = lines[-1].split()
     expected = [results["test"][key] for key in ("top1", "many", "medium", "few", "ece", "mce")]
@@ -105,10 +119,34 @@ def test_the_table_has_a_row_for_each_expert_and_the_ensemble(
     assert lines[1].split()[:3] == ["expert", "1", f"{results['experts'][0]['tau']:.4g}"]
 
 
+def test_the_tables_fit_80_columns_and_use_a_wide_terminal(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run", 7)
+    assert max(map(len, result_text(results, 80).splitlines())) <= 80
+    assert len(result_text(results, 80).split("\n\n")) == 4
+    wide = text_tables(results, 140)["Accuracy and calibration"]
+    assert wide[0].split()[-3:] == ["NLL", "Brier", "adapt.ECE"]
+    assert wide[-1].split()[-3] == f"{results['test']['nll']:.3f}"
+
+
 def test_what_is_undefined_is_a_dash(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run")
     results["test"]["few"] = None
-    assert result_table(results).splitlines()[-1].split()[4] == "-"
+    assert text_tables(results)["Accuracy and calibration"][-1].split()[4] == "-"
+
+
+def test_files_hold_the_tables(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    folder = write_report(str(tmp_path / "run")).parent
+    with (folder / "shift.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["", "F50", "F2", "uni", "B2", "B50"]
+    assert [float(cell) for cell in rows[2][1:]] == [
+        scores["prior"] for scores in results["shift"].values()
+    ]
+    markdown = (folder / "tables.md").read_text()
+    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 7
+    row = next(line for line in markdown.splitlines() if line.startswith("| ensemble"))
+    assert f" {100 * results['test']['top1']:.1f} |" in row
 
 
 def test_the_page_stands_alone_and_says_what_the_results_say(tmp_path: Path) -> None:
@@ -117,14 +155,15 @@ def test_the_page_stands_alone_and_says_what_the_results_say(tmp_path: Path) -> 
     assert page == tmp_path / "run" / "report" / "index.html"
     parsed = parse(page)
     references = [value for _, name, value in parsed.attributes if name in ("src", "href")]
-    assert not [value for value in references if not str(value).startswith("#")]
+    assert not [value for value in references if not str(value).startswith(("#", "data:,"))]
     assert "<script" not in page.read_text()
     for key in ("top1", "few", "ece"):
         assert f"{100 * results['test'][key]:.1f}" in parsed.text
     assert "main.py --config=a&b" in parsed.text
-    described = [value for tag, name, value in parsed.attributes if name == "aria-label"]
-    assert len(described) == page.read_text().count("<svg") == 3
-    assert f"ensemble {100 * results['test']['ece']:.1f}%" in described[0]
+    text = page.read_text()
+    described = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
+    assert len(described) == text.count("<svg") == 4 + 3 + 1 + 4 + 1 + 1
+    assert f"{100 * results['test']['ece']:.1f}%" in described[0]
 
 
 def test_figures_are_well_formed_and_their_names_do_not_clash(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ class LongTailed:
     Attributes:
         train: the kept images, class by class.
         test: the whole test set.
+        test_names: str `[N]`, what lists of files call the test examples.
+        held_out: labelled examples outside both, balanced as far as they go; None without any.
+        held_out_description: where they are from.
         class_counts: int64 `[C]`, training images of each class.
         counts_as_published: False if the counts are not what the data set should have, which
             only `check_counts=False` lets through.
@@ -46,6 +49,9 @@ class LongTailed:
 
     train: ArraySource
     test: ArraySource
+    test_names: npt.NDArray[np.str_]
+    held_out: ArraySource | None
+    held_out_description: str
     class_counts: npt.NDArray[np.int64]
     counts_as_published: bool
 
@@ -61,6 +67,7 @@ def load(
     data_dir: str = "",
     check_counts: bool = True,
     selection_seed: int = 0,
+    held_out_per_class: int = 0,
 ) -> LongTailed:
     """Loads a data set and cuts its tail by the exponential profile.
 
@@ -72,6 +79,8 @@ def load(
         check_counts: refuse a data set that is not complete. When False, the profile starts at
             the mean class size, as in the reference, and a class gives what it has.
         selection_seed: of the kept images; 0 is the published subset.
+        held_out_per_class: training images a class that the selection leaves out, at most so many,
+            are held out; the largest class is kept whole and has none.
 
     Raises:
         UserError (a `ValueError`): an unknown name, a data set that is not there, an empty class,
@@ -99,8 +108,25 @@ def load(
             f"Class {np.argmin(counts)} of {name} would have no training image at imbalance ratio "
             f"{imbalance_ratio:g} with {max_count} in the largest; choose a smaller ratio."
         )
-    kept = train.select(long_tail.select_indices(train.labels, counts, selection_seed))
-    return LongTailed(kept, test, counts, counts_as_published=complete)
+    held_out_counts = np.minimum(available - counts, held_out_per_class)
+    chosen = long_tail.select_consecutive(train.labels, (counts, held_out_counts), selection_seed)
+    held_out = train.select(chosen[1]) if len(chosen[1]) else None
+    return LongTailed(
+        train=train.select(chosen[0]),
+        test=test,
+        test_names=np.array([f"test_{key:05d}" for key in test.keys]),
+        held_out=held_out,
+        held_out_description=_describe_held_out(held_out_counts, held_out_per_class),
+        class_counts=counts,
+        counts_as_published=complete,
+    )
+
+
+def _describe_held_out(counts: npt.NDArray[np.int64], per_class: int) -> str:
+    return (
+        f"{counts.sum():,} training images that the long-tailed selection left out, up to "
+        f"{per_class} a class; {(counts == 0).sum()} of {len(counts)} classes have none"
+    )
 
 
 def _explain_counts(

@@ -5,6 +5,8 @@ The profile and the selection are those of the reference repository (and of LDAM
 to the image: with the original order of CIFAR, `select_indices` returns the published subset.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -62,22 +64,42 @@ def select_indices(
     Raises:
         UserError (a `ValueError`): a label out of range, or a class with fewer images than asked.
     """
-    labels, counts = np.asarray(labels), np.asarray(counts)
-    check_labels(labels, len(counts))
-    if (counts < 0).any():
-        raise UserError(f"counts must not be negative, got a minimum of {counts.min()}.")
+    return select_consecutive(labels, (counts,), seed)[0]
+
+
+def select_consecutive(
+    labels: npt.ArrayLike, parts: Sequence[npt.ArrayLike], seed: int = 0
+) -> list[npt.NDArray[np.int64]]:
+    """Disjoint selections out of one shuffle: each takes up in a class where the one before ended.
+
+    Args:
+        labels: int `[N]`, as for `select_indices`, which the first part equals.
+        parts: int `[C]` each, images of each class.
+        seed: of the selection.
+
+    Returns:
+        For each part what `select_indices` would return.
+
+    Raises:
+        UserError (a `ValueError`): as for `select_indices`.
+    """
+    labels, sizes = np.asarray(labels), np.stack([np.asarray(part) for part in parts])
+    check_labels(labels, sizes.shape[1])
+    if (sizes < 0).any():
+        raise UserError(f"counts must not be negative, got a minimum of {sizes.min()}.")
     random = np.random.RandomState(seed)
-    kept = []
-    for label, count in enumerate(counts):
+    chosen: list[list[npt.NDArray[np.intp]]] = [[] for _ in parts]
+    for label, ends in enumerate(sizes.cumsum(axis=0).T):
         members = np.flatnonzero(labels == label)
-        if len(members) < count:
+        if len(members) < ends[-1]:
             raise UserError(
-                f"Class {label} should keep {count} images but has only {len(members)}; "
+                f"Class {label} should keep {ends[-1]} images but has only {len(members)}; "
                 "lower the counts or use the complete data set."
             )
         random.shuffle(members)
-        kept.append(members[:count])
-    return np.concatenate(kept).astype(np.int64)
+        for part, members_of_part in zip(chosen, np.split(members, ends), strict=False):
+            part.append(members_of_part)
+    return [np.concatenate(part).astype(np.int64) for part in chosen]
 
 
 def class_counts(labels: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:

@@ -5,24 +5,46 @@ from balpoe_jax.metrics.accuracy import (
     DEFAULT_THRESHOLDS,
     ShotAccuracy,
     ShotGroups,
+    disagreement,
     shot_accuracy,
+    shot_confusion,
     shot_groups,
 )
 from balpoe_jax.metrics.calibration import (
     Calibration,
+    adaptive_calibration_error,
+    bin_confidences,
+    brier_score,
     calibration,
     negative_log_likelihood,
     softmax,
 )
+from balpoe_jax.metrics.marginals import kl_divergence, target_prior
+from balpoe_jax.metrics.predictions import MeanLogits, Summary, blocks, summarize
+from balpoe_jax.metrics.recalibration import Correction, fit_bias_correction, fit_temperature
 
 __all__ = [
     "DEFAULT_THRESHOLDS",
     "Calibration",
+    "Correction",
+    "MeanLogits",
     "ShotAccuracy",
     "ShotGroups",
+    "Summary",
+    "adaptive_calibration_error",
+    "bin_confidences",
+    "blocks",
+    "brier_score",
     "calibration",
+    "disagreement",
+    "fit_bias_correction",
+    "fit_temperature",
+    "kl_divergence",
     "negative_log_likelihood",
     "shot_accuracy",
+    "shot_confusion",
     "shot_groups",
     "softmax",
+    "summarize",
+    "target_prior",
 ]

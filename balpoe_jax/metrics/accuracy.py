@@ -102,6 +102,45 @@ def shot_accuracy(
     )
 
 
+def shot_confusion(
+    predictions: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    train_counts: npt.ArrayLike,
+    thresholds: tuple[int, int] = DEFAULT_THRESHOLDS,
+) -> npt.NDArray[np.float64]:
+    """Into which shot group the examples of each shot group are put, right class or not.
+
+    Args:
+        predictions: int `[N]`.
+        labels: int `[N]`.
+        train_counts: int `[C]`.
+        thresholds: of the groups.
+
+    Returns:
+        float64 `[3, 3]`: of the examples whose label is in the group of a row (many, medium, few),
+        the fraction predicted in the group of a column; rows sum to 1, or are `nan` without
+        examples.
+    """
+    groups = np.stack(shot_groups(train_counts, thresholds)).argmax(axis=0)
+    pairs = 3 * groups[np.asarray(labels)] + groups[np.asarray(predictions)]
+    counts = np.bincount(pairs, minlength=9).reshape(3, 3).astype(np.float64)
+    totals = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, totals, out=np.full((3, 3), np.nan), where=totals > 0)
+
+
+def disagreement(predictions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Fraction of examples on which two experts predict different classes.
+
+    Args:
+        predictions: int `[E, N]`.
+
+    Returns:
+        float64 `[E, E]`, symmetric, zero on the diagonal.
+    """
+    predictions = np.asarray(predictions)
+    return np.array([(predictions != one).mean(axis=1) for one in predictions])
+
+
 def _mean_defined(values: npt.NDArray[np.float64]) -> float:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else float("nan")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confidence calibration over a whole test set: ECE, MCE and the bins behind them; NLL."""
+"""Confidence calibration over a whole test set: ECE, MCE and the bins behind them; NLL; Brier."""
 
 from typing import NamedTuple
 
@@ -48,17 +48,79 @@ def calibration(
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     _check(probabilities, labels)
-    if num_bins < 1:
-        raise UserError(f"num_bins must be at least 1, got {num_bins}.")
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
+    return bin_confidences(
+        probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, num_bins
+    )
+
+
+def bin_confidences(
+    confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], num_bins: int = 15
+) -> Calibration:
+    """What `calibration` returns, of examples of which only this much was kept.
+
+    Args:
+        confidence: float `[N]` in [0, 1], of the predicted class.
+        correct: bool `[N]`, whether it was the right one.
+        num_bins: at least 1.
+
+    Raises:
+        UserError (a `ValueError`): no example, or no bin.
+    """
+    _check_bins(confidence, num_bins)
     edges = np.linspace(0, 1, num_bins + 1)
     bins = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, num_bins - 1)
+    return _errors_of_bins(confidence, correct, bins, num_bins)
+
+
+def adaptive_calibration_error(
+    confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], num_bins: int = 15
+) -> float:
+    """ECE over bins that hold equally many examples instead of being equally wide.
+
+    Where most confidences are high, equal widths leave most bins nearly empty (Nguyen and
+    O'Connor, EMNLP 2015; Mukhoti et al., NeurIPS 2020). Equal confidences share a bin, so the
+    result does not depend on the order of the examples; a bin may then hold more than its share.
+
+    Args:
+        confidence: float `[N]` in [0, 1].
+        correct: bool `[N]`.
+        num_bins: at least 1.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        UserError (a `ValueError`): no example, or no bin.
+    """
+    _check_bins(confidence, num_bins)
+    ranks = np.ceil(np.arange(1, num_bins + 1) * len(confidence) / num_bins).astype(int) - 1
+    upper_edges = np.sort(confidence)[np.maximum(ranks, 0)]
+    bins = np.searchsorted(upper_edges, confidence, side="left")
+    return _errors_of_bins(confidence, correct, bins, num_bins).ece
+
+
+def brier_score(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Mean squared distance of float `[N, C]` from the one-hot labels, summed over classes: 0 to 2.
+
+    Brier, Verification of forecasts expressed in terms of probability, 1950.
+    """
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
+    _check(probabilities, labels)
+    picked = probabilities[np.arange(len(labels)), labels]
+    return float(np.mean((probabilities**2).sum(axis=1) - 2 * picked + 1))
+
+
+def _errors_of_bins(
+    confidence: npt.NDArray[np.float64],
+    correct: npt.NDArray[np.bool_],
+    bins: npt.NDArray[np.intp],
+    num_bins: int,
+) -> Calibration:
     sizes = np.bincount(bins, minlength=num_bins)
     filled = np.maximum(sizes, 1)
     accuracy = np.bincount(bins, weights=correct, minlength=num_bins) / filled
     mean_confidence = np.bincount(bins, weights=confidence, minlength=num_bins) / filled
-    fraction = sizes / len(labels)
+    fraction = sizes / len(confidence)
     gap = np.abs(accuracy - mean_confidence)
     return Calibration(
         ece=float(np.sum(fraction * gap)),
@@ -85,6 +147,13 @@ def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
     logits = np.asarray(logits, np.float64)
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def _check_bins(confidence: npt.NDArray[np.float64], num_bins: int) -> None:
+    if num_bins < 1:
+        raise UserError(f"num_bins must be at least 1, got {num_bins}.")
+    if confidence.ndim != 1 or not confidence.size:
+        raise UserError(f"Expected the confidence of at least one example, got {confidence.shape}.")
 
 
 def _check(probabilities: npt.NDArray[np.float64], labels: npt.NDArray) -> None:

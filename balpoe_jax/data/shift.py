@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test sets with another class distribution: forward, uniform and backward. NumPy only.
+
+A forward set has most examples where the training set has, a backward one where it has fewest. For
+CIFAR they follow from a rule; those of ImageNet-LT and iNaturalist 2018 were published as lists of
+files (SADE, and with it BalPoE).
+"""
+
+import dataclasses
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.data.long_tail import class_counts, exponential_counts, select_indices
+from balpoe_jax.errors import UserError
+
+UNIFORM = "uniform"
+_DIRECTIONS = ("forward", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A part of the test set with its own class distribution.
+
+    Attributes:
+        name: "forward50", "uniform", "backward50" and the like.
+        indices: int64 `[M]`, positions in the test set.
+        counts: int64 `[C]`, examples of each class.
+        origin: "whole test set", "rule", or the name of the list's file.
+    """
+
+    name: str
+    indices: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    origin: str
+
+    @property
+    def prior(self) -> npt.NDArray[np.float64]:
+        """float64 `[C]`, the class frequencies."""
+        return self.counts / self.counts.sum()
+
+
+def make_targets(
+    labels: npt.NDArray[np.integer],
+    train_counts: npt.NDArray[np.int64],
+    ratios: Sequence[float],
+    names: npt.NDArray[np.str_] | None = None,
+    lists: str = "",
+) -> list[Target]:
+    """All target distributions from the most forward to the most backward.
+
+    Args:
+        labels: int `[N]` of the test set.
+        train_counts: int `[C]`: their order tells what is forward.
+        ratios: largest over smallest class; one forward and one backward set for each.
+        names: str `[N]`, what the list files call the examples.
+        lists: file names or patterns of published lists, separated by commas; a distribution
+            that none of them is for follows the rule.
+
+    Raises:
+        UserError (a `ValueError`): a list that cannot be read or is of another data set, or a
+            ratio below 1.
+    """
+    listed = {
+        name: _read_list(path, labels, len(train_counts), names)
+        for name, path in _find_lists(lists).items()
+    }
+    wanted = [f"{direction}{ratio:g}" for direction in _DIRECTIONS for ratio in ratios]
+    unknown = sorted(set(listed) - set(wanted))
+    if unknown:
+        raise UserError(
+            f"There is a list for {', '.join(unknown)}, but the ratios to evaluate are "
+            f"{', '.join(f'{ratio:g}' for ratio in ratios)}; add its ratio with "
+            "--config.eval.shift_ratios."
+        )
+    forward = [f"forward{ratio:g}" for ratio in sorted(ratios, reverse=True)]
+    backward = [f"backward{ratio:g}" for ratio in sorted(ratios)]
+    targets = []
+    for name in (*forward, UNIFORM, *backward):
+        if name == UNIFORM:
+            indices, origin = np.arange(len(labels)), "whole test set"
+        elif name in listed:
+            indices, origin = listed[name]
+        else:
+            indices, origin = _select_by_rule(labels, train_counts, name), "rule"
+        counts = class_counts(labels[indices], len(train_counts))
+        targets.append(Target(name, indices, counts, origin))
+    return targets
+
+
+def shifted_counts(
+    test_counts: npt.ArrayLike, train_counts: npt.ArrayLike, ratio: float, backward: bool
+) -> npt.NDArray[np.int64]:
+    """Examples to keep of each class: the exponential profile over the ranks of training counts.
+
+    With the class sizes of CIFAR, `int(max * (1/ratio)**(rank / (C-1)))` from the largest training
+    class to the smallest, or the other way round: the reference's rule, to the example.
+
+    Args:
+        test_counts: int `[C]`. The profile starts at the smallest class; an empty one stays empty.
+        train_counts: int `[C]`; equal counts rank by class.
+        ratio: largest over smallest class, at least 1.
+        backward: the smallest training class is the largest.
+
+    Returns:
+        int64 `[C]`; a class may be empty where the ratio exceeds the class size.
+    """
+    test_counts, train_counts = np.asarray(test_counts), np.asarray(train_counts)
+    ranks = np.argsort(-train_counts, kind="stable")
+    largest = int(test_counts[test_counts > 0].min())
+    counts = np.empty(len(train_counts), np.int64)
+    counts[ranks] = exponential_counts(len(train_counts), largest, ratio, reverse=backward)
+    return np.minimum(counts, test_counts)
+
+
+def _select_by_rule(
+    labels: npt.NDArray[np.integer], train_counts: npt.NDArray[np.int64], name: str
+) -> npt.NDArray[np.int64]:
+    direction, ratio = _parse_name(name)
+    test_counts = class_counts(labels, len(train_counts))
+    counts = shifted_counts(test_counts, train_counts, ratio, direction == "backward")
+    return select_indices(labels, counts)  # seed 0 for each set, as in the reference
+
+
+def _parse_name(text: str) -> tuple[str, float]:
+    """Direction and ratio that a name or a file name ends in."""
+    found = re.search(r"(forward|backward)[_-]?(\d+(?:\.\d+)?)$", text)
+    if not found:
+        raise UserError(
+            f"Cannot tell the distribution from the list name {text!r}; it should end in forward "
+            "or backward and the ratio, such as ImageNet_LT_forward50.txt."
+        )
+    return found[1], float(found[2])
+
+
+def _find_lists(lists: str) -> dict[str, Path]:
+    """List files by the name of their distribution."""
+    found: dict[str, Path] = {}
+    for pattern in filter(None, (item.strip() for item in lists.split(","))):
+        paths = sorted(glob.glob(str(Path(pattern).expanduser())))
+        if not paths:
+            raise UserError(f"There is no list file {pattern}; check --config.eval.shift_lists.")
+        for path in map(Path, paths):
+            direction, ratio = _parse_name(path.stem)
+            name = f"{direction}{ratio:g}"
+            if name in found:
+                raise UserError(
+                    f"Two list files are for {name}: {found[name]} and {path}; name those of one "
+                    "data set with --config.eval.shift_lists."
+                )
+            found[name] = path
+    return found
+
+
+def _read_list(
+    path: Path,
+    labels: npt.NDArray[np.integer],
+    num_classes: int,
+    names: npt.NDArray[np.str_] | None,
+) -> tuple[npt.NDArray[np.int64], str]:
+    """Positions of the examples of a list, in its order, and where they are from."""
+    if names is None:
+        raise UserError(f"The list {path} cannot be used: this test set's examples have no names.")
+    positions = {str(name): i for i, name in enumerate(names)}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"The list {path} cannot be read ({error}).") from error
+    indices: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().rpartition(" ")
+        here = f"Line {number} of {path} ({line.strip()!r})"
+        if not label.isdecimal() or not file:
+            raise UserError(f"{here} is not `path label`.")
+        index = _find_example(file, positions)
+        if index is None:
+            raise UserError(f"{here} matches no example of the test set; is it another data set's?")
+        if int(label) != labels[index]:
+            raise UserError(
+                f"{here} has another label than the test set's {labels[index]} of {num_classes} "
+                "classes; is it another data set's?"
+            )
+        if index in indices:
+            raise UserError(f"{here} repeats line {indices[index]}.")
+        indices[index] = number
+    if not indices:
+        raise UserError(f"The list {path} is empty.")
+    return np.fromiter(indices, np.int64), path.name
+
+
+def _find_example(file: str, positions: dict[str, int]) -> int | None:
+    """By the whole path, the file's name, or the name without its suffix, as data sets differ."""
+    path = PurePosixPath(file)
+    for name in (file, path.name, path.stem):
+        if name in positions:
+            return positions[name]
+    return None

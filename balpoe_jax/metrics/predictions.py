@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits of a whole test set, read a few examples at a time, and what is kept of each example.
+
+Logits of a large data set (iNaturalist 2018: 24,426 x 8,142 for each expert) stay in a
+memory-mapped file; nothing here holds more than a block of them in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.errors import UserError
+
+_NUMBERS_A_BLOCK = 2**22  # 32 MB in float64
+
+
+class MeanLogits:
+    """The mean of some experts' logits, as an array `[N, C]` that is computed when it is indexed.
+
+    Args:
+        expert_logits: float `[E, N, C]`, in memory or memory-mapped.
+        experts: positions of those that take part; None for all.
+    """
+
+    def __init__(
+        self, expert_logits: npt.NDArray[np.floating], experts: Sequence[int] | None = None
+    ) -> None:
+        self._expert_logits = expert_logits
+        self._experts = range(len(expert_logits)) if experts is None else experts
+        self.shape: tuple[int, int] = expert_logits.shape[1:]
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.float64]:
+        """float64 `[n, C]` of a slice or of positions."""
+        total = np.zeros_like(self._expert_logits[0, rows], np.float64)
+        for expert in self._experts:
+            total += self._expert_logits[expert, rows]
+        return total / len(self._experts)
+
+
+class Summary(NamedTuple):
+    """What one classifier says of each of `N` examples, without the `[N, C]` probabilities.
+
+    Attributes:
+        predicted: int64 `[N]`, the class of the largest logit; ties go to the lowest class.
+        confidence: float64 `[N]`, the probability of that class.
+        nll: float64 `[N]`, negative log-likelihood of the label in nats.
+        brier: float64 `[N]`, squared distance from the one-hot label, 0 to 2.
+        marginal: float64 `[C]`, mean probabilities over the examples: the expected marginal.
+    """
+
+    predicted: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float64]
+    nll: npt.NDArray[np.float64]
+    brier: npt.NDArray[np.float64]
+    marginal: npt.NDArray[np.float64]
+
+
+def summarize(
+    logits: Any,
+    labels: npt.NDArray[np.integer],
+    rows: npt.NDArray[np.integer] | None = None,
+    scale: float = 1.0,
+    offset: npt.NDArray[np.floating] | None = None,
+) -> Summary:
+    """Summarises `softmax(scale * logits + offset)`, a block of examples at a time.
+
+    Args:
+        logits: float `[N, C]`; anything with a shape whose slices and positions can be read.
+        labels: int `[N]`.
+        rows: positions of the examples to summarise; None for all.
+        scale: of the logits, the inverse of a temperature.
+        offset: float `[C]` added afterwards, such as a log prior.
+
+    Raises:
+        UserError (a `ValueError`): logits that are not finite, or no examples.
+    """
+    num_examples, num_classes = len(labels) if rows is None else len(rows), logits.shape[1]
+    if not num_examples:
+        raise UserError("There are no examples to summarise.")
+    parts: list[tuple[npt.NDArray, ...]] = []
+    marginal = np.zeros(num_classes)
+    for block in blocks(num_examples, num_classes):
+        positions = block if rows is None else rows[block]
+        values = np.asarray(logits[positions], np.float64)
+        _check_finite(values)
+        values = values * scale + (0.0 if offset is None else np.asarray(offset, np.float64))
+        predicted = values.argmax(axis=1)
+        values -= values.max(axis=1, keepdims=True)
+        own = labels[positions]
+        picked = values[np.arange(len(own)), own]
+        np.exp(values, out=values)
+        totals = values.sum(axis=1)
+        values /= totals[:, None]
+        marginal += values.sum(axis=0)
+        squares = np.einsum("nc,nc->n", values, values)
+        brier = squares - 2 * values[np.arange(len(own)), own] + 1
+        parts.append((predicted, 1 / totals, np.log(totals) - picked, brier))
+    predicted, confidence, nll, brier = map(np.concatenate, zip(*parts, strict=True))
+    return Summary(predicted, confidence, nll, brier, marginal / num_examples)
+
+
+def blocks(num_examples: int, num_classes: int) -> Iterator[slice]:
+    """Slices that cover the examples, each of a few million numbers at most."""
+    size = max(1, _NUMBERS_A_BLOCK // num_classes)
+    for start in range(0, num_examples, size):
+        yield slice(start, min(start + size, num_examples))
+
+
+def _check_finite(logits: npt.NDArray[np.float64]) -> None:
+    if not np.isfinite(logits).all():
+        wrong = int((~np.isfinite(logits).all(axis=1)).sum())
+        raise UserError(
+            f"The logits of {wrong} of {len(logits)} examples are not finite: the model has "
+            "diverged; evaluate an earlier checkpoint or train with a lower learning rate."
+        )

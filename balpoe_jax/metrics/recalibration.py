@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corrections of logits that are fitted on held-out labelled examples."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize
+
+from balpoe_jax.errors import UserError
+
+_LARGEST_TEMPERATURE = 1e3
+
+
+class Correction(NamedTuple):
+    """Logits are to be read as `scale * logits + bias`.
+
+    Attributes:
+        scale: positive; the inverse of a temperature.
+        bias: float64 `[C]`.
+    """
+
+    scale: float
+    bias: npt.NDArray[np.float64]
+
+
+def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """The temperature `T` whose `softmax(logits / T)` has the least negative log-likelihood.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in `1 / T`,
+    so the minimum is the only one; where it is at infinity (all predictions right) or at 0 (logits
+    that say nothing), the end of the range [1/1000, 1000] is returned.
+
+    Args:
+        logits: float `[N, C]`.
+        labels: int `[N]`.
+
+    Raises:
+        UserError (a `ValueError`): shapes that do not fit, or no example.
+    """
+    logits, labels = _checked(logits, labels)
+    rows = np.arange(len(labels))
+
+    def loss(log_scale: float) -> float:
+        values = logits * np.exp(log_scale)
+        values -= values.max(axis=1, keepdims=True)
+        return float(np.mean(np.log(np.exp(values).sum(axis=1)) - values[rows, labels]))
+
+    bound = np.log(_LARGEST_TEMPERATURE)
+    found = optimize.minimize_scalar(
+        loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}
+    )
+    return float(np.exp(-found.x))
+
+
+def fit_bias_correction(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, penalty: float = 1.0
+) -> Correction:
+    """Temperature and class biases together, for logits that are to estimate a prior.
+
+    A temperature leaves the mean prediction of each class where it was; estimating a prior needs
+    it right (bias-corrected temperature scaling: Alexandari et al., Maximum Likelihood with
+    Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation, ICML 2020). Examples are
+    weighted so that every class that occurs counts the same, as for a uniform prior; biases have a
+    squared penalty, and a class without examples keeps 0.
+
+    Args:
+        logits: float `[N, C]`.
+        labels: int `[N]`.
+        penalty: weight of half the sum of squared biases, against a sum of losses in which the
+            examples count 1 on average.
+
+    Raises:
+        UserError (a `ValueError`): shapes that do not fit, or no example.
+    """
+    logits, labels = _checked(logits, labels)
+    rows, num_classes = np.arange(len(labels)), logits.shape[1]
+    counts = np.bincount(labels, minlength=num_classes)
+    present = counts > 0
+    weights = len(labels) / (present.sum() * counts[labels])
+
+    def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        scale, bias = np.exp(parameters[0]), parameters[1:]
+        values = logits * scale + bias
+        values -= values.max(axis=1, keepdims=True)
+        picked = values[rows, labels]
+        np.exp(values, out=values)
+        totals = values.sum(axis=1)
+        value = np.sum(weights * (np.log(totals) - picked)) + penalty / 2 * np.sum(bias**2)
+        values *= (weights / totals)[:, None]
+        values[rows, labels] -= weights
+        slope_bias = np.where(present, values.sum(axis=0) + penalty * bias, 0.0)
+        slope_scale = scale * np.einsum("nc,nc->", values, logits)
+        return float(value), np.concatenate([[slope_scale], slope_bias])
+
+    bound = np.log(_LARGEST_TEMPERATURE)
+    bounds = [(-bound, bound), *[(None, None)] * num_classes]
+    found = optimize.minimize(
+        loss, np.zeros(1 + num_classes), jac=True, bounds=bounds, method="L-BFGS-B"
+    )
+    return Correction(float(np.exp(found.x[0])), found.x[1:])
+
+
+def _checked(
+    logits: npt.ArrayLike, labels: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]:
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
+        raise UserError(
+            "Expected logits [N, C] and labels [N] with N >= 1, "
+            f"got shapes {logits.shape} and {labels.shape}."
+        )
+    if not np.isfinite(logits).all():
+        raise UserError("Expected finite logits to calibrate, got some that are not.")
+    return logits, labels

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The logits of all experts for a data set: streamed to disk as they come, read back mapped."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FOLDER = "predictions"
+TEST, HELD_OUT = "", "held_out_"
+
+
+class Predictions(NamedTuple):
+    """Logits and labels of a data set, in its order.
+
+    Attributes:
+        expert_logits: float32 `[E, N, C]`, memory-mapped when read from disk.
+        labels: int32 `[N]`.
+    """
+
+    expert_logits: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int32]
+
+
+def stream(
+    folder: Path,
+    prefix: str,
+    shape: tuple[int, int, int],
+    outputs: Iterable[Mapping[str, npt.NDArray]],
+) -> Predictions:
+    """Writes what an evaluation puts out, a batch at a time, and returns it mapped.
+
+    The files `{prefix}expert_logits.npy` and `{prefix}labels.npy` replace earlier ones as a whole.
+
+    Args:
+        folder: created when missing.
+        prefix: `TEST` or `HELD_OUT`.
+        shape: `(E, N, C)`.
+        outputs: batches with `logits` `[E, b, C]`, `labels` `[b]` and `mask` `[b]`, False for
+            padding.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Names of this process's own: a training may be evaluating itself at the same time.
+    partial = folder / f".{prefix}expert_logits.{os.getpid()}.npy"
+    partial_labels = folder / f".{prefix}labels.{os.getpid()}.npy"
+    logits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+    labels = np.empty(shape[1], np.int32)
+    seen = 0
+    for output in outputs:
+        valid = output["mask"]
+        end = seen + int(valid.sum())
+        logits[:, seen:end] = output["logits"][:, valid]
+        labels[seen:end] = output["labels"][valid]
+        seen = end
+    if seen != shape[1]:
+        raise RuntimeError(f"Predicted {seen} of {shape[1]} examples.")
+    logits.flush()
+    np.save(partial_labels, labels)
+    os.replace(partial_labels, folder / f"{prefix}labels.npy")
+    os.replace(partial, folder / f"{prefix}expert_logits.npy")
+    return load(folder, prefix)
+
+
+def load(folder: Path, prefix: str = TEST) -> Predictions:
+    """What `stream` wrote; raises OSError or ValueError when it is not there or not readable."""
+    logits = np.load(folder / f"{prefix}expert_logits.npy", mmap_mode="r", allow_pickle=False)
+    return Predictions(logits, np.load(folder / f"{prefix}labels.npy", allow_pickle=False))

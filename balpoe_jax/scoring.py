@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is asked of a run's predictions: arrays in, the content of results.json out."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax import metrics
+from balpoe_jax.data.shift import Target
+from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
+from balpoe_jax.predictions import Predictions
+from balpoe_jax.priors import PriorEstimate, estimate_prior, log_target_prior
+
+GROUPS = ("many", "medium", "few")
+
+# More than seven experts have too many subsets; of each size so many are scored at most.
+_SUBSETS_A_SIZE = 35
+
+
+def score(
+    test: Predictions,
+    class_counts: npt.NDArray[np.int64],
+    taus: Sequence[float],
+    *,
+    num_bins: int = 15,
+    thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
+    held_out: Predictions | None = None,
+    held_out_description: str = "",
+    targets: Sequence[Target] = (),
+    prior_strength: float = 0.3,
+) -> dict[str, Any]:
+    """Scores the ensemble and each expert on every question at once.
+
+    The ensemble is the softmax of the mean of the experts' raw logits. On a target distribution it
+    predicts in three ways: without a prior; with the known class frequencies as a prior, added as
+    a logarithm to the mean logits; and with a prior that expectation-maximisation estimates from
+    the unlabelled examples. Before estimating, the probabilities are corrected by a temperature and
+    class biases fitted on `held_out`, where there is one; the correction serves the estimate alone.
+
+    Args:
+        test: predictions on the test set.
+        class_counts: `[C]` training counts.
+        taus: `[E]`.
+        num_bins: of the calibration errors.
+        thresholds: of the shot groups.
+        held_out: predictions on labelled examples outside training and test set; None for no
+            temperature scaling and no correction.
+        held_out_description: where those are from, for the record.
+        targets: the distributions.
+        prior_strength: how much the uniform prior weighs against the examples in the estimate: the
+            concentration is `1 + strength * M / C` for `M` examples and `C` classes, 0 is maximum
+            likelihood.
+
+    Returns:
+        `class_counts`, `num_bins`, `test`, `experts`, `ensemble`, `bias`, `temperature`, `shift`
+        and `shift_sets` of `results.json`; fractions in [0, 1], nan where undefined.
+
+    Raises:
+        UserError (a `ValueError`): logits that are not finite.
+    """
+    basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
+    correction = None
+    if held_out is not None:
+        mean = MeanLogits(held_out.expert_logits)[:]
+        correction = metrics.fit_bias_correction(mean, held_out.labels)
+    sets = {
+        target.name: _score_target(test, target, correction, prior_strength, num_bins)
+        for target in targets
+    }
+    return {
+        **basic,
+        "num_bins": num_bins,
+        "ensemble": _score_ensemble(test, class_counts, taus, experts, thresholds),
+        "bias": _score_bias(class_counts, taus, ensemble, experts),
+        "temperature": _score_temperature(
+            test, class_counts, held_out, held_out_description, num_bins, thresholds
+        ),
+        "shift": {name: scores.pop("top1") for name, scores in sets.items()},
+        "shift_sets": sets,
+    }
+
+
+def score_test(
+    test: Predictions,
+    class_counts: npt.NDArray[np.int64],
+    taus: Sequence[float],
+    num_bins: int = 15,
+    thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
+) -> dict[str, Any]:
+    """`class_counts`, `test` and `experts` alone, which is what a training looks at on its way."""
+    return _score_test(test, class_counts, taus, num_bins, thresholds)[0]
+
+
+def summarize_experts(test: Predictions) -> tuple[Summary, list[Summary]]:
+    """The ensemble's summary and each expert's."""
+    ensemble = summarize(MeanLogits(test.expert_logits), test.labels)
+    return ensemble, [summarize(logits, test.labels) for logits in test.expert_logits]
+
+
+def _score_test(
+    test: Predictions,
+    class_counts: npt.NDArray[np.int64],
+    taus: Sequence[float],
+    num_bins: int,
+    thresholds: tuple[int, int],
+) -> tuple[dict[str, Any], Summary, list[Summary]]:
+    ensemble, experts = summarize_experts(test)
+    options = (test.labels, class_counts, num_bins, thresholds)
+    confusion = metrics.shot_confusion(ensemble.predicted, test.labels, class_counts, thresholds)
+    scores = {
+        "class_counts": class_counts,
+        "test": {**_score_classifier(ensemble, *options), "group_confusion": confusion},
+        "experts": [
+            {"tau": tau, **_score_classifier(expert, *options)}
+            for tau, expert in zip(taus, experts, strict=True)
+        ],
+    }
+    return scores, ensemble, experts
+
+
+def _score_classifier(
+    summary: Summary,
+    labels: npt.NDArray[np.int32],
+    class_counts: npt.NDArray[np.int64],
+    num_bins: int,
+    thresholds: tuple[int, int],
+) -> dict[str, Any]:
+    accuracy = metrics.shot_accuracy(summary.predicted, labels, class_counts, thresholds)
+    return {
+        "top1": accuracy.all,
+        "many": accuracy.many,
+        "medium": accuracy.medium,
+        "few": accuracy.few,
+        "balanced": accuracy.balanced,
+        **_calibration_by_group(summary, labels, class_counts, num_bins, thresholds),
+    }
+
+
+def _calibration_by_group(
+    summary: Summary,
+    labels: npt.NDArray[np.int32],
+    class_counts: npt.NDArray[np.int64],
+    num_bins: int,
+    thresholds: tuple[int, int],
+) -> dict[str, Any]:
+    """Over all examples, and under "groups" over those whose label is in each shot group."""
+    groups = metrics.shot_groups(class_counts, thresholds)._asdict()
+    correct = summary.predicted == labels
+    return {
+        **_calibration(summary, correct, np.ones(len(labels), bool), num_bins),
+        "groups": {
+            name: _calibration(summary, correct, members[labels], num_bins)
+            for name, members in groups.items()
+        },
+    }
+
+
+def _calibration(
+    summary: Summary, correct: npt.NDArray[np.bool_], chosen: npt.NDArray[np.bool_], num_bins: int
+) -> dict[str, float]:
+    names = ("ece", "mce", "adaptive_ece", "nll", "brier")
+    if not chosen.any():
+        return dict.fromkeys(names, float("nan"))
+    confidence, correct = summary.confidence[chosen], correct[chosen]
+    bins = metrics.bin_confidences(confidence, correct, num_bins)
+    adaptive = metrics.adaptive_calibration_error(confidence, correct, num_bins)
+    means = summary.nll[chosen].mean(), summary.brier[chosen].mean()
+    return dict(zip(names, (bins.ece, bins.mce, adaptive, *means), strict=True))
+
+
+def _score_bias(
+    class_counts: npt.NDArray[np.int64],
+    taus: Sequence[float],
+    ensemble: Summary,
+    experts: Sequence[Summary],
+) -> dict[str, Any]:
+    """KL divergence of target priors from expected marginals (paper, Fig. 3)."""
+    uniform = np.full(len(class_counts), 1 / len(class_counts))
+    return {
+        "experts": [
+            {
+                "lambda": 1 - tau,
+                "kl": metrics.kl_divergence(
+                    metrics.target_prior(class_counts, tau), expert.marginal
+                ),
+            }
+            for tau, expert in zip(taus, experts, strict=True)
+        ],
+        "ensemble": {"kl": metrics.kl_divergence(uniform, ensemble.marginal)},
+    }
+
+
+def _score_temperature(
+    test: Predictions,
+    class_counts: npt.NDArray[np.int64],
+    held_out: Predictions | None,
+    description: str,
+    num_bins: int,
+    thresholds: tuple[int, int],
+) -> dict[str, Any] | None:
+    """Calibration after temperature scaling, each classifier with its own temperature."""
+    if held_out is None:
+        return None
+
+    def rescaled(logits: Any, held_out_logits: npt.NDArray) -> dict[str, Any]:
+        temperature = metrics.fit_temperature(held_out_logits, held_out.labels)
+        summary = summarize(logits, test.labels, scale=1 / temperature)
+        scores = _calibration_by_group(summary, test.labels, class_counts, num_bins, thresholds)
+        return {"value": temperature, **scores}
+
+    ensemble = rescaled(MeanLogits(test.expert_logits), MeanLogits(held_out.expert_logits)[:])
+    pairs = zip(test.expert_logits, held_out.expert_logits, strict=True)
+    return {
+        "fitted_on": description,
+        "num_examples": len(held_out.labels),
+        "ensemble": ensemble,
+        "experts": [rescaled(*pair) for pair in pairs],
+    }
+
+
+def _score_ensemble(
+    test: Predictions,
+    class_counts: npt.NDArray[np.int64],
+    taus: Sequence[float],
+    experts: Sequence[Summary],
+    thresholds: tuple[int, int],
+) -> dict[str, Any]:
+    """What the experts are worth together: subsets of them, and how they differ."""
+    predicted = np.stack([expert.predicted for expert in experts])
+    accuracies = (predicted == test.labels).mean(axis=1)
+    differences = metrics.disagreement(predicted)
+    pairs = differences[np.triu_indices(len(experts), k=1)]
+    subsets: list[dict[str, Any]] = []
+    for members in _subsets(len(experts)):
+        guesses = summarize(MeanLogits(test.expert_logits, members), test.labels).predicted
+        accuracy = metrics.shot_accuracy(guesses, test.labels, class_counts, thresholds)
+        subsets.append(
+            {
+                "experts": [member + 1 for member in members],
+                "mean_tau": float(np.mean([taus[member] for member in members])),
+                "top1": accuracy.all,
+                "many": accuracy.many,
+                "medium": accuracy.medium,
+                "few": accuracy.few,
+            }
+        )
+    return {
+        "gain": subsets[-1]["top1"] - float(accuracies.mean()),
+        "disagreement": differences,
+        "mean_disagreement": float(pairs.mean()) if pairs.size else float("nan"),
+        "subsets": subsets,
+    }
+
+
+def _subsets(num_experts: int) -> list[tuple[int, ...]]:
+    """By size, the complete set last; a seeded choice where a size has too many."""
+    chosen: list[tuple[int, ...]] = []
+    random = np.random.default_rng(0)
+    for size in range(1, num_experts + 1):
+        if num_experts <= 7:
+            chosen += itertools.combinations(range(num_experts), size)
+        else:
+            draws = {
+                tuple(sorted(random.choice(num_experts, size, replace=False).tolist()))
+                for _ in range(_SUBSETS_A_SIZE)
+            }
+            chosen += sorted(draws)
+    return chosen
+
+
+def _score_target(
+    test: Predictions,
+    target: Target,
+    correction: Correction | None,
+    prior_strength: float,
+    num_bins: int,
+) -> dict[str, Any]:
+    """Accuracy, calibration and the quality of the estimated priors on one distribution."""
+    logits, num_classes = MeanLogits(test.expert_logits), test.expert_logits.shape[2]
+    truth = target.prior
+    concentration = 1 + prior_strength * len(target.indices) / num_classes
+    corrected = correction or Correction(1.0, np.zeros(num_classes))
+    probabilities = _probabilities(logits, target.indices, corrected)
+    estimates: dict[str, PriorEstimate] = {
+        "map": estimate_prior(probabilities, concentration=concentration),
+        "ml": estimate_prior(probabilities),
+    }
+    if correction is not None:
+        plain = _probabilities(logits, target.indices, Correction(1.0, np.zeros(num_classes)))
+        estimates["map_uncorrected"] = estimate_prior(plain, concentration=concentration)
+    offsets = {
+        "none": None,
+        "prior": log_target_prior(truth, num_classes),
+        **{
+            name: log_target_prior(estimate.prior, num_classes)
+            for name, estimate in estimates.items()
+        },
+    }
+    labels = test.labels[target.indices]
+    top1, ece = {}, {}
+    for name, offset in offsets.items():
+        summary = summarize(logits, test.labels, target.indices, offset=offset)
+        correct = summary.predicted == labels
+        top1[name] = float(correct.mean())
+        ece[name] = metrics.bin_confidences(summary.confidence, correct, num_bins).ece
+    uniform = np.full(num_classes, 1 / num_classes)
+    return {
+        "top1": {"none": top1["none"], "prior": top1["prior"], "estimated": top1["map"]},
+        "num_examples": len(target.indices),
+        "origin": target.origin,
+        "ece": {"none": ece["none"], "prior": ece["prior"], "estimated": ece["map"]},
+        "l1_of_uniform": _l1(uniform, truth),
+        "estimates": {
+            name: {
+                "top1": top1[name],
+                "l1": _l1(estimate.prior, truth),
+                "rounds": int(estimate.rounds),
+            }
+            for name, estimate in estimates.items()
+        },
+    }
+
+
+def _probabilities(
+    logits: MeanLogits, rows: npt.NDArray[np.int64], correction: Correction
+) -> npt.NDArray[np.float32]:
+    """Of the examples `rows`, float32 `[M, C]`: the one array of this size, in single precision."""
+    probabilities = np.empty((len(rows), logits.shape[1]), np.float32)
+    for block in metrics.blocks(*probabilities.shape):
+        values = logits[rows[block]] * correction.scale + correction.bias
+        probabilities[block] = metrics.softmax(values)
+    return probabilities
+
+
+def _l1(estimate: Any, truth: npt.NDArray[np.float64]) -> float:
+    return float(np.abs(np.asarray(estimate, np.float64) - truth).sum())

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as tables, and tables as text for a terminal, Markdown, CSV."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_LABEL_WIDTH = 10
+_WIDE = 110
+_DECIMALS = {"decimal": 3, "short": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of numbers.
+
+    Attributes:
+        name: its heading.
+        kind: "percent" of a fraction, "points" for a signed difference of fractions, "decimal"
+            with three places, "short" with two, or "number" with what it needs. Text is shown as
+            it is in any column.
+        wide: shown in a terminal only if there is room.
+    """
+
+    name: str
+    kind: str = "percent"
+    wide: bool = False
+
+    def show(self, value: Any) -> str:
+        """A cell's text; a dash where there is no value."""
+        if value is None or (isinstance(value, float) and np.isnan(value)):
+            return "-"
+        if isinstance(value, str):
+            return value
+        if self.kind == "percent":
+            return f"{100 * value:.1f}"
+        if self.kind == "points":
+            return f"{100 * value:+.1f}"
+        if self.kind == "number":
+            return f"{value:.4g}"
+        return f"{value:.{_DECIMALS[self.kind]}f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of values under columns.
+
+    Attributes:
+        name: of its files.
+        title: what it shows, in a line.
+        columns: without that of the row labels.
+        rows: a label and the values of each row; fractions, None where undefined.
+        note: how to read it.
+    """
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: Sequence[tuple[str, Sequence[Any]]]
+    note: str = ""
+
+
+def as_text(table: Table, width: int = 80) -> str:
+    """Aligned columns for a terminal of `width` characters, without the title."""
+    shown = [i for i, column in enumerate(table.columns) if width >= _WIDE or not column.wide]
+    label = max(_LABEL_WIDTH, *(len(name) for name, _ in table.rows))
+    cell = min(9, (width - label) // len(shown))
+    lines = ["".join([" " * label, *(f"{table.columns[i].name:>{cell}}" for i in shown)])]
+    for name, values in table.rows:
+        cells = [f"{table.columns[i].show(values[i]):>{cell}}" for i in shown]
+        lines.append("".join([f"{name:{label}}", *cells]))
+    return "\n".join(lines)
+
+
+def as_markdown(table: Table) -> str:
+    """A heading, the table with all columns, and the note."""
+    header = ["", *(column.name for column in table.columns)]
+    lines = [_pipes(header), _pipes(["---"] * len(header))]
+    for name, values in table.rows:
+        cells = (column.show(value) for column, value in zip(table.columns, values, strict=True))
+        lines.append(_pipes([name, *cells]))
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"## {table.title}\n\n" + "\n".join(lines) + f"\n{note}"
+
+
+def as_csv(table: Table) -> str:
+    """All columns, values as they are: fractions, and nothing where undefined."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["", *(column.name for column in table.columns)])
+    for name, values in table.rows:
+        writer.writerow([name, *("" if value is None else value for value in values)])
+    return buffer.getvalue()
+
+
+def result_tables(results: Mapping[str, Any]) -> list[Table]:
+    """The tables of one run, those that its `results.json` has the figures of.
+
+    Args:
+        results: what `results.json` holds.
+    """
+    tables = [_result(results), _calibration(results), _calibration_by_group(results)]
+    if results.get("shift"):
+        tables.append(_shift(results))
+        tables.append(_prior_estimates(results))
+    if results.get("bias") and results.get("ensemble"):
+        tables += [_bias(results), _experts(results)]
+    return tables
+
+
+def named_rows(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every expert and the ensemble with its scores."""
+    experts = [(f"expert {i}", scores) for i, scores in enumerate(results["experts"], start=1)]
+    return [*experts, ("ensemble", {"tau": "", **results["test"]})]
+
+
+_GROUPS = ("many", "medium", "few")
+
+
+def _result(results: Mapping[str, Any]) -> Table:
+    keys = ("tau", "top1", *_GROUPS, "ece", "mce", "nll", "brier", "adaptive_ece")
+    return Table(
+        "result",
+        "Accuracy and calibration",
+        (
+            Column("tau", "number"),
+            Column("all"),
+            *(Column(group) for group in _GROUPS),
+            Column("ECE"),
+            Column("MCE"),
+            Column("NLL", "decimal", wide=True),
+            Column("Brier", "decimal", wide=True),
+            Column("adapt.ECE", wide=True),
+        ),
+        [(name, [scores.get(key) for key in keys]) for name, scores in named_rows(results)],
+        "Percent on the balanced test set; tau, NLL (nats) and Brier score as they are. The figure "
+        "of a shot group is the mean over its classes. Each expert is trained with the prior "
+        "weighted by its tau; the ensemble is the mean of their logits.",
+    )
+
+
+def _calibration(results: Mapping[str, Any]) -> Table:
+    keys = ("ece", "mce", "adaptive_ece", "nll", "brier")
+    temperature = results.get("temperature")
+    after = [*temperature["experts"], temperature["ensemble"]] if temperature else []
+    columns = [Column("ECE"), Column("MCE"), Column("aECE"), Column("NLL", "decimal")]
+    columns.append(Column("Brier", "decimal"))
+    if after:
+        columns += [Column("T", "short"), Column("ECE/T"), Column("NLL/T", "decimal")]
+    rows = []
+    for i, (name, scores) in enumerate(named_rows(results)):
+        values = [scores.get(key) for key in keys]
+        if after:
+            values += [after[i]["value"], after[i]["ece"], after[i]["nll"]]
+        rows.append((name, values))
+    note = (
+        f"ECE and MCE over {results.get('num_bins', 15)} bins of equal width, aECE over as many of "
+        "equal size, in percent."
+    )
+    if temperature:
+        note += (
+            " T is the temperature that fits best on held-out examples, and /T what it makes of "
+            f"the test set; held out are {temperature['fitted_on']}. No test label is used to fit."
+        )
+    return Table("calibration", "Calibration", tuple(columns), rows, note)
+
+
+def _calibration_by_group(results: Mapping[str, Any]) -> Table:
+    keys = ("ece", "mce", "adaptive_ece", "nll", "brier")
+    temperature = results.get("temperature")
+    columns = [Column("ECE"), Column("MCE"), Column("aECE"), Column("NLL", "decimal")]
+    columns.append(Column("Brier", "decimal"))
+    if temperature:
+        columns += [Column("ECE/T"), Column("NLL/T", "decimal")]
+    rows = []
+    for group in ("all", *_GROUPS):
+        scores, after = (
+            part if group == "all" or not part else part.get("groups", {}).get(group, {})
+            for part in (results["test"], temperature["ensemble"] if temperature else {})
+        )
+        values = [scores.get(key) for key in keys]
+        if temperature:
+            values += [after.get("ece"), after.get("nll")]
+        rows.append((group, values))
+    return Table(
+        "calibration_groups",
+        "Calibration of the ensemble by shot group",
+        tuple(columns),
+        rows,
+        "Over the test examples whose label is in the group.",
+    )
+
+
+def _shift(results: Mapping[str, Any]) -> Table:
+    shift, sets = results["shift"], results["shift_sets"]
+    kinds = {"none": "no prior", "prior": "known", "estimated": "estimated"}
+    listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
+    origin = f" Published lists: {', '.join(listed)}; the others by" if listed else " Test sets by"
+    return Table(
+        "shift",
+        "Accuracy by target distribution",
+        tuple(Column(short_name(name)) for name in shift),
+        [(label, [shift[name][kind] for name in shift]) for kind, label in kinds.items()],
+        "Percent of the examples. F: forward, most examples where the training set has most; B: "
+        "backward; the number is the largest class over the smallest. The prior is that of the "
+        "test set: not used, known and added to the mean logits, or estimated from the unlabelled "
+        f"examples.{origin} the exponential rule (for CIFAR the paper's).",
+    )
+
+
+def _prior_estimates(results: Mapping[str, Any]) -> Table:
+    sets = results["shift_sets"]
+    kinds = {
+        "map": "MAP",
+        "ml": "ML",
+        "map_uncorrected": "MAP, raw",
+    }
+    rows = [("uniform", [scores["l1_of_uniform"] for scores in sets.values()])]
+    for kind, label in kinds.items():
+        if all(kind in scores["estimates"] for scores in sets.values()):
+            rows.append((label, [s["estimates"][kind]["l1"] for s in sets.values()]))
+    return Table(
+        "prior_estimates",
+        "L1 distance of estimated priors from the truth",
+        tuple(Column(short_name(name), "short") for name in sets),
+        rows,
+        "0 is exact, 2 the largest. MAP leans to the uniform prior and is what `estimated` uses; "
+        "ML is maximum likelihood; raw: without the correction fitted on held-out examples. The "
+        "first row is what assuming a uniform prior costs.",
+    )
+
+
+def _bias(results: Mapping[str, Any]) -> Table:
+    bias, ensemble = results["bias"], results["ensemble"]
+    rows: list[tuple[str, list[Any]]] = []
+    for i, (expert, scores) in enumerate(zip(bias["experts"], results["experts"], strict=True)):
+        others = [value for j, value in enumerate(ensemble["disagreement"][i]) if j != i]
+        disagreement = float(np.mean(others)) if others else None
+        rows.append(
+            (f"expert {i + 1}", [scores["tau"], expert["lambda"], expert["kl"], disagreement])
+        )
+    rows.append(("ensemble", ["", "", bias["ensemble"]["kl"], ensemble["mean_disagreement"]]))
+    return Table(
+        "bias",
+        "Bias",
+        (
+            Column("tau", "number"),
+            Column("lambda", "number"),
+            Column("KL", "decimal"),
+            Column("disagree"),
+        ),
+        rows,
+        "KL divergence, in nats, of the target prior (training frequencies to the power of "
+        "lambda) from the expected marginal, the mean prediction over the test set; for the "
+        "ensemble, of the uniform prior. Disagreement: percent of test examples on which an expert "
+        "and another one differ, on average. The ensemble's accuracy exceeds the mean expert's by "
+        f"{100 * ensemble['gain']:.1f} points.",
+    )
+
+
+def _experts(results: Mapping[str, Any]) -> Table:
+    rows: list[tuple[str, list[Any]]] = []
+    for size, subsets in subsets_by_size(results).items():
+        means = [_mean([subset[key] for subset in subsets]) for key in ("top1", *_GROUPS)]
+        best = max(subsets, key=lambda subset: subset["top1"])
+        which = "+".join(str(expert) for expert in best["experts"])
+        rows.append((f"{size} of {len(results['experts'])}", [*means, best["top1"], which]))
+    return Table(
+        "experts",
+        "Accuracy by number of experts used",
+        (
+            Column("all"),
+            *(Column(group) for group in _GROUPS),
+            Column("best"),
+            Column("which"),
+        ),
+        rows,
+        "Means over all subsets of that many of this run's experts, without training anew; a "
+        "subset whose mean tau is not 1 is biased. Best: the subset of the highest accuracy.",
+    )
+
+
+def subsets_by_size(results: Mapping[str, Any]) -> dict[int, list[Mapping[str, Any]]]:
+    """The scored subsets of experts by their number."""
+    by_size: dict[int, list[Mapping[str, Any]]] = {}
+    for subset in results["ensemble"]["subsets"]:
+        by_size.setdefault(len(subset["experts"]), []).append(subset)
+    return by_size
+
+
+def short_name(target: str) -> str:
+    """F50, uni, B50 and the like."""
+    return target.replace("forward", "F").replace("backward", "B").replace("uniform", "uni")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
