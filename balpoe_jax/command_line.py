@@ -42,7 +42,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
 
     define_flags()
     for name in ("config", "workdir"):  # --help lists what belongs to the command's own module
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+        if name in flags.FLAGS:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -75,7 +76,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections names the field at best; it is an override that does not fit the config.
         _fail(_unknown_field(argv) or _own_sentence(error))
-    if not isinstance(flags.FLAGS.config, ConfigDict):  # it could not be read
+    if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):  # unreadable
         _fail(
             f"The config file {_config_path(argv)} cannot be read; name an experiment's file, such "
             "as --config=configs/digits_lt.py."

@@ -126,12 +126,19 @@ def group_accuracies(names: Sequence[str], accuracies: Sequence[Mapping[str, flo
         return _svg(figure, "groups")
 
 
-def shift_accuracies(shift: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str:
+def shift_accuracies(
+    shift: Mapping[str, Mapping[str, float]],
+    targets: Sequence[str],
+    name: str = "shift",
+    title: str = "",
+) -> str:
     """Accuracy from the most forward to the most backward test set, with each kind of prior.
 
     Args:
         shift: by distribution, the accuracy of each of `PRIOR_KINDS`.
-        names: short ones of the distributions.
+        targets: short names of the distributions.
+        name: distinguishes this figure's elements from those of others on the page.
+        title: of the figure.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
@@ -140,12 +147,18 @@ def shift_accuracies(shift: Mapping[str, Mapping[str, float]], names: Sequence[s
             color, mark, dash = _KIND_STYLES[kind]
             values = [scores[kind] for scores in shift.values()]
             axis.plot(
-                range(len(names)), values, dash, color=color, marker=mark, markersize=4, label=label
+                range(len(targets)),
+                values,
+                dash,
+                color=color,
+                marker=mark,
+                markersize=4,
+                label=label,
             )
-        axis.set_xticks(range(len(names)), names)
-        axis.set(xlabel="test set", ylabel="accuracy")
+        axis.set_xticks(range(len(targets)), targets)
+        axis.set(title=title, xlabel="test set", ylabel="accuracy")
         figure.legend(loc="outside upper center", ncols=3)
-        return _svg(figure, "shift")
+        return _svg(figure, name)
 
 
 def marginal(

@@ -25,11 +25,12 @@ import jax
 import balpoe_jax
 from balpoe_jax.errors import UserError
 
-CONFIG, METRICS, DISCARDED, RESULTS = (
+CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
     "metrics.jsonl",
     "metrics.discarded.jsonl",
     "results.json",
+    "train.log",
 )
 
 # Where and how often things are read, written and scored: may differ between starts of one run.
@@ -100,17 +101,23 @@ def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another workdir.") from error
-    there, here = _flatten(before), _flatten(plain(config))
+    there, here = experiment_fields(before), experiment_fields(config)
     differing = [
         f"{field} was {there.get(field)!r} and is now {here.get(field)!r}"
         for field in sorted(there.keys() | here.keys())
-        if there.get(field) != here.get(field) and not field.startswith(_OPERATIONAL)
+        if there.get(field) != here.get(field)
     ]
     if differing:
         raise UserError(
             f"The workdir {workdir} holds a run of another config: {'; '.join(differing)}. "
             "Choose another --workdir, or the config that the run was started with."
         )
+
+
+def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields on which what is trained depends, by their dotted names, as plain values."""
+    fields = _flatten(plain(config))
+    return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 
 def environment() -> dict[str, Any]:
@@ -169,7 +176,7 @@ class MetricWriter:
 @contextlib.contextmanager
 def log_to_file(workdir: Path) -> Iterator[None]:
     """Repeats the package's log lines in `train.log`, whether or not the caller shows them."""
-    handler = logging.FileHandler(workdir / "train.log", encoding="utf-8")
+    handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger("balpoe_jax")
     level = package.level
@@ -181,6 +188,15 @@ def log_to_file(workdir: Path) -> Iterator[None]:
         package.setLevel(level)
         package.removeHandler(handler)
         handler.close()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None when there is no readable one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from balpoe_jax import figures, metrics, page, predictions, scoring, tables
+from balpoe_jax import figures, metrics, page, predictions, record, scoring, tables
 from balpoe_jax.errors import UserError
 
 # Those that fit the terminal's attention; the page and the files have all.
@@ -42,22 +42,18 @@ def write_report(workdir: str) -> Path:
         UserError (a `ValueError`): no or unreadable results.
     """
     path = Path(workdir).absolute()
-    results = read_json(path / "results.json")
+    results = record.read_json(path / "results.json")
     if results is None:
         raise UserError(
             f"{path} holds no readable results.json to report; evaluate the run first, with "
             "--mode=eval."
         )
-    run = read_json(path / "config.json") or {}
+    run = record.read_json(path / "config.json") or {}
     content = {table.name: table for table in tables.result_tables(results)}
     summaries = _summaries(path)
     title, subtitle = _headline(results, run)
     folder = path / "report"
-    folder.mkdir(exist_ok=True)
-    for table in content.values():
-        (folder / f"{table.name}.csv").write_text(tables.as_csv(table), encoding="utf-8")
-    markdown = "\n".join(tables.as_markdown(table) for table in content.values())
-    (folder / "tables.md").write_text(f"# {title}\n\n{subtitle}\n\n{markdown}", encoding="utf-8")
+    tables.write_files(folder, list(content.values()), f"# {title}\n\n{subtitle}")
     sections = [
         page.section("Result", page.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),
@@ -110,7 +106,9 @@ def _calibration_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
 ) -> str:
     parts = [page.table(content["calibration"], heading=False), _reliability(results, summaries)]
-    return page.section("Calibration", *parts, page.table(content["calibration_groups"]))
+    if "calibration_groups" in content:
+        parts.append(page.table(content["calibration_groups"]))
+    return page.section("Calibration", *parts)
 
 
 def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> str:
@@ -154,8 +152,8 @@ def _classes_section(
             f"{low}.",
         )
     ]
-    if "group_confusion" in test:
-        confusion = np.array(test["group_confusion"], float)
+    if "group_confusion" in results:
+        confusion = np.array(results["group_confusion"], float)
         stays = ", ".join(
             f"{group} {_percent(value)}%"
             for group, value in zip(scoring.GROUPS, confusion.diagonal(), strict=True)
@@ -337,15 +335,6 @@ def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
     data = run.get("config", {}).get("data", {})
     low, high = data.get("shot_thresholds", metrics.DEFAULT_THRESHOLDS)
     return low, high
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None when there is no readable one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _read_rows(path: Path) -> Sequence[dict[str, Any]]:

@@ -55,13 +55,15 @@ def score(
             likelihood.
 
     Returns:
-        `class_counts`, `num_bins`, `test`, `experts`, `ensemble`, `bias`, `temperature`, `shift`
-        and `shift_sets` of `results.json`; fractions in [0, 1], nan where undefined.
+        All of `results.json` but the run's own numbers: `class_counts`, `num_bins`, `test`,
+        `experts`, `group_confusion`, `calibration_groups`, `ensemble`, `bias`, `temperature`,
+        `shift` and `shift_sets`; fractions in [0, 1], nan where undefined.
 
     Raises:
         UserError (a `ValueError`): logits that are not finite.
     """
     basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
+    options = (test.labels, class_counts, num_bins, thresholds)
     correction = None
     if held_out is not None:
         mean = MeanLogits(held_out.expert_logits)[:]
@@ -73,11 +75,13 @@ def score(
     return {
         **basic,
         "num_bins": num_bins,
+        "calibration_groups": {
+            "ensemble": _calibration_by_group(ensemble, *options),
+            "experts": [_calibration_by_group(expert, *options) for expert in experts],
+        },
         "ensemble": _score_ensemble(test, class_counts, taus, experts, thresholds),
         "bias": _score_bias(class_counts, taus, ensemble, experts),
-        "temperature": _score_temperature(
-            test, class_counts, held_out, held_out_description, num_bins, thresholds
-        ),
+        "temperature": _score_temperature(test, held_out, held_out_description, *options[1:]),
         "shift": {name: scores.pop("top1") for name, scores in sets.items()},
         "shift_sets": sets,
     }
@@ -90,7 +94,7 @@ def score_test(
     num_bins: int = 15,
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
 ) -> dict[str, Any]:
-    """`class_counts`, `test` and `experts` alone, which is what a training looks at on its way."""
+    """`class_counts`, `test`, `experts` and `group_confusion` alone, for a look on the way."""
     return _score_test(test, class_counts, taus, num_bins, thresholds)[0]
 
 
@@ -112,11 +116,12 @@ def _score_test(
     confusion = metrics.shot_confusion(ensemble.predicted, test.labels, class_counts, thresholds)
     scores = {
         "class_counts": class_counts,
-        "test": {**_score_classifier(ensemble, *options), "group_confusion": confusion},
+        "test": _score_classifier(ensemble, *options),
         "experts": [
             {"tau": tau, **_score_classifier(expert, *options)}
             for tau, expert in zip(taus, experts, strict=True)
         ],
+        "group_confusion": confusion,
     }
     return scores, ensemble, experts
 
@@ -135,7 +140,7 @@ def _score_classifier(
         "medium": accuracy.medium,
         "few": accuracy.few,
         "balanced": accuracy.balanced,
-        **_calibration_by_group(summary, labels, class_counts, num_bins, thresholds),
+        **_calibration(summary, labels, num_bins),
     }
 
 
@@ -145,26 +150,24 @@ def _calibration_by_group(
     class_counts: npt.NDArray[np.int64],
     num_bins: int,
     thresholds: tuple[int, int],
-) -> dict[str, Any]:
-    """Over all examples, and under "groups" over those whose label is in each shot group."""
-    groups = metrics.shot_groups(class_counts, thresholds)._asdict()
-    correct = summary.predicted == labels
+) -> dict[str, dict[str, float]]:
+    """Over the examples whose label is in each shot group."""
     return {
-        **_calibration(summary, correct, np.ones(len(labels), bool), num_bins),
-        "groups": {
-            name: _calibration(summary, correct, members[labels], num_bins)
-            for name, members in groups.items()
-        },
+        name: _calibration(summary, labels, num_bins, members[labels])
+        for name, members in metrics.shot_groups(class_counts, thresholds)._asdict().items()
     }
 
 
 def _calibration(
-    summary: Summary, correct: npt.NDArray[np.bool_], chosen: npt.NDArray[np.bool_], num_bins: int
+    summary: Summary,
+    labels: npt.NDArray[np.int32],
+    num_bins: int,
+    chosen: npt.NDArray[np.bool_] | slice = np.s_[:],
 ) -> dict[str, float]:
     names = ("ece", "mce", "adaptive_ece", "nll", "brier")
-    if not chosen.any():
+    confidence, correct = summary.confidence[chosen], (summary.predicted == labels)[chosen]
+    if not confidence.size:
         return dict.fromkeys(names, float("nan"))
-    confidence, correct = summary.confidence[chosen], correct[chosen]
     bins = metrics.bin_confidences(confidence, correct, num_bins)
     adaptive = metrics.adaptive_calibration_error(confidence, correct, num_bins)
     means = summary.nll[chosen].mean(), summary.brier[chosen].mean()
@@ -195,9 +198,9 @@ def _score_bias(
 
 def _score_temperature(
     test: Predictions,
-    class_counts: npt.NDArray[np.int64],
     held_out: Predictions | None,
     description: str,
+    class_counts: npt.NDArray[np.int64],
     num_bins: int,
     thresholds: tuple[int, int],
 ) -> dict[str, Any] | None:
@@ -208,8 +211,9 @@ def _score_temperature(
     def rescaled(logits: Any, held_out_logits: npt.NDArray) -> dict[str, Any]:
         temperature = metrics.fit_temperature(held_out_logits, held_out.labels)
         summary = summarize(logits, test.labels, scale=1 / temperature)
-        scores = _calibration_by_group(summary, test.labels, class_counts, num_bins, thresholds)
-        return {"value": temperature, **scores}
+        groups = _calibration_by_group(summary, test.labels, class_counts, num_bins, thresholds)
+        scores = _calibration(summary, test.labels, num_bins)
+        return {"value": temperature, **scores, "groups": groups}
 
     ensemble = rescaled(MeanLogits(test.expert_logits), MeanLogits(held_out.expert_logits)[:])
     pairs = zip(test.expert_logits, held_out.expert_logits, strict=True)

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ class Column:
     Attributes:
         name: its heading.
         kind: "percent" of a fraction, "points" for a signed difference of fractions, "decimal"
-            with three places, "short" with two, or "number" with what it needs. Text is shown as
-            it is in any column.
+            with three places, "short" with two, "number" with what it needs, or "spread" of a
+            pair of fractions, mean and standard deviation (None of a single value). Text is shown
+            as it is in any column.
         wide: shown in a terminal only if there is room.
     """
 
@@ -40,6 +42,10 @@ class Column:
             return f"{100 * value:.1f}"
         if self.kind == "points":
             return f"{100 * value:+.1f}"
+        if self.kind == "spread":
+            mean, std = value
+            spread = "" if std is None else f"±{100 * std:.1f}"
+            return "-" if mean is None else f"{100 * mean:.1f}{spread}"
         if self.kind == "number":
             return f"{value:.4g}"
         return f"{value:.{_DECIMALS[self.kind]}f}"
@@ -68,11 +74,13 @@ def as_text(table: Table, width: int = 80) -> str:
     """Aligned columns for a terminal of `width` characters, without the title."""
     shown = [i for i, column in enumerate(table.columns) if width >= _WIDE or not column.wide]
     label = max(_LABEL_WIDTH, *(len(name) for name, _ in table.rows))
-    cell = min(9, (width - label) // len(shown))
-    lines = ["".join([" " * label, *(f"{table.columns[i].name:>{cell}}" for i in shown)])]
-    for name, values in table.rows:
-        cells = [f"{table.columns[i].show(values[i]):>{cell}}" for i in shown]
-        lines.append("".join([f"{name:{label}}", *cells]))
+    wanted = min(9, (width - label) // len(shown))
+    lines = [" " * label, *(f"{name:{label}}" for name, _ in table.rows)]
+    for i in shown:
+        column = table.columns[i]
+        cells = [column.name, *(column.show(values[i]) for _, values in table.rows)]
+        cell = max(wanted, 1 + max(map(len, cells)))
+        lines = [f"{line}{text:>{cell}}" for line, text in zip(lines, cells, strict=True)]
     return "\n".join(lines)
 
 
@@ -88,13 +96,33 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """All columns, values as they are: fractions, and nothing where undefined."""
+    """All columns, values as they are: fractions, and nothing where undefined.
+
+    A column of means and spreads becomes two.
+    """
+    header = [""]
+    for column in table.columns:
+        header += [column.name, f"{column.name} std"] if column.kind == "spread" else [column.name]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["", *(column.name for column in table.columns)])
+    writer.writerow(header)
     for name, values in table.rows:
-        writer.writerow([name, *("" if value is None else value for value in values)])
+        cells = [name]
+        for column, value in zip(table.columns, values, strict=True):
+            pair = value if isinstance(value, tuple) else (value, None)
+            parts = pair if column.kind == "spread" else (value,)
+            cells += ["" if part is None else part for part in parts]
+        writer.writerow(cells)
     return buffer.getvalue()
+
+
+def write_files(folder: Path, content: Sequence[Table], heading: str, name: str = "tables") -> None:
+    """Writes `NAME.md` with all tables under a heading, and a CSV file for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in content:
+        (folder / f"{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
+    markdown = "\n".join(as_markdown(table) for table in content)
+    (folder / f"{name}.md").write_text(f"{heading}\n\n{markdown}", encoding="utf-8")
 
 
 def result_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -103,7 +131,9 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
     Args:
         results: what `results.json` holds.
     """
-    tables = [_result(results), _calibration(results), _calibration_by_group(results)]
+    tables = [_result(results), _calibration(results)]
+    if results.get("calibration_groups"):
+        tables.append(_calibration_by_group(results))
     if results.get("shift"):
         tables.append(_shift(results))
         tables.append(_prior_estimates(results))
@@ -134,7 +164,7 @@ def _result(results: Mapping[str, Any]) -> Table:
             Column("MCE"),
             Column("NLL", "decimal", wide=True),
             Column("Brier", "decimal", wide=True),
-            Column("adapt.ECE", wide=True),
+            Column("aECE", wide=True),
         ),
         [(name, [scores.get(key) for key in keys]) for name, scores in named_rows(results)],
         "Percent on the balanced test set; tau, NLL (nats) and Brier score as they are. The figure "
@@ -176,16 +206,14 @@ def _calibration_by_group(results: Mapping[str, Any]) -> Table:
     columns.append(Column("Brier", "decimal"))
     if temperature:
         columns += [Column("ECE/T"), Column("NLL/T", "decimal")]
+    before = {"all": results["test"], **results["calibration_groups"]["ensemble"]}
+    after = {}
+    if temperature:
+        after = {"all": temperature["ensemble"], **temperature["ensemble"]["groups"]}
     rows = []
-    for group in ("all", *_GROUPS):
-        scores, after = (
-            part if group == "all" or not part else part.get("groups", {}).get(group, {})
-            for part in (results["test"], temperature["ensemble"] if temperature else {})
-        )
-        values = [scores.get(key) for key in keys]
-        if temperature:
-            values += [after.get("ece"), after.get("nll")]
-        rows.append((group, values))
+    for group, scores in before.items():
+        values = [scores[key] for key in keys]
+        rows.append((group, values + [after[group][key] for key in ("ece", "nll") if after]))
     return Table(
         "calibration_groups",
         "Calibration of the ensemble by shot group",

@@ -124,7 +124,7 @@ def test_the_tables_fit_80_columns_and_use_a_wide_terminal(tmp_path: Path) -> No
     assert max(map(len, result_text(results, 80).splitlines())) <= 80
     assert len(result_text(results, 80).split("\n\n")) == 4
     wide = text_tables(results, 140)["Accuracy and calibration"]
-    assert wide[0].split()[-3:] == ["NLL", "Brier", "adapt.ECE"]
+    assert wide[0].split()[-3:] == ["NLL", "Brier", "aECE"]
     assert wide[-1].split()[-3] == f"{results['test']['nll']:.3f}"
 
 

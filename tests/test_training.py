@@ -100,14 +100,22 @@ def test_the_record_of_a_run(finished: Path) -> None:
 
 def test_results_have_the_schema_of_the_contract(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    assert set(results) == {
-        "step", "epoch", "num_parameters", "class_counts", "test", "experts",
-    }  # fmt: skip
+    assert {"step", "epoch", "num_parameters", "class_counts", "test", "experts", "shift"} <= set(
+        results
+    )
     scores = {"top1", "many", "medium", "few", "ece", "mce"}
-    assert set(results["test"]) == scores | {"balanced", "nll"}
-    assert [set(expert) for expert in results["experts"]] == [scores | {"tau"}] * 3
+    assert scores | {"balanced", "nll"} <= set(results["test"])
+    assert all(scores | {"tau"} <= set(expert) for expert in results["experts"])
     assert (results["step"], results["epoch"]) == (6, 2)
     assert [expert["tau"] for expert in results["experts"]] == [0, 1, 2]
+    assert list(results["shift"]) == [
+        "forward50", "forward25", "forward10", "forward5", "forward2", "uniform",
+        "backward2", "backward5", "backward10", "backward25", "backward50",
+    ]  # fmt: skip
+    for accuracies in results["shift"].values():
+        assert set(accuracies) == {"none", "prior", "estimated"}
+        assert all(0 <= value <= 1 for value in accuracies.values())
+    assert results["shift"]["uniform"]["none"] == results["test"]["top1"]
 
 
 def test_results_follow_from_the_predictions(finished: Path) -> None:

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of several runs side by side: `python -m balpoe_jax.compare DIR DIR ...`.
+
+Runs that differ in nothing but the seed are one row, mean and standard deviation; further rows are
+compared with the first.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from balpoe_jax import command_line, figures, metrics, page, predictions, record, scoring, tables
+from balpoe_jax.errors import UserError
+from balpoe_jax.runs import Group, differing_fields, find_runs, group_runs, significance
+from balpoe_jax.tables import Column, Table
+
+log = logging.getLogger("balpoe_jax.compare")  # not __main__, as which it is started
+
+_SCORES = {
+    "all": ("test", "top1"),
+    "many": ("test", "many"),
+    "medium": ("test", "medium"),
+    "few": ("test", "few"),
+    "ECE": ("test", "ece"),
+    "MCE": ("test", "mce"),
+}
+_KINDS = {"none": "no prior", "prior": "known", "estimated": "estimated"}
+
+# The fields in which trainings of BalPoE with different numbers of experts differ.
+_SWEEP = ["model.num_experts"]
+
+
+def define_flags() -> None:
+    """Defines --output."""
+    flags.DEFINE_string(
+        "output", "", "Folder for the tables as JSON, CSV and Markdown, and a page with figures."
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compares the runs that the arguments name."""
+    if len(arguments) < 2:
+        raise UserError("Name the folders of the runs: python -m balpoe_jax.compare DIR DIR ...")
+    groups = group_runs(find_runs(arguments[1:]))
+    content = compare(groups)
+    width = shutil.get_terminal_size().columns
+    for table in content:
+        log.info("%s\n%s\n", table.title, tables.as_text(table, width))
+    if flags.FLAGS.output:
+        log.info("Written to %s", write(Path(flags.FLAGS.output), groups, content))
+
+
+def compare(groups: Sequence[Group]) -> list[Table]:
+    """The tables of a comparison; one of differences only if there is something to differ from."""
+    content = [_scores(groups)]
+    if len(groups) > 1:
+        content += [_differences(groups), _fields(groups)]
+    if all("shift" in run.results for group in groups for run in group.runs):
+        content += [_shift(groups), _bias(groups)]
+    return content
+
+
+def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Path:
+    """Writes tables and page into `folder`, created when missing, and returns the page's path.
+
+    Raises:
+        UserError (a `ValueError`): a folder that cannot be written to.
+    """
+    folder = record.open_workdir(str(folder))
+    tables.write_files(folder, content, "# Comparison", "compare")
+    figures_of = {
+        group.name: {
+            "seeds": [run.seed for run in group.runs],
+            "runs": [str(run.path) for run in group.runs],
+            **{name: group.values(*keys) for name, keys in _SCORES.items()},
+        }
+        for group in groups
+    }
+    record.write_atomically(
+        folder / "compare.json", json.dumps(record.plain(figures_of), indent=2) + "\n"
+    )
+    sections = [page.section(table.title, page.table(table, heading=False)) for table in content]
+    sections.insert(1, page.section("Reliability", _reliability(groups)))
+    if any(table.name == "shift" for table in content):
+        sections.append(page.section("Target distributions", _shift_figures(groups)))
+    if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
+        sections.append(page.section("Number of experts", _experts_curve(groups)))
+    names = ", ".join(group.name for group in groups)
+    return page.write(folder / "index.html", "Comparison", names, sections)
+
+
+def _label(group: Group) -> str:
+    return f"{group.name} ({len(group.runs)})"
+
+
+def _scores(groups: Sequence[Group]) -> Table:
+    return Table(
+        "scores",
+        "Results",
+        tuple(Column(name, "spread") for name in _SCORES),
+        [(_label(group), [group.spread(*keys) for keys in _SCORES.values()]) for group in groups],
+        "Percent on the balanced test set, mean ± standard deviation over as many seeds as stand "
+        "in parentheses.",
+    )
+
+
+def _differences(groups: Sequence[Group]) -> Table:
+    first, *others = groups
+    kinds = {"all": _SCORES["all"], "few": _SCORES["few"], "ECE": _SCORES["ECE"]}
+    rows = []
+    for group in others:
+        cells: list[float | None] = []
+        for keys in kinds.values():
+            one, two = first.spread(*keys).mean, group.spread(*keys).mean
+            difference = None if one is None or two is None else two - one
+            cells += [difference, significance(first.values(*keys), group.values(*keys))]
+        rows.append((_label(group), cells))
+    columns = [
+        column for name in kinds for column in (Column(name, "points"), Column("p", "decimal"))
+    ]
+    return Table(
+        "differences",
+        f"Difference from {first.name}",
+        tuple(columns),
+        rows,
+        "Points of percent. p: two-sided Welch's t-test over seeds, where both have several; with "
+        "so few seeds a large p does not show that there is no difference.",
+    )
+
+
+def _fields(groups: Sequence[Group]) -> Table:
+    fields = differing_fields(groups)
+    return Table(
+        "fields",
+        "What differs in the configs",
+        tuple(Column(name) for name in fields),
+        [
+            (group.name, [str(values[i]) for values in fields.values()])
+            for i, group in enumerate(groups)
+        ],
+    )
+
+
+def _shift(groups: Sequence[Group]) -> Table:
+    names = list(groups[0].runs[0].results["shift"])
+    rows = [
+        (
+            f"{group.name}, {label}",
+            [group.spread("shift", name, kind).mean for name in names],
+        )
+        for group in groups
+        for kind, label in _KINDS.items()
+    ]
+    return Table(
+        "shift",
+        "Accuracy by target distribution",
+        tuple(Column(tables.short_name(name)) for name in names),
+        rows,
+        "Percent, means over seeds; F forward, B backward, with no prior, the known one, or one "
+        "estimated from the unlabelled test examples.",
+    )
+
+
+def _bias(groups: Sequence[Group]) -> Table:
+    most = max(len(group.runs[0].results["experts"]) for group in groups)
+    rows = [
+        (
+            group.name,
+            [
+                *(group.spread("bias", "experts", i, "kl").mean for i in range(most)),
+                group.spread("bias", "ensemble", "kl").mean,
+            ],
+        )
+        for group in groups
+    ]
+    columns = [Column(f"expert {i}", "decimal") for i in range(1, most + 1)]
+    return Table(
+        "bias",
+        "KL divergence of target priors from expected marginals",
+        (*columns, Column("ensemble", "decimal")),
+        rows,
+        "In nats, means over seeds; the ensemble's target is uniform.",
+    )
+
+
+def _reliability(groups: Sequence[Group]) -> str:
+    drawn = []
+    for i, group in enumerate(groups):
+        run = group.runs[0]
+        try:
+            test = predictions.load(run.path / predictions.FOLDER)
+        except (OSError, ValueError):
+            drawn.append(page.absent(f"There are no predictions in {run.path}."))
+            continue
+        ensemble, _ = scoring.summarize_experts(test)
+        num_bins = run.results.get("num_bins", 15)
+        correct = ensemble.predicted == test.labels
+        bins = metrics.bin_confidences(ensemble.confidence, correct, num_bins)
+        title = f"{group.name}, seed {run.seed}"
+        drawn.append(
+            page.figure(
+                figures.reliability_diagram(title, bins, f"reliability{i}"),
+                f"Reliability diagram of {title}: expected calibration error "
+                f"{100 * bins.ece:.1f}%, maximum {100 * bins.mce:.1f}%.",
+            )
+        )
+    return page.figures(*drawn)
+
+
+def _shift_figures(groups: Sequence[Group]) -> str:
+    drawn = []
+    for i, group in enumerate(groups):
+        names = list(group.runs[0].results["shift"])
+        means = {
+            name: {
+                kind: float(
+                    np.mean([v for v in group.values("shift", name, kind) if v is not None])
+                )
+                for kind in _KINDS
+            }
+            for name in names
+        }
+        short = [tables.short_name(name) for name in names]
+        drawn.append(
+            page.figure(
+                figures.shift_accuracies(means, short, f"shift{i}", group.name),
+                f"{group.name}: accuracy by target distribution with each kind of prior, from "
+                f"{100 * means[names[0]]['none']:.1f}% on {short[0]} to "
+                f"{100 * means[names[-1]]['none']:.1f}% on {short[-1]} without one.",
+            )
+        )
+    return page.figures(*drawn, broad=True)
+
+
+def _experts_curve(groups: Sequence[Group]) -> str:
+    """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
+    ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
+    numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]
+    values = {
+        label: [[v for v in group.values(*_SCORES[label]) if v is not None] for group in ordered]
+        for label in ("all", "many", "medium", "few")
+    }
+    means = {label: [float(np.mean(v)) for v in rows] for label, rows in values.items()}
+    spreads = {label: [(min(v), max(v)) for v in rows] for label, rows in values.items()}
+    said = ", ".join(f"{n}: {100 * m:.1f}%" for n, m in zip(numbers, means["all"], strict=True))
+    return page.figures(
+        page.figure(
+            figures.experts_curve(numbers, means, spreads),
+            f"Accuracy by number of experts that were trained: {said}.",
+            "Lines are means over seeds, bands go from the lowest to the highest.",
+        ),
+        broad=True,
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(define_flags, main)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published rows that this code can run, as data.
+
+Figures are those of Sanchez Aimar et al., Balanced Product of Calibrated Experts for Long-Tailed
+Recognition, CVPR 2023, in percent. A method that is added later adds experiments and rows here.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is trained, for any number of seeds.
+
+    Attributes:
+        name: of its folder.
+        config: file in `configs/`.
+        arguments: what stands after the colon.
+    """
+
+    name: str
+    config: str
+    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A published figure and where ours stands.
+
+    Attributes:
+        name: the column in the paper.
+        keys: of `results.json`.
+        paper: mean in percent; None if the paper prints none.
+        paper_std: standard deviation, where the paper prints one.
+    """
+
+    name: str
+    keys: tuple[Any, ...]
+    paper: float | None = None
+    paper_std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table of the paper.
+
+    Attributes:
+        method: as the table calls it.
+        experiment: what is trained for it.
+        scores: its figures.
+    """
+
+    method: str
+    experiment: Experiment
+    scores: tuple[Score, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper, or what a figure of it plots."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A size at which experiments are run.
+
+    Attributes:
+        arguments: added to each experiment's.
+        remark: marks every output; empty for the paper's own setting.
+    """
+
+    arguments: str
+    remark: str
+
+
+SCALES = {
+    "full": Scale("", ""),
+    "cpu": Scale(
+        "backbone=resnet8,epochs=15",
+        "scale cpu: ResNet-8 for 15 epochs with the schedule scaled, not the paper's setting",
+    ),
+}
+
+
+def _cifar100(name: str, arguments: str) -> Experiment:
+    return Experiment(f"cifar100_lt_{name}", "cifar100_lt.py", arguments)
+
+
+_CE = _cifar100("ir100_cross_entropy", "ir=100,method=cross_entropy,mixup=false")
+_MIXUP = _cifar100("ir100_mixup", "ir=100,method=cross_entropy")
+_BALANCED_SOFTMAX = _cifar100(
+    "ir100_balanced_softmax", "ir=100,method=balanced_softmax,mixup=false"
+)
+_WITHOUT_MIXUP = _cifar100("ir100_balpoe_no_mixup", "ir=100,mixup=false")
+_BALPOE = _cifar100("ir100_balpoe", "ir=100")
+
+_ACCURACY = ("test", "top1")
+
+
+def _table_1() -> tuple[Row, ...]:
+    published = {
+        ("strong", 10): 66.3, ("strong", 50): 58.7, ("strong", 100): 54.7,
+        ("long", 10): 68.1, ("long", 50): 60.1, ("long", 100): 55.9,
+    }  # fmt: skip
+    recipes = {"strong": "stronger augmentation", "long": "longer training"}
+    return tuple(
+        Row(
+            f"BalPoE, {recipes[recipe]}, IR {ratio}",
+            _cifar100(f"ir{ratio}_{recipe}_balpoe", f"ir={ratio},recipe={recipe}"),
+            (Score("ACC", _ACCURACY, accuracy),),
+        )
+        for (recipe, ratio), accuracy in published.items()
+    )
+
+
+def _calibration(*published: tuple[float, float]) -> tuple[Score, ...]:
+    keys = {"ECE": ("test", "ece"), "MCE": ("test", "mce"), "ACC": _ACCURACY}
+    figures = published or ((None, None),) * len(keys)
+    return tuple(
+        Score(name, path, *figure)
+        for (name, path), figure in zip(keys.items(), figures, strict=True)
+    )
+
+
+def _shift(kind: str, *published: float) -> tuple[Score, ...]:
+    targets = {
+        "F50": "forward50", "F5": "forward5", "Uni": "uniform", "B5": "backward5",
+        "B50": "backward50",
+    }  # fmt: skip
+    figures = published or (None,) * len(targets)
+    return tuple(
+        Score(name, ("shift", target, kind), figure)
+        for (name, target), figure in zip(targets.items(), figures, strict=True)
+    )
+
+
+def _by_group() -> tuple[Score, ...]:
+    groups = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
+    return tuple(Score(name, ("test", key)) for name, key in groups.items())
+
+
+TABLES = {
+    "1": PaperTable("Table 1: CIFAR-100-LT, state of the art", _table_1()),
+    "2": PaperTable(
+        "Table 2: calibration, CIFAR-100-LT, imbalance ratio 100",
+        (
+            Row("CE", _CE, _calibration((32.0, 0.4), (47.3, 1.8), (38.8, 0.6))),
+            Row("Mixup", _MIXUP, _calibration((9.6, 0.8), (15.9, 1.5), (40.8, 0.7))),
+            Row("balanced softmax", _BALANCED_SOFTMAX, _calibration()),
+            Row(
+                "BalPoE, no mixup",
+                _WITHOUT_MIXUP,
+                _calibration((17.6, 0.4), (28.9, 0.9), (49.2, 0.5)),
+            ),
+            Row("BalPoE", _BALPOE, _calibration((4.9, 1.0), (11.3, 1.6), (52.0, 0.5))),
+        ),
+    ),
+    "3": PaperTable(
+        "Table 3: target distributions, CIFAR-100-LT, imbalance ratio 100",
+        (
+            Row("Softmax, no prior", _CE, _shift("none", 63.3, 52.5, 41.4, 30.5, 17.5)),
+            Row("Mixup, no prior", _MIXUP, _shift("none")),
+            Row("bal. softmax, no prior", _BALANCED_SOFTMAX, _shift("none")),
+            Row("bal. softmax, known", _BALANCED_SOFTMAX, _shift("prior")),
+            Row("BalPoE no mixup, none", _WITHOUT_MIXUP, _shift("none")),
+            Row("BalPoE no mixup, known", _WITHOUT_MIXUP, _shift("prior")),
+            Row("BalPoE no mixup, est.", _WITHOUT_MIXUP, _shift("estimated")),
+            Row("BalPoE, no prior", _BALPOE, _shift("none", 65.1, 54.8, 52.0, 44.6, 36.1)),
+            Row("BalPoE, known prior", _BALPOE, _shift("prior", 70.3, 59.3, 52.0, 46.9, 46.1)),
+            Row("BalPoE, estimated", _BALPOE, _shift("estimated")),
+        ),
+    ),
+    "fig5": PaperTable(
+        "Figure 5: number of experts, CIFAR-100-LT, imbalance ratio 100",
+        tuple(
+            Row(
+                f"{number} expert{'s' if number > 1 else ''}",
+                _BALPOE
+                if number == 3
+                else _cifar100(f"ir100_balpoe_{number}_experts", f"ir=100,experts={number}"),
+                _by_group(),
+            )
+            for number in (1, 2, 3, 5, 7)
+        ),
+    ),
+}

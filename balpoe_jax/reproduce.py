@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs and collects the rows of a table of the paper: `python -m balpoe_jax.reproduce --table=2`.
+
+Every run is an ordinary `balpoe_jax.main` in a folder of its own below --workdir; what is there is
+resumed or, once finished, only collected. Interrupt it at any time and start it again.
+"""
+
+import dataclasses
+import json
+import logging
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from balpoe_jax import command_line, record, tables
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Scale
+from balpoe_jax.runs import Group, Run, Spread, load_run
+from balpoe_jax.tables import Column, Table
+
+log = logging.getLogger("balpoe_jax.reproduce")  # not __main__, as which it is started
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training: an experiment at a scale with a seed.
+
+    Attributes:
+        experiment: what is trained.
+        seed: of the run.
+        workdir: of the run.
+        config: `FILE:arguments` for `--config`.
+        data_dir: TFDS folder, or empty.
+    """
+
+    experiment: Experiment
+    seed: int
+    workdir: Path
+    config: str
+    data_dir: str
+
+    def command(self) -> list[str]:
+        """What `python` is to be called with."""
+        arguments = [
+            "-m",
+            "balpoe_jax.main",
+            f"--config={self.config}",
+            f"--config.seed={self.seed}",
+            f"--workdir={self.workdir}",
+        ]
+        return arguments + ([f"--config.data.data_dir={self.data_dir}"] if self.data_dir else [])
+
+    def state(self) -> str:
+        """Whether it is "done", "begun" or "to do".
+
+        Raises:
+            UserError (a `ValueError`): a run of another config in the folder.
+        """
+        if not record.is_claimed(self.workdir):
+            return "to do"
+        record.check_claim(self.workdir, self._fields())
+        results = record.read_json(self.workdir / record.RESULTS) or {}
+        claimed = record.read_json(self.workdir / record.CONFIG) or {}
+        last = claimed.get("resolved", {}).get("total_steps")
+        return "done" if results.get("step", -1) == last else "begun"
+
+    def _fields(self) -> dict[str, object]:
+        file, _, arguments = self.config.partition(":")
+        config = runpy.run_path(file)["get_config"](arguments)
+        config.seed = self.seed
+        return config.to_dict()
+
+
+def define_flags() -> None:
+    """Defines --table, --seeds, --scale, --mode, --workdir and --data_dir."""
+    flags.DEFINE_enum("table", None, list(TABLES), "Table or figure of the paper.")
+    flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds of each row, separated by commas.")
+    flags.DEFINE_enum("scale", "full", list(SCALES), "The paper's setting, or a small version.")
+    flags.DEFINE_enum(
+        "mode",
+        "run",
+        ["run", "eval", "print", "collect"],
+        "Run what is missing here, one after the other, and collect; evaluate anew what is done, "
+        "and collect; print the commands of what is missing, for a cluster; or only collect.",
+    )
+    flags.DEFINE_string("workdir", "runs/reproduce", "Folder of all runs and tables.")
+    flags.DEFINE_string("data_dir", "", "TFDS folder of the data set; empty for TFDS's own.")
+    flags.mark_flag_as_required("table")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs and collects as the flags say."""
+    if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    values = flags.FLAGS
+    table, scale = TABLES[values.table], SCALES[values.scale]
+    root = record.locate(values.workdir) / values.scale
+    seeds = _parse_seeds(values.seeds)
+    jobs = plan(table, scale, seeds, root, values.data_dir)
+    if values.mode == "print":
+        for job in jobs:
+            if job.state() != "done":
+                print(shlex.join(["python", *job.command()]))
+        return
+    failed = run(jobs, again=values.mode == "eval") if values.mode in ("run", "eval") else []
+    entries = collect(table, jobs)
+    title = f"{table.title} ({scale.remark})" if scale.remark else table.title
+    content = result_table(title, entries)
+    _write(
+        root, f"table{values.table}" if values.table.isdecimal() else values.table, content, entries
+    )
+    width = shutil.get_terminal_size().columns
+    log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} runs failed: "
+            f"{', '.join(str(job.workdir) for job in failed)}; see the train.log there, and start "
+            "this again to go on."
+        )
+
+
+def plan(
+    table: PaperTable, scale: Scale, seeds: Sequence[int], root: Path, data_dir: str = ""
+) -> list[Job]:
+    """Every training that a table needs, each once, seed by seed.
+
+    Args:
+        table: of the paper.
+        scale: at which to run it.
+        seeds: of each row.
+        root: folder of the runs.
+        data_dir: TFDS folder, or empty.
+
+    Raises:
+        UserError (a `ValueError`): the config files are not there.
+    """
+    if not _CONFIGS.is_dir():
+        raise UserError(
+            f"There are no config files in {_CONFIGS}; run this from a checkout of the repository."
+        )
+    experiments = dict.fromkeys(row.experiment for row in table.rows)
+    return [
+        Job(
+            experiment,
+            seed,
+            root / experiment.name / f"seed{seed}",
+            f"{_CONFIGS / experiment.config}:"
+            + ",".join(filter(None, (experiment.arguments, scale.arguments))),
+            data_dir,
+        )
+        for seed in seeds
+        for experiment in experiments
+    ]
+
+
+def run(jobs: Sequence[Job], again: bool = False) -> list[Job]:
+    """Runs one after the other what is not done and returns what failed.
+
+    Args:
+        jobs: of a table.
+        again: evaluate anew what is done, instead.
+    """
+    states = [job.state() for job in jobs]
+    for job, state in zip(jobs, states, strict=True):
+        log.info("%-6s %s, seed %d", state, job.experiment.name, job.seed)
+    failed = []
+    chosen = [job for job, state in zip(jobs, states, strict=True) if (state == "done") == again]
+    for i, job in enumerate(chosen, start=1):
+        log.info("\n[%d/%d] %s, seed %d", i, len(chosen), job.experiment.name, job.seed)
+        extra = ["--mode=eval"] if again else []
+        if subprocess.run([sys.executable, *job.command(), *extra]).returncode:
+            failed.append(job)
+    return failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A score of a row: the paper's and ours, as fractions.
+
+    Attributes:
+        method: the row.
+        score: which one.
+        paper: as published; both None where the paper prints nothing.
+        ours: over the seeds; both None when nothing has been run.
+        runs: those that are done.
+    """
+
+    method: str
+    score: str
+    paper: Spread
+    ours: Spread
+    runs: tuple[Run, ...]
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.paper.mean is None or self.ours.mean is None:
+            return None
+        return self.ours.mean - self.paper.mean
+
+    @property
+    def seeds(self) -> str:
+        """Those that are done, or that none is."""
+        return ",".join(str(run.seed) for run in self.runs) or "not run"
+
+
+def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
+    """Every score of a table, ours over the seeds that are done."""
+    entries = []
+    for row in table.rows:
+        done = [job for job in jobs if job.experiment == row.experiment and job.state() == "done"]
+        runs = tuple(load_run(job.workdir) for job in done)
+        for score in row.scores:
+            published = (
+                None if value is None else value / 100 for value in (score.paper, score.paper_std)
+            )
+            ours = Group(row.method, runs).spread(*score.keys)
+            entries.append(Entry(row.method, score.name, Spread(*published), ours, runs))
+    return entries
+
+
+def result_table(title: str, entries: Sequence[Entry]) -> Table:
+    """Three lines for each method: the paper's scores, ours, and the difference."""
+    names = tuple(dict.fromkeys(entry.score for entry in entries))
+    spread, points = Column("", "spread"), Column("", "points")
+    rows: list[tuple[str, list[str]]] = []
+    for method in dict.fromkeys(entry.method for entry in entries):
+        own = [entry for entry in entries if entry.method == method]
+        seeds = own[0].seeds
+        rows.append((method, ["" for _ in own]))
+        rows.append(("  paper", [spread.show(entry.paper) for entry in own]))
+        if not own[0].runs:
+            rows.append(("  ours: not run", ["-" for _ in own]))
+            continue
+        rows.append((f"  ours, seeds {seeds}", [spread.show(entry.ours) for entry in own]))
+        if any(entry.difference is not None for entry in own):
+            rows.append(("  difference", [points.show(entry.difference) for entry in own]))
+    return Table(
+        "result",
+        title,
+        tuple(Column(name) for name in names),
+        rows,
+        "Percent; mean ± sample standard deviation over seeds, last epoch. A dash is a figure that "
+        "the paper does not print, or that has not been measured.",
+    )
+
+
+def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
+    """A line for each score, with the logs of its runs below `root`."""
+    columns = (
+        Column("score"),
+        Column("paper", "spread"),
+        Column("ours", "spread"),
+        Column("difference", "points"),
+        Column("seeds"),
+        Column("logs"),
+    )
+    rows = [
+        (
+            entry.method,
+            [
+                entry.score,
+                entry.paper,
+                entry.ours,
+                entry.difference,
+                entry.seeds,
+                " ".join(str(run.path.relative_to(root) / record.LOG) for run in entry.runs),
+            ],
+        )
+        for entry in entries
+    ]
+    return Table("entries", title, columns, rows)
+
+
+def _write(root: Path, name: str, content: Table, entries: Sequence[Entry]) -> None:
+    """`NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score."""
+    record.open_workdir(str(root))
+    long = entries_table(content.title, entries, root)
+    logs = "\n".join(
+        f"- {method}: {cells[-1] or 'not run'}" for method, cells in dict(long.rows).items()
+    )
+    record.write_atomically(
+        root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n"
+    )
+    record.write_atomically(root / f"{name}.csv", tables.as_csv(long))
+    written = {
+        "title": content.title,
+        "rows": [
+            {"method": method, **dict(zip((c.name for c in long.columns), cells, strict=True))}
+            for method, cells in long.rows
+        ],
+    }
+    record.write_atomically(
+        root / f"{name}.json", json.dumps(record.plain(written), indent=2) + "\n"
+    )
+
+
+def _parse_seeds(texts: Sequence[str]) -> list[int]:
+    if not texts or not all(text.strip().isdecimal() for text in texts):
+        raise UserError(f"--seeds must be numbers such as 1,2,3; got {','.join(texts)!r}.")
+    return list(dict.fromkeys(int(text) for text in texts))
+
+
+if __name__ == "__main__":
+    command_line.run(define_flags, main)
