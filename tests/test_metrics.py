@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy and calibration: the reference's numbers, edges of bins, and a second derivation."""
 
+import itertools
+
 import numpy as np
 import pytest
 from golden import cases, golden
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.metrics import (
+    adaptive_calibration_error,
+    bin_confidences,
+    brier_score,
     calibration,
+    disagreement,
+    kl_divergence,
     negative_log_likelihood,
     shot_accuracy,
+    shot_confusion,
     shot_groups,
     softmax,
+    target_prior,
 )
 
 
@@ -48,11 +57,18 @@ def test_per_class_accuracies_are_the_references() -> None:
     assert result.all == pytest.approx(case["overall_acc"], abs=1e-6)
 
 
-def test_calibration_by_a_loop_over_examples() -> None:
-    random = np.random.default_rng(0)
-    probabilities = softmax(random.normal(size=(500, 4)) * 3)
-    labels = random.integers(0, 4, 500)
-    num_bins = 7
+def draw_predictions(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Probabilities, labels and a number of bins, each of any size."""
+    random = np.random.default_rng(seed)
+    num_examples, num_classes = random.integers(1, 300), random.integers(2, 12)
+    logits = random.normal(size=(num_examples, num_classes)) * random.choice([0.1, 1, 5])
+    labels = random.integers(0, num_classes, num_examples)
+    return softmax(logits), labels, int(random.integers(1, 25))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_calibration_by_a_loop_over_examples(seed: int) -> None:
+    probabilities, labels, num_bins = draw_predictions(seed)
     gaps = []
     for low in range(num_bins):
         members = [
@@ -61,10 +77,88 @@ def test_calibration_by_a_loop_over_examples() -> None:
         if members:
             confidence = probabilities[members].max(axis=1).mean()
             accuracy = (probabilities[members].argmax(axis=1) == labels[members]).mean()
-            gaps.append((len(members) / 500, abs(accuracy - confidence)))
+            gaps.append((len(members) / len(labels), abs(accuracy - confidence)))
     result = calibration(probabilities, labels, num_bins)
     assert result.ece == pytest.approx(sum(share * gap for share, gap in gaps), abs=1e-12)
     assert result.mce == pytest.approx(max(gap for _, gap in gaps), abs=1e-12)
+    assert 0 <= result.ece <= result.mce <= 1
+    assert result.bin_fraction.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_adaptive_bins_by_sorting_and_cutting(seed: int) -> None:
+    """Without ties, bins are consecutive pieces of the sorted examples."""
+    probabilities, labels, num_bins = draw_predictions(seed)
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    expected = 0.0
+    assert len(np.unique(confidence)) == len(confidence)
+    order = np.argsort(confidence)
+    cuts = [-(-(k * len(order)) // num_bins) for k in range(num_bins + 1)]
+    for low, high in itertools.pairwise(cuts):
+        piece = order[low:high]
+        if len(piece):
+            expected += abs(correct[piece].sum() - confidence[piece].sum()) / len(order)
+    found = adaptive_calibration_error(confidence, correct, num_bins)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_adaptive_bins_do_not_depend_on_the_order_of_ties() -> None:
+    confidence = np.array([0.5, 0.5, 0.5, 0.5, 0.9, 0.9])
+    correct = np.array([True, False, False, False, True, True])
+    one = adaptive_calibration_error(confidence, correct, 3)
+    two = adaptive_calibration_error(confidence[::-1], correct[::-1], 3)
+    assert one == pytest.approx(two) == pytest.approx((4 * 0.25 + 2 * 0.1) / 6)
+
+
+def test_one_bin_is_the_gap_of_the_means() -> None:
+    confidence, correct = np.array([0.6, 0.9, 0.3]), np.array([True, True, False])
+    expected = 2 / 3 - 0.6
+    assert bin_confidences(confidence, correct, 1).ece == pytest.approx(expected)
+    assert adaptive_calibration_error(confidence, correct, 1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_brier_score_by_its_definition(seed: int) -> None:
+    probabilities, labels, _ = draw_predictions(seed)
+    one_hot = np.eye(probabilities.shape[1])[labels]
+    expected = ((probabilities - one_hot) ** 2).sum(axis=1).mean()
+    assert brier_score(probabilities, labels) == pytest.approx(expected)
+
+
+def test_brier_score_at_its_ends() -> None:
+    assert brier_score([[1.0, 0.0]], [0]) == 0
+    assert brier_score([[1.0, 0.0]], [1]) == 2
+
+
+def test_confusion_between_groups() -> None:
+    counts = [500, 200, 50, 5]
+    confusion = shot_confusion([0, 1, 2, 3, 0, 0], [0, 0, 0, 1, 2, 3], counts)
+    np.testing.assert_allclose(confusion, [[0.5, 0.25, 0.25], [1, 0, 0], [1, 0, 0]])
+    assert np.isnan(shot_confusion([0], [0], counts)[1:]).all()
+
+
+def test_disagreement_of_experts() -> None:
+    found = disagreement([[0, 1, 2, 3], [0, 1, 2, 0], [3, 2, 1, 0]])
+    np.testing.assert_allclose(found, [[0, 0.25, 1], [0.25, 0, 0.75], [1, 0.75, 0]])
+
+
+def test_target_priors() -> None:
+    counts = np.array([60, 30, 10])
+    np.testing.assert_allclose(target_prior(counts, 0), [0.6, 0.3, 0.1])
+    np.testing.assert_allclose(target_prior(counts, 1), [1 / 3] * 3)
+    inverse = np.array([1 / 6, 1 / 3, 1])
+    np.testing.assert_allclose(target_prior(counts, 2), inverse / inverse.sum())
+    with pytest.raises(UserError, match="all positive"):
+        target_prior([1, 0], 1)
+
+
+def test_divergence() -> None:
+    assert kl_divergence([0.5, 0.5], [0.5, 0.5]) == 0
+    assert kl_divergence([1, 0], [0.25, 0.75]) == pytest.approx(np.log(4))
+    assert kl_divergence([0.5, 0.5], [1, 0]) == np.inf
+    with pytest.raises(UserError, match="one length"):
+        kl_divergence([1.0], [0.5, 0.5])
 
 
 def test_certain_and_right_is_perfect_and_certain_and_wrong_is_worst() -> None:

@@ -28,8 +28,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """The temperature `T` whose `softmax(logits / T)` has the least negative log-likelihood.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in `1 / T`,
-    so the minimum is the only one; where it is at infinity (all predictions right) or at 0 (logits
-    that say nothing), the end of the range [1/1000, 1000] is returned.
+    so the minimum is the only one. Where it lies at infinity (every prediction right) or 0 (every
+    one wrong), a temperature in [1/1000, 1000] is returned beyond which the loss is flat.
 
     Args:
         logits: float `[N, C]`.
@@ -61,8 +61,9 @@ def fit_bias_correction(
     A temperature leaves the mean prediction of each class where it was; estimating a prior needs
     it right (bias-corrected temperature scaling: Alexandari et al., Maximum Likelihood with
     Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation, ICML 2020). Examples are
-    weighted so that every class that occurs counts the same, as for a uniform prior; biases have a
-    squared penalty, and a class without examples keeps 0.
+    weighted so that every class that occurs counts the same, as for a uniform prior. Classes
+    without examples take no part, so that nothing is learnt from their absence, and keep 0, which
+    is the mean of the others.
 
     Args:
         logits: float `[N, C]`.
@@ -76,8 +77,9 @@ def fit_bias_correction(
     logits, labels = _checked(logits, labels)
     rows, num_classes = np.arange(len(labels)), logits.shape[1]
     counts = np.bincount(labels, minlength=num_classes)
-    present = counts > 0
-    weights = len(labels) / (present.sum() * counts[labels])
+    present = np.flatnonzero(counts)
+    weights = len(labels) / (len(present) * counts[labels])
+    logits, labels = logits[:, present], np.searchsorted(present, labels)
 
     def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         scale, bias = np.exp(parameters[0]), parameters[1:]
@@ -89,16 +91,18 @@ def fit_bias_correction(
         value = np.sum(weights * (np.log(totals) - picked)) + penalty / 2 * np.sum(bias**2)
         values *= (weights / totals)[:, None]
         values[rows, labels] -= weights
-        slope_bias = np.where(present, values.sum(axis=0) + penalty * bias, 0.0)
+        slope_bias = values.sum(axis=0) + penalty * bias
         slope_scale = scale * np.einsum("nc,nc->", values, logits)
         return float(value), np.concatenate([[slope_scale], slope_bias])
 
     bound = np.log(_LARGEST_TEMPERATURE)
-    bounds = [(-bound, bound), *[(None, None)] * num_classes]
+    bounds = [(-bound, bound), *[(None, None)] * len(present)]
     found = optimize.minimize(
-        loss, np.zeros(1 + num_classes), jac=True, bounds=bounds, method="L-BFGS-B"
+        loss, np.zeros(1 + len(present)), jac=True, bounds=bounds, method="L-BFGS-B"
     )
-    return Correction(float(np.exp(found.x[0])), found.x[1:])
+    bias = np.zeros(num_classes)
+    bias[present] = found.x[1:]
+    return Correction(float(np.exp(found.x[0])), bias)
 
 
 def _checked(
