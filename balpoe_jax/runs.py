@@ -76,7 +76,8 @@ def significance(first: Sequence[float | None], second: Sequence[float | None]) 
     one, two = ([value for value in values if value is not None] for values in (first, second))
     if min(len(one), len(two)) < 2 or not (np.ptp(one) or np.ptp(two)):
         return None
-    return float(stats.ttest_ind(one, two, equal_var=False).pvalue)
+    sizes = [(np.mean(values), np.std(values, ddof=1), len(values)) for values in (one, two)]
+    return float(stats.ttest_ind_from_stats(*sizes[0], *sizes[1], equal_var=False).pvalue)
 
 
 def load_run(path: Path) -> Run:

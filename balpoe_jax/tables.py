@@ -227,6 +227,13 @@ def _shift(results: Mapping[str, Any]) -> Table:
     shift, sets = results["shift"], results["shift_sets"]
     kinds = {"none": "no prior", "prior": "known", "estimated": "estimated"}
     listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
+    mean_tau = float(np.mean([expert["tau"] for expert in results["experts"]]))
+    caution = ""
+    if abs(mean_tau - 1) > 0.01:
+        caution = (
+            f" The mean tau of this run is {mean_tau:.4g}, not 1: its logits are biased, so that a "
+            "prior added to them is not what theory asks for."
+        )
     origin = f" Published lists: {', '.join(listed)}; the others by" if listed else " Test sets by"
     return Table(
         "shift",
@@ -236,7 +243,7 @@ def _shift(results: Mapping[str, Any]) -> Table:
         "Percent of the examples. F: forward, most examples where the training set has most; B: "
         "backward; the number is the largest class over the smallest. The prior is that of the "
         "test set: not used, known and added to the mean logits, or estimated from the unlabelled "
-        f"examples.{origin} the exponential rule (for CIFAR the paper's).",
+        f"examples.{origin} the exponential rule (for CIFAR the paper's).{caution}",
     )
 
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs side by side: grouped over seeds, averaged, compared, refused."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_runs import make_run
+from scipy import stats
+
+from balpoe_jax.compare import compare, write
+from balpoe_jax.errors import UserError
+from balpoe_jax.runs import find_runs, group_runs, significance, spread
+from balpoe_jax.tables import as_text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two experiments with three seeds each."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2, 3):
+        make_run(folder / "ir100_plain" / f"seed{seed}", seed=seed, mixup__alpha=0.0, signal=1)
+        make_run(folder / "ir100_balpoe" / f"seed{seed}", seed=seed)
+    return folder
+
+
+def test_runs_are_grouped_over_seeds(folder: Path) -> None:
+    groups = group_runs(find_runs([str(folder / "ir100_plain"), str(folder / "ir100_balpoe")]))
+    assert [group.name for group in groups] == ["plain", "balpoe"]
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_means_spreads_and_differences(folder: Path) -> None:
+    results = {
+        name: [
+            json.loads((folder / name / f"seed{seed}" / "results.json").read_text())
+            for seed in (1, 2, 3)
+        ]
+        for name in ("ir100_plain", "ir100_balpoe")
+    }
+    plain, balpoe = ([r["test"]["top1"] for r in rs] for rs in results.values())
+    groups = group_runs(find_runs([str(folder / name) for name in results]))
+    content = {table.name: table for table in compare(groups)}
+    label, cells = content["scores"].rows[1]
+    assert label == "balpoe (3)"
+    assert cells[0] == pytest.approx((np.mean(balpoe), np.std(balpoe, ddof=1)))
+    difference = content["differences"].rows[0][1]
+    assert difference[0] == pytest.approx(np.mean(balpoe) - np.mean(plain))
+    assert content["fields"].rows[0] == ("plain", ["0.0"])
+    shift = dict(content["shift"].rows)["balpoe, known"]
+    backward = [r["shift"]["backward50"]["prior"] for r in results["ir100_balpoe"]]
+    assert shift[-1] == pytest.approx(np.mean(backward))
+    for table in content.values():
+        assert max(map(len, as_text(table).splitlines())) <= 80
+
+
+def test_files_of_a_comparison(folder: Path, tmp_path: Path) -> None:
+    groups = group_runs(find_runs([str(folder)]))
+    page = write(tmp_path / "out", groups, compare(groups))
+    assert page.read_text().count("<svg") == 2 + 2
+    with (page.parent / "scores.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:3] == ["", "all", "all std"]
+    written = json.loads((page.parent / "compare.json").read_text())
+    assert written["plain"]["seeds"] == [1, 2, 3]
+    assert float(rows[-1][1]) == pytest.approx(np.mean(written["plain"]["all"]))
+
+
+def test_a_sweep_of_experts_has_its_curve(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        make_run(tmp_path / f"e{number}", number)
+    groups = group_runs(find_runs([str(tmp_path)]))
+    assert [group.name for group in groups] == ["e1", "e2", "e3"]
+    page = write(tmp_path / "out", groups, compare(groups))
+    assert "Accuracy by number of experts that were trained: 1: " in page.read_text()
+
+
+def test_a_single_run_is_shown_without_differences(folder: Path) -> None:
+    groups = group_runs(find_runs([str(folder / "ir100_balpoe" / "seed1")]))
+    assert [table.name for table in compare(groups)] == ["scores", "shift", "bias"]
+    assert groups[0].spread("test", "top1").std is None
+
+
+def test_spreads_and_significance_need_values() -> None:
+    assert spread([]) == spread([None]) == (None, None)
+    assert spread([0.5, None]) == (0.5, None)
+    assert significance([0.5], [0.6, 0.7]) is None
+    assert significance([0.5, 0.5], [0.6, 0.6]) is None
+    one, two = [0.50, 0.51, 0.46], [0.53, 0.55, 0.52, 0.51]
+    expected = stats.ttest_ind(one, two, equal_var=False).pvalue
+    assert significance(one, two) == pytest.approx(expected)
+
+
+def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no evaluated run"):
+        find_runs([str(tmp_path)])
+    make_run(tmp_path / "again", seed=1)
+    with pytest.raises(UserError, match="same experiment with the same seed 1"):
+        group_runs(find_runs([str(folder / "ir100_balpoe"), str(tmp_path / "again")]))
+    make_run(tmp_path / "other", name="cifar10")
+    with pytest.raises(UserError, match=r"different data sets .*cifar10, digits"):
+        group_runs(find_runs([str(folder / "ir100_balpoe"), str(tmp_path / "other")]))

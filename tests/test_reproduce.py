@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the paper: every one a valid config, planned once, run, resumed and collected."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_command_line import ROOT
+from test_config import get_config
+
+from balpoe_jax import record, reproduce
+from balpoe_jax.config import check_config
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Row, Score
+from balpoe_jax.tables import as_csv, as_text
+
+EXPERIMENTS = {row.experiment for table in TABLES.values() for row in table.rows}
+
+
+@pytest.mark.parametrize(
+    "experiment", sorted(EXPERIMENTS, key=lambda e: e.name), ids=lambda e: e.name
+)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_is_a_valid_config(experiment: Experiment, scale: str) -> None:
+    arguments = ",".join(filter(None, (experiment.arguments, SCALES[scale].arguments)))
+    config = get_config(experiment.config.removesuffix(".py"), arguments)
+    check_config(config)
+    assert config.total_epochs == 15 if scale == "cpu" else config.total_epochs in (200, 400)
+
+
+def test_experiments_have_one_name_each() -> None:
+    assert len({experiment.name for experiment in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert len({(e.config, e.arguments) for e in EXPERIMENTS}) == len(EXPERIMENTS)
+
+
+def test_rows_are_what_their_names_say() -> None:
+    configs = {
+        row.method: get_config("cifar100_lt", row.experiment.arguments) for row in TABLES["2"].rows
+    }
+    trained = {
+        name: (
+            config.model.num_experts,
+            config.loss.tau_min,
+            config.loss.tau_max,
+            config.mixup.alpha,
+        )
+        for name, config in configs.items()
+    }
+    assert trained == {
+        "CE": (1, 0, 0, 0), "Mixup": (1, 0, 0, 0.4), "balanced softmax": (1, 1, 1, 0),
+        "BalPoE, no mixup": (3, 0, 2, 0), "BalPoE": (3, 0, 2, 0.4),
+    }  # fmt: skip
+
+
+def tiny_table() -> PaperTable:
+    one = Experiment("digits_one", "digits_lt.py", "method=cross_entropy,mixup=false")
+    two = Experiment("digits_two", "digits_lt.py", "experts=2")
+    accuracy = Score("ACC", ("test", "top1"), 90.0, 1.5)
+    return PaperTable(
+        "A table",
+        (
+            Row("first", one, (accuracy, Score("ECE", ("test", "ece")))),
+            Row("second", two, (accuracy, Score("ECE", ("test", "ece")))),
+        ),
+    )
+
+
+def pretend(job: reproduce.Job, top1: float, step: int = 6) -> None:
+    """Writes the files that a run of this job would leave."""
+    job.workdir.mkdir(parents=True)
+    record.claim(job.workdir, job._fields(), {"total_steps": 6}, {})
+    results = {"step": step, "test": {"top1": top1, "ece": 0.1}}
+    (job.workdir / "results.json").write_text(json.dumps(results))
+
+
+def test_states_tell_what_is_left(tmp_path: Path) -> None:
+    jobs = reproduce.plan(tiny_table(), SCALES["full"], [1, 2], tmp_path)
+    assert [(job.experiment.name, job.seed) for job in jobs] == [
+        ("digits_one", 1), ("digits_two", 1), ("digits_one", 2), ("digits_two", 2),
+    ]  # fmt: skip
+    pretend(jobs[0], 0.5)
+    pretend(jobs[1], 0.5, step=3)
+    assert [job.state() for job in jobs] == ["done", "begun", "to do", "to do"]
+    started = []
+    reproduce.subprocess, real = _Recorder(started), reproduce.subprocess
+    try:
+        failed = reproduce.run(jobs)
+    finally:
+        reproduce.subprocess = real
+    assert [command[-2] for command in started] == [
+        "--config.seed=1", "--config.seed=2", "--config.seed=2",
+    ]  # fmt: skip
+    assert [job.seed for job in failed] == [1, 2, 2]
+
+
+class _Recorder:
+    """Stands for the module that starts processes; every one of them fails."""
+
+    def __init__(self, started: list) -> None:
+        self._started = started
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess:
+        self._started.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+
+def test_scores_are_collected_over_the_seeds_that_are_done(tmp_path: Path) -> None:
+    jobs = reproduce.plan(tiny_table(), SCALES["full"], [1, 2, 3], tmp_path)
+    pretend(jobs[0], 0.80)
+    pretend(jobs[2], 0.84)
+    entries = reproduce.collect(tiny_table(), jobs)
+    first = entries[0]
+    assert (first.method, first.score, first.seeds) == ("first", "ACC", "1,2")
+    assert first.ours.mean == pytest.approx(0.82)
+    assert first.difference == pytest.approx(-0.08)
+    text = as_text(reproduce.result_table("A table", entries))
+    assert "  ours, seeds 1,2 82.0±2.8" in text
+    assert "  paper           90.0±1.5" in text
+    assert "  ours: not run          -" in text
+    long = as_csv(reproduce.entries_table("A table", entries, tmp_path)).splitlines()
+    assert long[1].endswith('"1,2",digits_one/seed1/train.log digits_one/seed2/train.log')
+    assert long[3] == "second,ACC,0.9,0.015,,,,not run,"
+
+
+def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, 0.5)
+    content = json.loads((job.workdir / "config.json").read_text())
+    content["config"]["batch_size"] = 7
+    (job.workdir / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="batch_size was 7 and is now"):
+        job.state()
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "balpoe_jax.reproduce", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -> None:
+    options = ["--table=2", "--scale=cpu", "--seeds=1,2", f"--workdir={tmp_path}"]
+    printed = call(*options, "--mode=print", "--data_dir=/data/tfds")
+    assert printed.returncode == 0, printed.stderr
+    commands = printed.stdout.splitlines()
+    assert len(commands) == 10
+    assert commands[0].startswith("python -m balpoe_jax.main --config=")
+    assert "cifar100_lt.py:ir=100,method=cross_entropy,mixup=false,backbone=resnet8" in commands[0]
+    assert f"--workdir={tmp_path}/cpu/cifar100_lt_ir100_cross_entropy/seed1" in commands[0]
+    assert all(command.endswith("--config.data.data_dir=/data/tfds") for command in commands)
+    collected = call(*options, "--mode=collect")
+    assert collected.returncode == 0, collected.stderr
+    assert "scale cpu: ResNet-8 for 15 epochs" in collected.stdout
+    assert collected.stdout.count("ours: not run") == 5
+    for suffix in ("md", "csv", "json"):
+        assert "ResNet-8 for 15" in (tmp_path / "cpu" / "table2.md").read_text()
+        assert (tmp_path / "cpu" / f"table2.{suffix}").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table=9"], "<1|2|3|fig5>"),
+        ([], "--table must have a value"),
+        (["--table=2", "--seeds=one"], "--seeds must be numbers"),
+        (["--table=2", "--scale=tiny"], "<full|cpu>"),
+        (["--table=2", "more"], "Unexpected argument 'more'"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(tmp_path: Path, arguments, message: str) -> None:
+    result = call(*arguments, f"--workdir={tmp_path}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
