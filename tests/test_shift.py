@@ -57,6 +57,13 @@ def test_targets_go_from_forward_to_backward() -> None:
     assert {target.origin for target in targets} == {"rule", "whole test set"}
 
 
+def test_a_target_without_examples_is_left_out() -> None:
+    """The first class of a backward set gets nothing when every test class has one example."""
+    labels, train = np.array([0, 1]), np.array([5, 4, 3])
+    names = [target.name for target in make_targets(labels, train, (50, 50.0))]
+    assert names == ["forward50", "uniform"]
+
+
 def test_the_images_of_a_target_are_the_references_choice() -> None:
     forward = make_targets(LABELS, TRAIN, (5,))[0]
     counts = exponential_counts(4, 10, 5)

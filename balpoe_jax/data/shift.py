@@ -8,6 +8,7 @@ files (SADE, and with it BalPoE).
 
 import dataclasses
 import glob
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,8 @@ import numpy.typing as npt
 
 from balpoe_jax.data.long_tail import class_counts, exponential_counts, select_indices
 from balpoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 UNIFORM = "uniform"
 _DIRECTIONS = ("forward", "backward")
@@ -59,12 +62,13 @@ def make_targets(
         ratios: largest over smallest class; one forward and one backward set for each.
         names: str `[N]`, what the list files call the examples.
         lists: file names or patterns of published lists, separated by commas; a distribution
-            that none of them is for follows the rule.
+            that none of them is for follows the rule, and is left out where that leaves no example.
 
     Raises:
         UserError (a `ValueError`): a list that cannot be read or is of another data set, or a
             ratio below 1.
     """
+    ratios = sorted(set(ratios))
     listed = {
         name: _read_list(path, labels, len(train_counts), names)
         for name, path in _find_lists(lists).items()
@@ -77,8 +81,8 @@ def make_targets(
             f"{', '.join(f'{ratio:g}' for ratio in ratios)}; add its ratio with "
             "--config.eval.shift_ratios."
         )
-    forward = [f"forward{ratio:g}" for ratio in sorted(ratios, reverse=True)]
-    backward = [f"backward{ratio:g}" for ratio in sorted(ratios)]
+    forward = [f"forward{ratio:g}" for ratio in reversed(ratios)]
+    backward = [f"backward{ratio:g}" for ratio in ratios]
     targets = []
     for name in (*forward, UNIFORM, *backward):
         if name == UNIFORM:
@@ -87,6 +91,9 @@ def make_targets(
             indices, origin = listed[name]
         else:
             indices, origin = _select_by_rule(labels, train_counts, name), "rule"
+        if not len(indices):
+            log.warning("Too few test examples for the target distribution %s: left out", name)
+            continue
         counts = class_counts(labels[indices], len(train_counts))
         targets.append(Target(name, indices, counts, origin))
     return targets
