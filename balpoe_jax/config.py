@@ -37,6 +37,7 @@ def default_config() -> ConfigDict:
     Fields (sizes of batches are global; durations carry their unit in their name):
         seed: of initialisation, order, augmentation and mixup.
         total_epochs, batch_size.
+        remark: free text that results and report carry.
         log_every_steps: a progress line and a row of metrics.jsonl each time.
         data.name: see `balpoe_jax.data.datasets.DATASETS`.
         data.data_dir: TFDS folder; empty for TFDS's default.
@@ -70,6 +71,7 @@ def default_config() -> ConfigDict:
     config.seed = 1
     config.total_epochs = 200
     config.batch_size = 128
+    config.remark = ""
     config.log_every_steps = 50
     config.data = ConfigDict(
         {

@@ -115,11 +115,12 @@ class Evaluator:
         }
 
     def _results(self, state: TrainState, scores: dict[str, Any]) -> dict[str, Any]:
-        step = int(state.step)
+        step, remark = int(state.step), self._experiment.config["remark"]
         results = {
             "step": step,
             "epoch": step // self._experiment.steps_per_epoch,
             "num_parameters": num_parameters(state.params),
+            **({"remark": remark} if remark else {}),
             **scores,
         }
         return record.plain(results)

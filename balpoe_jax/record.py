@@ -38,6 +38,7 @@ _OPERATIONAL = (
     "data.data_dir",
     "data.threads",
     "log_every_steps",
+    "remark",
     "checkpoint.",
     "eval.",
     "model.expert_map",

@@ -99,6 +99,8 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
         f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
         f"epoch {results['epoch']}, step {results['step']:,}"
     )
+    if results.get("remark"):
+        subtitle += f"; {results['remark']}"
     return title, subtitle
 
 

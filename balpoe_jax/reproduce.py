@@ -38,25 +38,25 @@ class Job:
         seed: of the run.
         workdir: of the run.
         config: `FILE:arguments` for `--config`.
-        data_dir: TFDS folder, or empty.
+        options: further ones.
     """
 
     experiment: Experiment
     seed: int
     workdir: Path
     config: str
-    data_dir: str
+    options: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """What `python` is to be called with."""
-        arguments = [
+        return [
             "-m",
             "balpoe_jax.main",
             f"--config={self.config}",
             f"--config.seed={self.seed}",
             f"--workdir={self.workdir}",
+            *self.options,
         ]
-        return arguments + ([f"--config.data.data_dir={self.data_dir}"] if self.data_dir else [])
 
     def state(self) -> str:
         """Whether it is "done", "begun" or "to do".
@@ -147,6 +147,7 @@ def plan(
             f"There are no config files in {_CONFIGS}; run this from a checkout of the repository."
         )
     experiments = dict.fromkeys(row.experiment for row in table.rows)
+    options = {"data.data_dir": data_dir, "remark": scale.remark}
     return [
         Job(
             experiment,
@@ -154,7 +155,7 @@ def plan(
             root / experiment.name / f"seed{seed}",
             f"{_CONFIGS / experiment.config}:"
             + ",".join(filter(None, (experiment.arguments, scale.arguments))),
-            data_dir,
+            tuple(f"--config.{field}={value}" for field, value in options.items() if value),
         )
         for seed in seeds
         for experiment in experiments

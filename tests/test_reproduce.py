@@ -89,7 +89,7 @@ def test_states_tell_what_is_left(tmp_path: Path) -> None:
         failed = reproduce.run(jobs)
     finally:
         reproduce.subprocess = real
-    assert [command[-2] for command in started] == [
+    assert [command[4] for command in started] == [
         "--config.seed=1", "--config.seed=2", "--config.seed=2",
     ]  # fmt: skip
     assert [job.seed for job in failed] == [1, 2, 2]
@@ -153,7 +153,8 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
     assert commands[0].startswith("python -m balpoe_jax.main --config=")
     assert "cifar100_lt.py:ir=100,method=cross_entropy,mixup=false,backbone=resnet8" in commands[0]
     assert f"--workdir={tmp_path}/cpu/cifar100_lt_ir100_cross_entropy/seed1" in commands[0]
-    assert all(command.endswith("--config.data.data_dir=/data/tfds") for command in commands)
+    assert all("--config.data.data_dir=/data/tfds" in command for command in commands)
+    assert all("--config.remark=scale cpu: ResNet-8" in command for command in commands)
     collected = call(*options, "--mode=collect")
     assert collected.returncode == 0, collected.stderr
     assert "scale cpu: ResNet-8 for 15 epochs" in collected.stdout

@@ -141,7 +141,9 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = json.loads((finished / "results.json").read_text())
-    after = evaluate(tiny_config(eval__batch_size=50), str(workdir))
+    after = evaluate(tiny_config(eval__batch_size=50, remark="again"), str(workdir))
+    assert after["remark"] == "again"
+    assert "; again</p>" in (workdir / "report" / "index.html").read_text()
     for name, value in before["test"].items():
         assert after["test"][name] == pytest.approx(value, abs=1e-6)
 
