@@ -2,9 +2,11 @@
 """Everything that is asked of a run's predictions: arrays in, the content of results.json out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -64,12 +66,9 @@ def score(
     """
     basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
     options = (test.labels, class_counts, num_bins, thresholds)
-    correction = None
-    if held_out is not None:
-        mean = MeanLogits(held_out.expert_logits)[:]
-        correction = metrics.fit_bias_correction(mean, held_out.labels)
+    evidence = _evidence_of_priors(test, held_out) if targets else {}
     sets = {
-        target.name: _score_target(test, target, correction, prior_strength, num_bins)
+        target.name: _score_target(test, target, evidence, prior_strength, num_bins)
         for target in targets
     }
     return {
@@ -275,10 +274,23 @@ def _subsets(num_experts: int) -> list[tuple[int, ...]]:
     return chosen
 
 
+def _evidence_of_priors(test: Predictions, held_out: Predictions | None) -> dict[str, jax.Array]:
+    """Probabilities of the whole test set to estimate priors from, raw and, if can be, corrected.
+
+    Each is one array `[N, C]` in single precision, shared by all target distributions.
+    """
+    logits = MeanLogits(test.expert_logits)
+    corrections = {"raw": Correction(1.0, np.zeros(logits.shape[1]))}
+    if held_out is not None:
+        mean = MeanLogits(held_out.expert_logits)[:]
+        corrections["corrected"] = metrics.fit_bias_correction(mean, held_out.labels)
+    return {name: _probabilities(logits, correction) for name, correction in corrections.items()}
+
+
 def _score_target(
     test: Predictions,
     target: Target,
-    correction: Correction | None,
+    evidence: Mapping[str, jax.Array],
     prior_strength: float,
     num_bins: int,
 ) -> dict[str, Any]:
@@ -286,15 +298,16 @@ def _score_target(
     logits, num_classes = MeanLogits(test.expert_logits), test.expert_logits.shape[2]
     truth = target.prior
     concentration = 1 + prior_strength * len(target.indices) / num_classes
-    corrected = correction or Correction(1.0, np.zeros(num_classes))
-    probabilities = _probabilities(logits, target.indices, corrected)
+    # The examples of the target count once, the others not at all: one shape for all targets.
+    members = np.zeros(len(test.labels), np.float32)
+    members[target.indices] = 1
+    best = evidence.get("corrected", evidence["raw"])
     estimates: dict[str, PriorEstimate] = {
-        "map": estimate_prior(probabilities, concentration=concentration),
-        "ml": estimate_prior(probabilities),
+        "map": estimate_prior(best, members, concentration),
+        "ml": estimate_prior(best, members),
     }
-    if correction is not None:
-        plain = _probabilities(logits, target.indices, Correction(1.0, np.zeros(num_classes)))
-        estimates["map_uncorrected"] = estimate_prior(plain, concentration=concentration)
+    if "corrected" in evidence:
+        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, concentration)
     offsets = {
         "none": None,
         "prior": log_target_prior(truth, num_classes),
@@ -328,15 +341,12 @@ def _score_target(
     }
 
 
-def _probabilities(
-    logits: MeanLogits, rows: npt.NDArray[np.int64], correction: Correction
-) -> npt.NDArray[np.float32]:
-    """Of the examples `rows`, float32 `[M, C]`: the one array of this size, in single precision."""
-    probabilities = np.empty((len(rows), logits.shape[1]), np.float32)
-    for block in metrics.blocks(*probabilities.shape):
-        values = logits[rows[block]] * correction.scale + correction.bias
-        probabilities[block] = metrics.softmax(values)
-    return probabilities
+def _probabilities(logits: MeanLogits, correction: Correction) -> jax.Array:
+    """Softmax of corrected logits, float32 `[N, C]`."""
+    probabilities = np.empty(logits.shape, np.float32)
+    for block in metrics.blocks(*logits.shape):
+        probabilities[block] = metrics.softmax(logits[block] * correction.scale + correction.bias)
+    return jnp.asarray(probabilities)
 
 
 def _l1(estimate: Any, truth: npt.NDArray[np.float64]) -> float:
