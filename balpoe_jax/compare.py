@@ -29,7 +29,7 @@ _SCORES = {
     "ECE": ("test", "ece"),
     "MCE": ("test", "mce"),
 }
-_KINDS = {"none": "no prior", "prior": "known", "estimated": "estimated"}
+_KINDS = {"none": "none", "prior": "known", "estimated": "est."}
 
 # The fields in which trainings of BalPoE with different numbers of experts differ.
 _SWEEP = ["model.num_experts"]
@@ -149,20 +149,17 @@ def _fields(groups: Sequence[Group]) -> Table:
 def _shift(groups: Sequence[Group]) -> Table:
     names = list(groups[0].runs[0].results["shift"])
     rows = [
-        (
-            f"{group.name}, {label}",
-            [group.spread("shift", name, kind).mean for name in names],
-        )
+        (group.name, [label, *(group.spread("shift", name, kind).mean for name in names)])
         for group in groups
         for kind, label in _KINDS.items()
     ]
     return Table(
         "shift",
         "Accuracy by target distribution",
-        tuple(Column(tables.short_name(name)) for name in names),
+        (Column("prior"), *(Column(tables.short_name(name)) for name in names)),
         rows,
-        "Percent, means over seeds; F forward, B backward, with no prior, the known one, or one "
-        "estimated from the unlabelled test examples.",
+        "Percent, means over seeds; F forward, B backward. The prior of the test set is not used, "
+        "known, or estimated from the unlabelled examples.",
     )
 
 
