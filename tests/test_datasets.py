@@ -60,6 +60,31 @@ def test_cifar_keeps_the_images_that_the_archives_order_selects(monkeypatch) -> 
     np.testing.assert_array_equal(data.test.labels, builder.labels["test"])
 
 
+def test_held_out_images_are_neither_trained_on_nor_tested_on(monkeypatch) -> None:
+    builder = use(monkeypatch, Builder(PER_CLASS))
+    data = datasets.load("cifar100", 100.0, held_out_per_class=20)
+    assert data.held_out is not None
+    assert not set(data.held_out.keys) & set(data.train.keys)
+    np.testing.assert_array_equal(data.held_out.labels, builder.labels["train"][data.held_out.keys])
+    held_out = np.bincount(data.held_out.labels, minlength=100)
+    np.testing.assert_array_equal(held_out, np.minimum(500 - data.class_counts, 20))
+    assert held_out[0] == 0  # the largest class is kept whole
+    assert "1,980 training images" in data.held_out_description
+    assert "1 of 100 classes have none" in data.held_out_description
+    np.testing.assert_array_equal(data.train.keys, datasets.load("cifar100", 100.0).train.keys)
+
+
+def test_a_balanced_set_holds_nothing_out() -> None:
+    assert datasets.load("digits", 1.0, held_out_per_class=20).held_out is None
+    assert datasets.load("digits", 26.0).held_out is None
+
+
+def test_test_examples_have_names(monkeypatch) -> None:
+    use(monkeypatch, Builder(PER_CLASS))
+    names = datasets.load("cifar100", 100.0).test_names
+    assert (names[0], names[-1], len(names)) == ("test_00000", "test_09999", 10_000)
+
+
 def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None:
     use(monkeypatch, Builder({"train": 40, "test": 10}))
     with pytest.raises(UserError, match=r"should have 500 training and 100 test .* has 40 to 40"):

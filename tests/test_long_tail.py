@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from golden import golden
 
-from balpoe_jax.data.long_tail import class_counts, exponential_counts, select_indices
+from balpoe_jax.data.long_tail import (
+    class_counts,
+    exponential_counts,
+    select_consecutive,
+    select_indices,
+)
 from balpoe_jax.errors import UserError
 
 # The stored selections: a shuffled data set of so many classes and images a class, and its seed.
@@ -58,6 +63,18 @@ def test_selection_keeps_what_was_asked_once_and_follows_its_seed() -> None:
         assert (np.diff(labels[indices]) >= 0).all()
     assert set(first) != set(second)
     np.testing.assert_array_equal(first, select_indices(labels, counts))
+
+
+def test_consecutive_parts_are_disjoint_and_the_first_is_the_selection() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [9, 6, 4]))
+    parts = select_consecutive(labels, ([4, 2, 1], [5, 3, 0], [0, 1, 3]), seed=5)
+    np.testing.assert_array_equal(parts[0], select_indices(labels, [4, 2, 1], seed=5))
+    together = select_indices(labels, [9, 6, 4], seed=5)
+    assert sorted(np.concatenate(parts)) == sorted(together) == list(range(19))
+    for part, counts in zip(parts, ([4, 2, 1], [5, 3, 0], [0, 1, 3]), strict=True):
+        np.testing.assert_array_equal(np.bincount(labels[part], minlength=3), counts)
+    with pytest.raises(UserError, match="Class 2 should keep 5 images but has only 4"):
+        select_consecutive(labels, ([0, 0, 4], [0, 0, 1]))
 
 
 def test_edges_of_the_profile() -> None:
