@@ -238,7 +238,7 @@ def _score_ensemble(
     pairs = differences[np.triu_indices(len(experts), k=1)]
     subsets: list[dict[str, Any]] = []
     for members in _subsets(len(experts)):
-        guesses = summarize(MeanLogits(test.expert_logits, members), test.labels).predicted
+        guesses = metrics.predicted_classes(MeanLogits(test.expert_logits, members))
         accuracy = metrics.shot_accuracy(guesses, test.labels, class_counts, thresholds)
         subsets.append(
             {

@@ -20,7 +20,7 @@ from balpoe_jax.metrics.calibration import (
     softmax,
 )
 from balpoe_jax.metrics.marginals import kl_divergence, target_prior
-from balpoe_jax.metrics.predictions import MeanLogits, Summary, blocks, summarize
+from balpoe_jax.metrics.predictions import MeanLogits, Summary, blocks, predicted_classes, summarize
 from balpoe_jax.metrics.recalibration import Correction, fit_bias_correction, fit_temperature
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "fit_temperature",
     "kl_divergence",
     "negative_log_likelihood",
+    "predicted_classes",
     "shot_accuracy",
     "shot_confusion",
     "shot_groups",

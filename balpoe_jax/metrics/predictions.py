@@ -101,6 +101,15 @@ def summarize(
     return Summary(predicted, confidence, nll, brier, marginal / num_examples)
 
 
+def predicted_classes(logits: Any) -> npt.NDArray[np.int64]:
+    """The class of the largest logit of every example, int64 `[N]`, a block at a time.
+
+    Args:
+        logits: float `[N, C]`, as for `summarize`.
+    """
+    return np.concatenate([logits[block].argmax(axis=1) for block in blocks(*logits.shape)])
+
+
 def blocks(num_examples: int, num_classes: int) -> Iterator[slice]:
     """Slices that cover the examples, each of a few million numbers at most."""
     size = max(1, _NUMBERS_A_BLOCK // num_classes)
