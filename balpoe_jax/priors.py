@@ -119,11 +119,10 @@ def _maximize(
 
     def improve(estimate: PriorEstimate) -> PriorEstimate:
         evidence = jnp.matmul(probabilities, estimate.prior, precision=exact)
-        # The class of an example can have died out of the prior, and then all is 0.
+        # An example of weight 0 does not keep its class in the prior, and then this is 0.
         shares = weights / jnp.maximum(evidence, jnp.finfo(jnp.float32).tiny)
         expected = estimate.prior * jnp.matmul(shares, probabilities, precision=exact)
         prior = (expected + pseudocount) / total
-        prior = prior / prior.sum()
         return PriorEstimate(prior, estimate.rounds + 1, jnp.abs(prior - estimate.prior).sum())
 
     def unfinished(estimate: PriorEstimate) -> jax.Array:

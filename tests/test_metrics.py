@@ -133,8 +133,8 @@ def test_brier_score_at_its_ends() -> None:
 
 def test_confusion_between_groups() -> None:
     counts = [500, 200, 50, 5]
-    confusion = shot_confusion([0, 1, 2, 3, 0, 0], [0, 0, 0, 1, 2, 3], counts)
-    np.testing.assert_allclose(confusion, [[0.5, 0.25, 0.25], [1, 0, 0], [1, 0, 0]])
+    confusion = shot_confusion([0, 1, 2, 3, 3, 0], [0, 0, 0, 1, 2, 3], counts)
+    np.testing.assert_allclose(confusion, [[0.5, 0.25, 0.25], [0, 0, 1], [1, 0, 0]])
     assert np.isnan(shot_confusion([0], [0], counts)[1:]).all()
 
 

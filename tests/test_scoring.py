@@ -11,6 +11,7 @@ from balpoe_jax.metrics import (
     MeanLogits,
     brier_score,
     calibration,
+    fit_bias_correction,
     negative_log_likelihood,
     shot_accuracy,
     softmax,
@@ -18,6 +19,7 @@ from balpoe_jax.metrics import (
 )
 from balpoe_jax.metrics import predictions as blocks
 from balpoe_jax.predictions import Predictions
+from balpoe_jax.priors import estimate_prior
 
 COUNTS = np.array([300, 120, 50, 8])
 TAUS = (0.0, 1.0, 2.0)
@@ -112,6 +114,42 @@ def test_the_uniform_target_is_the_test_set(scores: dict) -> None:
     uniform = scores["shift"]["uniform"]
     assert uniform["none"] == uniform["prior"] == scores["test"]["top1"]
     assert scores["shift_sets"]["uniform"]["l1_of_uniform"] == 0
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_prior_is_estimated_from_the_examples_of_its_target(
+    test_set: Predictions, corrected: bool
+) -> None:
+    """A second derivation, from the target's own rows."""
+    held_out = draw(per_class=20, seed=1)
+    target = make_targets(test_set.labels, COUNTS, (50,))[2]
+    found = scoring.score(
+        test_set,
+        COUNTS,
+        TAUS,
+        held_out=held_out if corrected else None,
+        targets=[target],
+        prior_strength=0.5,
+    )["shift_sets"]["backward50"]
+    logits = test_set.expert_logits.astype(np.float64).mean(axis=0)[target.indices]
+    correction = fit_bias_correction(
+        held_out.expert_logits.astype(np.float64).mean(axis=0), held_out.labels
+    )
+    raw, better = softmax(logits), softmax(logits * correction.scale + correction.bias)
+    concentration = 1 + 0.5 * len(logits) / 4
+    expected = {
+        "map": estimate_prior(better if corrected else raw, concentration=concentration),
+        "ml": estimate_prior(better if corrected else raw),
+    }
+    if corrected:
+        expected["map_uncorrected"] = estimate_prior(raw, concentration=concentration)
+    assert set(found["estimates"]) == set(expected)
+    for name, estimate in expected.items():
+        distance = np.abs(np.asarray(estimate.prior) - target.prior).sum()
+        assert found["estimates"][name]["l1"] == pytest.approx(distance, abs=1e-5)
+        predicted = (logits + np.log(np.asarray(estimate.prior) + 1e-9)).argmax(axis=1)
+        accuracy = (predicted == test_set.labels[target.indices]).mean()
+        assert found["estimates"][name]["top1"] == pytest.approx(accuracy)
 
 
 def test_an_estimate_finds_more_than_a_uniform_prior_on_a_shifted_set(scores: dict) -> None:

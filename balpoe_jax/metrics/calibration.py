@@ -94,7 +94,7 @@ def adaptive_calibration_error(
     """
     _check_bins(confidence, num_bins)
     ranks = np.ceil(np.arange(1, num_bins + 1) * len(confidence) / num_bins).astype(int) - 1
-    upper_edges = np.sort(confidence)[np.maximum(ranks, 0)]
+    upper_edges = np.sort(confidence)[ranks]
     bins = np.searchsorted(upper_edges, confidence, side="left")
     return _errors_of_bins(confidence, correct, bins, num_bins).ece
 
