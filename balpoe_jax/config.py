@@ -64,7 +64,8 @@ def default_config() -> ConfigDict:
         eval.shift_lists: files or patterns of published lists, separated by commas, instead of
             the rule; see `balpoe_jax.data.shift`.
         eval.prior_strength: weight of the uniform prior against the unlabelled examples when the
-            target prior is estimated; see `balpoe_jax.scoring.score`.
+            target prior is estimated; eval.prior_significance: the level at which predictions must
+            show a shift for the estimate to be used; see `balpoe_jax.scoring.score`.
         checkpoint.every_epochs, checkpoint.keep.
     """
     config = ConfigDict()
@@ -124,6 +125,7 @@ def default_config() -> ConfigDict:
             "shift_ratios": (2.0, 5.0, 10.0, 25.0, 50.0),
             "shift_lists": "",
             "prior_strength": 0.3,
+            "prior_significance": 0.01,
         }
     )
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
@@ -285,6 +287,7 @@ def check_config(config: ConfigDict) -> None:
         "eval.every_epochs": 0,
         "eval.held_out_per_class": 0,
         "eval.prior_strength": 0,
+        "eval.prior_significance": 0,
         "checkpoint.every_epochs": 1,
         "checkpoint.keep": 1,
     }

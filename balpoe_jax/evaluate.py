@@ -87,6 +87,7 @@ class Evaluator:
             held_out_description=data.held_out_description,
             targets=experiment.targets,
             prior_strength=experiment.config["eval"]["prior_strength"],
+            prior_significance=experiment.config["eval"]["prior_significance"],
             **self._score_options(),
         )
         return self._results(state, scores)

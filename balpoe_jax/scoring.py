@@ -33,6 +33,7 @@ def score(
     held_out_description: str = "",
     targets: Sequence[Target] = (),
     prior_strength: float = 0.3,
+    prior_significance: float = 0.01,
 ) -> dict[str, Any]:
     """Scores the ensemble and each expert on every question at once.
 
@@ -41,6 +42,8 @@ def score(
     a logarithm to the mean logits; and with a prior that expectation-maximisation estimates from
     the unlabelled examples. Before estimating, the probabilities are corrected by a temperature and
     class biases fitted on `held_out`, where there is one; the correction serves the estimate alone.
+    The estimate is used only where the predictions show that the target's prior is not uniform, so
+    that it does no harm where there is nothing to estimate.
 
     Args:
         test: predictions on the test set.
@@ -55,6 +58,9 @@ def score(
         prior_strength: how much the uniform prior weighs against the examples in the estimate: the
             concentration is `1 + strength * M / C` for `M` examples and `C` classes, 0 is maximum
             likelihood.
+        prior_significance: level of the test (`metrics.prior_shift_p_value`) that a target must
+            fail for its estimate to be used; 1 uses every estimate. Without `held_out` there is no
+            test and every estimate is used.
 
     Returns:
         All of `results.json` but the run's own numbers: `class_counts`, `num_bins`, `test`,
@@ -68,7 +74,9 @@ def score(
     options = (test.labels, class_counts, num_bins, thresholds)
     evidence = _evidence_of_priors(test, held_out) if targets else {}
     sets = {
-        target.name: _score_target(test, target, evidence, prior_strength, num_bins)
+        target.name: _score_target(
+            test, target, evidence, held_out, prior_strength, prior_significance, num_bins
+        )
         for target in targets
     }
     return {
@@ -291,7 +299,9 @@ def _score_target(
     test: Predictions,
     target: Target,
     evidence: Mapping[str, jax.Array],
+    held_out: Predictions | None,
     prior_strength: float,
+    prior_significance: float,
     num_bins: int,
 ) -> dict[str, Any]:
     """Accuracy, calibration and the quality of the estimated priors on one distribution."""
@@ -317,19 +327,24 @@ def _score_target(
         },
     }
     labels = test.labels[target.indices]
-    top1, ece = {}, {}
+    top1, ece, p_value = {}, {}, None
     for name, offset in offsets.items():
         summary = summarize(logits, test.labels, target.indices, offset=offset)
         correct = summary.predicted == labels
         top1[name] = float(correct.mean())
         ece[name] = metrics.bin_confidences(summary.confidence, correct, num_bins).ece
+        if name == "none" and held_out is not None:
+            p_value = _prior_shift_p_value(summary.predicted, held_out)
+    used = "map" if p_value is None or p_value <= prior_significance else "none"
     uniform = np.full(num_classes, 1 / num_classes)
     return {
-        "top1": {"none": top1["none"], "prior": top1["prior"], "estimated": top1["map"]},
+        "top1": {"none": top1["none"], "prior": top1["prior"], "estimated": top1[used]},
         "num_examples": len(target.indices),
         "origin": target.origin,
-        "ece": {"none": ece["none"], "prior": ece["prior"], "estimated": ece["map"]},
+        "ece": {"none": ece["none"], "prior": ece["prior"], "estimated": ece[used]},
         "l1_of_uniform": _l1(uniform, truth),
+        "shift_p_value": p_value,
+        "estimate_used": used == "map",
         "estimates": {
             name: {
                 "top1": top1[name],
@@ -339,6 +354,16 @@ def _score_target(
             for name, estimate in estimates.items()
         },
     }
+
+
+def _prior_shift_p_value(predicted: npt.NDArray[np.int64], held_out: Predictions) -> float:
+    held_out_logits = MeanLogits(held_out.expert_logits)
+    return metrics.prior_shift_p_value(
+        predicted,
+        metrics.predicted_classes(held_out_logits),
+        held_out.labels,
+        held_out_logits.shape[1],
+    )
 
 
 def _probabilities(logits: MeanLogits, correction: Correction) -> jax.Array:

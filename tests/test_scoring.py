@@ -106,6 +106,7 @@ def test_a_target_is_scored_on_its_examples(scores: dict, test_set: Predictions)
     assert found["prior"] == ((mean + np.log(prior)).argmax(axis=1) == labels).mean()
     details = scores["shift_sets"]["forward50"]
     assert details["num_examples"] == len(labels)
+    assert details["estimate_used"]
     assert details["estimates"]["map"]["top1"] == found["estimated"]
     assert details["l1_of_uniform"] == pytest.approx(np.abs(prior - 0.25).sum())
 
@@ -114,6 +115,22 @@ def test_the_uniform_target_is_the_test_set(scores: dict) -> None:
     uniform = scores["shift"]["uniform"]
     assert uniform["none"] == uniform["prior"] == scores["test"]["top1"]
     assert scores["shift_sets"]["uniform"]["l1_of_uniform"] == 0
+
+
+def test_where_the_prior_does_not_shift_no_estimate_is_used(scores: dict) -> None:
+    details = scores["shift_sets"]["uniform"]
+    assert details["shift_p_value"] > 0.01 and not details["estimate_used"]
+    assert scores["shift"]["uniform"]["estimated"] == scores["shift"]["uniform"]["none"]
+    assert details["ece"]["estimated"] == details["ece"]["none"]
+
+
+def test_every_estimate_is_used_when_no_significance_is_asked_for(test_set: Predictions) -> None:
+    targets = make_targets(test_set.labels, COUNTS, (2,))
+    options = {"held_out": draw(per_class=20, seed=1), "targets": targets}
+    found = scoring.score(test_set, COUNTS, TAUS, prior_significance=1.0, **options)
+    for name, details in found["shift_sets"].items():
+        assert details["estimate_used"]
+        assert found["shift"][name]["estimated"] == details["estimates"]["map"]["top1"]
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -172,6 +189,8 @@ def test_without_held_out_examples_nothing_is_fitted(test_set: Predictions) -> N
     targets = make_targets(test_set.labels, COUNTS, (2,))
     found = scoring.score(test_set, COUNTS, TAUS, targets=targets)
     assert found["temperature"] is None
+    assert found["shift_sets"]["forward2"]["shift_p_value"] is None
+    assert found["shift_sets"]["forward2"]["estimate_used"]
     assert set(found["shift_sets"]["forward2"]["estimates"]) == {"map", "ml"}
 
 

@@ -21,6 +21,7 @@ from balpoe_jax.metrics.calibration import (
 )
 from balpoe_jax.metrics.marginals import kl_divergence, target_prior
 from balpoe_jax.metrics.predictions import MeanLogits, Summary, blocks, predicted_classes, summarize
+from balpoe_jax.metrics.prior_shift import prior_shift_p_value
 from balpoe_jax.metrics.recalibration import Correction, fit_bias_correction, fit_temperature
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "kl_divergence",
     "negative_log_likelihood",
     "predicted_classes",
+    "prior_shift_p_value",
     "shot_accuracy",
     "shot_confusion",
     "shot_groups",

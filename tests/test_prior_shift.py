@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The test for a shifted class prior: its level, its power, and classes without examples."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from balpoe_jax.metrics import prior_shift_p_value
+
+NUM_CLASSES = 8
+# A classifier that is often wrong, and leans to the first classes.
+CONFUSION = 0.4 * np.eye(NUM_CLASSES) + 0.6 * (np.arange(NUM_CLASSES)[::-1] + 1.0) / 36
+
+
+def predict(random: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    return (random.random(len(labels))[:, None] > CONFUSION.cumsum(axis=1)[labels]).sum(axis=1)
+
+
+def draw_p_values(prior: np.ndarray, held_out_counts: np.ndarray, times: int) -> np.ndarray:
+    held_out_labels = np.repeat(np.arange(NUM_CLASSES), held_out_counts)
+    values = []
+    for seed in range(times):
+        random = np.random.default_rng(seed)
+        labels = random.choice(NUM_CLASSES, 1000, p=prior)
+        predicted = predict(random, labels), predict(random, held_out_labels)
+        values.append(prior_shift_p_value(*predicted, held_out_labels, NUM_CLASSES))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("held_out_counts", [[40] * 8, [10, 20, 30, 40, 50, 60, 70, 80]])
+def test_without_a_shift_the_level_is_kept(held_out_counts: list[int]) -> None:
+    uniform = np.full(NUM_CLASSES, 1 / NUM_CLASSES)
+    values = draw_p_values(uniform, np.array(held_out_counts), 300)
+    for level in (0.01, 0.05, 0.2):
+        # Three standard deviations of so many draws above the level.
+        most = level + 3 * np.sqrt(level * (1 - level) / len(values))
+        assert (values <= level).mean() <= most
+
+
+def test_a_shift_is_found() -> None:
+    prior = 50.0 ** -np.linspace(0, 1, NUM_CLASSES)
+    assert (draw_p_values(prior / prior.sum(), np.full(8, 40), 50) <= 0.01).mean() > 0.9
+
+
+def test_equal_weights_are_the_ordinary_chi_square_test() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(NUM_CLASSES), 50)
+    predicted, held_out = predict(random, labels[:300]), predict(random, labels)
+    table = [np.bincount(p, minlength=NUM_CLASSES) for p in (predicted, held_out)]
+    expected = stats.chi2_contingency(table, correction=False).pvalue
+    assert prior_shift_p_value(predicted, held_out, labels, NUM_CLASSES) == pytest.approx(expected)
+
+
+def test_a_class_without_held_out_examples_says_nothing() -> None:
+    """As the largest class, of which no training image is left."""
+    random = np.random.default_rng(0)
+    everything = np.repeat(np.arange(NUM_CLASSES), 100)
+    held_out_labels = everything[everything > 0]
+    values = [
+        prior_shift_p_value(
+            np.concatenate([np.zeros(extra, int), predict(random, everything[100:])]),
+            predict(random, held_out_labels),
+            held_out_labels,
+            NUM_CLASSES,
+        )
+        for extra in (0, 1000)
+    ]
+    assert min(values) > 0.01
+
+
+def test_rare_predictions_are_pooled() -> None:
+    """Hundreds of classes predicted once or twice would make any two samples differ."""
+    random = np.random.default_rng(0)
+    labels = np.arange(500)
+    values = [
+        prior_shift_p_value(random.permutation(500)[:300], random.permutation(500), labels, 500)
+        for _ in range(20)
+    ]
+    assert min(values) == 1.0
+
+
+def test_nothing_to_compare() -> None:
+    assert prior_shift_p_value([], [0, 1], [0, 1], 2) == 1.0
+    assert prior_shift_p_value([2, 2, 2], [0, 1], [0, 1], 3) == 1.0
