@@ -46,6 +46,9 @@ def default_config() -> ConfigDict:
         data.check_counts: refuse a data set whose class counts are not the published ones.
         data.shot_thresholds: few-shot below the first, many-shot above the second.
         data.mean, data.std: normalisation by channel.
+        data.image_size: height and width in pixels of photographs; 0 where images have one size.
+        data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
+            of the image size, 256 for 224.
         data.threads: of the input pipeline; 0 for all cores.
         augment.crop_padding, .flip, .rotation (degrees), .policy, .cutout (side in pixels).
         mixup.alpha: 0 for none. mixup.groups: see `balpoe_jax.data.mixing`.
@@ -85,6 +88,8 @@ def default_config() -> ConfigDict:
             # The reference normalises CIFAR-100 with these constants of CIFAR-10 too.
             "mean": (0.4914, 0.4822, 0.4465),
             "std": (0.2023, 0.1994, 0.2010),
+            "image_size": 0,
+            "resize": 0,
             "threads": 0,
         }
     )
@@ -163,7 +168,13 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
     return config
 
 
-def set_method(config: ConfigDict, method: str, experts: int, mixup: bool) -> None:
+def set_method(
+    config: ConfigDict,
+    method: str,
+    experts: int,
+    mixup: bool,
+    balpoe_taus: tuple[float, float] = (0.0, 2.0),
+) -> None:
     """Sets experts, taus and mixup for a row of the paper's tables.
 
     Args:
@@ -171,8 +182,11 @@ def set_method(config: ConfigDict, method: str, experts: int, mixup: bool) -> No
         method: one of `METHODS`.
         experts: instead of the method's own number; 0 for that.
         mixup: whether to mix.
+        balpoe_taus: ends of BalPoE's range, which depend on the data set.
     """
     own_experts, low, high = METHODS[method]
+    if method == "balpoe":
+        low, high = balpoe_taus
     config.model.num_experts = experts or own_experts
     config.loss.tau_min, config.loss.tau_max = low, high
     if not mixup:
@@ -274,6 +288,8 @@ def check_config(config: ConfigDict) -> None:
         "log_every_steps": 1,
         "data.imbalance_ratio": 1,
         "data.selection_seed": 0,
+        "data.image_size": 0,
+        "data.resize": 0,
         "data.threads": 0,
         "mixup.alpha": 0,
         "mixup.groups": 1,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from balpoe_jax import predictions, record, report, scoring
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
-from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.data.sources import Source
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import Experiment, build, num_parameters
 from balpoe_jax.parallel import AXIS_NAME, Prefetcher
@@ -93,7 +93,7 @@ class Evaluator:
         return self._results(state, scores)
 
     def _predict(
-        self, state: TrainState, source: ArraySource, folder: Path, prefix: str = predictions.TEST
+        self, state: TrainState, source: Source, folder: Path, prefix: str = predictions.TEST
     ) -> predictions.Predictions:
         """Every example of `source` once; the logits go to disk as they come."""
         experiment = self._experiment

@@ -15,6 +15,7 @@ from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel
 from balpoe_jax.data import datasets, mixing, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import ExpertEnsemble, create_model
 from balpoe_jax.state import TrainState, create_state
@@ -41,7 +42,7 @@ class Experiment:
     """
 
     config: dict[str, Any]
-    data: datasets.LongTailed
+    data: LongTailed
     targets: list[shift.Target]
     train_settings: pipeline.TrainSettings
     parallel: parallel.Parallel
@@ -157,7 +158,7 @@ def _train_settings(config: ConfigDict) -> pipeline.TrainSettings:
     )
 
 
-def _load_data(config: ConfigDict) -> datasets.LongTailed:
+def _load_data(config: ConfigDict) -> LongTailed:
     data = datasets.load(
         config.data.name,
         config.data.imbalance_ratio,
@@ -165,6 +166,8 @@ def _load_data(config: ConfigDict) -> datasets.LongTailed:
         config.data.check_counts,
         config.data.selection_seed,
         config.eval.held_out_per_class,
+        config.data.image_size,
+        config.data.resize or round(config.data.image_size * 256 / 224),
     )
     counts = data.class_counts
     low, high = config.data.shot_thresholds

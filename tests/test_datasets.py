@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from test_config import get_config
 
-from balpoe_jax.data import datasets, long_tail
+from balpoe_jax.data import balanced, datasets, long_tail
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import build
 
@@ -42,7 +42,7 @@ class Builder:
 
 
 def use(monkeypatch, builder: Builder) -> Builder:
-    monkeypatch.setattr(datasets, "_prepared_builder", lambda name, data_dir: builder)
+    monkeypatch.setattr(balanced, "prepared_builder", lambda name, data_dir: builder)
     return builder
 
 

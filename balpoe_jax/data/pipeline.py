@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from balpoe_jax.data import mixing
+from balpoe_jax.data import mixing, photos
 from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
 from balpoe_jax.data.randomness import RowRandom, fold_in, stream_id
-from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.data.sources import RecordSource, Source
 from balpoe_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
+_Batch = dict[str, tf.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def train_batches(
-    source: ArraySource,
+    source: Source,
     settings: TrainSettings,
     first_step: int,
     last_step: int,
@@ -91,31 +92,73 @@ def train_batches(
     rows = host.rows(settings.batch_size)
     if settings.mixup_alpha > 0:
         mixing.check_groups(settings.batch_size, settings.mixup_groups, host.count)
-    reader = source.reader()
-
-    def make_batch(step: tf.Tensor, indices: tf.Tensor) -> dict[str, tf.Tensor]:
-        images, labels = reader.read(indices[rows])
-        random = RowRandom(_seed(settings.seed, "augment", step), settings.batch_size, rows)
-        images = augment_batch(images, random, settings.augment)
-        images = normalize(images, settings.mean, settings.std)
-        if settings.mixup_alpha <= 0:
-            return _batch(images, labels, labels, tf.constant(1.0))
-        mix = mixing.draw_mix(
-            _seed(settings.seed, "mixup", step),
-            settings.mixup_alpha,
-            settings.batch_size,
-            settings.mixup_groups,
-            rows,
-        )
-        other_labels = tf.gather(labels, mix.partners)
-        return _batch(mixing.mix_images(images, mix), labels, other_labels, mix.weight)
-
+    stages = _TrainStages(source, settings, rows)
     order = _epoch_order(len(source), settings.batch_size, settings.seed, first_step, last_step)
-    return _iterate(order, make_batch, host.threads)
+    if not source.encoded:
+        return _iterate(order, lambda *batch: stages.finish(stages.read(*batch)), host)
+    encoded = order.map(lambda *batch: stages.draw_windows(stages.read(*batch)), **_parallel(host))
+    images = _map_rows(encoded, stages.decode, rows.stop - rows.start, host)
+    return _iterate(images, stages.finish, host)
+
+
+class _TrainStages:
+    """The stages in which a training batch is made, each a function inside the graph."""
+
+    def __init__(self, source: Source, settings: TrainSettings, rows: slice) -> None:
+        self._reader = source.reader()
+        self._settings = settings
+        self._rows = rows
+        self._image_size = source.image_shape[0]
+        # A photograph is mirrored while it is resized.
+        self._augment = dataclasses.replace(
+            settings.augment, flip=settings.augment.flip and not source.encoded
+        )
+
+    def read(self, step: tf.Tensor, indices: tf.Tensor) -> _Batch:
+        """This host's images, as they are stored, and labels."""
+        images, labels = self._reader.read(indices[self._rows])
+        return {"step": tf.fill(tf.shape(labels), step), "images": images, "labels": labels}
+
+    def draw_windows(self, batch: _Batch) -> _Batch:
+        """Adds what `decode` needs."""
+        random = self._random(batch)
+        windows = photos.random_windows(photos.shapes(batch["images"]), random.stream("window"))
+        flips = random.stream("move").uniform("flip") < (0.5 if self._settings.augment.flip else 0)
+        return {**batch, "windows": windows, "flips": flips}
+
+    def decode(self, row: _Batch) -> _Batch:
+        """One photograph's window, resized."""
+        image = photos.decode_window(
+            row["images"], row["windows"], row["flips"], self._image_size
+        )
+        return {"step": row["step"], "images": image, "labels": row["labels"]}
+
+    def finish(self, batch: _Batch) -> _Batch:
+        """Augments, normalises and mixes uint8 images."""
+        settings, labels = self._settings, batch["labels"]
+        images = augment_batch(batch["images"], self._random(batch), self._augment)
+        images = normalize(images, settings.mean, settings.std)
+        mixed = {"other_labels": labels, "weight": tf.ones_like(labels, tf.float32)}
+        if settings.mixup_alpha > 0:
+            mix = mixing.draw_mix(
+                _seed(settings.seed, "mixup", batch["step"][0]),
+                settings.mixup_alpha,
+                settings.batch_size,
+                settings.mixup_groups,
+                self._rows,
+            )
+            images = mixing.mix_images(images, mix)
+            mixed["other_labels"] = tf.gather(labels, mix.partners)
+            mixed["weight"] *= mix.weight
+        return {"images": images, "labels": labels, **mixed}
+
+    def _random(self, batch: _Batch) -> RowRandom:
+        seed = _seed(self._settings.seed, "augment", batch["step"][0])
+        return RowRandom(seed, self._settings.batch_size, self._rows)
 
 
 def eval_batches(
-    source: ArraySource,
+    source: Source,
     batch_size: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -129,17 +172,24 @@ def eval_batches(
     rows = host.rows(batch_size)
     reader = source.reader()
 
-    def make_batch(step: tf.Tensor) -> dict[str, tf.Tensor]:
+    def read(step: tf.Tensor) -> _Batch:
         positions = (tf.cast(step, tf.int32) * batch_size + tf.range(batch_size))[rows]
         images, labels = reader.read(tf.minimum(positions, len(source) - 1))
-        return {
-            "images": normalize(images, mean, std),
-            "labels": labels,
-            "mask": positions < len(source),
-        }
+        return {"images": images, "labels": labels, "mask": positions < len(source)}
+
+    def finish(batch: _Batch) -> _Batch:
+        return {**batch, "images": normalize(batch["images"], mean, std)}
 
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
-    return _iterate(steps, make_batch, host.threads)
+    if not isinstance(source, RecordSource):
+        return _iterate(steps, lambda step: finish(read(step)), host)
+
+    def decode(row: _Batch) -> _Batch:
+        image = photos.decode_central(row["images"], source.resize, source.image_size)
+        return {**row, "images": image}
+
+    encoded = steps.map(read, **_parallel(host))
+    return _iterate(_map_rows(encoded, decode, rows.stop - rows.start, host), finish, host)
 
 
 def _epoch_order(
@@ -165,27 +215,28 @@ def _epoch_order(
     return epochs.flat_map(steps_of_epoch)
 
 
+def _map_rows(
+    batches: tf.data.Dataset, function: Callable[[_Batch], _Batch], rows: int, host: Host
+) -> tf.data.Dataset:
+    """Maps a function of one row over batches: the rows of several batches run in parallel."""
+    mapped = batches.unbatch().map(function, **_parallel(host))
+    return mapped.batch(rows, drop_remainder=True)
+
+
 def _iterate(
-    dataset: tf.data.Dataset, make_batch: Callable[..., Any], threads: int
+    dataset: tf.data.Dataset, make_batch: Callable[..., _Batch], host: Host
 ) -> Iterator[Arrays]:
     options = tf.data.Options()
     options.deterministic = True
-    if threads:
-        options.threading.private_threadpool_size = threads
-    parallel_calls = threads or tf.data.AUTOTUNE
-    batches = dataset.map(make_batch, num_parallel_calls=parallel_calls, deterministic=True)
+    if host.threads:
+        options.threading.private_threadpool_size = host.threads
+    batches = dataset.map(make_batch, **_parallel(host))
     return batches.prefetch(2).with_options(options).as_numpy_iterator()
 
 
-def _batch(
-    images: tf.Tensor, labels: tf.Tensor, other_labels: tf.Tensor, weight: tf.Tensor
-) -> dict[str, tf.Tensor]:
-    return {
-        "images": images,
-        "labels": labels,
-        "other_labels": other_labels,
-        "weight": tf.fill(tf.shape(labels), weight),
-    }
+def _parallel(host: Host) -> dict[str, Any]:
+    """How a stage of the pipeline is mapped."""
+    return {"num_parallel_calls": host.threads or tf.data.AUTOTUNE, "deterministic": True}
 
 
 def _seed(seed: int, stream: str, index: tf.Tensor) -> tf.Tensor:

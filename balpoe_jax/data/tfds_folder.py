@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets that TFDS has prepared on disk."""
+
+import logging
+from typing import Any
+
+from balpoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def prepared_builder(name: str, data_dir: str) -> Any:
+    """The TFDS builder of a data set that is on disk; downloads only into TFDS's own folder.
+
+    Args:
+        name: of the data set in TFDS.
+        data_dir: TFDS folder that must hold it; empty for TFDS's own, into which it is downloaded.
+
+    Raises:
+        UserError (a `ValueError`): a data set that is not there and cannot be downloaded.
+    """
+    import tensorflow_datasets as tfds
+
+    where = f" --data_dir={data_dir}" if data_dir else ""
+    remedy = (
+        f"prepare it with `tfds build {name}{where}`, or name the folder that holds it with "
+        "--config.data.data_dir=DIR."
+    )
+    builder = tfds.builder(name, data_dir=data_dir or None)
+    if builder.info.splits:
+        return builder
+    if data_dir:
+        raise UserError(f"The data set {name} is not in {data_dir}; {remedy}")
+    log.info("Downloading %s into %s", name, builder.data_dir)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # whatever the network and archive libraries below raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"The data set {name} is not in {builder.data_dir} and could not be downloaded "
+            f"({reason}); {remedy}"
+        ) from error
+    return builder

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the images lie inside TFRecord files, so that any one of them can be read by itself.
+
+A scan reads the few bytes around each image, not the image: a record is a length, a checksum, a
+serialised `tf.train.Example` and another checksum, and the protocol buffer is walked from field to
+field without copying it. Python and NumPy only.
+"""
+
+import hashlib
+import logging
+import mmap
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Part of the fingerprint: raise it when what an index holds changes.
+_VERSION = 1
+_HEADER, _FOOTER = 12, 4
+
+
+class RecordIndex(NamedTuple):
+    """The images of a split, in the order of its files.
+
+    Attributes:
+        files: int32 `[N]`, which file an image is in.
+        offsets: int64 `[N]`, its first byte in that file.
+        sizes: int64 `[N]`, its length in bytes.
+        labels: int64 `[N]`.
+        names: str `[N]`, the identifiers stored beside the images.
+    """
+
+    files: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    names: npt.NDArray[np.str_]
+
+
+def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
+    """The index of files, from the user's cache if it was made before.
+
+    The cache is `$XDG_CACHE_HOME/balpoe_jax` (`~/.cache` by default); an entry is named after the
+    paths, sizes and modification times of the files, so that changed files are scanned anew.
+
+    Args:
+        paths: TFRecord files of examples with the features `image` (bytes), `label` (an integer)
+            and `name_feature`.
+        name_feature: a text that tells an example from others.
+
+    Raises:
+        UserError (a `ValueError`): a file that cannot be read, or holds something else.
+    """
+    cached = _cache_folder() / f"records-{_fingerprint(paths, name_feature)}.npz"
+    index = _read_cached(cached)
+    if index is None:
+        index = scan(paths, name_feature)
+        _write_cached(cached, index)
+    return index
+
+
+def scan(paths: Sequence[str], name_feature: str) -> RecordIndex:
+    """Makes the index; arguments and errors as for `load_index`."""
+    rows = [
+        (number, *entry)
+        for number, path in enumerate(paths)
+        for entry in _scan_file(path, name_feature)
+    ]
+    columns = list(zip(*rows, strict=True)) or [[]] * 5
+    return RecordIndex(
+        np.array(columns[0], np.int32),
+        np.array(columns[1], np.int64),
+        np.array(columns[2], np.int64),
+        np.array(columns[3], np.int64),
+        np.array(columns[4], np.str_),
+    )
+
+
+def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, str]]:
+    """Offset, size, label and name of each image of a file."""
+    try:
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                for number, (start, stop) in enumerate(_records(buffer)):
+                    try:
+                        yield _read_example(buffer, start, stop, name_feature)
+                    except (ValueError, IndexError, KeyError, StopIteration) as error:
+                        raise UserError(
+                            f"Record {number} of {path} is not an example with an image, a label "
+                            f"and {name_feature!r}; prepare the data set anew."
+                        ) from error
+    except OSError as error:
+        raise UserError(
+            f"The records {path} cannot be read ({error.strerror}); they must lie on a local or "
+            "mounted file system."
+        ) from error
+    except EOFError as error:
+        raise UserError(f"{path} is cut off or damaged; prepare the data set anew.") from error
+
+
+def _records(buffer: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """First byte and end of the content of each record."""
+    position, end = 0, len(buffer)
+    while position < end:
+        start = position + _HEADER
+        stop = start + int.from_bytes(buffer[position : position + 8], "little")
+        position = stop + _FOOTER
+        if position > end:
+            raise EOFError
+        yield start, stop
+
+
+def _read_example(
+    buffer: mmap.mmap, start: int, stop: int, name_feature: str
+) -> tuple[int, int, int, str]:
+    found: dict[bytes, tuple[int, int]] = {}
+    wanted = {b"image", b"label", name_feature.encode()}
+    for _, features_start, features_stop in _fields(buffer, start, stop):
+        for _, entry_start, entry_stop in _fields(buffer, features_start, features_stop):
+            entry = dict((n, (a, b)) for n, a, b in _fields(buffer, entry_start, entry_stop))
+            key = buffer[slice(*entry[1])]
+            if key in wanted:
+                # Feature -> list of values -> the first value, as each of ours has one.
+                _, list_start, list_stop = next(_fields(buffer, *entry[2]))
+                _, *found[key] = next(_fields(buffer, list_start, list_stop))
+    image_start, image_stop = found[b"image"]
+    label, _ = _varint(buffer, found[b"label"][0])
+    name = buffer[slice(*found[name_feature.encode()])].decode()
+    return image_start, image_stop - image_start, _signed(label), name
+
+
+def _fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Number, first byte and end of each field of a message.
+
+    Of a number, which has no length, the first byte is given and the end is the end of its bytes.
+    """
+    while start < stop:
+        tag, start = _varint(buffer, start)
+        if tag & 7 == 2:  # length-delimited
+            length, start = _varint(buffer, start)
+            end = start + length
+        elif tag & 7 == 0:
+            _, end = _varint(buffer, start)
+        else:
+            raise ValueError
+        if end > stop:
+            raise ValueError
+        yield tag >> 3, start, end
+        start = end
+
+
+def _varint(buffer: mmap.mmap, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = buffer[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "balpoe_jax"
+
+
+def _fingerprint(paths: Sequence[str], name_feature: str) -> str:
+    described = [str(_VERSION), name_feature]
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(
+                f"The records {path} cannot be read ({error.strerror}); they must lie on a local "
+                "or mounted file system."
+            ) from error
+        described += [os.path.abspath(path), str(status.st_size), str(status.st_mtime_ns)]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
+
+
+def _read_cached(path: Path) -> RecordIndex | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return RecordIndex(*(stored[field] for field in RecordIndex._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cached(path: Path, index: RecordIndex) -> None:
+    """A cache that cannot be written only costs the next start the scan."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **index._asdict())
+        os.replace(temporary, path)
+    except OSError as error:
+        log.info("The index of records could not be kept in %s (%s)", path.parent, error.strerror)

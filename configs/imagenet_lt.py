@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BalPoE on ImageNet-LT: 115,846 photographs in 1,000 classes, 1280 to 5 a class.
+
+    python -m balpoe_jax.main --config=configs/imagenet_lt.py --workdir=runs/imagenet_lt
+
+Arguments after a colon, as in `configs/imagenet_lt.py:backbone=resnext50,recipe=long`:
+
+    backbone    resnet50 (default), resnext50, resnet101, resnet152
+    recipe      standard (180 epochs) or long (400 epochs with RandAugment)
+    method      balpoe (default), balanced_softmax (one expert, tau 1), cross_entropy (one, tau 0)
+    mixup       true or false
+    experts     number of experts; 0 for the method's own
+    epochs      the cosine schedule over so many; 0 for the recipe's own
+    batch_size  global; 0 for the paper's 64, otherwise the learning rate scales in proportion
+
+The data set is TFDS's `imagenet_lt`, which `tfds build imagenet_lt` makes from the two ILSVRC 2012
+archives. Results are on its test split (50,000 images, ILSVRC's validation set); temperatures are
+fitted on its validation split. The published lists of its target distributions are used if
+`--config.eval.shift_lists` names them, else the rule for CIFAR.
+"""
+
+from ml_collections import ConfigDict
+
+from balpoe_jax.recipes import IMAGENET_LT, photo_config
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The experiment; `arguments` is what stands after the colon."""
+    return photo_config(IMAGENET_LT, arguments)
