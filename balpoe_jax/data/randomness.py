@@ -32,11 +32,21 @@ class RowRandom:
         return dataclasses.replace(self, seed=fold_in(self.seed, stream_id(name)))
 
     def uniform(
-        self, name: str, low: float = 0.0, high: float = 1.0, dtype: tf.DType = tf.float32
+        self,
+        name: str,
+        low: float = 0.0,
+        high: float = 1.0,
+        dtype: tf.DType = tf.float32,
+        per_row: tuple[int, ...] = (),
     ) -> tf.Tensor:
-        """Uniform in `[low, high)`, shape `[rows]`; integers when `dtype` is one."""
+        """Uniform in `[low, high)`, shape `[rows, *per_row]`; integers when `dtype` is one."""
         drawn = tf.random.stateless_uniform(
-            [self.batch_size], fold_in(self.seed, stream_id(name)), low, high, dtype, _ALGORITHM
+            [self.batch_size, *per_row],
+            fold_in(self.seed, stream_id(name)),
+            low,
+            high,
+            dtype,
+            _ALGORITHM,
         )
         return drawn[self.rows]
 

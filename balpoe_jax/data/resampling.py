@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pillow's bilinear resizing, which the reference's transforms run on.
+
+It is separable: every output line is a weighted mean of input lines, with a triangle of weights
+that widens when the image shrinks. TensorFlow's `ScaleAndTranslate` computes the same weights. It
+is fast only down the first axis, where whole lines are added at once, so both passes run there with
+a transpose between: together twice as fast as one call for both axes.
+"""
+
+import tensorflow as tf
+
+
+def resize(
+    image: tf.Tensor,
+    full_size: tuple[tf.Tensor | int, tf.Tensor | int],
+    size: tuple[int, int],
+    corner: tuple[tf.Tensor | float, tf.Tensor | float] = (0, 0),
+    flip: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Resizes an image, or makes only a window of the resized image.
+
+    The width is resized first and rounded to 8 bits, then the height, as in Pillow before 13
+    (Pillow 13 begins with the height where it shrinks while the width grows, which moves about a
+    fifth of the values by one level). Pillow's weights have 22 bits and these are float32, so
+    values at a half may round the other way: by one level in 0.1% of the values of a typical
+    photograph, in up to 4% where a simple ratio such as 5 / 4 makes halves common; two are rare.
+
+    Args:
+        image: uint8 `[h, w, 3]`.
+        full_size: height and width to which all of `image` is scaled.
+        size: height and width of the result.
+        corner: top and left of the result within the scaled image.
+        flip: bool scalar, whether to mirror left and right afterwards; None for no.
+
+    Returns:
+        uint8 `[*size, 3]`.
+    """
+    shape = tf.shape(image)
+    height, width = shape[0], shape[1]
+    columns = tf.reshape(tf.transpose(image, [1, 0, 2]), [width, height * 3])
+    columns = _resample(columns, full_size[1], size[1], corner[1])
+    if flip is not None:
+        order = tf.range(size[1])
+        columns = tf.gather(columns, tf.where(flip, size[1] - 1 - order, order))
+    rows = tf.transpose(tf.reshape(columns, [size[1], height, 3]), [1, 0, 2])
+    rows = _resample(tf.reshape(rows, [height, size[1] * 3]), full_size[0], size[0], corner[0])
+    return tf.reshape(rows, [*size, 3])
+
+
+def _resample(
+    lines: tf.Tensor, full_size: tf.Tensor | int, size: int, start: tf.Tensor | float
+) -> tf.Tensor:
+    """Scales uint8 `[n, L]` lines to `full_size` lines and returns `size` of them from `start`."""
+    scale = tf.cast(full_size, tf.float32) / tf.cast(tf.shape(lines)[0], tf.float32)
+    scaled = tf.raw_ops.ScaleAndTranslate(
+        images=lines[None, :, None, :],
+        size=[size, 1],
+        scale=tf.stack([scale, 1.0]),
+        translation=tf.stack([-tf.cast(start, tf.float32), 0.0]),
+        kernel_type="triangle",
+        antialias=True,
+    )
+    # Weighted means of bytes need no clipping.
+    return tf.cast(scaled[0, :, 0, :] + 0.5, tf.uint8)
