@@ -23,7 +23,7 @@ import numpy.typing as npt
 from absl import flags
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.models import create_model
+from balpoe_jax.models import create_model, resnet_imagenet
 from balpoe_jax.torch_files import load_checkpoint, load_state_dict
 
 __all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]
@@ -33,10 +33,13 @@ log = logging.getLogger("balpoe_jax.torch_import")  # also when it runs as a com
 # Our module's path -> the reference's name, where {expert} is empty if there is only one expert.
 _MODULES = (
     (r"trunk/(conv1|bn1)", r"backbone.\1"),
-    (r"trunk/layer(\d+)/block(\d+)/(\w+)", r"backbone.layer\1.\2.\3"),
-    (r"expert/body/layer(\d+)/block(\d+)/(\w+)", r"backbone.layer\1{expert}.\2.\3"),
+    (r"trunk/layer(\d+)/block(\d+)/([\w.]+)", r"backbone.layer\1.\2.\3"),
+    (r"expert/body/layer(\d+)/block(\d+)/([\w.]+)", r"backbone.layer\1{expert}.\2.\3"),
     (r"expert/head(?:/dense)?", r"backbone.linear{expert}"),
 )
+
+# Modules of a block that the reference only numbers.
+_SHORTCUTS = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
 
 # The last part of a name.
 _LEAVES = {
@@ -57,7 +60,7 @@ def convert(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
     """The reference's parameters and statistics as variables of a model of `create_model`.
 
     The architecture (blocks, widths, experts, classes, classifier) is inferred from the names and
-    shapes; ResNets for small images are known.
+    shapes; all that `create_model` makes are known.
 
     Args:
         state_dict: float arrays by the reference's names, such as
@@ -200,7 +203,7 @@ def _leaves(variables: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 def _torch_names(path: tuple[str, ...], experts: int) -> tuple[str, ...]:
-    module = "/".join(path[1:-1])
+    module = "/".join(_SHORTCUTS.get(key, key) for key in path[1:-1])
     for pattern, replacement in _MODULES:
         match = re.fullmatch(pattern, module)
         if match:
@@ -249,14 +252,18 @@ def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     linear = any(re.fullmatch(rf"{head}\.bias", name) for name in shapes)
     # At most two digits, so that a nonsensical name is reported and not built.
     experts = indices(r"backbone\.(?:layer\d+|linear)s\.(\d{1,2})\.")
-    blocks = [indices(rf"backbone\.layer{s}(?:s\.\d+)?\.(\d{{1,2}})\.") for s in (1, 2, 3)]
-    last_width = size(r"backbone\.layer3(?:s\.\d+)?\.0\.bn1\.weight", 0)
+    large = size(r"backbone\.(?:conv1|bn1)\.weight", 0) == resnet_imagenet.STEM_WIDTH
+    stages = (1, 2, 3, 4) if large else (1, 2, 3)
+    blocks = [indices(rf"backbone\.layer{s}(?:s\.\d+)?\.(\d{{1,2}})\.") for s in stages]
+    grouped = size(r"backbone\.layer1\.0\.(?:conv1|bn1)\.weight", 0) == 128
+    large_name = "resnext50" if grouped else "resnet50"
+    width = size(rf"backbone\.layer{stages[-1]}(?:s\.\d+)?\.0\.bn{3 if large else 1}\.weight", 0)
     model = create_model(
-        "resnet32",
+        large_name if large else "resnet32",
         num_classes=max(size(rf"{head}\.weight", 0 if linear else 1), 1),
         num_experts=max(experts, default=0) + 1,
         classifier="linear" if linear else "cosine",
-        reduce_dimension=last_width == 48,
+        reduce_dimension=width == (4 * 384 if large else 48),
         stage_sizes=[max(found, default=0) + 1 for found in blocks],
     )
     image = jnp.zeros((1, 32, 32, 3))
