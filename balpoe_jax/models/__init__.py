@@ -112,11 +112,13 @@ def create_model(
     options = {"axis_name": axis_name, "dtype": dtype, "remat": remat}
     parts = _cifar_parts if small else _imagenet_parts
     trunk, body = parts(architecture, reduce_dimension, **options)
-    head = heads.CosineHead(num_classes, scale)
-    if classifier == "linear":
-        # The reference initialises this layer itself only in its networks for small images.
-        kernel_init = heads.he_normal if small else heads.torch_uniform
-        head = heads.LinearHead(num_classes, kernel_init)
+    # The reference initialises a linear layer itself only in its networks for small images.
+    linear_init = heads.he_normal if small else heads.torch_uniform
+    head = (
+        heads.CosineHead(num_classes, scale)
+        if classifier == "cosine"
+        else heads.LinearHead(num_classes, linear_init)
+    )
     return ExpertEnsemble(
         trunk=trunk, expert=Expert(body, head), num_experts=num_experts, expert_map=expert_map
     )
@@ -131,7 +133,11 @@ def _cifar_parts(
 
 
 def _imagenet_parts(
-    architecture: Architecture, reduce_dimension: bool, axis_name: str | None, dtype: Any, remat: bool
+    architecture: Architecture,
+    reduce_dimension: bool,
+    axis_name: str | None,
+    dtype: Any,
+    remat: bool,
 ) -> tuple[resnet_imagenet.Trunk, resnet_imagenet.ExpertBody]:
     block = partial(
         resnet_imagenet.Bottleneck,
