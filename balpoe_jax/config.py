@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import equidistant_taus
-from balpoe_jax.models import MODELS
+from balpoe_jax.models import CIFAR_MODELS
 
 # What each method trains: the number of experts, and taus as its two ends.
 METHODS = {
@@ -155,7 +155,7 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
         method=tuple(METHODS),
         mixup=True,
         experts=0,
-        backbone=("resnet32", *(model for model in MODELS if model != "resnet32")),
+        backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
         epochs=0,
     )
     config = default_config()

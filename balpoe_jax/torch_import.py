@@ -23,7 +23,7 @@ import numpy.typing as npt
 from absl import flags
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.models import create_model
+from balpoe_jax.models import IMAGENET_MODELS, create_model
 from balpoe_jax.torch_files import load_checkpoint, load_state_dict
 
 __all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]
@@ -33,10 +33,13 @@ log = logging.getLogger("balpoe_jax.torch_import")  # also when it runs as a com
 # Our module's path -> the reference's name, where {expert} is empty if there is only one expert.
 _MODULES = (
     (r"trunk/(conv1|bn1)", r"backbone.\1"),
-    (r"trunk/layer(\d+)/block(\d+)/(\w+)", r"backbone.layer\1.\2.\3"),
-    (r"expert/body/layer(\d+)/block(\d+)/(\w+)", r"backbone.layer\1{expert}.\2.\3"),
+    (r"trunk/layer(\d+)/block(\d+)/([\w.]+)", r"backbone.layer\1.\2.\3"),
+    (r"expert/body/layer(\d+)/block(\d+)/([\w.]+)", r"backbone.layer\1{expert}.\2.\3"),
     (r"expert/head(?:/dense)?", r"backbone.linear{expert}"),
 )
+
+# Modules of a block that the reference only numbers.
+_SHORTCUTS = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
 
 # The last part of a name.
 _LEAVES = {
@@ -57,7 +60,7 @@ def convert(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
     """The reference's parameters and statistics as variables of a model of `create_model`.
 
     The architecture (blocks, widths, experts, classes, classifier) is inferred from the names and
-    shapes; ResNets for small images are known.
+    shapes; all that `create_model` makes are known.
 
     Args:
         state_dict: float arrays by the reference's names, such as
@@ -200,7 +203,7 @@ def _leaves(variables: Mapping[str, Any]) -> Iterator[_Leaf]:
 
 
 def _torch_names(path: tuple[str, ...], experts: int) -> tuple[str, ...]:
-    module = "/".join(path[1:-1])
+    module = "/".join(_SHORTCUTS.get(key, key) for key in path[1:-1])
     for pattern, replacement in _MODULES:
         match = re.fullmatch(pattern, module)
         if match:
@@ -236,31 +239,46 @@ def _arrays(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, np.ndarray]:
 
 def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The abstract variables of the model whose names these seem to be."""
-
-    def indices(pattern: str) -> list[int]:
-        matches = (re.match(pattern, name) for name in shapes)
-        return [int(match[1]) for match in matches if match]
-
-    def size(pattern: str, axis: int) -> int:
-        found = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
-        return next((shape[axis] for shape in found if axis < len(shape)), 1)
-
+    name = _infer_name(shapes)
+    stages, last_norm = ((1, 2, 3, 4), "bn3") if name in IMAGENET_MODELS else ((1, 2, 3), "bn2")
+    features = _size(shapes, rf"backbone\.layer{stages[-1]}(?:s\.\d+)?\.0\.{last_norm}\.weight", 0)
     head = r"backbone\.linear(?:s\.\d+)?"
-    linear = any(re.fullmatch(rf"{head}\.bias", name) for name in shapes)
+    linear = any(re.fullmatch(rf"{head}\.bias", found) for found in shapes)
     # At most two digits, so that a nonsensical name is reported and not built.
-    experts = indices(r"backbone\.(?:layer\d+|linear)s\.(\d{1,2})\.")
-    blocks = [indices(rf"backbone\.layer{s}(?:s\.\d+)?\.(\d{{1,2}})\.") for s in (1, 2, 3)]
-    last_width = size(r"backbone\.layer3(?:s\.\d+)?\.0\.bn1\.weight", 0)
+    experts = _indices(shapes, r"backbone\.(?:layer\d+|linear)s\.(\d{1,2})\.")
+    blocks = [
+        _indices(shapes, rf"backbone\.layer{stage}(?:s\.\d+)?\.(\d{{1,2}})\.") for stage in stages
+    ]
     model = create_model(
-        "resnet32",
-        num_classes=max(size(rf"{head}\.weight", 0 if linear else 1), 1),
+        name,
+        num_classes=max(_size(shapes, rf"{head}\.weight", 0 if linear else 1), 1),
         num_experts=max(experts, default=0) + 1,
         classifier="linear" if linear else "cosine",
-        reduce_dimension=last_width == 48,
+        reduce_dimension=features in (48, 1536),
         stage_sizes=[max(found, default=0) + 1 for found in blocks],
     )
     image = jnp.zeros((1, 32, 32, 3))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+
+
+def _infer_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The model but for its numbers of blocks, from the widths of the stem and the first block."""
+    if _size(shapes, r"backbone\.(?:conv1|bn1)\.weight", 0) != 64:
+        return "resnet32"
+    inner = _size(shapes, r"backbone\.layer1\.0\.(?:conv1|bn1)\.weight", 0)
+    return "resnext50" if inner == 128 else "resnet50"
+
+
+def _indices(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> list[int]:
+    """The numbers that a pattern captures at the start of names."""
+    matches = (re.match(pattern, name) for name in shapes)
+    return [int(match[1]) for match in matches if match]
+
+
+def _size(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int) -> int:
+    """The length of an axis of the first array whose name is the pattern's; 1 if there is none."""
+    found = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
+    return next((shape[axis] for shape in found if axis < len(shape)), 1)
 
 
 def _check_fit(

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The golden numbers in `fixtures/golden_small.npz`; `fixtures/README.md` says what they are."""
+"""The golden numbers in `fixtures/golden_*.npz`; `fixtures/README.md` says what they are."""
 
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-_FILE = Path(__file__).parent / "fixtures" / "golden_small.npz"
+_FILES = sorted((Path(__file__).parent / "fixtures").glob("golden_*.npz"))
 
 
 @cache
 def _arrays() -> dict[str, np.ndarray]:
-    with np.load(_FILE, allow_pickle=False) as file:
-        return dict(file)
+    arrays: dict[str, np.ndarray] = {}
+    for path in _FILES:
+        with np.load(path, allow_pickle=False) as file:
+            arrays |= file
+    return arrays
 
 
 def golden(prefix: str) -> dict[str, np.ndarray]:

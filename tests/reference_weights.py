@@ -42,6 +42,43 @@ def reference_state(
     return {f"backbone.{n}": seeded_value(f"backbone.{n}", s) for n, s in shapes.items()}
 
 
+def large_reference_state(**options: Any) -> State:
+    """A state dict of the reference's network for large images; see `large_reference_shapes`."""
+    return {name: seeded_value(name, s) for name, s in large_reference_shapes(**options).items()}
+
+
+def large_reference_shapes(
+    *,
+    num_classes: int,
+    num_experts: int,
+    classifier: str = "cosine",
+    reduce_dimension: bool = False,
+    stage_sizes: Sequence[int] = (3, 4, 6, 3),
+    grouped: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Torch names -> shapes of the ResNet for large images, or ResNeXt 32x4d if `grouped`."""
+    widths = (64, 128, 192, 384) if reduce_dimension else (64, 128, 256, 512)
+    experts = [""] if num_experts == 1 else [f"s.{e}" for e in range(num_experts)]
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+    shapes |= _batch_norm("bn1", 64)
+    in_width = 64
+    for stage, (width, blocks) in enumerate(zip(widths, stage_sizes, strict=True), start=1):
+        for expert in experts if stage > 2 else [""]:
+            name = f"layer{stage}{expert}"
+            for i in range(blocks):
+                shapes |= _bottleneck(f"{name}.{i}", 4 * width if i else in_width, width, grouped)
+            shapes[f"{name}.0.downsample.0.weight"] = (4 * width, in_width, 1, 1)
+            shapes |= _batch_norm(f"{name}.0.downsample.1", 4 * width)
+        in_width = 4 * width
+    for expert in experts:
+        if classifier == "cosine":
+            shapes[f"linear{expert}.weight"] = (in_width, num_classes)
+        else:
+            shapes[f"linear{expert}.weight"] = (num_classes, in_width)
+            shapes[f"linear{expert}.bias"] = (num_classes,)
+    return {f"backbone.{name}": shape for name, shape in shapes.items()}
+
+
 def seeded_value(name: str, shape: Sequence[int]) -> np.ndarray:
     """The value of one entry: drawn in float64 by a generator seeded by its name, then float32."""
     leaf = name.rsplit(".", 1)[1]
@@ -95,6 +132,18 @@ def _stage(name: str, in_width: int, width: int, blocks: int) -> dict[str, tuple
     return shapes
 
 
+def _bottleneck(name: str, in_width: int, width: int, grouped: bool) -> dict[str, tuple[int, ...]]:
+    inner, groups = (2 * width, 32) if grouped else (width, 1)
+    return {
+        f"{name}.conv1.weight": (inner, in_width, 1, 1),
+        f"{name}.conv2.weight": (inner, inner // groups, 3, 3),
+        f"{name}.conv3.weight": (4 * width, inner, 1, 1),
+        **_batch_norm(f"{name}.bn1", inner),
+        **_batch_norm(f"{name}.bn2", inner),
+        **_batch_norm(f"{name}.bn3", 4 * width),
+    }
+
+
 def _batch_norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     leaves = ("weight", "bias", "running_mean", "running_var")
     return {f"{name}.{leaf}": (width,) for leaf in leaves} | {f"{name}.num_batches_tracked": ()}
@@ -109,12 +158,14 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_SHORTCUTS = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
 
 
 def _names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[int | None, str]]:
     """The reference's names of one of our leaves, each with the expert that it belongs to."""
     part, *modules, leaf = path
     modules = [m.removeprefix("block") for m in modules if m not in ("body", "dense")]
+    modules = [_SHORTCUTS.get(m, m) for m in modules]
     leaf = _LEAVES.get(leaf, leaf)
     if part == "trunk":
         return [(None, ".".join(["backbone", *modules, leaf]))]

@@ -15,7 +15,7 @@ from reference_weights import reference_state, to_reference, unbiased_statistics
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import balpoe_loss
-from balpoe_jax.models import MODELS, create_model
+from balpoe_jax.models import CIFAR_MODELS, create_model
 from balpoe_jax.torch_import import convert
 
 # Options of the reference's variants; main is the paper's network.
@@ -125,7 +125,7 @@ def test_running_statistics_are_the_references() -> None:
 
 
 @pytest.mark.parametrize("num_experts", range(1, 8))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CIFAR_MODELS)
 def test_shapes(name: str, num_experts: int) -> None:
     model = create_model(name, num_classes=10, num_experts=num_experts)
 
@@ -208,7 +208,9 @@ def test_a_feature_of_zero_has_a_finite_gradient() -> None:
         ({"classifier": "mlp"}, "Unknown classifier 'mlp'; choose from cosine, linear"),
         ({"expert_map": "pmap"}, "Unknown expert_map 'pmap'"),
         ({"num_experts": 0}, "num_experts >= 1"),
-        ({"stage_sizes": (1, 1)}, "three numbers"),
+        ({"stage_sizes": (1, 1)}, "stage_sizes of resnet8 must be three numbers"),
+        ({"stage_sizes": (1, 0, 1)}, "three numbers of at least 1"),
+        ({"name": "resnet50", "stage_sizes": (1, 1, 1)}, "stage_sizes of resnet50 must be four"),
     ],
 )
 def test_refuses_what_it_does_not_know(changes: dict, message: str) -> None:

@@ -37,13 +37,15 @@ def batches() -> tuple[dict[str, np.ndarray], ...]:
     return tuple(batch() for _ in range(STEPS))
 
 
-def run(mode: str, num_devices: int, sync: bool = True, expert_map: str = "loop"):
+def run(
+    mode: str, num_devices: int, sync: bool = True, expert_map: str = "loop", remat: bool = False
+):
     """State, metrics after a few steps, and how often the step was traced; made once each."""
-    return _run(mode, num_devices, sync, expert_map)
+    return _run(mode, num_devices, sync, expert_map, remat)
 
 
 @cache
-def _run(mode: str, num_devices: int, sync: bool, expert_map: str):
+def _run(mode: str, num_devices: int, sync: bool, expert_map: str, remat: bool):
     devices = make_parallel(mode, jax.devices()[:num_devices])
     model = create_model(
         "resnet8",
@@ -51,6 +53,7 @@ def _run(mode: str, num_devices: int, sync: bool, expert_map: str):
         num_experts=2,
         axis_name=AXIS_NAME if sync else None,
         expert_map=expert_map,
+        remat=remat,
     )
     optimizer = make_optimizer(rate_of_step([0.05, 0.01], steps_per_epoch=2))
     create = jax.jit(partial(create_state, model, optimizer, image_shape=SHAPE))
@@ -87,6 +90,15 @@ def test_mode_devices_and_expert_map_change_nothing(
     assert_close(history, expected_history)
     assert_close(state, expected_state)
     assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize(("mode", "expert_map"), [("pmap", "vmap"), ("shard_map", "loop")])
+def test_rematerialisation_changes_nothing(mode: str, expert_map: str) -> None:
+    """Its second forward pass takes the statistics of all devices again."""
+    state, history, _ = run(mode, 4, expert_map=expert_map, remat=True)
+    expected_state, expected_history, _ = run("pmap", 1)
+    assert_close(history, expected_history)
+    assert_close(state, expected_state)
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])

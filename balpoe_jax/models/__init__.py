@@ -2,23 +2,54 @@
 """Models by name: backbones with experts, pure Flax Linen modules."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.models import heads, resnet_cifar, resnet_imagenet
 from balpoe_jax.models.ensemble import EXPERT_MAPS, Expert, ExpertEnsemble, Outputs
-from balpoe_jax.models.heads import CLASSIFIERS, CosineHead, LinearHead
-from balpoe_jax.models.resnet_cifar import ExpertBody, Trunk
 
-__all__ = ["MODELS", "ExpertEnsemble", "Outputs", "create_model"]
+__all__ = [
+    "CIFAR_MODELS",
+    "IMAGENET_MODELS",
+    "MODELS",
+    "ExpertEnsemble",
+    "Outputs",
+    "create_model",
+]
 
-# Blocks in each of the three stages.
-MODELS = {
-    "resnet8": (1, 1, 1),
-    "resnet20": (3, 3, 3),
-    "resnet32": (5, 5, 5),
-    "resnet44": (7, 7, 7),
-    "resnet56": (9, 9, 9),
+
+class Architecture(NamedTuple):
+    """What tells a model from the others of its family.
+
+    Attributes:
+        stage_sizes: blocks in each stage.
+        groups, group_width: see `resnet_imagenet.Bottleneck`.
+    """
+
+    stage_sizes: tuple[int, ...]
+    groups: int = 1
+    group_width: int = 64
+
+
+# For small images: see `resnet_cifar`.
+CIFAR_MODELS = {
+    "resnet8": Architecture((1, 1, 1)),
+    "resnet20": Architecture((3, 3, 3)),
+    "resnet32": Architecture((5, 5, 5)),
+    "resnet44": Architecture((7, 7, 7)),
+    "resnet56": Architecture((9, 9, 9)),
 }
+
+# For large images: see `resnet_imagenet`. ResNeXt-50 is the one of 32 groups of 4 channels.
+IMAGENET_MODELS = {
+    "resnet50": Architecture((3, 4, 6, 3)),
+    "resnet101": Architecture((3, 4, 23, 3)),
+    "resnet152": Architecture((3, 8, 36, 3)),
+    "resnext50": Architecture((3, 4, 6, 3), groups=32, group_width=4),
+}
+
+MODELS = CIFAR_MODELS | IMAGENET_MODELS
 
 
 def create_model(
@@ -33,6 +64,7 @@ def create_model(
     reduce_dimension: bool = False,
     stage_sizes: Sequence[int] | None = None,
     dtype: Any = None,
+    remat: bool = False,
 ) -> ExpertEnsemble:
     """Builds an ensemble of experts on a shared trunk.
 
@@ -50,35 +82,87 @@ def create_model(
         expert_map: "loop" or "vmap", see `ExpertEnsemble`; the parameters are the same.
         classifier: "cosine" (scaled cosine similarity, no bias) or "linear".
         scale: of the cosine classifier.
-        reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64.
-        stage_sizes: blocks in each of the three stages, instead of the model's own.
-        dtype: of the body's computations; None for that of images and parameters. Parameters,
-            statistics and heads stay in float32.
+        reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64; for
+            `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
+        stage_sizes: blocks in each stage instead of the model's own: three numbers, four for
+            `IMAGENET_MODELS`.
+        dtype: of the computations in trunk and bodies, such as `jnp.bfloat16`; None for that of
+            images and parameters. Parameters, statistics, features and heads stay in float32.
+        remat: compute the inside of blocks again in the backward pass instead of keeping it: less
+            memory, more work, the same results.
 
     Raises:
         UserError (a `ValueError`): an unknown name or option.
 
     The architecture is the reference repository's, to the initialiser, except that Flax stores
-    the biased batch variance in its running average where PyTorch stores the unbiased one.
+    the biased batch variance in its running average where PyTorch stores the unbiased one. The
+    reference's options to share further stages are left out: none of its configs uses them.
     """
     _check_choice("model", name, tuple(MODELS))
     _check_choice("expert_map", expert_map, EXPERT_MAPS)
-    _check_choice("classifier", classifier, CLASSIFIERS)
+    _check_choice("classifier", classifier, heads.CLASSIFIERS)
     if num_classes < 1 or num_experts < 1:
         raise UserError(
             f"Expected num_classes >= 1 and num_experts >= 1, got {num_classes} and {num_experts}."
         )
-    blocks = tuple(MODELS[name] if stage_sizes is None else stage_sizes)
-    if len(blocks) != 3 or min(blocks) < 1:
-        raise UserError(f"stage_sizes must be three numbers of at least 1, got {blocks}.")
-    widths = (24, 48) if reduce_dimension else (32, 64)
-    head = CosineHead(num_classes, scale) if classifier == "cosine" else LinearHead(num_classes)
-    return ExpertEnsemble(
-        trunk=Trunk(blocks[0], axis_name, dtype),
-        expert=Expert(ExpertBody(blocks[1:], widths, axis_name, dtype), head),
-        num_experts=num_experts,
-        expert_map=expert_map,
+    small = name in CIFAR_MODELS
+    architecture = MODELS[name]
+    if stage_sizes is not None:
+        architecture = architecture._replace(stage_sizes=_checked_sizes(name, stage_sizes))
+    options = {"axis_name": axis_name, "dtype": dtype, "remat": remat}
+    parts = _cifar_parts if small else _imagenet_parts
+    trunk, body = parts(architecture, reduce_dimension, **options)
+    # The reference initialises a linear layer itself only in its networks for small images.
+    linear_init = heads.he_normal if small else heads.torch_uniform
+    head = (
+        heads.CosineHead(num_classes, scale)
+        if classifier == "cosine"
+        else heads.LinearHead(num_classes, linear_init)
     )
+    return ExpertEnsemble(
+        trunk=trunk, expert=Expert(body, head), num_experts=num_experts, expert_map=expert_map
+    )
+
+
+def _cifar_parts(
+    architecture: Architecture, reduce_dimension: bool, **options: Any
+) -> tuple[resnet_cifar.Trunk, resnet_cifar.ExpertBody]:
+    first, *rest = architecture.stage_sizes
+    widths = (24, 48) if reduce_dimension else (32, 64)
+    return resnet_cifar.Trunk(first, **options), resnet_cifar.ExpertBody(rest, widths, **options)
+
+
+def _imagenet_parts(
+    architecture: Architecture,
+    reduce_dimension: bool,
+    axis_name: str | None,
+    dtype: Any,
+    remat: bool,
+) -> tuple[resnet_imagenet.Trunk, resnet_imagenet.ExpertBody]:
+    block = partial(
+        resnet_imagenet.Bottleneck,
+        groups=architecture.groups,
+        group_width=architecture.group_width,
+        axis_name=axis_name,
+        dtype=dtype,
+    )
+    sizes = architecture.stage_sizes
+    widths = (192, 384) if reduce_dimension else (256, 512)
+    return (
+        resnet_imagenet.Trunk(sizes[:2], block, axis_name, dtype, remat),
+        resnet_imagenet.ExpertBody(sizes[2:], widths, block, remat),
+    )
+
+
+def _checked_sizes(name: str, stage_sizes: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(stage_sizes)
+    expected = len(MODELS[name].stage_sizes)
+    if len(sizes) != expected or min(sizes) < 1:
+        count = {3: "three", 4: "four"}[expected]
+        raise UserError(
+            f"stage_sizes of {name} must be {count} numbers of at least 1, got {sizes}."
+        )
+    return sizes
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

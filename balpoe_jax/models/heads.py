@@ -10,6 +10,10 @@ from jax.nn import initializers
 
 CLASSIFIERS = ("cosine", "linear")
 
+# Initialisers of a linear head: He's, and PyTorch's own, uniform in (-1, 1) / sqrt(D).
+he_normal = initializers.variance_scaling(2.0, "fan_in", "normal")
+torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
 # The norm below which the reference no longer divides.
 _NORM_EPSILON = 1e-12
 
@@ -50,9 +54,10 @@ class CosineHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A linear layer with bias, initialised as the reference's (Kaiming; bias as in PyTorch)."""
+    """A linear layer with bias, which is initialised as in PyTorch."""
 
     num_classes: int
+    kernel_init: initializers.Initializer = he_normal
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -66,7 +71,7 @@ class LinearHead(nn.Module):
 
         return nn.Dense(
             self.num_classes,
-            kernel_init=initializers.variance_scaling(2.0, "fan_in", "normal"),
+            kernel_init=self.kernel_init,
             bias_init=bias_init,
             dtype=jnp.promote_types(features.dtype, jnp.float32),
             precision=jax.lax.Precision.HIGHEST,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
+from balpoe_jax.models.layers import BatchNorm, Stage, global_average
+
 TRUNK_WIDTH = 16
 
 Conv3x3 = partial(
@@ -24,9 +26,6 @@ Conv3x3 = partial(
     use_bias=False,
     kernel_init=initializers.variance_scaling(2.0, "fan_in", "normal"),
 )
-
-# PyTorch's momentum of 0.1 is 0.9 here; Flax's own default is 0.99.
-BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 class BasicBlock(nn.Module):
@@ -59,32 +58,13 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
-class Stage(nn.Module):
-    """`num_blocks` basic blocks, the first with the stride."""
-
-    width: int
-    num_blocks: int
-    stride: int
-    axis_name: str | None = None
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, in]` -> `[B, H / stride, W / stride, width]`."""
-        for i in range(self.num_blocks):
-            stride = self.stride if i == 0 else 1
-            x = BasicBlock(self.width, stride, self.axis_name, self.dtype, name=f"block{i}")(
-                x, train
-            )
-        return x
-
-
 class Trunk(nn.Module):
     """Stem and first stage, shared by all experts: `[B, H, W, 3]` -> `[B, H, W, 16]`."""
 
     num_blocks: int
     axis_name: str | None = None
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -94,9 +74,8 @@ class Trunk(nn.Module):
             use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype, name="bn1"
         )
         x = nn.relu(norm(x))
-        return Stage(TRUNK_WIDTH, self.num_blocks, 1, self.axis_name, self.dtype, name="layer1")(
-            x, train
-        )
+        block = partial(BasicBlock, TRUNK_WIDTH, axis_name=self.axis_name, dtype=self.dtype)
+        return Stage(block, self.num_blocks, 1, self.remat, name="layer1")(x, train)
 
 
 class ExpertBody(nn.Module):
@@ -106,10 +85,12 @@ class ExpertBody(nn.Module):
     widths: Sequence[int]
     axis_name: str | None = None
     dtype: Any = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics."""
         for i, (blocks, width) in enumerate(zip(self.num_blocks, self.widths, strict=True)):
-            x = Stage(width, blocks, 2, self.axis_name, self.dtype, name=f"layer{i + 2}")(x, train)
-        return jnp.mean(x, axis=(1, 2))
+            block = partial(BasicBlock, width, axis_name=self.axis_name, dtype=self.dtype)
+            x = Stage(block, blocks, 2, self.remat, name=f"layer{i + 2}")(x, train)
+        return global_average(x)

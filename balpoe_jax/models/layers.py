@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backbones share: batch normalisation, stages of blocks, and pooling."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# PyTorch's momentum of 0.1 is 0.9 here; Flax's own default is 0.99.
+BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+
+class Stage(nn.Module):
+    """Blocks of one kind in a row, the first with the stride.
+
+    Attributes:
+        block: makes a block of its keyword arguments `stride` and `name`.
+        num_blocks: at least 1.
+        stride: of the first block.
+        remat: keep only the blocks' inputs for the backward pass, which computes the rest again:
+            less memory for about a third more work, and the same parameters and gradients.
+    """
+
+    block: Callable[..., nn.Module]
+    num_blocks: int
+    stride: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, in]` -> `[B, ceil(H / stride), ceil(W / stride), out]`."""
+
+        def apply(block: nn.Module, x: jax.Array) -> jax.Array:
+            return block(x, train)
+
+        if self.remat:
+            apply = nn.remat(apply)
+        for i in range(self.num_blocks):
+            x = apply(self.block(stride=self.stride if i == 0 else 1, name=f"block{i}"), x)
+        return x
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """Float `[B, H, W, D]` -> `[B, D]`, computed and returned in float32 or wider."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ResNets and ResNeXts for large images (He et al., CVPR 2016; Xie et al., CVPR 2017), cut into
+trunk and expert.
+
+The trunk is the stem and the first two stages; an expert has the other two stages of its own. A
+stage of width `w` puts out `4 w` channels: the trunk's widths are 64 and 128, an expert's 256 and
+512, or 192 and 384 reduced. The blocks' stride is on their 3x3 convolution.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.nn import initializers
+
+from balpoe_jax.models.layers import BatchNorm, Stage, global_average
+
+STEM_WIDTH = 64
+TRUNK_WIDTHS = (64, 128)
+EXPANSION = 4
+
+Conv = partial(
+    nn.Conv,
+    use_bias=False,
+    # The reference divides by outgoing connections here, by incoming ones in the CIFAR networks.
+    kernel_init=initializers.variance_scaling(2.0, "fan_out", "normal"),
+)
+
+
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution, around them a shortcut.
+
+    Where the shape changes, the shortcut is a strided 1x1 convolution with BatchNorm.
+
+    Attributes:
+        width: the block puts out `4 width` channels.
+        groups: of the 3x3 convolution.
+        group_width: channels of a group where `width` is 64; the 3x3 convolution has
+            `groups * group_width * width / 64` channels, `width` by default.
+    """
+
+    width: int
+    stride: int = 1
+    groups: int = 1
+    group_width: int = 64
+    axis_name: str | None = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, in]` -> `[B, ceil(H / stride), ceil(W / stride), 4 width]`."""
+        norm = partial(
+            BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
+        )
+        # Explicit padding: "SAME" pads a strided convolution on the other side than PyTorch does.
+        conv1x1 = partial(Conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)), dtype=self.dtype)
+        conv3x3 = partial(Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), dtype=self.dtype)
+        strides = (self.stride, self.stride)
+        inner = self.groups * (self.group_width * self.width // 64)
+        outer = EXPANSION * self.width
+
+        y = nn.relu(norm(name="bn1")(conv1x1(inner, name="conv1")(x)))
+        y = conv3x3(inner, strides=strides, feature_group_count=self.groups, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y))
+        y = norm(name="bn3")(conv1x1(outer, name="conv3")(y))
+        if self.stride != 1 or x.shape[-1] != outer:
+            x = norm(name="shortcut_bn")(conv1x1(outer, strides=strides, name="shortcut_conv")(x))
+        return nn.relu(x + y)
+
+
+class Trunk(nn.Module):
+    """Stem and first two stages, shared by all experts.
+
+    Attributes:
+        num_blocks: in each of the two stages.
+        block: makes a `Bottleneck` of its width and stride.
+    """
+
+    num_blocks: Sequence[int]
+    block: Callable[..., nn.Module] = Bottleneck
+    axis_name: str | None = None
+    dtype: Any = None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, 3]` -> `[B, H / 8, W / 8, 512]`, rounded up.
+
+        `train` uses and updates batch statistics.
+        """
+        stem = Conv(
+            STEM_WIDTH,
+            kernel_size=(7, 7),
+            strides=(2, 2),
+            padding=((3, 3), (3, 3)),
+            dtype=self.dtype,
+            name="conv1",
+        )
+        norm = BatchNorm(
+            use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype, name="bn1"
+        )
+        x = nn.relu(norm(stem(images)))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for i, (blocks, width) in enumerate(zip(self.num_blocks, TRUNK_WIDTHS, strict=True)):
+            block = partial(self.block, width)
+            stride = 1 if i == 0 else 2  # the pooling came before the first stage
+            x = Stage(block, blocks, stride, self.remat, name=f"layer{i + 1}")(x, train)
+        return x
+
+
+class ExpertBody(nn.Module):
+    """Third and fourth stage and global average pooling: trunk output -> `[B, D]`.
+
+    The reference's ResNeXt ends in a 7x7 average pool instead, the same for images of 224 pixels,
+    the only ones it takes.
+
+    Attributes:
+        num_blocks, widths: of each of the two stages.
+        block: makes a `Bottleneck` of its width and stride.
+    """
+
+    num_blocks: Sequence[int]
+    widths: Sequence[int]
+    block: Callable[..., nn.Module] = Bottleneck
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, H, W, 512]` -> `[B, D]`; `train` uses and updates batch statistics."""
+        for i, (blocks, width) in enumerate(zip(self.num_blocks, self.widths, strict=True)):
+            block = partial(self.block, width)
+            x = Stage(block, blocks, 2, self.remat, name=f"layer{i + 3}")(x, train)
+        return global_average(x)
