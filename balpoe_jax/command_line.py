@@ -4,6 +4,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -34,6 +35,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
+            # Orbax may have been about to start one; Python would say so as it exits.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             print(
                 "Interrupted: a training goes on from its last checkpoint when started again.",
                 file=sys.stderr,
