@@ -128,9 +128,7 @@ class _TrainStages:
 
     def decode(self, row: _Batch) -> _Batch:
         """One photograph's window, resized."""
-        image = photos.decode_window(
-            row["images"], row["windows"], row["flips"], self._image_size
-        )
+        image = photos.decode_window(row["images"], row["windows"], row["flips"], self._image_size)
         return {"step": row["step"], "images": image, "labels": row["labels"]}
 
     def finish(self, batch: _Batch) -> _Batch:
