@@ -20,6 +20,8 @@ class AugmentSettings:
         crop_padding: pixels of black around the image, of which a crop of the old size is taken.
         flip: mirror left and right, half of the images.
         rotation: uniform between minus and plus so many degrees; nearest pixel, black corners.
+        color_jitter: brightness, contrast and saturation each change by a factor that is uniform
+            within 1 plus or minus so much, in random order.
         policy: one of `policies.POLICIES`.
         cutout: side in pixels of a black square with its centre anywhere; 0 for none.
 
@@ -30,6 +32,7 @@ class AugmentSettings:
     crop_padding: int = 0
     flip: bool = False
     rotation: float = 0.0
+    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
     policy: str = "none"
     cutout: int = 0
 
@@ -39,6 +42,11 @@ class AugmentSettings:
             raise UserError(f"augment.rotation must be 0 to 180 degrees, got {self.rotation}.")
         if self.crop_padding < 0:
             raise UserError(f"augment.crop_padding must not be negative, got {self.crop_padding}.")
+        if len(self.color_jitter) != 3 or not all(0 <= x <= 1 for x in self.color_jitter):
+            raise UserError(
+                "augment.color_jitter must be three numbers from 0 to 1 (brightness, contrast, "
+                f"saturation), got {self.color_jitter}."
+            )
         if self.cutout < 0 or self.cutout % 2:
             raise UserError(f"augment.cutout must be even and not negative, got {self.cutout}.")
 
@@ -55,6 +63,7 @@ def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSetting
         uint8 `[rows, H, W, 3]`.
     """
     images = _move(images, random.stream("move"), settings)
+    images = _jitter(images, random.stream("color_jitter"), settings.color_jitter)
     images = apply_policy(images, random.stream("policy"), settings.policy)
     if settings.cutout:
         _, height, width, _ = images.shape
@@ -83,3 +92,15 @@ def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf
     if settings.rotation:
         degrees = random.uniform("degrees", -settings.rotation, settings.rotation, tf.float64)
     return image_ops.crop_flip_rotate(images, top, left, flip, degrees, padding)
+
+
+def _jitter(
+    images: tf.Tensor, random: RowRandom, strengths: tuple[float, float, float]
+) -> tf.Tensor:
+    """Brightness, contrast and saturation in random order, as torchvision's ColorJitter."""
+    if not any(strengths):
+        return images
+    deviation = random.uniform("factors", -1, 1, per_row=(3,))
+    factors = 1 + deviation * tf.constant(strengths, tf.float32)
+    order = tf.argsort(random.uniform("order", per_row=(3,)), axis=1)
+    return image_ops.color_jitter(images, factors, order)
