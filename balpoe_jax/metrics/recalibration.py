@@ -83,11 +83,13 @@ def fit_bias_correction(
         UserError (a `ValueError`): shapes that do not fit, or no example.
     """
     logits, labels = _checked(logits, labels)
-    trend = np.log(np.asarray(train_counts, np.float64))
-    if trend.shape != logits.shape[1:] or not np.isfinite(trend).all():
+    sizes = np.asarray(train_counts, np.float64)
+    if sizes.shape != logits.shape[1:] or not sizes.min() > 0:
         raise UserError(
-            f"Expected {logits.shape[1]} positive training counts, got shape {trend.shape}."
+            f"Expected {logits.shape[1]} positive training counts, got {sizes.size} with a minimum "
+            f"of {sizes.min():g}."
         )
+    trend = np.log(sizes)
     counts = np.bincount(labels, minlength=len(trend))
     present = np.flatnonzero(counts)
     trend -= trend[present].mean()
