@@ -72,7 +72,7 @@ def score(
     """
     basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
     options = (test.labels, class_counts, num_bins, thresholds)
-    evidence = _evidence_of_priors(test, held_out) if targets else {}
+    evidence = _evidence_of_priors(test, held_out, class_counts) if targets else {}
     sets = {
         target.name: _score_target(
             test, target, evidence, held_out, prior_strength, prior_significance, num_bins
@@ -282,7 +282,9 @@ def _subsets(num_experts: int) -> list[tuple[int, ...]]:
     return chosen
 
 
-def _evidence_of_priors(test: Predictions, held_out: Predictions | None) -> dict[str, jax.Array]:
+def _evidence_of_priors(
+    test: Predictions, held_out: Predictions | None, class_counts: npt.NDArray[np.int64]
+) -> dict[str, jax.Array]:
     """Probabilities of the whole test set to estimate priors from, raw and, if can be, corrected.
 
     Each is one array `[N, C]` in single precision, shared by all target distributions.
@@ -291,7 +293,7 @@ def _evidence_of_priors(test: Predictions, held_out: Predictions | None) -> dict
     corrections = {"raw": Correction(1.0, np.zeros(logits.shape[1]))}
     if held_out is not None:
         mean = MeanLogits(held_out.expert_logits)[:]
-        corrections["corrected"] = metrics.fit_bias_correction(mean, held_out.labels)
+        corrections["corrected"] = metrics.fit_bias_correction(mean, held_out.labels, class_counts)
     return {name: _probabilities(logits, correction) for name, correction in corrections.items()}
 
 

@@ -9,8 +9,11 @@ from balpoe_jax.metrics import (
     fit_bias_correction,
     fit_temperature,
     negative_log_likelihood,
+    recalibration,
     softmax,
 )
+
+COUNTS = np.array([500, 200, 100, 20, 5])
 
 
 def calibrated(num_examples: int = 20_000, num_classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +48,7 @@ def test_a_temperature_has_an_end() -> None:
 def test_biases_are_recovered() -> None:
     logits, labels = calibrated()
     spoilt = 2 * (logits - np.array([1.0, 0, 0, -1, 0]))
-    found = fit_bias_correction(spoilt, labels)
+    found = fit_bias_correction(spoilt, labels, np.ones(5))
     assert found.scale == pytest.approx(0.5, rel=0.05)
     np.testing.assert_allclose(found.bias - found.bias[1], [1, 0, 0, -1, 0], atol=0.1)
 
@@ -54,29 +57,56 @@ def test_the_corrected_mean_prediction_of_a_class_is_its_share() -> None:
     """What estimating a prior needs, and a temperature alone does not give."""
     logits, labels = calibrated(5000)
     spoilt = logits - np.array([1.0, 0, 0, -1, 0])
-    found = fit_bias_correction(spoilt, labels, penalty=1e-6)
+    found = fit_bias_correction(spoilt, labels, COUNTS, penalty=1e-6)
     counts = np.bincount(labels)
     weights = 1 / counts[labels]
     marginal = np.average(softmax(found.scale * spoilt + found.bias), axis=0, weights=weights)
     np.testing.assert_allclose(marginal, 0.2, atol=1e-3)
 
 
-def test_a_class_without_examples_keeps_its_logits() -> None:
+def test_a_class_without_examples_is_not_learnt_to_be_absent() -> None:
     logits, labels = calibrated(400)
     kept = labels != 2
-    found = fit_bias_correction(logits[kept], labels[kept])
+    found = fit_bias_correction(logits[kept], labels[kept], np.ones(5))
     assert found.bias[2] == 0
     assert np.abs(found.bias).max() < 2
 
 
+@pytest.mark.parametrize("slope", [-1.0, 0.0, 0.5])
+def test_a_class_without_examples_follows_the_trend(slope: float) -> None:
+    """The largest class has no held-out images; logits lean to it by its training frequency."""
+    logits, labels = calibrated()
+    spoilt = logits - slope * np.log(COUNTS)
+    kept = labels != 0
+    found = fit_bias_correction(spoilt[kept], labels[kept], COUNTS)
+    expected = slope * np.log(COUNTS / COUNTS[4])
+    np.testing.assert_allclose((found.bias - found.bias[4])[1:], expected[1:], atol=0.2)
+    # Extrapolated from four classes.
+    assert found.bias[0] - found.bias[4] == pytest.approx(expected[0], abs=0.5)
+
+
+def test_the_loss_of_the_biases_has_the_gradient_it_says() -> None:
+    logits, labels = calibrated(50)
+    random = np.random.default_rng(1)
+    loss = recalibration._bias_loss(logits, labels, random.normal(size=5), random.random(50), 0.7)
+    point = random.normal(size=7)
+    steps = 1e-6 * np.eye(7)
+    numeric = [(loss(point + step)[0] - loss(point - step)[0]) / 2e-6 for step in steps]
+    np.testing.assert_allclose(loss(point)[1], numeric, rtol=1e-6)
+
+
 def test_a_large_penalty_leaves_a_temperature() -> None:
     logits, labels = calibrated(2000)
-    found = fit_bias_correction(3 * logits, labels, penalty=1e9)
+    found = fit_bias_correction(3 * logits, labels, np.ones(5), penalty=1e9)
     assert np.abs(found.bias).max() < 1e-5
     assert 1 / found.scale == pytest.approx(fit_temperature(3 * logits, labels), rel=0.05)
 
 
-@pytest.mark.parametrize("fit", [fit_temperature, fit_bias_correction])
+def fit_biases(logits: np.ndarray, labels: np.ndarray) -> object:
+    return fit_bias_correction(logits, labels, np.ones(3))
+
+
+@pytest.mark.parametrize("fit", [fit_temperature, fit_biases])
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
@@ -88,3 +118,9 @@ def test_a_large_penalty_leaves_a_temperature() -> None:
 def test_fitting_refuses(fit, logits, labels, message: str) -> None:
     with pytest.raises(UserError, match=message):
         fit(logits, labels)
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, 0, 2]])
+def test_training_counts_must_fit(counts: list[int]) -> None:
+    with pytest.raises(UserError, match="3 positive training counts"):
+        fit_bias_correction(np.zeros((2, 3)), [0, 1], counts)

@@ -150,7 +150,7 @@ def test_a_prior_is_estimated_from_the_examples_of_its_target(
     )["shift_sets"]["backward50"]
     logits = test_set.expert_logits.astype(np.float64).mean(axis=0)[target.indices]
     correction = fit_bias_correction(
-        held_out.expert_logits.astype(np.float64).mean(axis=0), held_out.labels
+        held_out.expert_logits.astype(np.float64).mean(axis=0), held_out.labels, COUNTS
     )
     raw, better = softmax(logits), softmax(logits * correction.scale + correction.bias)
     concentration = 1 + 0.5 * len(logits) / 4
@@ -167,6 +167,31 @@ def test_a_prior_is_estimated_from_the_examples_of_its_target(
         predicted = (logits + np.log(np.asarray(estimate.prior) + 1e-9)).argmax(axis=1)
         accuracy = (predicted == test_set.labels[target.indices]).mean()
         assert found["estimates"][name]["top1"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3])
+def test_estimates_survive_a_bias_to_frequent_classes(strength: float) -> None:
+    """As cross-entropy has it, and with no held-out image of the largest class."""
+    counts = (500 * 0.01 ** np.linspace(0, 1, 20)).astype(int)
+    random = np.random.default_rng(0)
+
+    def draw_biased(labels: np.ndarray) -> Predictions:
+        logits = random.normal(size=(len(labels), 20)) + 4 * np.eye(20)[labels] + np.log(counts)
+        return Predictions(logits[None].astype(np.float32), labels.astype(np.int32))
+
+    held_out = draw_biased(np.repeat(np.arange(1, 20), 20))
+    test_set = draw_biased(np.repeat(np.arange(20), 50))
+    found = scoring.score(
+        test_set,
+        counts,
+        (0.0,),
+        held_out=held_out,
+        targets=make_targets(test_set.labels, counts, (10,)),
+        prior_strength=strength,
+    )
+    for details in found["shift_sets"].values():
+        assert details["estimates"]["map"]["l1"] < 0.3
+    assert found["shift"]["uniform"]["estimated"] == found["shift"]["uniform"]["none"]
 
 
 def test_an_estimate_finds_more_than_a_uniform_prior_on_a_shifted_set(scores: dict) -> None:

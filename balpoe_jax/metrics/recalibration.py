@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corrections of logits that are fitted on held-out labelled examples."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -54,55 +55,84 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def fit_bias_correction(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, penalty: float = 1.0
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    train_counts: npt.ArrayLike,
+    penalty: float = 1.0,
 ) -> Correction:
     """Temperature and class biases together, for logits that are to estimate a prior.
 
     A temperature leaves the mean prediction of each class where it was; estimating a prior needs
     it right (bias-corrected temperature scaling: Alexandari et al., Maximum Likelihood with
     Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation, ICML 2020). Examples are
-    weighted so that every class that occurs counts the same, as for a uniform prior. Classes
-    without examples take no part, so that nothing is learnt from their absence, and keep 0, which
-    is the mean of the others.
+    weighted so that every class that occurs counts the same, as for a uniform prior.
+
+    A bias is a trend plus a rest: `a * log(train_counts)`, which is what training on a long tail
+    leaves behind, is free, and the rest is penalised. A class without examples, such as the largest
+    one where a data set keeps all of it for training, follows the trend; its logits have no part in
+    the fit, so that nothing is learnt from its absence.
 
     Args:
         logits: float `[N, C]`.
         labels: int `[N]`.
-        penalty: weight of half the sum of squared biases, against a sum of losses in which the
+        train_counts: int `[C]`, positive.
+        penalty: weight of half the sum of squared rests, against a sum of losses in which the
             examples count 1 on average.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, or no example.
     """
     logits, labels = _checked(logits, labels)
-    rows, num_classes = np.arange(len(labels)), logits.shape[1]
-    counts = np.bincount(labels, minlength=num_classes)
+    sizes = np.asarray(train_counts, np.float64)
+    if sizes.shape != logits.shape[1:] or not sizes.min() > 0:
+        raise UserError(
+            f"Expected {logits.shape[1]} positive training counts, got {sizes.size} with a minimum "
+            f"of {sizes.min():g}."
+        )
+    trend = np.log(sizes)
+    counts = np.bincount(labels, minlength=len(trend))
     present = np.flatnonzero(counts)
+    trend -= trend[present].mean()
     weights = len(labels) / (len(present) * counts[labels])
-    logits, labels = logits[:, present], np.searchsorted(present, labels)
+    loss = _bias_loss(
+        logits[:, present], np.searchsorted(present, labels), trend[present], weights, penalty
+    )
+    bound = np.log(_LARGEST_TEMPERATURE)
+    bounds = [(-bound, bound), *[(None, None)] * (1 + len(present))]
+    found = optimize.minimize(
+        loss, np.zeros(2 + len(present)), jac=True, bounds=bounds, method="L-BFGS-B"
+    )
+    log_scale, slope, rest = found.x[0], found.x[1], found.x[2:]
+    bias = slope * trend
+    bias[present] += rest
+    return Correction(float(np.exp(log_scale)), bias)
+
+
+def _bias_loss(
+    logits: npt.NDArray[np.float64],
+    labels: npt.NDArray[np.integer],
+    trend: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    penalty: float,
+) -> Callable[[npt.NDArray[np.float64]], tuple[float, npt.NDArray[np.float64]]]:
+    """The loss and its gradient by log scale, slope of the trend and rests, in that order."""
+    rows = np.arange(len(labels))
 
     def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        scale, bias = np.exp(parameters[0]), parameters[1:]
-        values = logits * scale + bias
+        scale, slope, rest = np.exp(parameters[0]), parameters[1], parameters[2:]
+        values = logits * scale + (slope * trend + rest)
         values -= values.max(axis=1, keepdims=True)
         picked = values[rows, labels]
         np.exp(values, out=values)
         totals = values.sum(axis=1)
-        value = np.sum(weights * (np.log(totals) - picked)) + penalty / 2 * np.sum(bias**2)
+        value = np.sum(weights * (np.log(totals) - picked)) + penalty / 2 * np.sum(rest**2)
         values *= (weights / totals)[:, None]
         values[rows, labels] -= weights
-        slope_bias = values.sum(axis=0) + penalty * bias
-        slope_scale = scale * np.einsum("nc,nc->", values, logits)
-        return float(value), np.concatenate([[slope_scale], slope_bias])
+        by_bias = values.sum(axis=0)
+        by_scale = scale * np.einsum("nc,nc->", values, logits)
+        return float(value), np.concatenate([[by_scale, by_bias @ trend], by_bias + penalty * rest])
 
-    bound = np.log(_LARGEST_TEMPERATURE)
-    bounds = [(-bound, bound), *[(None, None)] * len(present)]
-    found = optimize.minimize(
-        loss, np.zeros(1 + len(present)), jac=True, bounds=bounds, method="L-BFGS-B"
-    )
-    bias = np.zeros(num_classes)
-    bias[present] = found.x[1:]
-    return Correction(float(np.exp(found.x[0])), bias)
+    return loss
 
 
 def _checked(
