@@ -50,7 +50,9 @@ def default_config() -> ConfigDict:
         data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
             of the image size, 256 for 224.
         data.threads: of the input pipeline; 0 for all cores.
-        augment.crop_padding, .flip, .rotation (degrees), .policy, .cutout (side in pixels).
+        augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
+            saturation), .policy, .cutout (side in pixels); photographs are cropped at random
+            while they are decoded.
         mixup.alpha: 0 for none. mixup.groups: see `balpoe_jax.data.mixing`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension: see
             `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs and
@@ -94,7 +96,14 @@ def default_config() -> ConfigDict:
         }
     )
     config.augment = ConfigDict(
-        {"crop_padding": 4, "flip": True, "rotation": 15.0, "policy": "none", "cutout": 0}
+        {
+            "crop_padding": 4,
+            "flip": True,
+            "rotation": 15.0,
+            "color_jitter": (0.0, 0.0, 0.0),
+            "policy": "none",
+            "cutout": 0,
+        }
     )
     config.mixup = ConfigDict({"alpha": 0.4, "groups": 1})
     config.model = ConfigDict(
@@ -317,6 +326,7 @@ def check_config(config: ConfigDict) -> None:
     lengths = {
         "data.mean": 3,
         "data.std": 3,
+        "augment.color_jitter": 3,
         "data.shot_thresholds": 2,
         "optim.boundaries": None,
         "loss.taus": None,

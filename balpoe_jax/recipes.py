@@ -100,7 +100,7 @@ def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
     config.augment.update(
         crop_padding=0,
         rotation=0.0,
-        color_jitter=0.4 if long else recipe.color_jitter,
+        color_jitter=(0.4 if long else recipe.color_jitter,) * 3,
         policy="randaugment" if long else "none",
     )
     config.model.name = args.backbone

@@ -127,7 +127,7 @@ def _read_example(
     wanted = {b"image", b"label", name_feature.encode()}
     for _, features_start, features_stop in _fields(buffer, start, stop):
         for _, entry_start, entry_stop in _fields(buffer, features_start, features_stop):
-            entry = dict((n, (a, b)) for n, a, b in _fields(buffer, entry_start, entry_stop))
+            entry = {n: (a, b) for n, a, b in _fields(buffer, entry_start, entry_stop)}
             key = buffer[slice(*entry[1])]
             if key in wanted:
                 # Feature -> list of values -> the first value, as each of ours has one.
@@ -198,7 +198,7 @@ def _fingerprint(paths: Sequence[str], name_feature: str) -> str:
 
 def _read_cached(path: Path) -> RecordIndex | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return RecordIndex(*(stored[field] for field in RecordIndex._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ImageNet-LT and iNaturalist 2018 as the stock builders write them, small and generated."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_photos import jpeg, prepare
+
+from balpoe_jax.data import datasets, natural, photos
+from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
+from balpoe_jax.errors import UserError
+
+SIZE, RESIZE = 16, 18
+TRAIN = np.array([5, 3, 2] + [1] * 997)
+TEST = np.array([1, 2, 3, 4] + [0] * 996)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tfds")
+    validation = np.full(1000, 1)
+    validation[:3] = 4
+    prepare("imagenet_lt", folder, {"train": TRAIN, "validation": validation, "test": TEST})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def load(data_dir: Path, **changes):
+    options = {"check_counts": False, "image_size": SIZE, "resize": RESIZE, **changes}
+    return datasets.load("imagenet_lt", 256.0, str(data_dir), **options)
+
+
+def test_the_splits_and_their_counts(data_dir: Path) -> None:
+    data = load(data_dir, held_out_per_class=2)
+    np.testing.assert_array_equal(data.class_counts, TRAIN)
+    np.testing.assert_array_equal(np.bincount(data.test.labels, minlength=1000), TEST)
+    assert not data.counts_as_published
+    assert data.train.image_shape == (SIZE, SIZE, 3)
+    assert sorted(data.test_names)[:2] == ["test_0_0.JPEG", "test_1_0.JPEG"]
+    counts = np.bincount(data.held_out.labels, minlength=1000)
+    assert counts[:3].tolist() == [2, 2, 2] and (counts[3:] == 1).all()
+    assert data.held_out_description == "1,003 images of the validation split, up to 2 a class"
+    assert load(data_dir).held_out is None
+
+
+def test_counts_that_are_not_the_published_ones_are_refused(data_dir: Path) -> None:
+    with pytest.raises(UserError, match="should have 115846 training images, 1280 to 5 a class"):
+        load(data_dir, check_counts=True)
+
+
+def test_published_counts_are_accepted(tmp_path: Path, monkeypatch) -> None:
+    test = np.ones(1000, int)
+    prepare("imagenet_lt", tmp_path, {"train": TRAIN, "validation": test, "test": test})
+    published = natural.Published(1000, int(TRAIN.sum()), 5, 1, 1000, "test", "", "file_name")
+    monkeypatch.setitem(natural.NATURAL, "imagenet_lt", published)
+    assert load(tmp_path, check_counts=True).counts_as_published
+    for change in ({"num_train": 9}, {"largest": 6}, {"smallest": 2}, {"num_test": 2000}):
+        monkeypatch.setitem(
+            natural.NATURAL, "imagenet_lt", dataclasses.replace(published, **change)
+        )
+        with pytest.raises(UserError, match="imagenet_lt should have"):
+            load(tmp_path, check_counts=True)
+
+
+def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:
+    empty = TRAIN.copy()
+    empty[7] = 0
+    prepare("imagenet_lt", tmp_path, {"train": empty, "validation": TRAIN, "test": TEST})
+    with pytest.raises(UserError, match=r"Class 7 of the imagenet_lt in .* has no training image"):
+        load(tmp_path)
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    prepare("imagenet_lt", tmp_path, {"train": TRAIN})
+    with pytest.raises(UserError, match="has no test split but train"):
+        load(tmp_path)
+
+
+def test_an_image_size_is_needed(data_dir: Path) -> None:
+    with pytest.raises(UserError, match="image size of at least 1"):
+        load(data_dir, image_size=0)
+
+
+def test_every_test_photograph_is_read_once_and_cropped_in_the_centre(data_dir: Path) -> None:
+    data = load(data_dir)
+    batches = list(eval_batches(data.test, 4, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    assert masks.tolist() == [True] * 10 + [False] * 2
+    images = np.concatenate([batch["images"] for batch in batches])[masks]
+    labels = np.concatenate([batch["labels"] for batch in batches])[masks]
+    np.testing.assert_array_equal(labels, data.test.labels)
+    for image, name in zip(images, data.test_names, strict=True):
+        label, number = map(int, name.removesuffix(".JPEG").split("_")[1:])
+        encoded = tf.constant(jpeg(label % 50 + 50 * number))
+        expected = photos.decode_central(encoded, RESIZE, SIZE).numpy() / 255
+        expected = (expected - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+        np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def settings(**changes) -> TrainSettings:
+    augment = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4))
+    fields = {"batch_size": 8, "seed": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return TrainSettings(**{**fields, "augment": augment, "mixup_alpha": 0.3, **changes})
+
+
+def collect(data_dir: Path, first: int, last: int, host: Host = Host()) -> list[dict]:  # noqa: B008
+    return list(train_batches(load(data_dir).train, settings(), first, last, host))
+
+
+def assert_equal(left: list[dict], right: list[dict]) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
+    batches = collect(data_dir, 0, 5)
+    assert batches[0]["images"].shape == (8, SIZE, SIZE, 3)
+    assert_equal(collect(data_dir, 3, 5, Host(threads=1)), batches[3:])
+    assert np.abs(batches[0]["images"] - batches[1]["images"]).mean() > 0.1
+
+
+def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
+    """With mixup within each host's group, which is where hosts could differ from one."""
+    options = settings(mixup_groups=2)
+    source = load(data_dir).train
+    whole = list(train_batches(source, options, 0, 2))
+    parts = [list(train_batches(source, options, 0, 2, Host(i, 2))) for i in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for key in batch:
+            together = np.concatenate([half[key] for half in halves])
+            np.testing.assert_array_equal(together, batch[key], err_msg=key)
+
+
+def test_an_epoch_has_every_photograph(data_dir: Path) -> None:
+    source = load(data_dir).train
+    options = settings(mixup_alpha=0.0, augment=AugmentSettings())
+    steps = -(-len(source) // 8)
+    labels = np.concatenate([b["labels"] for b in train_batches(source, options, 0, steps)])
+    np.testing.assert_array_equal(np.bincount(labels[: len(source)], minlength=1000), TRAIN)
+
+
+def test_half_of_the_photographs_are_mirrored(data_dir: Path) -> None:
+    source = load(data_dir).train
+    pair = [
+        np.concatenate(
+            [
+                batch["images"]
+                for batch in train_batches(
+                    source, settings(mixup_alpha=0.0, augment=AugmentSettings(flip=flip)), 0, 40
+                )
+            ]
+        )
+        for flip in (False, True)
+    ]
+    # Resizing mirrors the weights of pixels, not their rounding.
+    kept = np.abs(pair[0] - pair[1]).max(axis=(1, 2, 3)) < 1e-6
+    mirrored = np.abs(pair[0][:, :, ::-1] - pair[1]).max(axis=(1, 2, 3)) < 0.05
+    assert (kept ^ mirrored).all()
+    assert 0.4 < mirrored.mean() < 0.6
+
+
+def test_inaturalist_is_tested_on_its_validation_split(tmp_path: Path) -> None:
+    train = np.ones(8142, int)
+    train[0] = 3
+    splits = {"train": train, "validation": train[:50], "test": np.ones(2, int)}
+    prepare("i_naturalist2018", tmp_path, splits)
+    data = datasets.load(
+        "i_naturalist2018", 500.0, str(tmp_path), False, image_size=SIZE, resize=RESIZE
+    )
+    np.testing.assert_array_equal(data.class_counts, train)
+    assert len(data.test) == 52
+    assert data.held_out is None
+    assert "validation_49_0" in data.test_names
+    batch = next(eval_batches(data.test, 8, (0.5,) * 3, (0.25,) * 3))
+    assert batch["images"].shape == (8, SIZE, SIZE, 3)
