@@ -18,10 +18,10 @@ class PhotoRecipe:
         imbalance_ratio: of the published training set.
         mean, std: of the normalisation, by channel.
         epochs: of the standard and of the long schedule.
-        batch_size, learning_rate, weight_decay: of both.
+        batch_size, learning_rate, weight_decay: of all recipes.
         taus: ends of BalPoE's range of taus.
-        mixup_alpha: of both.
-        color_jitter: of the standard schedule; the long one has 0.4.
+        mixup_alpha: of all recipes.
+        color_jitter: of the standard recipe; the others have 0.4.
         shift_ratios: of the published target distributions.
     """
 
@@ -84,24 +84,24 @@ def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
     args = config_lib.parse_arguments(
         arguments,
         backbone=tuple(IMAGENET_MODELS),
-        recipe=("standard", "long"),
+        recipe=("standard", "strong", "long"),
         method=tuple(config_lib.METHODS),
         mixup=True,
         experts=0,
         epochs=0,
         batch_size=0,
     )
-    long = args.recipe == "long"
+    strong = args.recipe != "standard"
     config = config_lib.default_config()
-    config.total_epochs = args.epochs or recipe.epochs[long]
+    config.total_epochs = args.epochs or recipe.epochs[args.recipe == "long"]
     config.batch_size = args.batch_size or recipe.batch_size
     config.log_every_steps = 100
     _set_data(config, recipe)
     config.augment.update(
         crop_padding=0,
         rotation=0.0,
-        color_jitter=(0.4 if long else recipe.color_jitter,) * 3,
-        policy="randaugment" if long else "none",
+        color_jitter=(0.4 if strong else recipe.color_jitter,) * 3,
+        policy="randaugment" if strong else "none",
     )
     config.model.name = args.backbone
     config.mixup.alpha = recipe.mixup_alpha

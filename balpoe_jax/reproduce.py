@@ -115,7 +115,10 @@ def main(arguments: Sequence[str]) -> None:
     title = f"{table.title} ({scale.remark})" if scale.remark else table.title
     content = result_table(title, entries)
     _write(
-        root, f"table{values.table}" if values.table.isdecimal() else values.table, content, entries
+        root,
+        f"table{values.table}" if values.table[0].isdecimal() else values.table,
+        content,
+        entries,
     )
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
@@ -140,7 +143,8 @@ def plan(
         data_dir: TFDS folder, or empty.
 
     Raises:
-        UserError (a `ValueError`): the config files are not there.
+        UserError (a `ValueError`): the config files are not there, or the scale has no version of
+            an experiment.
     """
     if not _CONFIGS.is_dir():
         raise UserError(
@@ -153,13 +157,23 @@ def plan(
             experiment,
             seed,
             root / experiment.name / f"seed{seed}",
-            f"{_CONFIGS / experiment.config}:"
-            + ",".join(filter(None, (experiment.arguments, scale.arguments))),
+            f"{_CONFIGS / experiment.config}:{_arguments(experiment, scale)}",
             tuple(f"--config.{field}={value}" for field, value in options.items() if value),
         )
         for seed in seeds
         for experiment in experiments
     ]
+
+
+def _arguments(experiment: Experiment, scale: Scale) -> str:
+    if scale.arguments is None:
+        return experiment.arguments
+    if experiment.config not in scale.arguments:
+        raise UserError(
+            f"There is no small version of {experiment.config}; choose --scale=full, or another "
+            "--table."
+        )
+    return f"{experiment.arguments},{scale.arguments[experiment.config]}"
 
 
 def run(jobs: Sequence[Job], again: bool = False) -> list[Job]:

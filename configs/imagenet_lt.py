@@ -6,7 +6,7 @@
 Arguments after a colon, as in `configs/imagenet_lt.py:backbone=resnext50,recipe=long`:
 
     backbone    resnet50 (default), resnext50, resnet101, resnet152
-    recipe      standard (180 epochs) or long (400 epochs with RandAugment)
+    recipe      standard (180 epochs), strong (the same with RandAugment) or long (400, likewise)
     method      balpoe (default), balanced_softmax (one expert, tau 1), cross_entropy (one, tau 0)
     mixup       true or false
     experts     number of experts; 0 for the method's own

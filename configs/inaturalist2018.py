@@ -6,7 +6,8 @@
 Arguments after a colon, as in `configs/inaturalist2018.py:recipe=long`:
 
     backbone    resnet50 (default), resnext50, resnet101, resnet152
-    recipe      standard (100 epochs) or long (400 epochs with colour jitter and RandAugment)
+    recipe      standard (100 epochs), strong (the same with colour jitter and RandAugment) or
+                long (400 epochs, likewise)
     method      balpoe (default), balanced_softmax (one expert, tau 1), cross_entropy (one, tau 0)
     mixup       true or false
     experts     number of experts; 0 for the method's own

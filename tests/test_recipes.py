@@ -14,6 +14,7 @@ from balpoe_jax.recipes import IMAGENET_LT, INATURALIST2018, photo_config
     [
         (IMAGENET_LT, "", 180, 64, 0.025, 5e-4, (0, 1.25, 2.5), 0.3, "none"),
         (IMAGENET_LT, "recipe=long", 400, 64, 0.025, 5e-4, (0, 1.25, 2.5), 0.3, "randaugment"),
+        (IMAGENET_LT, "recipe=strong", 180, 64, 0.025, 5e-4, (0, 1.25, 2.5), 0.3, "randaugment"),
         (INATURALIST2018, "", 100, 512, 0.2, 2e-4, (-1, 1, 3), 0.2, "none"),
         (INATURALIST2018, "recipe=long", 400, 512, 0.2, 2e-4, (-1, 1, 3), 0.2, "randaugment"),
     ],
@@ -37,9 +38,9 @@ def test_colour_jitter_is_part_of_all_recipes_but_inaturalists_standard_one() ->
     jitters = [
         photo_config(recipe, f"recipe={name}").augment.color_jitter[0]
         for recipe in (IMAGENET_LT, INATURALIST2018)
-        for name in ("standard", "long")
+        for name in ("standard", "strong", "long")
     ]
-    assert jitters == [0.4, 0.4, 0.0, 0.4]
+    assert jitters == [0.4, 0.4, 0.4, 0.0, 0.4, 0.4]
 
 
 def test_one_expert_has_the_tau_of_its_method() -> None:
@@ -55,7 +56,7 @@ def test_the_learning_rate_follows_the_batch_size() -> None:
     assert config.model.name == "resnext50"
 
 
-@pytest.mark.parametrize("arguments", ["backbone=resnet32", "recipe=strong", "ir=100", "epochs=x"])
+@pytest.mark.parametrize("arguments", ["backbone=resnet32", "recipe=best", "ir=100", "epochs=x"])
 def test_other_arguments_are_refused(arguments: str) -> None:
     with pytest.raises(UserError):
         photo_config(IMAGENET_LT, arguments)
