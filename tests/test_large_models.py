@@ -9,8 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from golden import golden, max_relative
 from reference_weights import large_reference_shapes, large_reference_state, to_reference
 
@@ -78,25 +78,36 @@ def test_logits_are_the_references(case: str, expert_map: str, options: dict, x6
 
 
 def test_gradients_are_the_references(x64) -> None:
+    """Of a few parameters from stem to head: all filters' gradients take a CPU a minute."""
     case, images = golden("resnet50/main"), reference_images("resnet50/main")
     model = create_model("resnet50", num_classes=20, num_experts=3)
     variables = as_double(reference_variables(num_experts=3))
     prior = jnp.log(case["class_counts"] / case["class_counts"].sum() + 1e-9)
-
-    @jit
-    @partial(jax.value_and_grad, has_aux=True)
-    def loss_fn(params):
-        outputs, _ = model.apply(
-            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+    params = flatten_dict(variables["params"], sep="/")
+    chosen = {
+        path: params.pop(path)
+        for path in (
+            "trunk/conv1/kernel",
+            "trunk/bn1/scale",
+            "trunk/layer2/block1/conv2/kernel",
+            "expert/body/layer3/block0/bn2/scale",
+            "expert/body/layer4/block2/bn3/bias",
+            "expert/head/kernel",
         )
-        losses = balpoe_loss(outputs.logits, jnp.asarray(case["labels"]), prior, case["taus"])
-        return losses.mean(), outputs.logits
+    }
 
-    (loss, logits), grads = loss_fn(variables["params"])
-    assert max_relative(logits, case["logits_train_f64"]) < 1e-8
+    @jax.jit
+    @jax.value_and_grad
+    def loss_fn(chosen, others, stats):
+        params = unflatten_dict(others | chosen, sep="/")
+        outputs, _ = model.apply(
+            {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+        )
+        return balpoe_loss(outputs.logits, jnp.asarray(case["labels"]), prior, case["taus"]).mean()
+
+    loss, grads = loss_fn(chosen, params, variables["batch_stats"])
     np.testing.assert_allclose(loss, case["loss_f64"], rtol=1e-9)
-    np.testing.assert_allclose(optax.tree.norm(grads), case["grad_global_norm_f64"], rtol=1e-7)
-    by_name = to_reference(grads)
+    by_name = to_reference(unflatten_dict(grads, sep="/"))
     stored = golden("resnet50/main/grad_f64")
     assert len(stored) == 10
     for name, expected in stored.items():
@@ -220,17 +231,26 @@ def assert_same(result: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
-def test_rematerialisation_keeps_variables_and_recomputes_every_block(expert_map: str) -> None:
-    images = jnp.zeros((1, 32, 32, 3))
-    variables, counts = [], []
+def test_rematerialisation_convolves_again_in_the_backward_pass(expert_map: str) -> None:
+    images = jnp.zeros((2, 32, 32, 3))
+    counts, variables = [], []
     for remat in (False, True):
         model = create_model("resnet50", num_experts=2, expert_map=expert_map, remat=remat, **SMALL)
-        variables.append(jit(partial(model.init, train=False))(jax.random.key(0), images))
-        jaxpr = jax.make_jaxpr(partial(model.apply, train=False))(variables[-1], images)
-        counts.append(str(jaxpr).count("remat2[") + str(jaxpr).count("checkpoint["))
-    chex.assert_trees_all_equal(*variables)
-    assert counts[0] == 0
-    assert counts[1] >= 5  # the trunk's three and each of an expert's two
+        init = partial(model.init, jax.random.key(0), images, train=False)
+        variables.append(jax.eval_shape(init))
+        stats = variables[-1]["batch_stats"]
+
+        def loss(params, stats, model=model):
+            variables = {"params": params, "batch_stats": stats}
+            return model.apply(variables, images, train=True, mutable=["batch_stats"])[
+                0
+            ].logits.sum()
+
+        gradient = jax.make_jaxpr(jax.grad(loss))(variables[-1]["params"], stats)
+        counts.append(str(gradient).count("conv_general_dilated["))
+    chex.assert_trees_all_equal_shapes_and_dtypes(*variables)
+    # 20 forward, and for each two gradients, but for the images'; then 19 in blocks again.
+    assert counts == [20 + 39, 20 + 39 + 19]
 
 
 def test_half_precision_is_in_the_body_alone() -> None:
@@ -239,11 +259,15 @@ def test_half_precision_is_in_the_body_alone() -> None:
     expected = create_model("resnext50", num_experts=2, **SMALL).apply(
         variables, images, train=False
     )
-    model = create_model("resnext50", num_experts=2, dtype=jnp.bfloat16, **SMALL)
+    model = create_model("resnext50", num_experts=2, expert_map="vmap", dtype=jnp.bfloat16, **SMALL)
     apply = partial(model.apply, train=True, mutable=["batch_stats"])
-    for equation in jax.make_jaxpr(apply)(variables, images).eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            assert {variable.aval.dtype for variable in equation.invars} == {jnp.bfloat16}
+    operands = [
+        variable.aval.dtype
+        for equation in jax.make_jaxpr(apply)(variables, images).eqns
+        if equation.primitive.name == "conv_general_dilated"
+        for variable in equation.invars
+    ]
+    assert operands == [jnp.bfloat16] * 2 * 20  # the stem, three in a block, four shortcuts
     trained, updated = jit(apply)(variables, images)
     created = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     for tree in (trained, updated, created):

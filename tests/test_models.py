@@ -139,12 +139,13 @@ def test_shapes(name: str, num_experts: int) -> None:
     assert all(x.shape[0] == num_experts for x in jax.tree.leaves(variables["params"]["expert"]))
 
 
-def test_both_expert_maps_are_one_model() -> None:
+@pytest.mark.parametrize("options", [{"expert_map": "vmap"}, {"remat": True}])
+def test_expert_map_and_rematerialisation_give_one_model(options: dict) -> None:
     """The same variables from a seed, and the same function and statistics of them."""
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
     results = []
-    for expert_map in ("loop", "vmap"):
-        model = create_model("resnet8", num_classes=5, num_experts=3, expert_map=expert_map)
+    for changes in ({}, options):
+        model = create_model("resnet8", num_classes=5, num_experts=3, **changes)
         variables = init(model, images)
         apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
         outputs, updated = apply(variables, images)
