@@ -25,11 +25,13 @@ class Profile:
         num_classes: `C`.
         train_per_class: images of each class before the tail is cut.
         test_per_class: images of each class in the test set.
+        image_shape: `(H, W, 3)`.
     """
 
     num_classes: int
     train_per_class: int
     test_per_class: int
+    image_shape: tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,23 @@ class LongTailed:
         return len(self.class_counts)
 
 
+def published(
+    name: str, imbalance_ratio: float
+) -> tuple[npt.NDArray[np.int64], tuple[int, int, int]]:
+    """Class counts int64 `[C]` and image shape `(H, W, 3)` of a complete long-tailed training set.
+
+    Nothing is loaded.
+
+    Raises:
+        UserError (a `ValueError`): an unknown name, or a ratio out of range.
+    """
+    profile, _ = _look_up(name)
+    counts = long_tail.exponential_counts(
+        profile.num_classes, profile.train_per_class, imbalance_ratio
+    )
+    return counts, profile.image_shape
+
+
 def load(
     name: str,
     imbalance_ratio: float,
@@ -86,9 +105,7 @@ def load(
         UserError (a `ValueError`): an unknown name, a data set that is not there, an empty class,
             a label out of range, or counts that differ.
     """
-    if name not in DATASETS:
-        raise UserError(f"Unknown data set {name!r}; choose from {', '.join(DATASETS)}.")
-    profile, loader = DATASETS[name]
+    profile, loader = _look_up(name)
     train, test = loader(data_dir)
     available = long_tail.class_counts(train.labels, profile.num_classes)
     found = available, long_tail.class_counts(test.labels, profile.num_classes)
@@ -139,6 +156,12 @@ def _explain_counts(
         f"{test.sum()} in all); prepare it anew, or pass --config.data.check_counts=False to use "
         "it as it is."
     )
+
+
+def _look_up(name: str) -> tuple[Profile, Callable[[str], tuple[ArraySource, ArraySource]]]:
+    if name not in DATASETS:
+        raise UserError(f"Unknown data set {name!r}; choose from {', '.join(DATASETS)}.")
+    return DATASETS[name]
 
 
 _DIGITS_TEST_PER_CLASS = 40
@@ -236,7 +259,10 @@ def _read_cifar(builder: Any, split: str) -> ArraySource:
 
 
 DATASETS: dict[str, tuple[Profile, Callable[[str], tuple[ArraySource, ArraySource]]]] = {
-    "digits": (Profile(10, _DIGITS_TRAIN_PER_CLASS, _DIGITS_TEST_PER_CLASS), _load_digits),
-    "cifar10": (Profile(10, 5000, 1000), _load_cifar("cifar10")),
-    "cifar100": (Profile(100, 500, 100), _load_cifar("cifar100")),
+    "digits": (
+        Profile(10, _DIGITS_TRAIN_PER_CLASS, _DIGITS_TEST_PER_CLASS, (8, 8, 3)),
+        _load_digits,
+    ),
+    "cifar10": (Profile(10, 5000, 1000, (32, 32, 3)), _load_cifar("cifar10")),
+    "cifar100": (Profile(100, 500, 100, (32, 32, 3)), _load_cifar("cifar100")),
 }
