@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,11 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.flops import count_flops
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.topologies import Chip, chip_of, compile_only_devices
+
+if TYPE_CHECKING:  # it imports TensorFlow, which reads its environment when it is imported
+    from balpoe_jax.experiment import Program
+
+Batch = dict[str, jax.ShapeDtypeStruct]
 
 # The mode that compiles for absent devices; pmap gives the same numbers, but only where they are.
 _MODE = "shard_map"
@@ -61,7 +66,7 @@ def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) -> dict[str, Any]:
     """The same for given devices, each of which is such a chip."""
-    # Here and not above: they import TensorFlow, which reads its environment then.
+    # Here and not above, for TensorFlow's sake, as said there.
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
 
@@ -76,22 +81,11 @@ def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) ->
     program, plain = build(config.model.remat), build(remat=False)
     state = program.abstract_state()
 
-    def batch(size: int, **columns: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        shapes = {"images": (jnp.float32, image_shape), "labels": (jnp.int32, ())}
-        for name, dtype in columns.items():
-            shapes[name] = (dtype, ())
-        return {
-            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=parallel.sharded)
-            for name, (dtype, shape) in shapes.items()
-        }
-
-    train_batch = batch(config.batch_size, other_labels=jnp.int32, weight=jnp.float32)
-    eval_batch = batch(program.eval_batch_size, mask=jnp.bool_)
+    train_batch, eval_batch = abstract_batches(program)
+    train_arguments, eval_arguments = (state, train_batch), (state.variables, eval_batch)
     # What is computed twice to save memory is needed once.
-    needed = (
-        count_flops(plain.map_train_step(), state, train_batch),
-        count_flops(plain.map_eval_step(), state.variables, eval_batch),
-    )
+    train_flops = count_flops(plain.map_train_step(), *train_arguments)
+    eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
     return {
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
@@ -106,16 +100,36 @@ def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) ->
         "image_shape": image_shape,
         "accumulate": config.optim.accumulate,
         "train": _examine_step(
-            program.map_train_step(), (state, train_batch), config.batch_size, needed[0], chip
+            program.map_train_step(), train_arguments, config.batch_size, train_flops, chip
         ),
         "eval": _examine_step(
-            program.map_eval_step(),
-            (state.variables, eval_batch),
-            program.eval_batch_size,
-            needed[1],
-            chip,
+            program.map_eval_step(), eval_arguments, program.eval_batch_size, eval_flops, chip
         ),
     }
+
+
+def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
+    """Shapes, dtypes and placement of what `data.pipeline` feeds the train and the eval step."""
+
+    def batch(size: int, **dtypes: Any) -> Batch:
+        shapes = {name: program.image_shape if name == "images" else () for name in dtypes}
+        placement = program.parallel.sharded
+        return {
+            name: jax.ShapeDtypeStruct((size, *shapes[name]), dtype, sharding=placement)
+            for name, dtype in dtypes.items()
+        }
+
+    images, labels = jnp.float32, jnp.int32
+    return (
+        batch(
+            program.config["batch_size"],
+            images=images,
+            labels=labels,
+            other_labels=labels,
+            weight=jnp.float32,
+        ),
+        batch(program.eval_batch_size, images=images, labels=labels, mask=jnp.bool_),
+    )
 
 
 def _examine_step(

@@ -286,5 +286,5 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
 
 
 def num_parameters(params: Any) -> int:
-    """Trainable numbers in a tree."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
+    """Trainable numbers in a tree of arrays, or of their abstract twins."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
