@@ -141,7 +141,7 @@ def _examine_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
+        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].rstrip(".")
         raise UserError(
             f"The step does not fit into a device's memory ({reason}); choose a smaller "
             "--config.batch_size, --config.optim.accumulate=2 or more, --config.model.remat=True, "
@@ -203,7 +203,9 @@ def as_text(found: dict[str, Any]) -> str:
             f"{steps[0]['batch_size']} to train ({each[0]} a device, in {found['accumulate']} "
             f"microbatches) and {steps[1]['batch_size']} to evaluate ({each[1]} a device)",
             f"Compiled with parallel.mode={_MODE}: pmap compiles only where the devices are",
-            "Figures are of one device and step:",
+            "Figures are of one device and step (the compiler counts one microbatch's operations):"
+            if found["accumulate"] > 1
+            else "Figures are of one device and step:",
             "",
             tables.as_text(tables.Table("aot", "", columns, rows)),
         )

@@ -42,6 +42,14 @@ _UNIT = 2 * 128 * 128  # operations a cycle of the matrix unit before v6e, which
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
+# What libtpu would ask the host of a TPU for, and complain when there is none. The accelerator is
+# not that of the topology, which is asked for by name.
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
 # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The compiler's devices are the two
 # cores of a chip on v4, and whole chips on the others.
 CHIPS = {
@@ -79,8 +87,8 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    # Not to ask Google Cloud's metadata server, which is only there on a TPU's host.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in _NO_HOST.items():
+        os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if topology.endswith(":1x1"):  # less than a host has
         options["chips_per_host_bounds"] = (1, 1, 1)

@@ -48,8 +48,9 @@ def test_figures_of_both_steps(found: dict) -> None:
     train, evaluation = found["train"]["flops"], found["eval"]["flops"]
     first_convolution = 2 * 8 * 8 * 8 * 9 * 3 * 16  # of eight images; has no gradient of its input
     assert train["needed"] == 3 * evaluation["needed"] - first_convolution
-    for flops in (train, evaluation):  # the compiler leaves out padding, half the work at 2x2
-        assert 0.5 < flops["compiler"] / flops["needed"] < 1.3
+    # The compiler leaves out padding, much of the work at 2x2, and counts the microbatch once.
+    for flops, times in ((train, 2), (evaluation, 1)):
+        assert 0.6 < times * flops["compiler"] / flops["needed"] < 1
     memory = found["train"]["memory"]
     assert memory["arguments"] > 2 * 4 * found["num_parameters"]  # and momentum
     parts = ("arguments", "outputs", "temporaries", "code")
