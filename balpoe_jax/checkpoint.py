@@ -56,7 +56,7 @@ class Checkpoints:
         Raises:
             UserError (a `ValueError`): this or the save before it could not be written.
         """
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         if step == self.latest_step():
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
@@ -52,11 +53,43 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
 
 def define_run_flags() -> None:
     """Defines --config and --workdir."""
+    define_config_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.mark_flag_as_required("workdir")
+
+
+def define_config_flag() -> None:
+    """Defines --config."""
     config_flags.DEFINE_config_file(
         "config", None, "File of the experiment, FILE.py[:key=value,...].", lock_config=True
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps what JAX compiles in `folder` and takes from there what another process compiled.
+
+    Without a folder, JAX's own settings (such as `JAX_COMPILATION_CACHE_DIR`) stay in force.
+
+    Raises:
+        UserError (a `ValueError`): a folder that cannot be written to.
+    """
+    if not folder:
+        return
+    import jax  # not above: the commands that compile nothing start without it
+
+    path = Path(folder).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(
+            f"The compilation cache {path} cannot be written to; choose another folder with "
+            "--config.cache_dir=DIR, or none."
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def _log_to_terminal() -> None:

@@ -15,6 +15,9 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.losses import equidistant_taus
 from balpoe_jax.models import CIFAR_MODELS
 
+# In which a model's body may compute.
+DTYPES = ("float32", "bfloat16")
+
 # What each method trains: the number of experts, and taus as its two ends.
 METHODS = {
     "balpoe": (3, 0.0, 2.0),
@@ -39,6 +42,8 @@ def default_config() -> ConfigDict:
         total_epochs, batch_size.
         remark: free text that results and report carry.
         log_every_steps: a progress line and a row of metrics.jsonl each time.
+        cache_dir: folder in which the commands keep compiled programs for their next start; empty
+            for none. Its files are run as code: a folder of your own for each kind of machine.
         data.name: see `balpoe_jax.data.datasets.DATASETS`.
         data.data_dir: TFDS folder; empty for TFDS's default.
         data.imbalance_ratio: largest over smallest class.
@@ -56,8 +61,12 @@ def default_config() -> ConfigDict:
         mixup.alpha: 0 for none. mixup.groups: see `balpoe_jax.data.mixing`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension: see
             `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs and
-            "loop" elsewhere.
+            "loop" elsewhere; model.dtype: of the body's computations, "float32" or "bfloat16"
+            (parameters, statistics, heads and loss are float32 in both); model.remat: compute
+            activations anew for the gradient instead of keeping them.
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
+        optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
+            after the other to save memory; see `balpoe_jax.state.make_train_step`.
         optim.*: see `balpoe_jax.optim`.
         parallel.mode: "pmap" or "shard_map"; parallel.sync_batch_norm: statistics over the
             global batch instead of each device's part.
@@ -72,6 +81,11 @@ def default_config() -> ConfigDict:
             target prior is estimated; eval.prior_significance: the level at which predictions must
             show a shift for the estimate to be used; see `balpoe_jax.scoring.score`.
         checkpoint.every_epochs, checkpoint.keep.
+        profile.steps: the first and the last step of a profiler trace, written into the workdir's
+            folder `profile`; empty for none.
+
+    A field that is added later must have the default that does what was done before there was the
+    field: the record of an older run, which lacks it, is read as if it had the default.
     """
     config = ConfigDict()
     config.seed = 1
@@ -79,6 +93,7 @@ def default_config() -> ConfigDict:
     config.batch_size = 128
     config.remark = ""
     config.log_every_steps = 50
+    config.cache_dir = ""
     config.data = ConfigDict(
         {
             "name": "",
@@ -114,6 +129,8 @@ def default_config() -> ConfigDict:
             "scale": 30.0,
             "reduce_dimension": False,
             "expert_map": "auto",
+            "dtype": "float32",
+            "remat": False,
         }
     )
     config.loss = ConfigDict({"taus": (), "tau_min": 0.0, "tau_max": 2.0})
@@ -127,6 +144,7 @@ def default_config() -> ConfigDict:
             "boundaries": (160, 180),
             "factor": 0.1,
             "warmup_epochs": 5,
+            "accumulate": 1,
         }
     )
     config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
@@ -143,6 +161,7 @@ def default_config() -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
+    config.profile = ConfigDict({"steps": ()})
     return config
 
 
@@ -307,6 +326,7 @@ def check_config(config: ConfigDict) -> None:
         "optim.momentum": 0,
         "optim.weight_decay": 0,
         "optim.warmup_epochs": 0,
+        "optim.accumulate": 1,
         "eval.batch_size": 1,
         "eval.num_bins": 1,
         "eval.every_epochs": 0,
@@ -331,6 +351,7 @@ def check_config(config: ConfigDict) -> None:
         "optim.boundaries": None,
         "loss.taus": None,
         "eval.shift_ratios": None,
+        "profile.steps": None,
     }
     for field, length in lengths.items():
         values = _field(config, field)
@@ -345,6 +366,16 @@ def check_config(config: ConfigDict) -> None:
         )
     if min(config.data.std) <= 0:
         raise UserError(f"config.data.std must be positive, got {config.data.std}.")
+    if config.model.dtype not in DTYPES:
+        raise UserError(
+            f"Unknown config.model.dtype {config.model.dtype!r}; choose from {', '.join(DTYPES)}."
+        )
+    steps = tuple(config.profile.steps)
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(
+            "config.profile.steps must be the first and the last step to trace, counted from 1, "
+            f"such as (11,13); got {steps}."
+        )
     resolve_taus(config)
 
 

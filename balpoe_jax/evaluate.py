@@ -16,8 +16,8 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.data.sources import Source
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import Experiment, build, num_parameters
-from balpoe_jax.parallel import AXIS_NAME, Prefetcher
-from balpoe_jax.state import TrainState, make_eval_step
+from balpoe_jax.parallel import Prefetcher
+from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._step = experiment.parallel.map_step(make_eval_step(experiment.model, AXIS_NAME))
+        self._step = experiment.map_eval_step()
 
     def score_test(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """Accuracy and calibration on the test set alone, for a look at a running training.
@@ -98,10 +98,10 @@ class Evaluator:
         """Every example of `source` once; the logits go to disk as they come."""
         experiment = self._experiment
         shape = (len(experiment.taus), len(source), experiment.data.num_classes)
-        settings, devices = experiment.train_settings, experiment.parallel.num_devices
-        # Rounded up to what the devices can share; what is too much is padding.
-        batch_size = -(-experiment.config["eval"]["batch_size"] // devices) * devices
-        batches = pipeline.eval_batches(source, batch_size, settings.mean, settings.std)
+        settings = experiment.train_settings
+        batches = pipeline.eval_batches(
+            source, experiment.eval_batch_size, settings.mean, settings.std
+        )
         outputs = (
             jax.device_get(self._step(state.variables, batch))
             for batch in Prefetcher(batches, experiment.parallel)

@@ -3,10 +3,12 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 import optax
 from ml_collections import ConfigDict
@@ -18,20 +20,18 @@ from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import ExpertEnsemble, create_model
-from balpoe_jax.state import TrainState, create_state
+from balpoe_jax.state import TrainState, create_state, make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Everything a run works with that does not change while it runs.
+class Program:
+    """What is compiled for an experiment, which takes its data set's counts but not its images.
 
     Attributes:
         config: the resolved values, plain and immutable by convention; for the record only.
-        data: the long-tailed training set and the test set.
-        targets: the class distributions that the test set is scored on.
-        train_settings: how training batches are made.
+        image_shape: `(H, W, 3)`.
         parallel: the devices.
         model: to be applied within `parallel`'s mapped steps.
         optimizer: with its learning-rate schedule.
@@ -42,9 +42,7 @@ class Experiment:
     """
 
     config: dict[str, Any]
-    data: LongTailed
-    targets: list[shift.Target]
-    train_settings: pipeline.TrainSettings
+    image_shape: tuple[int, int, int]
     parallel: parallel.Parallel
     model: ExpertEnsemble
     optimizer: optax.GradientTransformation
@@ -56,23 +54,42 @@ class Experiment:
 
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
-        create = jax.jit(
-            lambda key: create_state(self.model, self.optimizer, key, self.data.train.image_shape),
-            out_shardings=self.parallel.replicated,
-        )
+        create = jax.jit(self._create_state, out_shardings=self.parallel.replicated)
         return create(jax.random.key(self.config["seed"]))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and placement of the state, without computing one."""
-        shapes = jax.eval_shape(
-            lambda: create_state(
-                self.model, self.optimizer, jax.random.key(0), self.data.train.image_shape
-            )
-        )
+        shapes = jax.eval_shape(lambda: self._create_state(jax.random.key(0)))
         placement = self.parallel.replicated
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), shapes
         )
+
+    def _create_state(self, key: jax.Array) -> TrainState:
+        return create_state(self.model, self.optimizer, key, self.image_shape)
+
+    def map_train_step(self) -> Callable[..., Any]:
+        """The update on all devices, which takes a state and gives its memory to the new one."""
+        step = make_train_step(
+            self.model,
+            self.optimizer,
+            self.log_prior,
+            jnp.asarray(self.taus),
+            parallel.AXIS_NAME,
+            self.config["parallel"]["sync_batch_norm"],
+            self.config["optim"]["accumulate"],
+        )
+        return self.parallel.map_step(step, donate=True)
+
+    def map_eval_step(self) -> Callable[..., Any]:
+        """The prediction on all devices, which takes the model's variables."""
+        return self.parallel.map_step(make_eval_step(self.model, parallel.AXIS_NAME))
+
+    @property
+    def eval_batch_size(self) -> int:
+        """The config's, rounded up to what the devices can share; what is too much is padding."""
+        devices = self.parallel.num_devices
+        return -(-self.config["eval"]["batch_size"] // devices) * devices
 
     def resolved(self) -> dict[str, Any]:
         """What the config leaves to its defaults and the devices, as it is in use."""
@@ -82,6 +99,21 @@ class Experiment:
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Program):
+    """Everything a run works with that does not change while it runs.
+
+    Attributes:
+        data: the long-tailed training set and the test set.
+        targets: the class distributions that the test set is scored on.
+        train_settings: how training batches are made.
+    """
+
+    data: LongTailed
+    targets: list[shift.Target]
+    train_settings: pipeline.TrainSettings
 
     def data_record(self) -> dict[str, Any]:
         """What the data set turned out to be."""
@@ -103,24 +135,13 @@ def build(config: ConfigDict) -> Experiment:
         UserError (a `ValueError`): a value of the config that is not valid, data that is not there
             or not as it should be, a batch that the devices cannot share.
     """
-    config_lib.check_config(config)
     devices = parallel.make_parallel(config.parallel.mode)
-    devices.check_batch_size(config.batch_size, "batch_size")
-    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts=1)
-    taus = config_lib.resolve_taus(config)
-    rates = optim.learning_rates(
-        config.total_epochs,
-        config.optim.learning_rate,
-        config.optim.schedule,
-        config.optim.boundaries,
-        config.optim.factor,
-        config.optim.warmup_epochs,
-    )
+    check(config, devices)  # before the data, which may take its time
     settings = _train_settings(config)
     data = _load_data(config)
-    steps_per_epoch = pipeline.steps_per_epoch(len(data.train), config.batch_size)
+    program = build_program(config, devices, data.class_counts, data.train.image_shape)
     return Experiment(
-        config=config.to_dict(),
+        **vars(program),
         data=data,
         targets=shift.make_targets(
             data.test.labels,
@@ -130,8 +151,34 @@ def build(config: ConfigDict) -> Experiment:
             config.eval.shift_lists,
         ),
         train_settings=settings,
+    )
+
+
+def build_program(
+    config: ConfigDict,
+    devices: parallel.Parallel,
+    class_counts: npt.NDArray[np.int64],
+    image_shape: tuple[int, int, int],
+) -> Program:
+    """Builds what is compiled for an experiment.
+
+    Args:
+        config: of the experiment.
+        devices: that share a batch; they need not be this host's.
+        class_counts: int `[C]`, training images of each class.
+        image_shape: `(H, W, 3)` of the images that the model gets.
+
+    Raises:
+        UserError (a `ValueError`): as `check` does.
+    """
+    check(config, devices)
+    rates = _learning_rates(config)
+    steps_per_epoch = pipeline.steps_per_epoch(int(class_counts.sum()), config.batch_size)
+    return Program(
+        config=config.to_dict(),
+        image_shape=image_shape,
         parallel=devices,
-        model=_make_model(config, data.num_classes, devices),
+        model=_make_model(config, len(class_counts), devices),
         optimizer=optim.make_optimizer(
             optim.rate_of_step(rates, steps_per_epoch),
             config.optim.momentum,
@@ -139,10 +186,34 @@ def build(config: ConfigDict) -> Experiment:
             config.optim.weight_decay,
         ),
         learning_rates=rates,
-        log_prior=log_prior(data.class_counts),
-        taus=taus,
+        log_prior=log_prior(class_counts),
+        taus=config_lib.resolve_taus(config),
         steps_per_epoch=steps_per_epoch,
         total_steps=config.total_epochs * steps_per_epoch,
+    )
+
+
+def check(config: ConfigDict, devices: parallel.Parallel) -> None:
+    """Refuses what cannot be built of a config on these devices, whatever the data.
+
+    Raises:
+        UserError (a `ValueError`): a value that is not valid, or a batch that the devices cannot
+            share.
+    """
+    config_lib.check_config(config)
+    devices.check_batch_size(config.batch_size, "batch_size", config.optim.accumulate)
+    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts=1)
+    _learning_rates(config)
+
+
+def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
+    return optim.learning_rates(
+        config.total_epochs,
+        config.optim.learning_rate,
+        config.optim.schedule,
+        config.optim.boundaries,
+        config.optim.factor,
+        config.optim.warmup_epochs,
     )
 
 
@@ -202,6 +273,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         # Grouped convolutions, which vmap makes, are fast on a TPU and slow on a CPU.
         on_tpu = devices.mesh.devices.flat[0].platform == "tpu"
         expert_map = "vmap" if on_tpu else "loop"
+    options: dict[str, Any] = {"remat": True} if config.model.remat else {}
     return create_model(
         config.model.name,
         num_classes=num_classes,
@@ -211,9 +283,11 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         classifier=config.model.classifier,
         scale=config.model.scale,
         reduce_dimension=config.model.reduce_dimension,
+        dtype=jnp.dtype(config.model.dtype),
+        **options,
     )
 
 
 def num_parameters(params: Any) -> int:
-    """Trainable numbers in a tree."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
+    """Trainable numbers in a tree of arrays, or of their abstract twins."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

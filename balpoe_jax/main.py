@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from balpoe_jax import command_line
+from balpoe_jax import command_line, start_up
 from balpoe_jax.errors import UserError
 
 
@@ -26,8 +26,12 @@ def main(arguments: Sequence[str]) -> None:
     from balpoe_jax.train import train
 
     tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds; the GPUs are JAX's
-    start = {"train": train, "eval": evaluate}[flags.FLAGS.mode]
-    start(flags.FLAGS.config, flags.FLAGS.workdir)
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    command_line.use_compilation_cache(config.cache_dir)
+    if flags.FLAGS.mode == "train":
+        train(config, workdir, start_up.of_this_process())
+    else:
+        evaluate(config, workdir)
 
 
 if __name__ == "__main__":

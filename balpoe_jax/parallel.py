@@ -48,12 +48,16 @@ class Parallel:
         """The placement of a batch: cut along the leading axis."""
         return NamedSharding(self.mesh, PartitionSpec(AXIS_NAME))
 
-    def check_batch_size(self, batch_size: int, name: str) -> None:
-        """Refuses a global batch that the devices cannot share equally."""
-        if batch_size < 1 or batch_size % self.num_devices:
+    def check_batch_size(self, batch_size: int, name: str, accumulate: int = 1) -> None:
+        """Refuses a global batch that the devices, and their microbatches, cannot share equally."""
+        if batch_size < 1 or batch_size % (self.num_devices * accumulate):
+            times, microbatches = "", ""
+            if accumulate > 1:
+                times, microbatches = " times optim.accumulate", f" x {accumulate}"
             raise UserError(
-                f"{name} must be a positive multiple of the number of devices, got {batch_size} "
-                f"for {self.num_devices}; choose another batch size or fewer devices."
+                f"{name} must be a positive multiple of the number of devices{times}, got "
+                f"{batch_size} for {self.num_devices}{microbatches}; choose another batch size or "
+                f"fewer {'microbatches or ' if accumulate > 1 else ''}devices."
             )
 
     def replicate(self, tree: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 import balpoe_jax
+from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
@@ -33,7 +34,8 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "train.log",
 )
 
-# Where and how often things are read, written and scored: may differ between starts of one run.
+# Where, how often and in what order things are read, written, computed and scored: may differ
+# between starts of one run.
 _OPERATIONAL = (
     "data.data_dir",
     "data.threads",
@@ -42,6 +44,9 @@ _OPERATIONAL = (
     "checkpoint.",
     "eval.",
     "model.expert_map",
+    "model.remat",
+    "cache_dir",
+    "profile.",
 )
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
@@ -116,8 +121,11 @@ def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields on which what is trained depends, by their dotted names, as plain values."""
-    fields = _flatten(plain(config))
+    """The fields on which what is trained depends, by their dotted names, as plain values.
+
+    A field that `config` lacks, since it was recorded before there was the field, has its default.
+    """
+    fields = _flatten(plain(default_config().to_dict())) | _flatten(plain(config))
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 

@@ -66,6 +66,7 @@ def make_train_step(
     taus: jax.Array,
     axis_name: str,
     sync_batch_norm: bool = True,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The update of one device, which must run mapped over the axis `axis_name`.
 
@@ -73,14 +74,21 @@ def make_train_step(
     `images` float `[b, H, W, 3]`, `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the
     share of `labels`. It returns the new state and metrics, equal on all devices. Pass
     `sync_batch_norm=False` for a model whose statistics are each device's own: they are averaged.
+
+    With `accumulate=k` the part is worked off in k microbatches of `b / k` rows, one after the
+    other, in a k-th of the memory for activations. The gradient is the mean of theirs, the large
+    batch's, and crosses the network once. BatchNorm alone sees a difference: it normalises by the
+    statistics of a microbatch (of all devices, or of this one), and the running averages take the
+    mean over the k microbatches as one update, so that they forget at the same pace for any k.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def gradients(params: Any, batch_stats: Any, batch: Batch) -> tuple[Any, tuple[jax.Array, Any]]:
+        """Of a batch's mean loss; beside them the loss of each expert `[E]` and new statistics."""
         targets = mixed_targets(batch, log_prior.shape[0])
 
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             outputs, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": batch_stats},
                 batch["images"],
                 train=True,
                 mutable=["batch_stats"],
@@ -88,9 +96,17 @@ def make_train_step(
             by_expert = expert_losses(outputs.logits, targets, log_prior, taus).mean(axis=1)
             return by_expert.mean(), (by_expert, updated["batch_stats"])
 
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
-        params = jax.lax.pcast(state.params, axis_name, to="varying")
-        (_, (by_expert, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
+        grads, (by_expert, batch_stats) = _mean_over_microbatches(
+            partial(gradients, vary(state.params), state.batch_stats),
+            vary(optax.tree.zeros_like(state.params)),
+            batch,
+            accumulate,
+        )
         grads, by_expert = jax.lax.pmean((grads, by_expert), axis_name)
         if not sync_batch_norm:
             batch_stats = jax.lax.pmean(batch_stats, axis_name)
@@ -109,6 +125,25 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _mean_over_microbatches(
+    gradients: Callable[[Batch], tuple[Any, Any]], zeros: Any, batch: Batch, count: int
+) -> tuple[Any, Any]:
+    """The mean of what `gradients` returns, a large tree and a small one, over `count` cuts.
+
+    `zeros` is like the large tree, which is summed up in place of being kept for each cut.
+    """
+    if count == 1:
+        return gradients(batch)
+    cuts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+    def add(total: Any, cut: Batch) -> tuple[Any, Any]:
+        grads, rest = gradients(cut)
+        return jax.tree.map(jnp.add, total, grads), rest
+
+    total, rest = jax.lax.scan(add, zeros, cuts)
+    return jax.tree.map(lambda x: x / count, total), jax.tree.map(lambda x: x.mean(axis=0), rest)
 
 
 def make_eval_step(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """train(config, workdir): the whole experiment, read from top to bottom."""
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,19 +19,22 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, publish
 from balpoe_jax.experiment import Experiment, build, num_parameters
-from balpoe_jax.parallel import AXIS_NAME, Prefetcher
-from balpoe_jax.state import make_train_step
+from balpoe_jax.parallel import Prefetcher
+from balpoe_jax.profiling import StepProfiler
+from balpoe_jax.start_up import StartUp
+from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str, start_up: StartUp | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the experiment of `config` in `workdir`, then evaluates it.
 
     Args:
         config: see `balpoe_jax.config.default_config`.
         workdir: folder of the run; a run that is there already is resumed from its newest
             checkpoint, and a finished one only evaluated again.
+        start_up: the stopwatch of the command; None to measure from here on.
 
     Returns:
         What `results.json` holds.
@@ -38,6 +42,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
         UserError (a `ValueError`): input that is not valid, or a loss that is not finite.
     """
+    start_up = start_up or StartUp()
     check_config(config)
     path = record.open_workdir(workdir)
     with record.log_to_file(path):
@@ -49,38 +54,33 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
                 "another --workdir."
             )
-        experiment = build(config)
+        with start_up.measure("devices"):
+            jax.local_devices()
+        with start_up.measure("data"):
+            experiment = build(config)
         if not claimed:
             record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
-        return _train(experiment, path)
+        return _train(experiment, path, start_up)
 
 
-def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str, Any]:
     config, devices = experiment.config, experiment.parallel
     per_epoch, total_steps = experiment.steps_per_epoch, experiment.total_steps
     _announce(experiment)
 
     with Checkpoints(str(workdir / "checkpoints"), config["checkpoint"]["keep"]) as checkpoints:
         # The newest checkpoint, or a fresh state.
-        state = checkpoints.restore_latest(experiment.abstract_state())
+        with start_up.measure("restore"):
+            state = checkpoints.restore_latest(experiment.abstract_state())
         if state is None:
-            state = experiment.init_state()
+            with start_up.measure("initialise"):
+                state = jax.block_until_ready(experiment.init_state())
         else:
             log.info("Resumed from the checkpoint of step %d", int(state.step))
         log.info("%s parameters", f"{num_parameters(state.params):,}")
         first_step = int(state.step)
 
-        train_step = devices.map_step(
-            make_train_step(
-                experiment.model,
-                experiment.optimizer,
-                experiment.log_prior,
-                jnp.asarray(experiment.taus),
-                AXIS_NAME,
-                config["parallel"]["sync_batch_norm"],
-            ),
-            donate=True,
-        )
+        train_step = experiment.map_train_step()
         evaluator = Evaluator(experiment)
         batches = Prefetcher(
             pipeline.train_batches(
@@ -93,10 +93,20 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
             devices,
         )
 
-        with record.MetricWriter(workdir, first_step) as writer:
+        with (
+            record.MetricWriter(workdir, first_step) as writer,
+            StepProfiler(workdir, config["profile"]["steps"]) as profiler,
+        ):
             progress = Progress(experiment, first_step, batches)
             for step in range(first_step + 1, total_steps + 1):
-                state, metrics = train_step(state, next(batches))
+                if step == first_step + 1:
+                    with profiler.annotate(step):
+                        state, metrics = _first_step(train_step, state, batches, start_up)
+                    start_up.finish(workdir, step)
+                else:
+                    with profiler.annotate(step), _explicit_transfers():
+                        state, metrics = train_step(state, next(batches))
+                profiler.after(step, metrics)
                 progress.add(metrics)
                 epoch, epoch_ends = step // per_epoch, step % per_epoch == 0
                 save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
@@ -104,7 +114,9 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 last = step == total_steps
                 # Before a checkpoint, so that none is ever written of a state that is not finite.
                 if step % config["log_every_steps"] == 0 or save or test or last:
-                    writer.write(progress.report(step))
+                    with _explicit_transfers():
+                        row = progress.report(step)
+                    writer.write(row)
                 # Before a checkpoint too: a resumed run does not come back to this step.
                 if test and not last:
                     results = evaluator.score_test(state, workdir / "predictions")
@@ -117,6 +129,24 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 writer.write(_test_row(results, total_steps, per_epoch))
     publish(results, workdir)
     return results
+
+
+def _explicit_transfers() -> contextlib.AbstractContextManager[None]:
+    """Batches are placed and metrics fetched explicitly; that anything else passes is a mistake."""
+    return jax.transfer_guard("disallow")
+
+
+def _first_step(
+    train_step: Callable[..., Any], state: TrainState, batches: Prefetcher, start_up: StartUp
+) -> tuple[TrainState, Any]:
+    """The step that waits for the first batch and for the compiler, which fetches constants."""
+    with start_up.measure("first batch"):
+        batch = next(batches)
+    with start_up.measure("compile"):  # the call returns when the step is on its way
+        state, metrics = train_step(state, batch)
+    with start_up.measure("first step"):
+        jax.block_until_ready(metrics)
+    return state, metrics
 
 
 class Progress:

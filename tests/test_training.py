@@ -16,7 +16,8 @@ from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
-from balpoe_jax.train import train
+from balpoe_jax.parallel import Parallel
+from balpoe_jax.train import Progress, train
 
 STEPS_PER_EPOCH = 3
 
@@ -74,6 +75,8 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     timeless = ("loss", "expert_losses", "grad_norm", "learning_rate", "step", "epoch", "test_top1")
     for before, after in zip(rows(finished), rows(workdir), strict=True):
         assert {k: before.get(k) for k in timeless} == {k: after.get(k) for k in timeless}
+    first_steps = [start["step"] for start in rows(workdir, "start_up.jsonl")]
+    assert first_steps == [1, epoch * STEPS_PER_EPOCH + 1]
     discarded = rows(workdir, "metrics.discarded.jsonl")
     assert [row["step"] for row in discarded] == [*range(epoch * STEPS_PER_EPOCH + 1, 7), 6]
 
@@ -93,7 +96,13 @@ def test_the_record_of_a_run(finished: Path) -> None:
     train_rows = [row for row in rows(finished) if "loss" in row]
     assert [row["step"] for row in train_rows] == [1, 2, 3, 4, 5, 6]
     assert all(0 <= row["data_wait_fraction"] <= 1 for row in train_rows)
+    (start_up,) = rows(finished, "start_up.jsonl")
+    assert start_up["step"] == 1
+    parts = ("devices", "data", "restore", "initialise", "first batch", "compile", "first step")
+    assert tuple(start_up["seconds"]) == parts
+    assert 0 < sum(start_up["seconds"].values()) <= start_up["total_seconds"]
     log = (finished / "train.log").read_text()
+    assert "seconds from start to step 1: devices" in log
     assert "413 training images in 10 classes" in log
     assert "step 6/6" in log
 
@@ -163,6 +172,7 @@ def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) 
     shutil.copytree(finished, workdir)
     train(tiny_config(), str(workdir))
     assert rows(workdir) == rows(finished)
+    assert rows(workdir, "start_up.jsonl") == rows(finished, "start_up.jsonl")
     assert not (workdir / "metrics.discarded.jsonl").exists()
 
 
@@ -202,6 +212,90 @@ def test_reading_more_often_is_the_same_run(finished: Path, tmp_path: Path) -> N
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     evaluate(tiny_config(log_every_steps=7, data__threads=1), str(workdir))
+
+
+def test_a_run_of_before_a_field_existed_goes_on_with_its_default(
+    finished: Path, tmp_path: Path
+) -> None:
+    content = json.loads((finished / "config.json").read_text())
+    for section, field in (("optim", "accumulate"), ("model", "dtype"), ("model", "remat")):
+        del content["config"][section][field]
+    del content["config"]["profile"], content["config"]["cache_dir"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    record.check_claim(tmp_path, tiny_config().to_dict())
+    record.check_claim(tmp_path, tiny_config(profile__steps=(1, 2), model__remat=True).to_dict())
+    with pytest.raises(UserError, match=r"optim\.accumulate was 1 and is now 2"):
+        record.check_claim(tmp_path, tiny_config(optim__accumulate=2).to_dict())
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> tuple[Path, list[int]]:
+    """A run of one expert in bfloat16 and two microbatches, traced; compilations by step."""
+    workdir = tmp_path_factory.mktemp("traced")
+    compilations, by_step = [], []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration)
+
+    def add(progress: Progress, metrics: object) -> None:
+        by_step.append(len(compilations))
+        collect(progress, metrics)
+
+    collect = Progress.add
+    config = tiny_config(
+        batch_size=136,
+        model__num_experts=1,
+        model__dtype="bfloat16",
+        optim__accumulate=2,
+        profile__steps=(2, 3),
+        checkpoint__every_epochs=2,
+    )
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "add", add)
+        train(config, str(workdir))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return workdir, by_step
+
+
+def test_nothing_is_compiled_after_the_first_step(traced: tuple[Path, list[int]]) -> None:
+    first, *others = traced[1]
+    assert first > 0
+    assert len(others) > 4
+    assert set(others) == {first}
+
+
+def test_chosen_steps_are_traced(traced: tuple[Path, list[int]], finished: Path) -> None:
+    (trace,) = (traced[0] / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    assert trace.stat().st_size > 1000
+    assert content.count(b"step_num") >= 1
+    assert not (finished / "profile").exists()
+
+
+def test_the_state_stays_in_single_precision(traced: tuple[Path, list[int]]) -> None:
+    config = tiny_config(batch_size=136, model__num_experts=1, model__dtype="bfloat16")
+    state = final_state(config, traced[0])
+    floats = {x.dtype for x in jax.tree.leaves(state) if x.dtype != np.int32}
+    assert floats == {np.dtype(np.float32)}
+    assert all(np.isfinite(row["loss"]) for row in rows(traced[0]) if "loss" in row)
+
+
+def test_transfers_that_nobody_asked_for_end_the_run(monkeypatch, tmp_path: Path) -> None:
+    placed = Parallel.shard
+    calls: list[None] = []
+
+    def shard(parallel: Parallel, batch: dict) -> dict:
+        calls.append(None)
+        on_devices = placed(parallel, batch)
+        # From the third batch on it stays on the host.
+        return on_devices if len(calls) < 3 else jax.tree.map(np.asarray, on_devices)
+
+    monkeypatch.setattr(Parallel, "shard", shard)
+    config = tiny_config(model__num_experts=1)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(config, str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,13 @@ class Profile:
         num_classes: `C`.
         train_per_class: images of each class before the tail is cut.
         test_per_class: images of each class in the test set.
+        image_shape: `(H, W, 3)`.
     """
 
     num_classes: int
     train_per_class: int
     test_per_class: int
+    image_shape: tuple[int, int, int]
 
 
 def load_cut(
@@ -178,7 +180,10 @@ def _read_cifar(builder: Any, split: str) -> ArraySource:
 
 
 BALANCED: dict[str, tuple[Profile, Callable[[str], tuple[ArraySource, ArraySource]]]] = {
-    "digits": (Profile(10, _DIGITS_TRAIN_PER_CLASS, _DIGITS_TEST_PER_CLASS), _load_digits),
-    "cifar10": (Profile(10, 5000, 1000), _load_cifar("cifar10")),
-    "cifar100": (Profile(100, 500, 100), _load_cifar("cifar100")),
+    "digits": (
+        Profile(10, _DIGITS_TRAIN_PER_CLASS, _DIGITS_TEST_PER_CLASS, (8, 8, 3)),
+        _load_digits,
+    ),
+    "cifar10": (Profile(10, 5000, 1000, (32, 32, 3)), _load_cifar("cifar10")),
+    "cifar100": (Profile(100, 500, 100, (32, 32, 3)), _load_cifar("cifar100")),
 }

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles an experiment's steps for a TPU slice without having one, and tells what they need.
+
+    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
+
+The train and the eval step are those of `balpoe_jax.main`, compiled by the TPU's own compiler (the
+package libtpu), so what does not fit or compile there fails here. The data set need not be there:
+class counts are the published ones. The figures of time are the compiler's model of a core, without
+communication, which runs beside it at best; nothing is measured.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from balpoe_jax import command_line, hlo
+from balpoe_jax.errors import UserError
+from balpoe_jax.flops import count_flops
+from balpoe_jax.parallel import make_parallel
+from balpoe_jax.topologies import Chip, chip_of, compile_only_devices
+
+if TYPE_CHECKING:  # it imports TensorFlow, which reads its environment when it is imported
+    from balpoe_jax.experiment import Program
+
+Batch = dict[str, jax.ShapeDtypeStruct]
+
+# The mode that compiles for absent devices; pmap gives the same numbers, but only where they are.
+_MODE = "shard_map"
+
+# Size and unit of the figures in the text, by name.
+_ROWS = (
+    ("compile time, s", ("compile_seconds",), 1),
+    ("memory: arguments, MB", ("memory", "arguments"), 1e6),
+    ("memory: results, MB", ("memory", "outputs"), 1e6),
+    ("memory: of these shared, MB", ("memory", "aliased"), 1e6),
+    ("memory: temporaries, MB", ("memory", "temporaries"), 1e6),
+    ("memory: program, MB", ("memory", "code"), 1e6),
+    ("memory in all, MB", ("memory", "total"), 1e6),
+    ("  of the device's, %", ("memory", "fraction"), 0.01),
+    ("products needed, GFLOP", ("flops", "needed"), 1e9),
+    ("counted by the compiler, GFLOP", ("flops", "compiler"), 1e9),
+    ("estimated cycles, million", ("cycles",), 1e6),
+    ("  time, ms", ("seconds",), 1e-3),
+    ("  images/s on all devices", ("images_per_second",), 1),
+    ("  utilisation, %", ("utilisation",), 0.01),
+)
+
+
+def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles both steps of an experiment for a topology; what the command prints, plain.
+
+    Raises:
+        UserError (a `ValueError`): a topology that is unknown, no compiler, a config that is not
+            valid or whose batch the devices cannot share, or steps that need too much memory.
+    """
+    chip = chip_of(topology)
+    return {"topology": topology, **examine_on(config, compile_only_devices(topology), chip)}
+
+
+def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) -> dict[str, Any]:
+    """The same for given devices, each of which is such a chip."""
+    # Here and not above, for TensorFlow's sake, as said there.
+    from balpoe_jax.data.datasets import published
+    from balpoe_jax.experiment import build_program, num_parameters
+
+    counts, image_shape = published(config.data.name, config.data.imbalance_ratio)
+    parallel = make_parallel(_MODE, devices)
+
+    def build(remat: bool) -> Any:
+        changed = config.copy_and_resolve_references()
+        changed.model.remat = remat
+        return build_program(changed, parallel, counts, image_shape)
+
+    program, plain = build(config.model.remat), build(remat=False)
+    state = program.abstract_state()
+
+    train_batch, eval_batch = abstract_batches(program)
+    train_arguments, eval_arguments = (state, train_batch), (state.variables, eval_batch)
+    # What is computed twice to save memory is needed once.
+    train_flops = count_flops(plain.map_train_step(), *train_arguments)
+    eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
+    return {
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "hbm_bytes": chip.hbm_bytes,
+        "peak_flops": chip.peak_flops,
+        "parallel_mode": _MODE,
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "num_experts": config.model.num_experts,
+        "expert_map": program.model.expert_map,
+        "num_parameters": num_parameters(state.params),
+        "image_shape": image_shape,
+        "accumulate": config.optim.accumulate,
+        "train": _examine_step(
+            program.map_train_step(), train_arguments, config.batch_size, train_flops, chip
+        ),
+        "eval": _examine_step(
+            program.map_eval_step(), eval_arguments, program.eval_batch_size, eval_flops, chip
+        ),
+    }
+
+
+def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
+    """Shapes, dtypes and placement of what `data.pipeline` feeds the train and the eval step."""
+
+    def batch(size: int, **dtypes: Any) -> Batch:
+        shapes = {name: program.image_shape if name == "images" else () for name in dtypes}
+        placement = program.parallel.sharded
+        return {
+            name: jax.ShapeDtypeStruct((size, *shapes[name]), dtype, sharding=placement)
+            for name, dtype in dtypes.items()
+        }
+
+    images, labels = jnp.float32, jnp.int32
+    return (
+        batch(
+            program.config["batch_size"],
+            images=images,
+            labels=labels,
+            other_labels=labels,
+            weight=jnp.float32,
+        ),
+        batch(program.eval_batch_size, images=images, labels=labels, mask=jnp.bool_),
+    )
+
+
+def _examine_step(
+    step: Any, arguments: tuple[Any, ...], batch_size: int, needed_flops: int, chip: Chip
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        compiled = step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"The step does not fit into a device's memory ({reason}); choose a smaller "
+            "--config.batch_size, --config.optim.accumulate=2 or more, --config.model.remat=True, "
+            "--config.model.dtype=bfloat16 or a larger topology."
+        ) from error
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    cycles = hlo.estimated_cycles(text)
+    duration = cycles / chip.clock_hertz if cycles else None
+    return {
+        "batch_size": batch_size,
+        "compile_seconds": seconds,
+        "memory": _memory(compiled.memory_analysis(), chip),
+        "flops": {"needed": needed_flops, "compiler": compiled.cost_analysis().get("flops")},
+        "collectives": [
+            {"kind": each.kind, "count": each.count, "bytes": each.bytes}
+            for each in hlo.collectives(text)
+        ],
+        "cycles": cycles,
+        "seconds": duration,
+        "images_per_second": batch_size / duration if duration else None,
+        "utilisation": needed_flops / (cycles * chip.flops_per_cycle) if cycles else None,
+    }
+
+
+def _memory(stats: Any, chip: Chip) -> dict[str, float]:
+    """Bytes on one device; the results' that reuse arguments' are counted once in the total."""
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    total = sum(memory.values()) - 2 * memory["aliased"]
+    return {**memory, "total": total, "fraction": total / chip.hbm_bytes}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `examine` returns, for a terminal."""
+    from balpoe_jax import tables
+
+    steps = [found["train"], found["eval"]]
+    rows = [(label, [_figure(step, path, unit) for step in steps]) for label, path, unit in _ROWS]
+    for kind in hlo.COLLECTIVES:
+        of_kind = [[each for each in s["collectives"] if each["kind"] == kind] for s in steps]
+        if any(of_kind):
+            rows.append((kind, [str(sum(e["count"] for e in each)) for each in of_kind]))
+            sizes = [_shown(sum(e["bytes"] for e in each) / 1e6) for each in of_kind]
+            rows.append((f"  {kind}, MB", sizes))
+    columns = tuple(tables.Column(name) for name in ("train", "eval"))
+    each = [step["batch_size"] // found["devices"] for step in steps]
+    return "\n".join(
+        (
+            f"{found['model']} with {found['num_experts']} experts ({found['expert_map']}, "
+            f"{found['dtype']}), {found['num_parameters']:,} parameters, images of "
+            f"{'x'.join(map(str, found['image_shape']))}",
+            f"{found['devices']} devices {found['device_kind']}, global batch "
+            f"{steps[0]['batch_size']} to train ({each[0]} a device, in {found['accumulate']} "
+            f"microbatches) and {steps[1]['batch_size']} to evaluate ({each[1]} a device)",
+            f"Compiled with parallel.mode={_MODE}: pmap compiles only where the devices are",
+            "Figures are of one device and step (the compiler counts one microbatch's operations):"
+            if found["accumulate"] > 1
+            else "Figures are of one device and step:",
+            "",
+            tables.as_text(tables.Table("aot", "", columns, rows)),
+        )
+    )
+
+
+def _figure(step: dict[str, Any], path: tuple[str, ...], unit: float) -> str:
+    value: Any = step
+    for key in path:
+        value = value[key]
+    return "-" if value is None else _shown(value / unit)
+
+
+def _shown(value: float) -> str:
+    """Four digits, all digits of large numbers, and none of an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{float(f'{value:.3g}'):g}"
+
+
+def define_flags() -> None:
+    """Defines --config, --topology and --output."""
+    command_line.define_config_flag()
+    flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v5e:4x4.")
+    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.mark_flag_as_required("topology")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compiles and prints as the flags say."""
+    if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays untouched
+    found = examine(flags.FLAGS.config, flags.FLAGS.topology)
+    print(as_text(found))
+    if flags.FLAGS.output:
+        Path(flags.FLAGS.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line.run(define_flags, main)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program's text tells: which collectives it has, and how long it should take.
+
+The text is that of an optimised HLO module (`compiled.as_text()`): computations in braces, an
+instruction a line. Only what is needed here is read; nothing else is assumed of it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+# These start with a result that holds their operand, too.
+_START_HOLDS_OPERAND = ("all-gather-start", "collective-permute-start")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?\S+ = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_CALLED = re.compile(r"\b(?:calls|body|to_apply|\w+_computations?)=(\{[^}]*\}|%?[^\s,]+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind in one run of a program.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        count: how often one is run; several arrays that travel together count once.
+        bytes: of all results on one device.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    opcode: str
+    result: str
+    attributes: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a program by kind, those inside loops as often as the loop runs."""
+    return _add_up(
+        (kind, count, count * _bytes(_communicated(instruction)))
+        for kind, count, instruction in _find_collectives(text)
+    )
+
+
+def collective_sizes(text: str) -> list[tuple[str, int]]:
+    """Kind and bytes of every collective in a program, one by one, in the order of its text."""
+    return [
+        (kind, _bytes(_communicated(instruction)))
+        for kind, count, instruction in _find_collectives(text)
+        for _ in range(count)
+    ]
+
+
+def estimated_cycles(text: str) -> int | None:
+    """The cycles that the TPU compiler expects of a program; None for a platform without estimates.
+
+    The sum over the instructions, which a core runs one after the other. Transfers that run beside
+    them, collectives among these, have no estimate and are not in it.
+    """
+    computations, entry = _parse(text)
+    if _CYCLES.search(text) is None:
+        return None
+    return _cycles(computations, entry)
+
+
+def _cycles(computations: dict[str, list[_Instruction]], name: str) -> int:
+    total = 0
+    for instruction in computations.get(name, ()):
+        estimate = _CYCLES.search(instruction.attributes)
+        if estimate:  # of a fusion as a whole
+            total += int(estimate[1])
+        else:
+            inside = sum(_cycles(computations, called) for called in _called(instruction))
+            total += _trip_count(instruction) * inside
+    return total
+
+
+def _find_collectives(text: str) -> Iterator[tuple[str, int, _Instruction]]:
+    computations, entry = _parse(text)
+
+    def visit(name: str, times: int) -> Iterator[tuple[str, int, _Instruction]]:
+        for instruction in computations.get(name, ()):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                yield kind, times, instruction
+            else:
+                for called in _called(instruction):
+                    yield from visit(called, times * _trip_count(instruction))
+
+    return visit(entry, 1)
+
+
+def _add_up(found: Iterator[tuple[str, int, int]]) -> list[Collective]:
+    totals: dict[str, tuple[int, int]] = {}
+    for kind, count, size in found:
+        before = totals.get(kind, (0, 0))
+        totals[kind] = before[0] + count, before[1] + size
+    return [Collective(kind, *totals[kind]) for kind in COLLECTIVES if kind in totals]
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """The instructions of every computation by its name, and the name of the first to run."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current.append(_Instruction(found[2], found[1], found[3]))
+    return computations, entry
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    """The computations that run as part of an instruction."""
+    if instruction.opcode in ("async-update", "async-done"):  # of what async-start called
+        return []
+    found = _CALLED.findall(instruction.attributes)
+    return [name.strip(" %") for names in found for name in names.strip("{}").split(",")]
+
+
+def _trip_count(instruction: _Instruction) -> int:
+    """How often a loop runs its body; 1 for one that does not tell, and for what is no loop."""
+    found = _TRIP_COUNT.search(instruction.attributes)
+    return int(found[1]) if found else 1
+
+
+def _communicated(instruction: _Instruction) -> str:
+    """The type of what a collective leaves on a device."""
+    if instruction.opcode not in _START_HOLDS_OPERAND:
+        return instruction.result
+    return _elements(instruction.result)[1]
+
+
+def _elements(tuple_type: str) -> list[str]:
+    """The outermost elements of a tuple's type."""
+    elements, depth = [""], 0
+    for character in tuple_type.strip()[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return elements
+
+
+def _bytes(type_text: str) -> int:
+    """The memory of all arrays in a type such as `(f32[2,3]{1,0}, bf16[])`, without padding."""
+    total = 0
+    for kind, bits, dimensions in _ARRAY.findall(type_text):
+        size = math.prod(int(length) for length in dimensions.split(",") if length)
+        total += size * (1 if kind == "pred" else int(bits or 0) // 8)
+    return total

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TPU slices to compile for without having one: which there are, and what their chips can do."""
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import jax
+
+from balpoe_jax.errors import UserError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a JAX device of one generation of TPUs is.
+
+    Attributes:
+        hbm_bytes: its memory, as published (programs get a little less).
+        peak_flops: published operations a second in bfloat16, a multiply-add being two. Products
+            in float32 are by default made of bfloat16 ones, too.
+        flops_per_cycle: of its matrix units. What the compiler estimates for large matrix products
+            comes within 13% of it (measured with libtpu 0.0.42).
+        slices: its topologies that are offered.
+    """
+
+    hbm_bytes: int
+    peak_flops: float
+    flops_per_cycle: int
+    slices: tuple[str, ...]
+
+    @property
+    def clock_hertz(self) -> float:
+        """Cycles a second."""
+        return self.peak_flops / self.flops_per_cycle
+
+
+_UNIT = 2 * 128 * 128  # operations a cycle of the matrix unit before v6e, which has four times it
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+
+# What libtpu would ask the host of a TPU for, and complain when there is none. The accelerator is
+# not that of the topology, which is asked for by name.
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The compiler's devices are the two
+# cores of a chip on v4, and whole chips on the others.
+CHIPS = {
+    "v4": Chip(16 * _GIB, 275e12 / 2, 4 * _UNIT, _CUBIC),
+    "v5e": Chip(16 * _GIB, 197e12, 4 * _UNIT, _FLAT),
+    "v5p": Chip(95 * _GIB, 459e12, 8 * _UNIT, _CUBIC),
+    "v6e": Chip(32 * _GIB, 918e12, 16 * _UNIT, _FLAT),
+}
+
+TOPOLOGIES = tuple(f"{name}:{grid}" for name, chip in CHIPS.items() for grid in chip.slices)
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology; raises UserError with the known ones if it is none of them."""
+    if topology not in TOPOLOGIES:
+        known = "; ".join(
+            f"{name}: {', '.join(f'{name}:{grid}' for grid in chip.slices)}"
+            for name, chip in CHIPS.items()
+        )
+        raise UserError(f"Unknown topology {topology!r}; choose one of {known}.")
+    return CHIPS[topology.partition(":")[0]]
+
+
+def compile_only_devices(topology: str) -> list[jax.Device]:
+    """Devices of a topology that programs can be compiled for, and that cannot run them.
+
+    Raises:
+        UserError (a `ValueError`): an unknown topology, or no TPU compiler on this machine.
+    """
+    chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "Compiling for a TPU needs its compiler, the package libtpu, which is not installed; "
+            'install it with pip install "libtpu==0.0.42.*" (no TPU is needed).'
+        )
+    from jax.experimental import topologies
+
+    for name, value in _NO_HOST.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if topology.endswith(":1x1"):  # less than a host has
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return topologies.get_topology_desc(topology, platform="tpu", **options).devices

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling for devices that are not there; where there is no TPU compiler, for CPUs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_config import get_config
+
+from balpoe_jax import aot
+from balpoe_jax.data import datasets, pipeline
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import build
+from balpoe_jax.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
+
+ROOT = Path(__file__).parents[1]
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def tiny_config():
+    config = get_config("digits_lt", "method=cross_entropy")
+    config.optim.accumulate = 2
+    config.eval.batch_size = 30
+    return config
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """Both steps of a tiny experiment on four CPUs that are taken for chips of 1 MB."""
+    chip = Chip(hbm_bytes=10**6, peak_flops=1e12, flops_per_cycle=1000, slices=())
+    return aot.examine_on(tiny_config(), jax.devices()[:4], chip)
+
+
+def test_figures_of_both_steps(found: dict) -> None:
+    assert found["num_parameters"] == sum(
+        np.prod(leaf.shape)
+        for leaf in jax.tree.leaves(build(tiny_config()).abstract_state().params)
+    )
+    assert (found["train"]["batch_size"], found["eval"]["batch_size"]) == (32, 32)
+    train, evaluation = found["train"]["flops"], found["eval"]["flops"]
+    first_convolution = 2 * 8 * 8 * 8 * 9 * 3 * 16  # of eight images; has no gradient of its input
+    assert train["needed"] == 3 * evaluation["needed"] - first_convolution
+    # The compiler leaves out padding, much of the work at 2x2, and counts the microbatch once.
+    for flops, times in ((train, 2), (evaluation, 1)):
+        assert 0.6 < times * flops["compiler"] / flops["needed"] < 1
+    memory = found["train"]["memory"]
+    assert memory["arguments"] > 2 * 4 * found["num_parameters"]  # and momentum
+    parts = ("arguments", "outputs", "temporaries", "code")
+    assert memory["total"] == sum(memory[part] for part in parts) - memory["aliased"]
+    assert memory["fraction"] == memory["total"] / 10**6
+    assert {each["kind"] for each in found["train"]["collectives"]} == {"all-reduce"}
+    (gathered,) = (e for e in found["eval"]["collectives"] if e["kind"] == "all-gather")
+    assert gathered["bytes"] == 32 * (10 * 4 + 4 + 1)  # logits, labels, mask
+    assert found["train"]["cycles"] is None  # which only a TPU's compiler estimates
+
+
+def test_text_and_json_of_the_figures(found: dict) -> None:
+    json.dumps(found, allow_nan=False)
+    text = aot.as_text(found)
+    assert "resnet8 with 1 experts" in text
+    assert "global batch 32 to train (8 a device, in 2 microbatches)" in text
+    rows = {line[:31].strip(): line[31:].split() for line in text.splitlines()}
+    assert rows["utilisation, %"] == ["-", "-"]
+    assert len(rows["memory in all, MB"]) == 2
+    assert rows["all-gather"][0] == "0"
+
+
+def test_abstract_batches_are_those_of_the_pipeline() -> None:
+    """Otherwise another step would be compiled than the one that runs."""
+    experiment = build(tiny_config())
+    train, evaluation = aot.abstract_batches(experiment)
+    settings = experiment.train_settings
+    made = next(pipeline.train_batches(experiment.data.train, settings, 0, 1))
+    size = experiment.eval_batch_size
+    made_eval = next(pipeline.eval_batches(experiment.data.test, size, settings.mean, settings.std))
+    for abstract, concrete in ((train, made), (evaluation, made_eval)):
+        assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {
+            k: (v.shape, v.dtype) for k, v in concrete.items()
+        }
+
+
+def test_published_counts_need_no_data() -> None:
+    counts, shape = datasets.published("cifar100", 100)
+    assert (len(counts), counts.sum(), counts[0], counts[-1]) == (100, 10847, 500, 5)
+    assert shape == (32, 32, 3)
+    experiment = build(tiny_config())
+    counts, shape = datasets.published("digits", 26)
+    np.testing.assert_array_equal(counts, experiment.data.class_counts)
+    assert shape == experiment.image_shape
+    with pytest.raises(UserError, match="Unknown data set 'mnist'; choose from digits"):
+        datasets.published("mnist", 100)
+
+
+def test_unknown_topologies_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"Unknown topology 'v5e:3x3'; choose one of v4: .*v5e:4x4"):
+        chip_of("v5e:3x3")
+    assert len(TOPOLOGIES) == len(set(TOPOLOGIES)) > 30
+
+
+def test_clocks_are_plausible() -> None:
+    for chip in CHIPS.values():
+        assert 1.0e9 < chip.clock_hertz < 1.8e9
+
+
+def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the package libtpu, which is not installed; .*libtpu=="):
+        compile_only_devices("v5e:2x2")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "balpoe_jax.aot", "--config=configs/digits_lt.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_ends_with_one_line_and_code_2() -> None:
+    result = command("--topology=v9:1x1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: Unknown topology 'v9:1x1'")
+    assert result.stderr.count("\n") == 1
+
+
+@needs_libtpu
+def test_every_topology_that_is_offered_is_known_to_the_compiler() -> None:
+    for topology in TOPOLOGIES:
+        devices = compile_only_devices(topology)
+        sides = [int(side) for side in topology.partition(":")[2].split("x")]
+        cores = 2 if topology.startswith("v4:") else 1
+        assert len(devices) == cores * np.prod(sides), topology
+
+
+@needs_libtpu
+def test_a_tpu_gets_one_all_reduce_of_the_gradients_and_cycles() -> None:
+    """The smallest network and a slice of four."""
+    config = tiny_config()
+    config.parallel.sync_batch_norm = False
+    config.optim.accumulate = 1
+    found = aot.examine(config, "v5e:2x2")
+    (reduced,) = found["train"]["collectives"]
+    assert (reduced["kind"], reduced["count"]) == ("all-reduce", 1)
+    assert reduced["bytes"] > 4 * found["num_parameters"]
+    for step in (found["train"], found["eval"]):
+        assert step["cycles"] > 1000
+        assert 0 < step["utilisation"] < 1

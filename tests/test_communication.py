@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled train step sends between four devices, to the byte."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from balpoe_jax.hlo import collective_sizes
+from balpoe_jax.losses import log_prior
+from balpoe_jax.models import create_model
+from balpoe_jax.optim import make_optimizer
+from balpoe_jax.parallel import AXIS_NAME, make_parallel
+from balpoe_jax.state import create_state, make_train_step
+
+BATCH = 16
+FLOAT = 4  # bytes
+NORMS = 7  # of ResNet-8
+
+
+def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], int, int]:
+    """Collectives of the compiled step; numbers in parameters (and losses) and in statistics."""
+    devices = make_parallel("shard_map", jax.devices()[:4])
+    model = create_model(
+        "resnet8", num_classes=5, num_experts=1, axis_name=AXIS_NAME if sync else None
+    )
+    optimizer = make_optimizer(0.1)
+    step = make_train_step(
+        model, optimizer, log_prior([9, 5, 3, 2, 1]), jnp.ones(1), AXIS_NAME, sync, accumulate
+    )
+    create = partial(create_state, model, optimizer, image_shape=(8, 8, 3))
+    state = jax.eval_shape(create, key=jax.random.key(0))
+    batch = {
+        "images": jax.ShapeDtypeStruct((BATCH, 8, 8, 3), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        "other_labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        "weight": jax.ShapeDtypeStruct((BATCH,), jnp.float32),
+    }
+    lowered = devices.map_step(step).lower(state, batch)
+    # What is sent is settled before machine code is made, which need not be fast here.
+    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    sent = sum(x.size for x in jax.tree.leaves(state.params)) + 1  # the expert's loss
+    return (
+        collective_sizes(compiled.as_text()),
+        sent,
+        sum(x.size for x in jax.tree.leaves(state.batch_stats)),
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_statistics_per_device_leave_one_all_reduce_a_step(accumulate: int) -> None:
+    """Of gradients and losses, and of the running averages, so that the state stays replicated."""
+    sizes, parameters, statistics = compile_step(sync=False, accumulate=accumulate)
+    assert sizes == [("all-reduce", FLOAT * (parameters + statistics))]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_global_statistics_add_two_small_ones_an_application(accumulate: int) -> None:
+    """Forward a mean and a mean of squares, backward their gradients; nothing else is sent.
+
+    A CPU's compiler joins some of the gradients' with the statistics', so that bytes are the proof,
+    and the number of all-reduces a bound; a TPU's joins all gradients in one.
+    """
+    sizes, parameters, statistics = compile_step(sync=True, accumulate=accumulate)
+    assert {kind for kind, _ in sizes} == {"all-reduce"}
+    sent = FLOAT * (parameters + accumulate * 2 * statistics)
+    assert sum(size for _, size in sizes) == sent
+    if accumulate == 1:
+        assert len(sizes) <= 2 * NORMS + 1 + 3
+    else:  # those in the loop, and the gradients in one
+        assert len(sizes) == accumulate * 2 * NORMS + 1
+        assert sizes[-1] == ("all-reduce", FLOAT * parameters)
