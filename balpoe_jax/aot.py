@@ -70,7 +70,9 @@ def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) ->
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
 
-    counts, image_shape = published(config.data.name, config.data.imbalance_ratio)
+    counts, image_shape = published(
+        config.data.name, config.data.imbalance_ratio, config.data.image_size
+    )
     parallel = make_parallel(_MODE, devices)
 
     def build(remat: bool) -> Any:

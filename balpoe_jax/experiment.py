@@ -273,7 +273,6 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         # Grouped convolutions, which vmap makes, are fast on a TPU and slow on a CPU.
         on_tpu = devices.mesh.devices.flat[0].platform == "tpu"
         expert_map = "vmap" if on_tpu else "loop"
-    options: dict[str, Any] = {"remat": True} if config.model.remat else {}
     return create_model(
         config.model.name,
         num_classes=num_classes,
@@ -284,7 +283,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         scale=config.model.scale,
         reduce_dimension=config.model.reduce_dimension,
         dtype=jnp.dtype(config.model.dtype),
-        **options,
+        remat=config.model.remat,
     )
 
 
