@@ -93,7 +93,7 @@ def invert(images: tf.Tensor) -> tf.Tensor:
 
 
 def posterize(images: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
-    """Keeps the upper int `[B]` bits of every value."""
+    """Keeps the upper int `[B]` bits, 1 to 8, of every value."""
     shift = tf.cast(8 - bits, tf.uint8)[:, None, None, None]
     return tf.bitwise.left_shift(tf.bitwise.right_shift(images, shift), shift)
 
@@ -104,31 +104,34 @@ def solarize(images: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
     return tf.where(high, 255 - images, images)
 
 
+def solarize_add(images: tf.Tensor, addition: tf.Tensor) -> tf.Tensor:
+    """Adds int `[B]` to the values below 128, up to 255."""
+    values = tf.cast(images, tf.int32)
+    added = tf.minimum(values + addition[:, None, None, None], 255)
+    return tf.cast(tf.where(values < 128, added, values), tf.uint8)
+
+
 def autocontrast(images: tf.Tensor) -> tf.Tensor:
     """Stretches each channel to 0..255; a channel of one value stays."""
-    values = tf.cast(images, tf.float64)
-    low = tf.reduce_min(values, axis=(1, 2), keepdims=True)
-    high = tf.reduce_max(values, axis=(1, 2), keepdims=True)
+    entries = _table_entries(images)
+    low, high = (tf.cast(x, tf.float64)[..., None] for x in _range(_histogram(entries)))
+    values = tf.range(256, dtype=tf.float64)
     scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), high - low)
     stretched = tf.clip_by_value(tf.floor(values * scale + -low * scale), 0, 255)
-    return tf.where(high > low, tf.cast(stretched, tf.uint8), images)
+    return _look_up(tf.where(high > low, stretched, values), entries, images)
 
 
 def equalize(images: tf.Tensor) -> tf.Tensor:
     """Spreads each channel's values so that their histogram is even."""
-    batch = tf.shape(images)[0]
-    _, height, width, channels = images.shape
-    planes = tf.cast(tf.reshape(tf.transpose(images, [0, 3, 1, 2]), [-1, height * width]), tf.int32)
-    histogram = tf.math.bincount(planes, minlength=256, maxlength=256, axis=-1)
-    last = 255 - tf.argmax(tf.reverse(histogram, [1]) > 0, axis=1, output_type=tf.int32)
-    step = (height * width - tf.gather(histogram, last, axis=1, batch_dims=1)) // 255
-    before = tf.cumsum(histogram, axis=1, exclusive=True)
-    table = (step[:, None] // 2 + before) // tf.maximum(step, 1)[:, None]
-    table = tf.where(step[:, None] > 0, tf.minimum(table, 255), tf.range(256)[None])
-    mapped = tf.reshape(
-        tf.gather(table, planes, axis=1, batch_dims=1), [batch, channels, height, width]
-    )
-    return tf.cast(tf.transpose(mapped, [0, 2, 3, 1]), tf.uint8)
+    _, height, width, _ = images.shape
+    entries = _table_entries(images)
+    histogram = _histogram(entries)
+    _, last = _range(histogram)
+    step = (height * width - tf.gather(histogram, last, axis=2, batch_dims=2)) // 255
+    before = tf.cumsum(histogram, axis=2, exclusive=True)
+    table = (step[..., None] // 2 + before) // tf.maximum(step, 1)[..., None]
+    table = tf.where(step[..., None] > 0, tf.minimum(table, 255), tf.range(256))
+    return _look_up(table, entries, images)
 
 
 def brightness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -182,17 +185,16 @@ def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.
 
 def sharpness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the smoothed image: 0 is smooth, 1 the image, 2 sharp, float `[B]`."""
-    values = tf.cast(images, tf.float32)
-    kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13
-    kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
-    smooth = tf.nn.depthwise_conv2d(values, kernel, [1, 1, 1, 1], "VALID")
-    smooth = tf.cast(tf.clip_by_value(tf.floor(smooth + 0.5), 0, 255), tf.uint8)
-    # The outermost pixels have no neighbourhood and stay as they are.
-    inner = tf.pad(smooth, [[0, 0], [1, 1], [1, 1], [0, 0]])
     _, height, width, _ = images.shape
-    is_inner = tf.pad(tf.ones([height - 2, width - 2], tf.bool), [[1, 1], [1, 1]])
-    smooth = tf.where(is_inner[None, :, :, None], inner, images)
-    return _blend(_values(smooth), _values(images), factor, images)
+    values = tf.reshape(tf.cast(images, tf.float32), [-1, height, width * 3])
+    rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
+    box = rows[..., :-6] + rows[..., 3:-3] + rows[..., 6:]
+    # The centre weighs 5 of 13. The sums are whole numbers, so no mean lies at a half.
+    smooth = tf.floor((box + 4 * values[:, 1:-1, 3:-3]) * (1 / 13) + 0.5)
+    # The outermost pixels have no neighbourhood and stay as they are.
+    smooth = tf.concat([values[:, 1:-1, :3], smooth, values[:, 1:-1, -3:]], axis=2)
+    smooth = tf.concat([values[:, :1], smooth, values[:, -1:]], axis=1)
+    return _blend(tf.reshape(smooth, [-1, height * width * 3]), _values(images), factor, images)
 
 
 def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
@@ -203,6 +205,35 @@ def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.
     half = size // 2
     inside = (rows >= -half) & (rows < half) & (columns >= -half) & (columns < half)
     return tf.where(inside[..., None], tf.constant(0, tf.uint8), images)
+
+
+def _table_entries(images: tf.Tensor) -> tf.Tensor:
+    """Entry of each value in the flat tables `[B, 3, 256]`, int32 `[B, H * W * 3]`."""
+    batch = tf.shape(images)[0]
+    _, height, width, _ = images.shape
+    channels = tf.constant([0, 256, 512] * (height * width))
+    values = tf.cast(tf.reshape(images, [batch, height * width * 3]), tf.int32)
+    return values + channels + 768 * tf.range(batch)[:, None]
+
+
+def _histogram(entries: tf.Tensor) -> tf.Tensor:
+    """How often each value occurs, int32 `[B, 3, 256]`."""
+    size = 768 * tf.shape(entries)[0]
+    counts = tf.math.bincount(tf.reshape(entries, [-1]), minlength=size, maxlength=size)
+    return tf.reshape(counts, [-1, 3, 256])
+
+
+def _range(histogram: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Least and greatest value that occurs, int32 `[B, 3]`."""
+    occurs = tf.cast(histogram > 0, tf.int32)
+    last = tf.argmax(tf.reverse(occurs, [2]), axis=2, output_type=tf.int32)
+    return tf.argmax(occurs, axis=2, output_type=tf.int32), 255 - last
+
+
+def _look_up(tables: tf.Tensor, entries: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Replaces each value by its table's, uint8, in the shape of `like`."""
+    mapped = tf.gather(tf.reshape(tf.cast(tables, tf.uint8), [-1]), entries)
+    return tf.reshape(mapped, tf.shape(like))
 
 
 def _values(images: tf.Tensor) -> tf.Tensor:
