@@ -101,14 +101,15 @@ def posterize(images: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
 def solarize(images: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
     """Inverts values at or above float `[B]` thresholds."""
     high = tf.cast(images, tf.float32) >= threshold[:, None, None, None]
-    return tf.where(high, 255 - images, images)
+    return tf.bitwise.bitwise_xor(images, tf.cast(high, tf.uint8) * 255)
 
 
 def solarize_add(images: tf.Tensor, addition: tf.Tensor) -> tf.Tensor:
-    """Adds int `[B]` to the values below 128, up to 255."""
-    values = tf.cast(images, tf.int32)
-    added = tf.minimum(values + addition[:, None, None, None], 255)
-    return tf.cast(tf.where(values < 128, added, values), tf.uint8)
+    """Adds a whole number, float `[B]`, to the values below 128, up to 255."""
+    values = tf.cast(images, tf.float32)
+    low = tf.cast(images < 128, tf.float32)
+    added = tf.minimum(addition[:, None, None, None], 255 - values)
+    return tf.cast(values + low * added, tf.uint8)
 
 
 def autocontrast(images: tf.Tensor) -> tf.Tensor:
