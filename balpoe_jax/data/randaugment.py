@@ -7,6 +7,7 @@ probability 1/2. The magnitude is normal around 10 with deviation 0.5, clipped t
 with even odds; rotation is linear here always, where the reference draws for it too.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -63,7 +64,8 @@ def apply_randaugment(
         image = image[None]
         for layer in range(_LAYERS):
             draw = Draw(*(x[layer, None] for x in draws))
-            image = tf.switch_case(which[layer], _branches(operations, image, draw))
+            branches = [functools.partial(operation, image, draw) for operation in operations]
+            image = tf.switch_case(which[layer], branches)
         return image[0]
 
     # Image by image the values stay in the cache.
@@ -72,12 +74,6 @@ def apply_randaugment(
         (images, *_draw(random, len(operations) - 1)),
         fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
     )
-
-
-def _branches(
-    operations: list[Operation], image: tf.Tensor, draw: Draw
-) -> list[Callable[[], tf.Tensor]]:
-    return [lambda operation=operation: operation(image, draw) for operation in operations]
 
 
 def _draw(random: RowRandom, count: int) -> tuple[tf.Tensor, Draw]:
