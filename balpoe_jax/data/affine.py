@@ -91,20 +91,27 @@ def shift_rows(
     """
     _, height, width, _ = images.shape
     first = tf.floor(shift)
-    weights = _tap_weights(tf.cast(shift - first, tf.float32), cubic[:, None])
+    t = tf.cast(shift - first, tf.float32)[..., None]
     # One look-up brings the neighbours of all pixels of a row, which then are slices.
     columns = tf.cast(first, tf.int32)[..., None] + tf.range(-1, width + 2)
     columns = tf.reshape(tf.clip_by_value(columns, 0, width - 1), [-1, width + 3])
     lines = tf.reshape(images, [-1, 3])
     lines = tf.gather(lines, columns + width * tf.range(tf.shape(columns)[0])[:, None])
     lines = tf.reshape(tf.cast(lines, tf.float32), [-1, height, (width + 3) * 3])
-    taps = [lines[..., 3 * i : 3 * (i + width)] for i in range(4)]
-    values = taps[1] + sum(weights[i] * (taps[i] - taps[1]) for i in (0, 2, 3))
-    point = (
-        tf.constant(np.repeat(np.arange(width) + 0.5, 3)) + tf.cast(shift, tf.float64)[..., None]
+    v0, v1, v2, v3 = (lines[..., 3 * i : 3 * (i + width)] for i in range(4))
+    values = v1 + t * (v2 - v1)
+
+    def add_cubic_part() -> tf.Tensor:
+        weight = tf.cast(cubic, tf.float32)[:, None, None] * t * (1 - t)
+        return values + weight * (1 - t) * (v1 - v0) + weight * t * (v2 - v3)
+
+    values = tf.cond(tf.reduce_any(cubic), add_cubic_part, lambda: values)
+    # A pixel's centre is seen if it lies in [0, width) after the shift.
+    x = tf.constant(np.repeat(np.arange(width), 3), tf.float32)
+    start, stop = (
+        tf.cast(tf.math.ceil(edge - 0.5 - shift), tf.float32)[..., None] for edge in (0, width)
     )
-    inside = (point >= 0) & (point < width)
-    return _finish(values, inside, fill, images)
+    return _finish(values, (x >= start) & (x < stop), fill, images)
 
 
 def rotate_linear(images: tf.Tensor, degrees: tf.Tensor, fill: Sequence[int]) -> tf.Tensor:
@@ -120,13 +127,8 @@ def rotate_linear(images: tf.Tensor, degrees: tf.Tensor, fill: Sequence[int]) ->
     """
     _, height, width, _ = images.shape
     matrix = inverse_rotation(degrees, height, width)
-    a, b, c, d, e, f = (x[:, None, None] for x in tf.unstack(matrix, axis=-1))
-    x = tf.constant(np.repeat(np.arange(width) + 0.5, 3))[None, None, :]
-    y = tf.constant(np.arange(height) + 0.5)[None, :, None]
-    column, row = a * x + (b * y + c), d * x + (e * y + f)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    # The operation counts from the centre of the first pixel, and clamps to the last.
     a, b, c, d, e, f = tf.unstack(matrix, axis=-1)
+    # The operation counts from the centre of the first pixel, and clamps to the last.
     zero = tf.zeros_like(a)
     transforms = [a, b, c + (a + b - 1) / 2, d, e, f + (d + e - 1) / 2, zero, zero]
     values = tf.raw_ops.ImageProjectiveTransformV3(
@@ -137,22 +139,19 @@ def rotate_linear(images: tf.Tensor, degrees: tf.Tensor, fill: Sequence[int]) ->
         interpolation="BILINEAR",
         fill_mode="NEAREST",
     )
+    x, y = np.repeat(np.arange(width) + 0.5, 3), np.arange(height) + 0.5
+    column = _line(a, b, c - width / 2, x, y)
+    row = _line(d, e, f - height / 2, x, y)
+    inside = (tf.abs(column) < width / 2) & (tf.abs(row) < height / 2)
     return _finish(tf.reshape(values, tf.shape(column)), inside, fill, images)
 
 
-def _tap_weights(t: tf.Tensor, cubic: tf.Tensor) -> list[tf.Tensor]:
-    """Weights `[B, H, 1]` of four values for a point at `t` in [0, 1) between the middle two."""
-    at_cubic = (
-        t * (-1 + t * (2 - t)),
-        1 + t * t * (t - 2),
-        t * (1 + t * (1 - t)),
-        t * t * (t - 1),
-    )
-    at_linear = (tf.zeros_like(t), 1 - t, t, tf.zeros_like(t))
-    return [
-        tf.where(cubic, one, other)[..., None]
-        for one, other in zip(at_cubic, at_linear, strict=True)
-    ]
+def _line(
+    by_x: tf.Tensor, by_y: tf.Tensor, start: tf.Tensor, x: np.ndarray, y: np.ndarray
+) -> tf.Tensor:
+    """`by_x * x + by_y * y + start`, float32 `[B, len(y), len(x)]`."""
+    across, down = by_x[:, None] * x, by_y[:, None] * y + start[:, None]
+    return tf.cast(across, tf.float32)[:, None, :] + tf.cast(down, tf.float32)[:, :, None]
 
 
 def _finish(

@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from balpoe_jax.data import image_ops
@@ -81,8 +82,13 @@ def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSetting
 
 def normalize(images: tf.Tensor, mean: Sequence[float], std: Sequence[float]) -> tf.Tensor:
     """`(images / 255 - mean) / std` as float32, `mean` and `std` by channel."""
-    scaled = tf.cast(images, tf.float32) / 255
-    return (scaled - tf.constant(mean, tf.float32)) / tf.constant(std, tf.float32)
+    width = images.shape[-2]
+    scale = np.tile(1 / (255 * np.asarray(std, np.float64)), width)
+    offset = np.tile(-np.divide(mean, std, dtype=np.float64), width)
+    # By whole rows: operations that broadcast along three channels are several times slower.
+    rows = tf.reshape(tf.cast(images, tf.float32), [-1, width * 3])
+    rows = rows * tf.constant(scale, tf.float32) + tf.constant(offset, tf.float32)
+    return tf.reshape(rows, tf.shape(images))
 
 
 def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:

@@ -6,6 +6,7 @@ arithmetic allows it; `tests/test_image_ops.py` compares them. Nothing here is r
 """
 
 import functools
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -114,12 +115,25 @@ def solarize_add(images: tf.Tensor, addition: tf.Tensor) -> tf.Tensor:
 
 def autocontrast(images: tf.Tensor) -> tf.Tensor:
     """Stretches each channel to 0..255; a channel of one value stays."""
-    entries = _table_entries(images)
-    low, high = (tf.cast(x, tf.float64)[..., None] for x in _range(_histogram(entries)))
-    values = tf.range(256, dtype=tf.float64)
-    scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), high - low)
-    stretched = tf.clip_by_value(tf.floor(values * scale + -low * scale), 0, 255)
-    return _look_up(tf.where(high > low, stretched, values), entries, images)
+    _, height, width, _ = images.shape
+    lines = tf.reshape(images, [-1, height, width * 3])
+
+    def extreme(reduce: Callable[..., tf.Tensor]) -> tf.Tensor:
+        columns = tf.reshape(reduce(lines, axis=1), [-1, width, 3])
+        return tf.cast(reduce(columns, axis=1), tf.float64)[..., None]
+
+    low, high = extreme(tf.reduce_min), extreme(tf.reduce_max)
+
+    def stretch() -> tf.Tensor:
+        values = tf.range(256, dtype=tf.float64)
+        scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), high - low)
+        stretched = tf.clip_by_value(tf.floor(values * scale + -low * scale), 0, 255)
+        table = tf.where(high > low, stretched, values)
+        return _look_up(table, _table_entries(images), images)
+
+    # Photographs often have the whole range already.
+    changes = tf.reduce_any((low > 0) | (high < 255))
+    return tf.ensure_shape(tf.cond(changes, stretch, lambda: images), images.shape)
 
 
 def equalize(images: tf.Tensor) -> tf.Tensor:
@@ -127,7 +141,8 @@ def equalize(images: tf.Tensor) -> tf.Tensor:
     _, height, width, _ = images.shape
     entries = _table_entries(images)
     histogram = _histogram(entries)
-    _, last = _range(histogram)
+    occurs = tf.cast(tf.reverse(histogram, [2]) > 0, tf.int32)
+    last = 255 - tf.argmax(occurs, axis=2, output_type=tf.int32)
     step = (height * width - tf.gather(histogram, last, axis=2, batch_dims=2)) // 255
     before = tf.cumsum(histogram, axis=2, exclusive=True)
     table = (step[..., None] // 2 + before) // tf.maximum(step, 1)[..., None]
@@ -137,24 +152,18 @@ def equalize(images: tf.Tensor) -> tf.Tensor:
 
 def brightness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with black: 0 is black, 1 the image, float `[B]`."""
-    return _blend(tf.constant(0.0), _values(images), factor, images)
+    return _bytes(_brightness(_values(images), factor), images)
 
 
 def color(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the grey image: 0 is grey, 1 the image, float `[B]`."""
-    values = _values(images)
-    return _blend(_luminance(values), values, factor, images)
+    return _bytes(_color(_values(images), factor), images)
 
 
 def contrast(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the mean grey: 0 is flat, 1 the image, float `[B]`."""
-    _, height, width, _ = images.shape
-    values = _values(images)
-    # Sums down the columns are exact in float32, and fast; the rest needs float64.
-    lines = tf.reshape(_luminance(values), [-1, height, width * 3])
-    sums = tf.cast(tf.reduce_sum(lines, axis=1), tf.float64)
-    mean = tf.reduce_sum(sums, axis=1, keepdims=True) / (3 * height * width)
-    return _blend(tf.cast(tf.floor(mean + 0.5), tf.float32), values, factor, images)
+    _, _, width, _ = images.shape
+    return _bytes(_contrast(_values(images), factor, width), images)
 
 
 def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
@@ -165,16 +174,20 @@ def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.
         factors: float32 `[B, 3]` of brightness, contrast and color.
         order: int32 `[B, 3]`, permutations of 0, 1 and 2, which count them.
     """
-    operations = (brightness, contrast, color)
+    _, _, width, _ = images.shape
 
     def one(inputs: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
         image, factors, order = inputs
-        image = image[None]
+        values = _values(image[None])
         for which in tf.unstack(order):
             factor = factors[which][None]
-            branches = [functools.partial(operation, image, factor) for operation in operations]
-            image = tf.switch_case(which, branches)
-        return image[0]
+            branches = (
+                functools.partial(_brightness, values, factor),
+                functools.partial(_contrast, values, factor, width),
+                functools.partial(_color, values, factor),
+            )
+            values = tf.floor(tf.switch_case(which, branches))
+        return _bytes(values, image)
 
     # Image by image the values stay in the cache: twice as fast as by batch.
     return tf.map_fn(
@@ -195,7 +208,8 @@ def sharpness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     # The outermost pixels have no neighbourhood and stay as they are.
     smooth = tf.concat([values[:, 1:-1, :3], smooth, values[:, 1:-1, -3:]], axis=2)
     smooth = tf.concat([values[:, :1], smooth, values[:, -1:]], axis=1)
-    return _blend(tf.reshape(smooth, [-1, height * width * 3]), _values(images), factor, images)
+    smooth = tf.reshape(smooth, [-1, height * width * 3])
+    return _bytes(_blend(smooth, _values(images), factor), images)
 
 
 def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
@@ -224,13 +238,6 @@ def _histogram(entries: tf.Tensor) -> tf.Tensor:
     return tf.reshape(counts, [-1, 3, 256])
 
 
-def _range(histogram: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Least and greatest value that occurs, int32 `[B, 3]`."""
-    occurs = tf.cast(histogram > 0, tf.int32)
-    last = tf.argmax(tf.reverse(occurs, [2]), axis=2, output_type=tf.int32)
-    return tf.argmax(occurs, axis=2, output_type=tf.int32), 255 - last
-
-
 def _look_up(tables: tf.Tensor, entries: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Replaces each value by its table's, uint8, in the shape of `like`."""
     mapped = tf.gather(tf.reshape(tf.cast(tables, tf.uint8), [-1]), entries)
@@ -241,6 +248,28 @@ def _values(images: tf.Tensor) -> tf.Tensor:
     """float32 `[B, H * W * 3]`."""
     _, height, width, _ = images.shape
     return tf.reshape(tf.cast(images, tf.float32), [-1, height * width * 3])
+
+
+def _bytes(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Values in [0, 256), truncated to uint8 in the shape of `like`."""
+    return tf.reshape(tf.cast(values, tf.uint8), tf.shape(like))
+
+
+def _brightness(values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(tf.cast(factor, tf.float32)[:, None] * values, 0, 255)
+
+
+def _color(values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    return _blend(_luminance(values), values, factor)
+
+
+def _contrast(values: tf.Tensor, factor: tf.Tensor, width: int) -> tf.Tensor:
+    size = values.shape[1]
+    # Sums down the columns are exact in float32, and fast; the rest needs float64.
+    lines = tf.reshape(_luminance(values), [-1, size // (width * 3), width * 3])
+    sums = tf.cast(tf.reduce_sum(lines, axis=1), tf.float64)
+    mean = tf.floor(tf.reduce_sum(sums, axis=1, keepdims=True) / size + 0.5)
+    return _blend(tf.cast(mean, tf.float32), values, factor)
 
 
 def _luminance(values: tf.Tensor) -> tf.Tensor:
@@ -254,13 +283,10 @@ def _luminance(values: tf.Tensor) -> tf.Tensor:
     return tf.reshape(luma, tf.shape(values))
 
 
-def _blend(
-    degenerate: tf.Tensor, values: tf.Tensor, factor: tf.Tensor, images: tf.Tensor
-) -> tf.Tensor:
-    """`degenerate + factor * (values - degenerate)` in float32, clipped, truncated, like `images`.
+def _blend(degenerate: tf.Tensor, values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """`degenerate + factor * (values - degenerate)` in float32, clipped to [0, 255].
 
     `values` is float32 `[B, n]`, with which `degenerate` broadcasts.
     """
-    blended = degenerate + tf.cast(factor, tf.float32)[:, None] * (values - degenerate)
-    bytes_ = tf.cast(tf.clip_by_value(blended, 0, 255), tf.uint8)
-    return tf.reshape(bytes_, tf.shape(images))
+    step = tf.cast(factor, tf.float32)[:, None] * (values - degenerate)
+    return tf.clip_by_value(degenerate + step, 0, 255)
