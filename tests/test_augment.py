@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import policies
+from balpoe_jax.data import augment, policies
 from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
 from balpoe_jax.data.randomness import RowRandom, fold_in
 from balpoe_jax.errors import UserError
@@ -13,6 +13,9 @@ from balpoe_jax.errors import UserError
 EVERYTHING = AugmentSettings(
     crop_padding=4, flip=True, rotation=15.0, policy="autoaugment_cifar", cutout=16
 )
+
+
+PHOTOS = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4), policy="randaugment")
 
 
 def source(batch_size: int, seed: int = 0, rows: slice | None = None) -> RowRandom:
@@ -29,21 +32,23 @@ def within_four_sigma(hits: np.ndarray, probability: float) -> bool:
     return abs(hits.mean() - probability) <= 4 * sigma
 
 
-def test_same_source_same_images_and_another_seed_others() -> None:
+@pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])
+def test_same_source_same_images_and_another_seed_others(settings: AugmentSettings) -> None:
     images = noise(32)
-    first = augment_batch(images, source(32), EVERYTHING).numpy()
-    np.testing.assert_array_equal(first, augment_batch(images, source(32), EVERYTHING).numpy())
-    other = augment_batch(images, source(32, seed=1), EVERYTHING).numpy()
+    first = augment_batch(images, source(32), settings).numpy()
+    np.testing.assert_array_equal(first, augment_batch(images, source(32), settings).numpy())
+    other = augment_batch(images, source(32, seed=1), settings).numpy()
     changed = (first != other).reshape(32, -1).any(axis=1)
     assert changed.mean() > 0.9
 
 
-def test_rows_do_not_depend_on_who_makes_them() -> None:
+@pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])
+def test_rows_do_not_depend_on_who_makes_them(settings: AugmentSettings) -> None:
     """Two hosts make the halves of the batch that one host makes."""
     images = noise(32)
-    whole = augment_batch(images, source(32), EVERYTHING).numpy()
+    whole = augment_batch(images, source(32), settings).numpy()
     for rows in (slice(0, 16), slice(16, 32)):
-        part = augment_batch(images[rows], source(32, rows=rows), EVERYTHING).numpy()
+        part = augment_batch(images[rows], source(32, rows=rows), settings).numpy()
         np.testing.assert_array_equal(part, whole[rows])
 
 
@@ -185,6 +190,31 @@ def test_magnitudes_are_the_published_ones() -> None:
     ]
 
 
+def test_color_jitter_draws_factors_and_orders_evenly(monkeypatch) -> None:
+    noted = []
+
+    def noting(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
+        noted.extend([factors.numpy(), order.numpy()])
+        return images
+
+    monkeypatch.setattr(augment.image_ops, "color_jitter", noting)
+    draws = 20_000
+    settings = AugmentSettings(color_jitter=(0.4, 0.2, 0.0))
+    augment_batch(tf.zeros([draws, 2, 2, 3], tf.uint8), source(draws), settings)
+    factors, order = noted
+    for i, strength in enumerate((0.4, 0.2)):
+        deviation = factors[:, i] - 1
+        assert -strength <= deviation.min() < -0.99 * strength
+        assert 0.99 * strength < deviation.max() <= strength
+        assert within_four_sigma(deviation < 0, 0.5)
+        assert within_four_sigma(np.abs(deviation) < strength / 2, 0.5)
+    assert (factors[:, 2] == 1).all()
+    codes = order @ [9, 3, 1]
+    assert all(within_four_sigma(codes == code, 1 / 6) for code in np.unique(codes))
+    assert len(np.unique(codes)) == 6 and (np.sort(order, axis=1) == [0, 1, 2]).all()
+    np.testing.assert_allclose(np.corrcoef(factors[:, 0], factors[:, 1])[0, 1], 0, atol=0.03)
+
+
 def test_normalizes_by_channel() -> None:
     images = tf.constant([[[[0, 51, 255]]]], tf.uint8)
     output = normalize(images, (0.5, 0.2, 0.0), (0.25, 0.5, 2.0)).numpy()
@@ -194,7 +224,10 @@ def test_normalizes_by_channel() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "randaugment"}, "one of none, autoaugment_cifar; got 'randaugment'"),
+        ({"policy": "trivial"}, "one of none, autoaugment_cifar, randaugment; got 'trivial'"),
+        ({"color_jitter": (0.4, 0.4)}, "color_jitter must be three"),
+        ({"color_jitter": (0.4, 0.4, 1.2)}, "color_jitter must be three"),
+        ({"fill": (0, 0, 256)}, "fill must be three"),
         ({"rotation": -1.0}, "rotation"),
         ({"rotation": float("nan")}, "rotation"),
         ({"crop_padding": -1}, "crop_padding"),

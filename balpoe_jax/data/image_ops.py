@@ -6,6 +6,7 @@ arithmetic allows it; `tests/test_image_ops.py` compares them. Nothing here is r
 """
 
 import functools
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -93,7 +94,7 @@ def invert(images: tf.Tensor) -> tf.Tensor:
 
 
 def posterize(images: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
-    """Keeps the upper int `[B]` bits of every value."""
+    """Keeps the upper int `[B]` bits, 1 to 8, of every value."""
     shift = tf.cast(8 - bits, tf.uint8)[:, None, None, None]
     return tf.bitwise.left_shift(tf.bitwise.right_shift(images, shift), shift)
 
@@ -101,56 +102,68 @@ def posterize(images: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
 def solarize(images: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
     """Inverts values at or above float `[B]` thresholds."""
     high = tf.cast(images, tf.float32) >= threshold[:, None, None, None]
-    return tf.where(high, 255 - images, images)
+    return tf.bitwise.bitwise_xor(images, tf.cast(high, tf.uint8) * 255)
+
+
+def solarize_add(images: tf.Tensor, addition: tf.Tensor) -> tf.Tensor:
+    """Adds a whole number, float `[B]`, to the values below 128, up to 255."""
+    values = tf.cast(images, tf.float32)
+    low = tf.cast(images < 128, tf.float32)
+    added = tf.minimum(addition[:, None, None, None], 255 - values)
+    return tf.cast(values + low * added, tf.uint8)
 
 
 def autocontrast(images: tf.Tensor) -> tf.Tensor:
     """Stretches each channel to 0..255; a channel of one value stays."""
-    values = tf.cast(images, tf.float64)
-    low = tf.reduce_min(values, axis=(1, 2), keepdims=True)
-    high = tf.reduce_max(values, axis=(1, 2), keepdims=True)
-    scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), high - low)
-    stretched = tf.clip_by_value(tf.floor(values * scale + -low * scale), 0, 255)
-    return tf.where(high > low, tf.cast(stretched, tf.uint8), images)
+    _, height, width, _ = images.shape
+    lines = tf.reshape(images, [-1, height, width * 3])
+
+    def extreme(reduce: Callable[..., tf.Tensor]) -> tf.Tensor:
+        columns = tf.reshape(reduce(lines, axis=1), [-1, width, 3])
+        return tf.cast(reduce(columns, axis=1), tf.float64)[..., None]
+
+    low, high = extreme(tf.reduce_min), extreme(tf.reduce_max)
+
+    def stretch() -> tf.Tensor:
+        values = tf.range(256, dtype=tf.float64)
+        scale = tf.math.divide_no_nan(tf.constant(255.0, tf.float64), high - low)
+        stretched = tf.clip_by_value(tf.floor(values * scale + -low * scale), 0, 255)
+        table = tf.where(high > low, stretched, values)
+        return _look_up(table, _table_entries(images), images)
+
+    # Photographs often have the whole range already.
+    changes = tf.reduce_any((low > 0) | (high < 255))
+    return tf.ensure_shape(tf.cond(changes, stretch, lambda: images), images.shape)
 
 
 def equalize(images: tf.Tensor) -> tf.Tensor:
     """Spreads each channel's values so that their histogram is even."""
-    batch = tf.shape(images)[0]
-    _, height, width, channels = images.shape
-    planes = tf.cast(tf.reshape(tf.transpose(images, [0, 3, 1, 2]), [-1, height * width]), tf.int32)
-    histogram = tf.math.bincount(planes, minlength=256, maxlength=256, axis=-1)
-    last = 255 - tf.argmax(tf.reverse(histogram, [1]) > 0, axis=1, output_type=tf.int32)
-    step = (height * width - tf.gather(histogram, last, axis=1, batch_dims=1)) // 255
-    before = tf.cumsum(histogram, axis=1, exclusive=True)
-    table = (step[:, None] // 2 + before) // tf.maximum(step, 1)[:, None]
-    table = tf.where(step[:, None] > 0, tf.minimum(table, 255), tf.range(256)[None])
-    mapped = tf.reshape(
-        tf.gather(table, planes, axis=1, batch_dims=1), [batch, channels, height, width]
-    )
-    return tf.cast(tf.transpose(mapped, [0, 2, 3, 1]), tf.uint8)
+    _, height, width, _ = images.shape
+    entries = _table_entries(images)
+    histogram = _histogram(entries)
+    occurs = tf.cast(tf.reverse(histogram, [2]) > 0, tf.int32)
+    last = 255 - tf.argmax(occurs, axis=2, output_type=tf.int32)
+    step = (height * width - tf.gather(histogram, last, axis=2, batch_dims=2)) // 255
+    before = tf.cumsum(histogram, axis=2, exclusive=True)
+    table = (step[..., None] // 2 + before) // tf.maximum(step, 1)[..., None]
+    table = tf.where(step[..., None] > 0, tf.minimum(table, 255), tf.range(256))
+    return _look_up(table, entries, images)
 
 
 def brightness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with black: 0 is black, 1 the image, float `[B]`."""
-    return _blend(tf.constant(0.0), _values(images), factor, images)
+    return _bytes(_brightness(_values(images), factor), images)
 
 
 def color(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the grey image: 0 is grey, 1 the image, float `[B]`."""
-    values = _values(images)
-    return _blend(_luminance(values), values, factor, images)
+    return _bytes(_color(_values(images), factor), images)
 
 
 def contrast(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the mean grey: 0 is flat, 1 the image, float `[B]`."""
-    _, height, width, _ = images.shape
-    values = _values(images)
-    # Sums down the columns are exact in float32, and fast; the rest needs float64.
-    lines = tf.reshape(_luminance(values), [-1, height, width * 3])
-    sums = tf.cast(tf.reduce_sum(lines, axis=1), tf.float64)
-    mean = tf.reduce_sum(sums, axis=1, keepdims=True) / (3 * height * width)
-    return _blend(tf.cast(tf.floor(mean + 0.5), tf.float32), values, factor, images)
+    _, _, width, _ = images.shape
+    return _bytes(_contrast(_values(images), factor, width), images)
 
 
 def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
@@ -161,16 +174,20 @@ def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.
         factors: float32 `[B, 3]` of brightness, contrast and color.
         order: int32 `[B, 3]`, permutations of 0, 1 and 2, which count them.
     """
-    operations = (brightness, contrast, color)
+    _, _, width, _ = images.shape
 
     def one(inputs: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
         image, factors, order = inputs
-        image = image[None]
+        values = _values(image[None])
         for which in tf.unstack(order):
             factor = factors[which][None]
-            branches = [functools.partial(operation, image, factor) for operation in operations]
-            image = tf.switch_case(which, branches)
-        return image[0]
+            branches = (
+                functools.partial(_brightness, values, factor),
+                functools.partial(_contrast, values, factor, width),
+                functools.partial(_color, values, factor),
+            )
+            values = tf.floor(tf.switch_case(which, branches))
+        return _bytes(values, image)
 
     # Image by image the values stay in the cache: twice as fast as by batch.
     return tf.map_fn(
@@ -182,17 +199,17 @@ def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.
 
 def sharpness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the smoothed image: 0 is smooth, 1 the image, 2 sharp, float `[B]`."""
-    values = tf.cast(images, tf.float32)
-    kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13
-    kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
-    smooth = tf.nn.depthwise_conv2d(values, kernel, [1, 1, 1, 1], "VALID")
-    smooth = tf.cast(tf.clip_by_value(tf.floor(smooth + 0.5), 0, 255), tf.uint8)
-    # The outermost pixels have no neighbourhood and stay as they are.
-    inner = tf.pad(smooth, [[0, 0], [1, 1], [1, 1], [0, 0]])
     _, height, width, _ = images.shape
-    is_inner = tf.pad(tf.ones([height - 2, width - 2], tf.bool), [[1, 1], [1, 1]])
-    smooth = tf.where(is_inner[None, :, :, None], inner, images)
-    return _blend(_values(smooth), _values(images), factor, images)
+    values = tf.reshape(tf.cast(images, tf.float32), [-1, height, width * 3])
+    rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
+    box = rows[..., :-6] + rows[..., 3:-3] + rows[..., 6:]
+    # The centre weighs 5 of 13. The sums are whole numbers, so no mean lies at a half.
+    smooth = tf.floor((box + 4 * values[:, 1:-1, 3:-3]) * (1 / 13) + 0.5)
+    # The outermost pixels have no neighbourhood and stay as they are.
+    smooth = tf.concat([values[:, 1:-1, :3], smooth, values[:, 1:-1, -3:]], axis=2)
+    smooth = tf.concat([values[:, :1], smooth, values[:, -1:]], axis=1)
+    smooth = tf.reshape(smooth, [-1, height * width * 3])
+    return _bytes(_blend(smooth, _values(images), factor), images)
 
 
 def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.Tensor:
@@ -205,10 +222,54 @@ def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.
     return tf.where(inside[..., None], tf.constant(0, tf.uint8), images)
 
 
+def _table_entries(images: tf.Tensor) -> tf.Tensor:
+    """Entry of each value in the flat tables `[B, 3, 256]`, int32 `[B, H * W * 3]`."""
+    batch = tf.shape(images)[0]
+    _, height, width, _ = images.shape
+    channels = tf.constant([0, 256, 512] * (height * width))
+    values = tf.cast(tf.reshape(images, [batch, height * width * 3]), tf.int32)
+    return values + channels + 768 * tf.range(batch)[:, None]
+
+
+def _histogram(entries: tf.Tensor) -> tf.Tensor:
+    """How often each value occurs, int32 `[B, 3, 256]`."""
+    size = 768 * tf.shape(entries)[0]
+    counts = tf.math.bincount(tf.reshape(entries, [-1]), minlength=size, maxlength=size)
+    return tf.reshape(counts, [-1, 3, 256])
+
+
+def _look_up(tables: tf.Tensor, entries: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Replaces each value by its table's, uint8, in the shape of `like`."""
+    mapped = tf.gather(tf.reshape(tf.cast(tables, tf.uint8), [-1]), entries)
+    return tf.reshape(mapped, tf.shape(like))
+
+
 def _values(images: tf.Tensor) -> tf.Tensor:
     """float32 `[B, H * W * 3]`."""
     _, height, width, _ = images.shape
     return tf.reshape(tf.cast(images, tf.float32), [-1, height * width * 3])
+
+
+def _bytes(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Values in [0, 256), truncated to uint8 in the shape of `like`."""
+    return tf.reshape(tf.cast(values, tf.uint8), tf.shape(like))
+
+
+def _brightness(values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(tf.cast(factor, tf.float32)[:, None] * values, 0, 255)
+
+
+def _color(values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    return _blend(_luminance(values), values, factor)
+
+
+def _contrast(values: tf.Tensor, factor: tf.Tensor, width: int) -> tf.Tensor:
+    size = values.shape[1]
+    # Sums down the columns are exact in float32, and fast; the rest needs float64.
+    lines = tf.reshape(_luminance(values), [-1, size // (width * 3), width * 3])
+    sums = tf.cast(tf.reduce_sum(lines, axis=1), tf.float64)
+    mean = tf.floor(tf.reduce_sum(sums, axis=1, keepdims=True) / size + 0.5)
+    return _blend(tf.cast(mean, tf.float32), values, factor)
 
 
 def _luminance(values: tf.Tensor) -> tf.Tensor:
@@ -222,13 +283,10 @@ def _luminance(values: tf.Tensor) -> tf.Tensor:
     return tf.reshape(luma, tf.shape(values))
 
 
-def _blend(
-    degenerate: tf.Tensor, values: tf.Tensor, factor: tf.Tensor, images: tf.Tensor
-) -> tf.Tensor:
-    """`degenerate + factor * (values - degenerate)` in float32, clipped, truncated, like `images`.
+def _blend(degenerate: tf.Tensor, values: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    """`degenerate + factor * (values - degenerate)` in float32, clipped to [0, 255].
 
     `values` is float32 `[B, n]`, with which `degenerate` broadcasts.
     """
-    blended = degenerate + tf.cast(factor, tf.float32)[:, None] * (values - degenerate)
-    bytes_ = tf.cast(tf.clip_by_value(blended, 0, 255), tf.uint8)
-    return tf.reshape(bytes_, tf.shape(images))
+    step = tf.cast(factor, tf.float32)[:, None] * (values - degenerate)
+    return tf.clip_by_value(degenerate + step, 0, 255)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation policies: which operations, how often, how strong; drawn for each image.
 
-A policy is a table. Only the operations that were drawn run, each once on the images that drew it.
+A policy is a table; only the operations that were drawn run, each once on the images that drew it.
+RandAugment, which is no table, has a module of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from balpoe_jax.data import image_ops
+from balpoe_jax.data.randaugment import IMAGENET_MEAN, apply_randaugment
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.errors import UserError
 
@@ -45,7 +47,8 @@ AUTOAUGMENT_CIFAR: tuple[tuple[Rule, Rule], ...] = (
     (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
 )
 
-POLICIES = {"none": (), "autoaugment_cifar": AUTOAUGMENT_CIFAR}
+_TABLES = {"none": (), "autoaugment_cifar": AUTOAUGMENT_CIFAR}
+POLICIES = (*_TABLES, "randaugment")
 
 
 class _Operation(NamedTuple):
@@ -107,19 +110,24 @@ def check_policy(name: str) -> None:
         raise UserError(f"augment.policy must be one of {', '.join(POLICIES)}; got {name!r}.")
 
 
-def apply_policy(images: tf.Tensor, random: RowRandom, name: str) -> tf.Tensor:
+def apply_policy(
+    images: tf.Tensor, random: RowRandom, name: str, fill: Sequence[int] = IMAGENET_MEAN
+) -> tf.Tensor:
     """Draws a sequence of the policy for each image and applies it.
 
     Args:
         images: uint8 `[rows, H, W, 3]`, the rows of `random`.
         random: source of the draws.
         name: one of `POLICIES`.
+        fill: colour that randaugment shows outside the image.
 
     Returns:
         uint8 `[rows, H, W, 3]`.
     """
     check_policy(name)
-    policy = POLICIES[name]
+    if name == "randaugment":
+        return apply_randaugment(images, random, fill)
+    policy = _TABLES[name]
     if not policy:
         return images
     _, height, width, _ = images.shape

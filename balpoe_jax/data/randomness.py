@@ -50,6 +50,13 @@ class RowRandom:
         )
         return drawn[self.rows]
 
+    def normal(self, name: str, per_row: tuple[int, ...] = ()) -> tf.Tensor:
+        """Standard normal float32, shape `[rows, *per_row]`."""
+        drawn = tf.random.stateless_normal(
+            [self.batch_size, *per_row], fold_in(self.seed, stream_id(name)), alg=_ALGORITHM
+        )
+        return drawn[self.rows]
+
 
 def stream_id(name: str) -> int:
     """A stable 31-bit number for a name (Python's own `hash` changes from run to run)."""

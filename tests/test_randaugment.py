@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RandAugment: its operations against Pillow, from `fixtures/make_pil_fixtures.py`, its draws."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from balpoe_jax.data import randaugment
+from balpoe_jax.data.randaugment import IMAGENET_MEAN, Draw, apply_randaugment
+from balpoe_jax.data.randomness import RowRandom
+
+FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
+
+EXACT = (
+    "autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add", "color",
+    "contrast", "brightness", "sharpness",
+)  # fmt: skip
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+
+
+@cache
+def fixtures() -> dict[str, np.ndarray]:
+    with np.load(FIXTURES, allow_pickle=False) as file:
+        return dict(file)
+
+
+def source(batch_size: int, seed: int = 0) -> RowRandom:
+    return RowRandom(tf.constant([seed, 1]), batch_size, slice(0, batch_size))
+
+
+def drawn(magnitude: float, sign: float, cubic: float, batch_size: int) -> Draw:
+    return Draw(
+        tf.fill([batch_size], tf.constant(magnitude / 10, tf.float32)),
+        tf.fill([batch_size], tf.constant(sign, tf.float32)),
+        tf.fill([batch_size], bool(cubic)),
+    )
+
+
+@pytest.mark.parametrize("shape", ["square", "wide"])
+@pytest.mark.parametrize("name", [*EXACT, *GEOMETRIC])
+def test_operations_are_those_of_pillow(name: str, shape: str) -> None:
+    """Geometric ones may be off by one level: Pillow computes them in float64.
+
+    At whole magnitudes many exact results are whole numbers, which truncate either way.
+    """
+    images = fixtures()[f"images/{shape}"][[0, -1]]
+    operation = randaugment._operations(IMAGENET_MEAN)[name]
+    for values, expected in zip(
+        fixtures()["values/randaugment"], fixtures()[f"randaugment/{name}/{shape}"], strict=True
+    ):
+        actual = operation(tf.constant(images), drawn(*values, len(images))).numpy()
+        error = np.abs(actual.astype(int) - expected)
+        assert error.max() <= (1 if name in GEOMETRIC else 0), values
+        assert (error > 0).mean() < (0.06 if values[0] == 10 else 0.005), values
+
+
+def test_every_operation_is_there_once() -> None:
+    names = set(randaugment._operations(IMAGENET_MEAN))
+    assert names == {*EXACT, *GEOMETRIC} and len(names) == 15
+
+
+def test_geometric_operations_show_the_fill_outside() -> None:
+    images = tf.zeros([1, 20, 20, 3], tf.uint8)
+    operations = randaugment._operations((7, 8, 9))
+    for name in GEOMETRIC:
+        output = operations[name](images, drawn(10, 1, 0, 1)).numpy().reshape(-1, 3)
+        colours = {tuple(int(value) for value in pixel) for pixel in output}
+        assert colours == {(0, 0, 0), (7, 8, 9)}, name
+
+
+def test_draws() -> None:
+    draws = 40_000
+    which, (level, sign, cubic) = randaugment._draw(source(draws), 15)
+    which, level, sign, cubic = (x.numpy() for x in (which, level, sign, cubic))
+    counts = np.bincount(which.ravel(), minlength=16) / which.size
+    expected = np.array([0.5] + [0.5 / 15] * 15)
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected / which.size)).all()
+    # With replacement and independently: the same operation twice as often as chance has it.
+    twice = (which[:, 0] == which[:, 1]) & (which[:, 0] > 0)
+    assert abs(twice.mean() - 1 / 60) < 4 * np.sqrt(1 / 60 / draws)
+    for hits in (sign > 0, cubic, level == 1):
+        assert abs(hits.mean() - 0.5) < 4 * 0.5 / np.sqrt(hits.size)
+    # Half a normal distribution lies below its mean, by 0.5 * sqrt(2 / pi) on average.
+    below = 10 * (1 - level[level < 1])
+    assert abs(below.mean() - 0.5 * np.sqrt(2 / np.pi)) < 4 * 0.3 / np.sqrt(below.size)
+    assert set(np.unique(sign)) == {-1.0, 1.0}
+
+
+def test_only_the_drawn_operations_run(monkeypatch) -> None:
+    """Each operation adds its own power of two, so that a pixel tells which ran, and how often."""
+    batch = 400
+    names = list(randaugment._operations(IMAGENET_MEAN))[:3]
+    runs = tf.Variable([0, 0, 0])
+
+    def counting(i: int):
+        def operation(images: tf.Tensor, draw: Draw) -> tf.Tensor:
+            runs.scatter_nd_add([[i]], [1])
+            return images + tf.constant(4**i, tf.uint8)
+
+        return operation
+
+    operations = {name: counting(i) for i, name in enumerate(names)}
+    monkeypatch.setattr(randaugment, "_operations", lambda fill: operations)
+    apply = tf.function(lambda images: apply_randaugment(images, source(batch)))
+    output = apply(tf.zeros([batch, 2, 2, 3], tf.uint8)).numpy()[:, 0, 0, 0]
+    which, _ = randaugment._draw(source(batch), 3)
+    expected = np.array([[(row == i).sum() for i in (1, 2, 3)] for row in which.numpy()])
+    np.testing.assert_array_equal(output, expected @ [1, 4, 16])
+    np.testing.assert_array_equal(runs.numpy(), expected.sum(axis=0))
+
+
+def test_threads_change_nothing() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3)).astype(np.uint8)
+
+    def augment(step: tf.Tensor) -> tf.Tensor:
+        random = RowRandom(tf.stack([3, tf.cast(step, tf.int32)]), 16, slice(0, 16))
+        return apply_randaugment(tf.constant(images), random)
+
+    def batches(threads: int) -> list[np.ndarray]:
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = threads
+        dataset = tf.data.Dataset.range(4).map(augment, threads).with_options(options)
+        return list(dataset.as_numpy_iterator())
+
+    for left, right in zip(batches(1), batches(4), strict=True):
+        np.testing.assert_array_equal(left, right)
