@@ -65,8 +65,8 @@ def test_figures_of_both_steps(found: dict) -> None:
 def test_text_and_json_of_the_figures(found: dict) -> None:
     json.dumps(found, allow_nan=False)
     text = aot.as_text(found)
-    assert "resnet8 with 1 experts" in text
-    assert "global batch 32 to train (8 a device, in 2 microbatches)" in text
+    assert "resnet8, experts: 1 (loop), float32, 75,280 parameters, images of 8x8x3" in text
+    assert "train: 32 (8 a device in 2 microbatches), to evaluate: 32 (8 a device)" in text
     rows = {line[:31].strip(): line[31:].split() for line in text.splitlines()}
     assert rows["utilisation, %"] == ["-", "-"]
     assert len(rows["memory in all, MB"]) == 2
