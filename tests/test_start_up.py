@@ -11,6 +11,8 @@ import pytest
 
 from balpoe_jax.start_up import START_UPS, StartUp, of_this_process
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_parts_and_total_are_appended_to_the_record(tmp_path: Path) -> None:
     for step in (1, 8):
@@ -22,9 +24,6 @@ def test_parts_and_total_are_appended_to_the_record(tmp_path: Path) -> None:
     assert (first["step"], second["step"]) == (1, 8)
     assert 0.05 <= first["seconds"]["data"] < 2
     assert 5 <= first["total_seconds"] < 10
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells")
