@@ -195,19 +195,22 @@ def as_text(found: dict[str, Any]) -> str:
             sizes = [_shown(sum(e["bytes"] for e in each) / 1e6) for each in of_kind]
             rows.append((f"  {kind}, MB", sizes))
     columns = tuple(tables.Column(name) for name in ("train", "eval"))
-    each = [step["batch_size"] // found["devices"] for step in steps]
+    parts = [
+        f"{step['batch_size']} ({step['batch_size'] // found['devices']} a device" for step in steps
+    ]
+    microbatches, note = "", ""
+    if found["accumulate"] > 1:
+        microbatches = f" in {found['accumulate']} microbatches"
+        note = " (the compiler counts the operations of one microbatch)"
     return "\n".join(
         (
-            f"{found['model']} with {found['num_experts']} experts ({found['expert_map']}, "
-            f"{found['dtype']}), {found['num_parameters']:,} parameters, images of "
+            f"{found['model']}, experts: {found['num_experts']} ({found['expert_map']}), "
+            f"{found['dtype']}, {found['num_parameters']:,} parameters, images of "
             f"{'x'.join(map(str, found['image_shape']))}",
-            f"{found['devices']} devices {found['device_kind']}, global batch "
-            f"{steps[0]['batch_size']} to train ({each[0]} a device, in {found['accumulate']} "
-            f"microbatches) and {steps[1]['batch_size']} to evaluate ({each[1]} a device)",
+            f"{found['devices']} devices {found['device_kind']}, global batch to train: "
+            f"{parts[0]}{microbatches}), to evaluate: {parts[1]})",
             f"Compiled with parallel.mode={_MODE}: pmap compiles only where the devices are",
-            "Figures are of one device and step (the compiler counts one microbatch's operations):"
-            if found["accumulate"] > 1
-            else "Figures are of one device and step:",
+            f"Figures are of one device and step{note}:",
             "",
             tables.as_text(tables.Table("aot", "", columns, rows)),
         )

@@ -26,6 +26,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?\S+ = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|body|to_apply|\w+_computations?)=(\{[^}]*\}|%?[^\s,]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([^\s,]+)")
+_INTEGER = re.compile(r"(\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 
@@ -50,6 +52,9 @@ class _Instruction:
     opcode: str
     result: str
     attributes: str
+
+
+_Computations = dict[str, list[_Instruction]]
 
 
 def collectives(text: str) -> list[Collective]:
@@ -81,7 +86,7 @@ def estimated_cycles(text: str) -> int | None:
     return _cycles(computations, entry)
 
 
-def _cycles(computations: dict[str, list[_Instruction]], name: str) -> int:
+def _cycles(computations: _Computations, name: str) -> int:
     total = 0
     for instruction in computations.get(name, ()):
         estimate = _CYCLES.search(instruction.attributes)
@@ -89,7 +94,7 @@ def _cycles(computations: dict[str, list[_Instruction]], name: str) -> int:
             total += int(estimate[1])
         else:
             inside = sum(_cycles(computations, called) for called in _called(instruction))
-            total += _trip_count(instruction) * inside
+            total += _trip_count(computations, instruction) * inside
     return total
 
 
@@ -103,7 +108,7 @@ def _find_collectives(text: str) -> Iterator[tuple[str, int, _Instruction]]:
                 yield kind, times, instruction
             else:
                 for called in _called(instruction):
-                    yield from visit(called, times * _trip_count(instruction))
+                    yield from visit(called, times * _trip_count(computations, instruction))
 
     return visit(entry, 1)
 
@@ -116,9 +121,9 @@ def _add_up(found: Iterator[tuple[str, int, int]]) -> list[Collective]:
     return [Collective(kind, *totals[kind]) for kind in COLLECTIVES if kind in totals]
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+def _parse(text: str) -> tuple[_Computations, str]:
     """The instructions of every computation by its name, and the name of the first to run."""
-    computations: dict[str, list[_Instruction]] = {}
+    computations: _Computations = {}
     entry, current = "", []
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
@@ -138,10 +143,24 @@ def _called(instruction: _Instruction) -> list[str]:
     return [name.strip(" %") for names in found for name in names.strip("{}").split(",")]
 
 
-def _trip_count(instruction: _Instruction) -> int:
-    """How often a loop runs its body; 1 for one that does not tell, and for what is no loop."""
-    found = _TRIP_COUNT.search(instruction.attributes)
-    return int(found[1]) if found else 1
+def _trip_count(computations: _Computations, instruction: _Instruction) -> int:
+    """How often a loop runs its body; 1 for one that does not tell, and for what is no loop.
+
+    A CPU's compiler writes it down. A TPU's does not: there it is the one constant that a counter
+    is compared with, since the loops of `lax.scan` count up from 0.
+    """
+    known = _TRIP_COUNT.search(instruction.attributes)
+    if known:
+        return int(known[1])
+    condition = _CONDITION.search(instruction.attributes)
+    if instruction.opcode != "while" or condition is None:
+        return 1
+    tests = computations.get(condition[1], [])
+    below = [test for test in tests if "direction=LT" in test.attributes]
+    limits = [_INTEGER.match(test.attributes) for test in tests if test.opcode == "constant"]
+    if len(below) == len(limits) == 1 and limits[0]:
+        return int(limits[0][1])
+    return 1
 
 
 def _communicated(instruction: _Instruction) -> str:

@@ -82,16 +82,15 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
 
         train_step = experiment.map_train_step()
         evaluator = Evaluator(experiment)
-        batches = Prefetcher(
-            pipeline.train_batches(
+        with start_up.measure("pipeline"):
+            made = pipeline.train_batches(
                 experiment.data.train,
                 experiment.train_settings,
                 first_step,
                 total_steps,
                 pipeline.Host(threads=config["data"]["threads"]),
-            ),
-            devices,
-        )
+            )
+        batches = Prefetcher(made, devices)
 
         with (
             record.MetricWriter(workdir, first_step) as writer,

@@ -65,8 +65,8 @@ def test_figures_of_both_steps(found: dict) -> None:
 def test_text_and_json_of_the_figures(found: dict) -> None:
     json.dumps(found, allow_nan=False)
     text = aot.as_text(found)
-    assert "resnet8 with 1 experts" in text
-    assert "global batch 32 to train (8 a device, in 2 microbatches)" in text
+    assert "resnet8, experts: 1 (loop), float32, 75,280 parameters, images of 8x8x3" in text
+    assert "train: 32 (8 a device in 2 microbatches), to evaluate: 32 (8 a device)" in text
     rows = {line[:31].strip(): line[31:].split() for line in text.splitlines()}
     assert rows["utilisation, %"] == ["-", "-"]
     assert len(rows["memory in all, MB"]) == 2
@@ -143,14 +143,17 @@ def test_every_topology_that_is_offered_is_known_to_the_compiler() -> None:
 
 
 @needs_libtpu
-def test_a_tpu_gets_one_all_reduce_of_the_gradients_and_cycles() -> None:
-    """The smallest network and a slice of four."""
+@pytest.mark.parametrize(("sync", "accumulate", "count"), [(False, 1, 1), (True, 2, 2 * 2 * 7 + 1)])
+def test_a_tpu_gets_cycles_and_one_all_reduce_of_all_gradients(
+    sync: bool, accumulate: int, count: int
+) -> None:
+    """The smallest network, of seven BatchNorms, and a slice of four chips."""
     config = tiny_config()
-    config.parallel.sync_batch_norm = False
-    config.optim.accumulate = 1
+    config.parallel.sync_batch_norm = sync
+    config.optim.accumulate = accumulate
     found = aot.examine(config, "v5e:2x2")
     (reduced,) = found["train"]["collectives"]
-    assert (reduced["kind"], reduced["count"]) == ("all-reduce", 1)
+    assert (reduced["kind"], reduced["count"]) == ("all-reduce", count)
     assert reduced["bytes"] > 4 * found["num_parameters"]
     for step in (found["train"], found["eval"]):
         assert step["cycles"] > 1000

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from balpoe_jax.command_line import use_compilation_cache
+from balpoe_jax.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -105,3 +108,23 @@ def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     assert len(errors.splitlines()) == 1
     assert (tmp_path / "checkpoints" / "13").exists()
     assert '"step": 13' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "cache"
+    code = f"""
+from balpoe_jax.command_line import use_compilation_cache
+use_compilation_cache({str(folder)!r})
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x + 1)(1.0)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=60)
+    assert any(path.name.startswith("jit__lambda") for path in folder.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cache .*/file/cache cannot be written to; .*cache_dir"):
+        use_compilation_cache(str(tmp_path / "file" / "cache"))

@@ -110,6 +110,10 @@ def test_arguments_are_typed() -> None:
         ("data.mean", (0.5,), "config.data.mean must be 3 numbers"),
         ("optim.boundaries", ("a",), "config.optim.boundaries must be numbers"),
         ("loss.taus", (0.0, 2.0), "for each of the 3 experts, got 2"),
+        ("model.dtype", "float16", "model.dtype 'float16'; choose from float32, bfloat16"),
+        ("optim.accumulate", 0, "config.optim.accumulate must be at least 1, got 0"),
+        ("profile.steps", (5,), r"first and the last step .* counted from 1.* got \(5,\)"),
+        ("profile.steps", (3, 2), r"first and the last step .* got \(3, 2\)"),
     ],
 )
 def test_values_that_are_not_valid(field: str, value, expected: str) -> None:

@@ -5,8 +5,8 @@ import pytest
 
 from balpoe_jax.hlo import Collective, collective_sizes, collectives, estimated_cycles
 
-# Cut from what the TPU compiler writes: a combined all-reduce with layouts and an index comment, a
-# loop with one inside, an asynchronous one, a wrapped one, and cycles in the backend's words.
+# In the words of the TPU compiler: a combined all-reduce with layouts and an index comment, a loop
+# with one inside, an asynchronous one, a wrapped one, and cycles.
 TPU = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
@@ -71,6 +71,12 @@ def test_sizes_one_by_one() -> None:
 
 def test_cycles_count_a_fusion_once_and_a_loop_as_often_as_it_runs() -> None:
     assert estimated_cycles(TPU) == 3 * 10 + 100
+
+
+def test_a_loop_that_tells_its_length_by_its_condition_alone() -> None:
+    untold = TPU.replace('"known_trip_count":{"n":"3"}', "")
+    limit = "  %n = s32[]{:T(128)} constant(7), metadata={}\n  ROOT %c = pred[]"
+    assert estimated_cycles(untold.replace("  ROOT %c = pred[]", limit)) == 7 * 10 + 100
 
 
 def test_a_loop_of_unknown_length_counts_once() -> None:
