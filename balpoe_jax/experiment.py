@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 import optax
 from ml_collections import ConfigDict
@@ -53,13 +54,23 @@ class Experiment:
     steps_per_epoch: int
     total_steps: int
 
+    @property
+    def host(self) -> pipeline.Host:
+        """This process's part in making the batches."""
+        return pipeline.Host(
+            jax.process_index(), self.parallel.num_hosts, self.config["data"]["threads"]
+        )
+
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
         create = jax.jit(
-            lambda key: create_state(self.model, self.optimizer, key, self.data.train.image_shape),
+            lambda seed: create_state(
+                self.model, self.optimizer, jax.random.key(seed), self.data.train.image_shape
+            ),
             out_shardings=self.parallel.replicated,
         )
-        return create(jax.random.key(self.config["seed"]))
+        # A NumPy value: an array of one process's device could not be spread over all processes.
+        return create(np.int32(self.config["seed"]))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and placement of the state, without computing one."""
@@ -105,7 +116,8 @@ def build(config: ConfigDict) -> Experiment:
     config_lib.check_config(config)
     devices = parallel.make_parallel(config.parallel.mode)
     devices.check_batch_size(config.batch_size, "batch_size")
-    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts=1)
+    num_hosts = devices.num_hosts if config.mixup.alpha > 0 else 1
+    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts)
     taus = config_lib.resolve_taus(config)
     rates = optim.learning_rates(
         config.total_epochs,

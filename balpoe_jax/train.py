@@ -3,6 +3,7 @@
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from balpoe_jax import record
+from balpoe_jax import processes, record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import Evaluator, publish
 from balpoe_jax.experiment import Experiment, build, num_parameters
 from balpoe_jax.parallel import AXIS_NAME, Prefetcher
+from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.state import make_train_step
 
 log = logging.getLogger(__name__)
@@ -33,26 +35,36 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             checkpoint, and a finished one only evaluated again.
 
     Returns:
-        What `results.json` holds.
+        What `results.json` holds; of several processes, the others than the first get nothing.
 
     Raises:
         UserError (a `ValueError`): input that is not valid, or a loss that is not finite.
+        Preempted: SIGTERM came, and a checkpoint was saved.
     """
     check_config(config)
     path = record.open_workdir(workdir)
+    processes.check_same(record.shared_fields(config.to_dict()), "config")
     with record.log_to_file(path):
-        claimed = record.is_claimed(path)
-        if claimed:
-            record.check_claim(path, config.to_dict())
-        elif any((path / "checkpoints").glob("[0-9]*")):
-            raise UserError(
-                f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
-                "another --workdir."
-            )
+        processes.on_first(partial(_check_workdir, path, config))
         experiment = build(config)
-        if not claimed:
-            record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
+        processes.on_first(partial(_claim, path, experiment))
         return _train(experiment, path)
+
+
+def _check_workdir(path: Path, config: ConfigDict) -> None:
+    """Refuses a workdir that belongs to another run."""
+    if record.is_claimed(path):
+        record.check_claim(path, config.to_dict())
+    elif any((path / "checkpoints").glob("[0-9]*")):
+        raise UserError(
+            f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
+            "another --workdir."
+        )
+
+
+def _claim(path: Path, experiment: Experiment) -> None:
+    if not record.is_claimed(path):
+        record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
 
 
 def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
@@ -88,34 +100,41 @@ def _train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
                 experiment.train_settings,
                 first_step,
                 total_steps,
-                pipeline.Host(threads=config["data"]["threads"]),
+                experiment.host,
             ),
             devices,
         )
 
         with record.MetricWriter(workdir, first_step) as writer:
             progress = Progress(experiment, first_step, batches)
-            for step in range(first_step + 1, total_steps + 1):
-                state, metrics = train_step(state, next(batches))
-                progress.add(metrics)
-                epoch, epoch_ends = step // per_epoch, step % per_epoch == 0
-                save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
-                test = _due(epoch, config["eval"]["every_epochs"]) and epoch_ends
-                last = step == total_steps
-                # Before a checkpoint, so that none is ever written of a state that is not finite.
-                if step % config["log_every_steps"] == 0 or save or test or last:
-                    writer.write(progress.report(step))
-                # Before a checkpoint too: a resumed run does not come back to this step.
-                if test and not last:
-                    results = evaluator.score_test(state, workdir / "predictions")
-                    writer.write(_test_row(results, step, per_epoch))
-                    progress.restart_clock()
-                if save or last:
-                    checkpoints.save(state)
+            with PreemptionNotice() as notice:
+                for step in range(first_step + 1, total_steps + 1):
+                    state, metrics = train_step(state, next(batches))
+                    progress.add(metrics)
+                    epoch, epoch_ends = step // per_epoch, step % per_epoch == 0
+                    save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
+                    test = _due(epoch, config["eval"]["every_epochs"]) and epoch_ends
+                    last = step == total_steps
+                    stop = notice.stops_after(step) and not last
+                    # Before a checkpoint: none is ever written of a state that is not finite.
+                    if step % config["log_every_steps"] == 0 or save or test or last or stop:
+                        writer.write(progress.report(step))
+                    # Before a checkpoint too: a resumed run does not come back to this step.
+                    if test and not last:
+                        results = evaluator.score_test(state, workdir / "predictions")
+                        if results:
+                            writer.write(_test_row(results, step, per_epoch))
+                        progress.restart_clock()
+                    if save or last or stop:
+                        checkpoints.save(state)
+                    if stop:
+                        checkpoints.wait()
+                        raise Preempted(f"step {step} is saved; start again to go on from there.")
             results = evaluator.score(state, workdir / "predictions")
-            if not record.has_test_row(workdir, total_steps):
+            if results and not record.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, per_epoch))
-    publish(results, workdir)
+    if results:
+        publish(results, workdir)
     return results
 
 
@@ -198,16 +217,24 @@ class Progress:
 
 
 def _announce(experiment: Experiment) -> None:
-    config, taus = experiment.config, experiment.taus
+    config, taus, devices = experiment.config, experiment.taus, experiment.parallel
     log.info(
-        "%s, %d experts, taus %s; %d steps of %d images on %d %s",
+        "%s, %d experts, taus %s; %d steps, %d an epoch, learning rate %g",
         config["model"]["name"],
         len(taus),
         ", ".join(f"{tau:g}" for tau in taus),
         experiment.total_steps,
+        experiment.steps_per_epoch,
+        config["optim"]["learning_rate"],
+    )
+    log.info(
+        "Batch: %d images in all, %d a host, %d a device; %d hosts, %d devices (%s)",
         config["batch_size"],
-        experiment.parallel.num_devices,
-        experiment.parallel.mesh.devices.flat[0].device_kind,
+        config["batch_size"] // devices.num_hosts,
+        config["batch_size"] // devices.num_devices,
+        devices.num_hosts,
+        devices.num_devices,
+        devices.mesh.devices.flat[0].device_kind,
     )
     mean_tau = float(np.mean(taus))
     if not np.isclose(mean_tau, 1):
