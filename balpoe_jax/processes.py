@@ -26,8 +26,8 @@ from balpoe_jax.errors import Preempted, UserError
 
 _FAILURE, _LEFT, _END = "balpoe_jax/failure", "balpoe_jax/left", "balpoe_jax/end"
 _POLL_SECONDS = 0.5
-_LINGER_SECONDS = 10.0  # that process 0 stays reachable for the others to read why it failed
-_SHARED_SECONDS = 10.0  # until a file on shared storage must be seen by all
+_LINGER_SECONDS = 5.0  # that process 0 stays reachable for the others to read why it failed
+_SHARED_SECONDS = 5.0  # until a file on shared storage must be seen by all
 _YEAR_MS = 365 * 24 * 3600 * 1000
 _MESSAGE_BYTES = 2048
 
