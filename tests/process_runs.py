@@ -7,6 +7,7 @@ is one of two processes with two CPU devices each; `start` starts both.
 """
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -100,6 +101,7 @@ def digits_config(total_epochs: int = 2, **changes):
     config.total_epochs = total_epochs
     config.log_every_steps = 1
     config.mixup.groups = 2
+    config.optim.learning_rate = 0.01  # at which training does not amplify roundings
     config.checkpoint.every_epochs = 1
     config.eval.every_epochs = 0
     config.eval.batch_size = 150  # rounded up to what 4 devices share, and a padded last batch
@@ -238,6 +240,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # where the package is not installed
     from balpoe_jax import command_line, processes
 
+    package = logging.getLogger("balpoe_jax")
+    package.setLevel(logging.INFO)
+    package.addHandler(logging.StreamHandler(sys.stdout))
     paths = [Path(folder) for folder in folders]
     tasks = {"agree": agree, "whole": whole}
     with processes.group(

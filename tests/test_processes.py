@@ -22,8 +22,7 @@ from balpoe_jax.train import train
 
 STEPS = 6
 # A device's part is computed alike in both layouts; the sums over devices are not: XLA adds the
-# four in one order, Gloo first those of a process. That is an ulp or two of each sum (1e-7), which
-# six steps at this rate amplify.
+# four in one order, Gloo first those of a process. That is an ulp or two of each sum (1e-7).
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -119,7 +118,7 @@ def test_two_processes_predict_what_one_does(reference: Path, two: Path, tmp_pat
 def test_only_the_first_process_logs(two: Path) -> None:
     output = (two / "log" / "0.out").read_text()
     assert "Batch: 140 images in all, 70 a host, 35 a device; 2 hosts, 4 devices" in output
-    assert "6 steps, 3 an epoch, learning rate 0.1" in output
+    assert "6 steps, 3 an epoch, learning rate 0.01" in output
     assert "step 6/6" in output
     silent = (two / "log" / "1.out").read_text().splitlines()
     assert [line for line in silent if not line.startswith("[Gloo]")] == []
@@ -197,7 +196,7 @@ def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
         saved = [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*")]
         assert len(saved) == 1
         line = f"Preempted: step {saved[0]} is saved; start again to go on from there.\n"
-        assert pair.error(0) == line
+        assert pair.error(0).endswith(line)  # after Orbax's own
         assert rows(workdir)[-1]["step"] == saved[0]
     with process_runs.start(commands(), tmp_path / "killed") as pair:
         pair.wait_for(f"Resumed from the checkpoint of step {saved[0]}")
