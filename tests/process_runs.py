@@ -200,6 +200,7 @@ def agree(folder: Path) -> None:
 
 def whole(folder: Path, reference: Path) -> None:
     """Trains the digits; then steps, and the evaluation of a reference of one process."""
+    from balpoe_jax import record
     from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.evaluate import Evaluator
     from balpoe_jax.experiment import build
@@ -209,7 +210,8 @@ def whole(folder: Path, reference: Path) -> None:
     results = train(digits_config(), str(folder / "run"))
     assert bool(results) == (who == 0)
     dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
-    experiment = build(digits_config(parallel__mode="shard_map"))
+    with record.log_to_file(folder):
+        experiment = build(digits_config(parallel__mode="shard_map"))
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
         state = checkpoints.restore_latest(experiment.abstract_state())
     scores = Evaluator(experiment).score_test(state, folder / "predictions")

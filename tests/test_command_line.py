@@ -57,6 +57,28 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["--config=configs/digits_lt.py", "--workdir={dir}/file"], "cannot be written to"),
         (
+            ["--config=configs/digits_lt.py", "--workdir={dir}", "--process_id=1"],
+            "give all three, or none",
+        ),
+        (
+            [
+                *("--config=configs/digits_lt.py", "--workdir={dir}", "--process_id=1"),
+                *("--num_processes=2", "--coordinator_address=localhost:1"),
+            ],
+            "need --distributed",
+        ),
+        (
+            [
+                *("--config=configs/digits_lt.py", "--workdir={dir}", "--process_id=2"),
+                *("--num_processes=2", "--coordinator_address=localhost:1", "--distributed"),
+            ],
+            "--process_id must be below --num_processes, got 2 of 2",
+        ),
+        (
+            ["--config=configs/digits_lt.py", "--workdir={dir}", "--distributed"],
+            "name --coordinator_address, --num_processes and --process_id",
+        ),
+        (
             [
                 "--config=configs/cifar10_lt.py",
                 "--config.data.data_dir={dir}",
@@ -105,3 +127,29 @@ def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     assert len(errors.splitlines()) == 1
     assert (tmp_path / "checkpoints" / "13").exists()
     assert '"step": 13' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_preemption_saves_the_step_it_comes_at(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "balpoe_jax.main", "--config=configs/digits_lt.py:experts=1"]
+    options = ["--config.checkpoint.every_epochs=100", "--config.log_every_steps=1"]
+    process = subprocess.Popen(
+        [*command, *options, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "step 5/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert int(checkpoint.name) >= 5
+    assert (
+        errors == f"Preempted: step {checkpoint.name} is saved; start again to go on from there.\n"
+    )
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert f'"step": {checkpoint.name},' in rows[-1]
