@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,10 +21,14 @@ from balpoe_jax.experiment import build
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.train import train
 
-STEPS = 6
-# A device's part is computed alike in both layouts; the sums over devices are not: XLA adds the
-# four in one order, Gloo first those of a process. That is an ulp or two of each sum (1e-7).
+STEPS = process_runs.STEPS
+# A device computes its part alike in both layouts, but the sums over devices are made in another
+# order by XLA alone than with Gloo. Measured after three steps: an ulp or two (losses the same,
+# parameters 6e-8, momenta 5e-7 apart). A rounding that moves a ReLU across its kink, as happened
+# at step 6 of a longer run, changes gradients by 1e-4, and parameters by that times the rate.
+# A gradient that lacks one process, or another example in the batch, changes both by over 1e-2.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+GRADIENTS = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +60,36 @@ def restore(workdir: Path, num_devices: int = 4):
         return checkpoints.restore_latest(abstract)
 
 
+def assert_same_training(state, expected) -> None:
+    for name in ("params", "batch_stats", "opt_state"):
+        tolerance = GRADIENTS if name == "opt_state" else TOLERANCE
+        jax.tree.map(
+            partial(np.testing.assert_allclose, **tolerance),
+            getattr(state, name),
+            getattr(expected, name),
+        )
+
+
 def rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_train_what_one_does(reference: Path, two: Path) -> None:
     expected, found = rows(reference), rows(two / "run")
-    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6, 6]
-    for name in ("loss", "expert_losses", "grad_norm"):
+    assert [row["step"] for row in found] == [1, 2, 3, 3]
+    for name, tolerance in (
+        ("loss", TOLERANCE),
+        ("expert_losses", TOLERANCE),
+        ("grad_norm", GRADIENTS),
+    ):
         np.testing.assert_allclose(
             [row[name] for row in found[:STEPS]],
             [row[name] for row in expected[:STEPS]],
-            **TOLERANCE,
+            **tolerance,
         )
-    state, expected_state = restore(two / "run"), restore(reference)
+    state = restore(two / "run")
     assert int(state.step) == STEPS
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), state, expected_state)
+    assert_same_training(state, restore(reference))
 
 
 def test_the_twin_mode_trains_what_one_process_does(two: Path) -> None:
@@ -78,9 +97,9 @@ def test_the_twin_mode_trains_what_one_process_does(two: Path) -> None:
     first, second = (process_runs.load(two / f"cifar-{i}.npz") for i in range(2))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    expected = [np.array(losses), *map(np.asarray, jax.tree.leaves(state))]
-    for a, b in zip(first, expected, strict=True):
-        np.testing.assert_allclose(a, b, **TOLERANCE)
+    found_losses, *leaves = first
+    np.testing.assert_allclose(found_losses, losses, **TOLERANCE)
+    assert_same_training(jax.tree.unflatten(jax.tree.structure(state), leaves), state)
 
 
 @pytest.mark.parametrize("num_devices", [4, 1])
@@ -106,7 +125,7 @@ def test_two_processes_predict_what_one_does(reference: Path, two: Path, tmp_pat
     }
     assert logits["one"].shape == (2, 400, 10)
     np.testing.assert_allclose(logits["shard_map"], logits["one"], atol=1e-5)
-    np.testing.assert_allclose(logits["pmap"], logits["one"], atol=1e-4)
+    np.testing.assert_allclose(logits["pmap"], logits["one"], **GRADIENTS)  # of its own training
     workdir = tmp_path / "run"
     shutil.copytree(two / "run", workdir)
     before = json.loads((workdir / "results.json").read_text())
@@ -118,12 +137,12 @@ def test_two_processes_predict_what_one_does(reference: Path, two: Path, tmp_pat
 def test_only_the_first_process_logs(two: Path) -> None:
     output = (two / "log" / "0.out").read_text()
     assert "Batch: 140 images in all, 70 a host, 35 a device; 2 hosts, 4 devices" in output
-    assert "6 steps, 3 an epoch, learning rate 0.01" in output
-    assert "step 6/6" in output
+    assert "3 steps, 3 an epoch, learning rate 0.01" in output
+    assert "step 3/3" in output
     silent = (two / "log" / "1.out").read_text().splitlines()
     assert [line for line in silent if not line.startswith("[Gloo]")] == []
     assert (two / "log" / "1.err").read_text() == ""
-    assert (two / "run" / "train.log").read_text().count("step 6/6") == 1
+    assert (two / "run" / "train.log").read_text().count("step 3/3") == 1
     environment = json.loads((two / "run" / "config.json").read_text())["environment"]
     assert (environment["process_count"], environment["device_count"]) == (2, 4)
 
@@ -133,18 +152,17 @@ def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
     with process_runs.start(commands, tmp_path / "log") as pair:
         assert pair.wait() == [0, 0], pair.everything()
     first, second = (json.loads((tmp_path / f"refusals-{i}.json").read_text()) for i in range(2))
-    refusals, left = first
-    assert [message.split(" and ")[0] for message in refusals] == [
-        message.split(" and ")[0] for message in second[0]
-    ]
-    assert [message[:50] for message in refusals] == [
+    # Each names its own folder in the first.
+    assert first[1:] == second[1:]
+    assert [message[:50] for message in first] == [message[:50] for message in second]
+    assert [message[:50] for message in first] == [
         "The workdir must be one folder on storage that all",
         "All processes must be started with the same config",
         "No.",
         "The workdir /dev/null/x cannot be written to (Not a directory); choose another"[:50],
     ]
-    assert "is not seen by process 1; choose another --workdir" in refusals[0]
-    assert left == second[1] == []
+    assert "is not seen by process 1; choose another --workdir" in first[0]
+    assert list((tmp_path / "shared").iterdir()) == []
     assert not (tmp_path / "only-1").exists()
 
 
