@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax behind a few verbs: save, restore the latest, wait, close.
 
-A checkpoint is written in the background and appears under its final name only when complete.
+A checkpoint is written in the background and appears under its final name only when complete. Every
+process takes part in it, and it holds nothing of how many devices and processes there were: another
+layout restores it.
 """
 
 from typing import Any
@@ -10,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from balpoe_jax import parallel
 from balpoe_jax.errors import UserError
 from balpoe_jax.state import TrainState
 
@@ -59,7 +62,8 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         if step == self.latest_step():
             return
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        everywhere = parallel.rewrap(state, parallel.globalized(state))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(everywhere))
         try:
             self._manager.save(step, args=arguments)
         except Exception as error:  # of this save, or of the one before that ran until now
@@ -80,12 +84,12 @@ class Checkpoints:
             UserError (a `ValueError`): a checkpoint of another shape, one that cannot be read, or
                 one that could not be written.
         """
-        self._wait()
+        self.wait()
         step = self.latest_step()
         if step is None:
             return None
         where = f"{self.directory}/{step}"
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = parallel.globalized(like)
         try:
             saved = self._manager.item_metadata(step)["state"]
         except Exception as error:  # Orbax raises what its storage layers do
@@ -99,14 +103,15 @@ class Checkpoints:
             )
         except Exception as error:
             raise _unreadable(where, error) from error
-        return restored["state"]
+        return parallel.rewrap(restored["state"], like)
 
     def close(self) -> None:
         """Waits for writing to end."""
-        self._wait()
+        self.wait()
         self._manager.close()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits for writing to end; raises UserError (a `ValueError`) when it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:

@@ -4,6 +4,7 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +15,19 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import Preempted, UserError
 
+_EXIT_ERROR = 1
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130  # as a shell reports it
+_EXIT_PREEMPTED = 143  # likewise, of SIGTERM
 
 
 def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command: defines and parses flags, then calls `main` with what is left of them.
 
     Wrong flags and every `UserError` end the process with one line on stderr and exit code 2, an
-    interruption from the keyboard with one line and 130.
+    interruption from the keyboard with one line and 130, a preemption (SIGTERM) with one and 143.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
@@ -33,22 +36,34 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
     def guarded(arguments: Sequence[str]) -> None:
         try:
             main(arguments)
-        except UserError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            # Orbax may have been about to start one; Python would say so as it exits.
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            print(
-                "Interrupted: a training goes on from its last checkpoint when started again.",
-                file=sys.stderr,
-            )
-            sys.exit(_EXIT_INTERRUPTED)
+        except (UserError, Preempted, KeyboardInterrupt) as error:
+            sys.exit(report(error))
 
     define_flags()
     for name in ("config", "workdir"):  # --help lists what belongs to the command's own module
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def report(error: BaseException) -> int:
+    """Prints what ended a command, in one line if it is of a known kind; returns the exit code."""
+    if isinstance(error, UserError):
+        _print_error(str(error))
+        return _EXIT_USER_ERROR
+    if isinstance(error, Preempted):
+        print(f"Preempted: {error}", file=sys.stderr)
+        return _EXIT_PREEMPTED
+    if isinstance(error, KeyboardInterrupt):
+        # Orbax may have been about to start one; Python would say so as it exits.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        print(
+            "Interrupted: a training goes on from its last checkpoint when started again.",
+            file=sys.stderr,
+        )
+        return _EXIT_INTERRUPTED
+    traceback.print_exception(error)
+    return _EXIT_ERROR
 
 
 def define_run_flags() -> None:
@@ -159,5 +174,9 @@ def _config_path(argv: Sequence[str]) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    _print_error(message)
     sys.exit(_EXIT_USER_ERROR)
+
+
+def _print_error(message: str) -> None:
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from balpoe_jax import predictions, record, report, scoring
+from balpoe_jax import predictions, processes, record, report, scoring
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.sources import Source
@@ -30,13 +30,15 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         workdir: of the run.
 
     Returns:
-        What `results.json` holds.
+        What `results.json` holds; of several processes, the others than the first get nothing.
 
     Raises:
         UserError (a `ValueError`): no run or no checkpoint there, or one of another config.
     """
-    record.check_claim(record.locate(workdir), config.to_dict())
+    there = record.locate(workdir)
+    processes.on_first(lambda: record.check_claim(there, config.to_dict()))
     path = record.open_workdir(workdir)
+    processes.check_same(record.shared_fields(config.to_dict()), "config")
     with record.log_to_file(path):
         experiment = build(config)
         with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
@@ -45,7 +47,8 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
             raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
         log.info("Evaluating the checkpoint of step %d", int(state.step))
         results = Evaluator(experiment).score(state, path / "predictions")
-        publish(results, path)
+        if results:
+            publish(results, path)
     return results
 
 
@@ -60,10 +63,12 @@ class Evaluator:
         """Accuracy and calibration on the test set alone, for a look at a running training.
 
         Returns `step`, `epoch`, `num_parameters`, `class_counts`, `test` and `experts` of
-        `results.json`.
+        `results.json`; nothing in other processes than the first.
         """
         data = self._experiment.data
         test = self._predict(state, data.test, folder)
+        if test is None:
+            return {}
         scores = scoring.score_test(
             test, data.class_counts, self._experiment.taus, **self._score_options()
         )
@@ -72,13 +77,16 @@ class Evaluator:
     def score(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """Predicts every test and held-out example once, into `folder`, and scores all there is.
 
-        Returns the content of `results.json`: plain values, None where undefined.
+        Returns the content of `results.json`: plain values, None where undefined; nothing in other
+        processes than the first.
         """
         experiment, data = self._experiment, self._experiment.data
         test = self._predict(state, data.test, folder)
         held_out = None
         if data.held_out is not None:
             held_out = self._predict(state, data.held_out, folder, predictions.HELD_OUT)
+        if test is None:
+            return {}
         scores = scoring.score(
             test,
             data.class_counts,
@@ -94,19 +102,25 @@ class Evaluator:
 
     def _predict(
         self, state: TrainState, source: Source, folder: Path, prefix: str = predictions.TEST
-    ) -> predictions.Predictions:
-        """Every example of `source` once; the logits go to disk as they come."""
+    ) -> predictions.Predictions | None:
+        """Every example of `source` once; the logits go to disk as they come.
+
+        All processes predict, each its part of every batch; the first one alone takes them down.
+        """
         experiment = self._experiment
         shape = (len(experiment.taus), len(source), experiment.data.num_classes)
         settings = experiment.train_settings
         batches = pipeline.eval_batches(
-            source, experiment.eval_batch_size, settings.mean, settings.std
+            source, experiment.eval_batch_size, settings.mean, settings.std, experiment.host
         )
         outputs = (
-            jax.device_get(self._step(state.variables, batch))
-            for batch in Prefetcher(batches, experiment.parallel)
+            self._step(state.variables, batch) for batch in Prefetcher(batches, experiment.parallel)
         )
-        return predictions.stream(folder, prefix, shape, outputs)
+        if not processes.is_first():
+            for output in outputs:
+                jax.block_until_ready(output)  # so that it does not run ahead of the first
+            return None
+        return predictions.stream(folder, prefix, shape, map(jax.device_get, outputs))
 
     def _score_options(self) -> dict[str, Any]:
         config = self._experiment.config

@@ -52,10 +52,21 @@ class Program:
     steps_per_epoch: int
     total_steps: int
 
+    @property
+    def host(self) -> pipeline.Host:
+        """This process's part in making the batches."""
+        return pipeline.Host(
+            jax.process_index(), self.parallel.num_hosts, self.config["data"]["threads"]
+        )
+
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
-        create = jax.jit(self._create_state, out_shardings=self.parallel.replicated)
-        return create(jax.random.key(self.config["seed"]))
+        create = jax.jit(
+            lambda seed: self._create_state(jax.random.key(seed)),
+            out_shardings=self.parallel.replicated,
+        )
+        # A NumPy value: an array of one process's device could not be spread over all processes.
+        return create(np.int32(self.config["seed"]))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and placement of the state, without computing one."""
@@ -202,7 +213,8 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
     """
     config_lib.check_config(config)
     devices.check_batch_size(config.batch_size, "batch_size", config.optim.accumulate)
-    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts=1)
+    num_hosts = devices.num_hosts if config.mixup.alpha > 0 else 1
+    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts)
     _learning_rates(config)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags and process start-up, then training or evaluation: `python -m balpoe_jax.main --help`."""
 
+import contextlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -10,15 +11,64 @@ from balpoe_jax.errors import UserError
 
 
 def define_flags() -> None:
-    """Defines --config, --workdir and --mode."""
+    """Defines --config, --workdir, --mode, and those of a run of several processes."""
     command_line.define_run_flags()
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train and evaluate, or evaluate only.")
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "This is one of several processes: TPU pods, Slurm, Open MPI and Kubernetes tell which.",
+    )
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, where nothing tells which it is."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "heartbeat_timeout_seconds",
+        60,
+        "Without a sign of life from another process before this one ends.",
+        lower_bound=1,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Trains or evaluates as the flags say."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    with _processes():
+        _start()
+
+
+def _processes() -> contextlib.AbstractContextManager[None]:
+    """The run's other processes, if the launcher says that there are any."""
+    # Here and not above: JAX reads its environment when it is imported.
+    from balpoe_jax import processes
+
+    values = flags.FLAGS
+    which = (values.coordinator_address, values.num_processes, values.process_id)
+    if None in which and which != (None, None, None):
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id belong together: give all "
+            "three, or none where the cluster is known."
+        )
+    if not values.distributed:
+        if None not in which:
+            raise UserError("--coordinator_address and what belongs to it need --distributed.")
+        return contextlib.nullcontext()
+    if None not in which and values.process_id >= values.num_processes:
+        raise UserError(
+            f"--process_id must be below --num_processes, got {values.process_id} of "
+            f"{values.num_processes}."
+        )
+    return processes.group(
+        *which,
+        heartbeat_timeout_seconds=values.heartbeat_timeout_seconds,
+        report=command_line.report,
+    )
+
+
+def _start() -> None:
     # Here and not above: TensorFlow reads its environment when it is imported.
     import tensorflow as tf
 

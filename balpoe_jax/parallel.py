@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pure per-device function on all devices of this host: mesh, placement and mapping.
+"""One pure per-device function on all devices of all processes: mesh, placement and mapping.
 
 `pmap` is the default; `shard_map` is its twin on jit. Both give the same numbers, and both keep the
-state without a device axis, so it can be saved and restored as it is.
+state without a device axis. With several processes a state under `pmap` consists of local arrays,
+one equal copy in each process, which `rewrap` turns into what can be saved, and back.
 """
 
 import collections
@@ -27,7 +28,7 @@ class Parallel:
 
     Attributes:
         mode: "pmap" or "shard_map".
-        mesh: one-dimensional, its axis is `AXIS_NAME`.
+        mesh: one-dimensional, its axis is `AXIS_NAME`; the devices of a process are neighbours.
     """
 
     mode: str
@@ -35,18 +36,29 @@ class Parallel:
 
     @property
     def num_devices(self) -> int:
-        """Devices that share a batch."""
+        """Devices that share a batch, in all processes."""
         return self.mesh.size
+
+    @property
+    def num_hosts(self) -> int:
+        """Processes that share a batch; each makes the input of its own devices."""
+        return jax.process_count()
 
     @property
     def replicated(self) -> NamedSharding:
         """The placement of a state: a whole copy on each device."""
-        return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self._placement, PartitionSpec())
 
     @property
     def sharded(self) -> NamedSharding:
         """The placement of a batch: cut along the leading axis."""
-        return NamedSharding(self.mesh, PartitionSpec(AXIS_NAME))
+        return NamedSharding(self._placement, PartitionSpec(AXIS_NAME))
+
+    @property
+    def _placement(self) -> Mesh:
+        """The devices that arrays are placed on: pmap takes and gives what is local."""
+        several = self.mode == "pmap" and self.num_hosts > 1
+        return self.mesh.local_mesh if several else self.mesh
 
     def check_batch_size(self, batch_size: int, name: str, accumulate: int = 1) -> None:
         """Refuses a global batch that the devices, and their microbatches, cannot share equally."""
@@ -65,12 +77,18 @@ class Parallel:
         return jax.device_put(tree, self.replicated)
 
     def shard(self, batch: Any) -> Any:
-        """Cuts arrays `[B, ...]` along their first axis and places the parts on the devices."""
+        """Cuts arrays `[b, ...]` along their first axis and places the parts on the devices.
+
+        Args:
+            batch: this process's rows of the global batch.
+        """
         if self.mode == "pmap":  # which wants the device axis as an axis of its own
+            local = self._placement.size
             batch = jax.tree.map(
-                lambda x: x.reshape(self.num_devices, x.shape[0] // self.num_devices, *x.shape[1:]),
-                batch,
+                lambda x: x.reshape(local, x.shape[0] // local, *x.shape[1:]), batch
             )
+        elif self.num_hosts > 1:
+            return jax.make_array_from_process_local_data(self.sharded, batch)
         return jax.device_put(batch, self.sharded)
 
     def map_step(self, step: Callable[..., Any], donate: bool = False) -> Callable[..., Any]:
@@ -99,21 +117,54 @@ class Parallel:
 
 
 def make_parallel(mode: str = "pmap", devices: Iterable[jax.Device] | None = None) -> Parallel:
-    """All local devices, or the given ones, behind one axis.
+    """All devices of all processes, or the given ones, behind one axis.
 
     Raises:
-        UserError (a `ValueError`): an unknown mode, or several processes, which would each train a
-            model of their own.
+        UserError (a `ValueError`): an unknown mode, or several processes that have not joined.
     """
     if mode not in MODES:
         raise UserError(f"Unknown parallel mode {mode!r}; choose from {', '.join(MODES)}.")
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():  # as a TPU pod may say
         raise UserError(
-            f"Training runs on the devices of one host so far, got {jax.process_count()} JAX "
-            "processes; start it on a single host."
+            f"This host is one of {jax.process_count()} that JAX sees, and they have not joined; "
+            "start all of them with --distributed."
         )
-    chosen = jax.local_devices() if devices is None else list(devices)
-    return Parallel(mode, Mesh(np.array(chosen), (AXIS_NAME,)))
+    if devices is None:
+        # By process first, so that each process has a contiguous part of the global batch.
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Parallel(mode, Mesh(np.array(list(devices)), (AXIS_NAME,)))
+
+
+def globalized(like: Any) -> Any:
+    """The abstract twin of a state, with whole copies on all devices of all processes."""
+
+    def convert(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = x.sharding
+        if jax.process_count() > 1 and sharding.is_fully_addressable:
+            sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS_NAME,)), PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(convert, like)
+
+
+def rewrap(state: Any, like: Any) -> Any:
+    """The copies of `state` on this process's devices under the shardings of `like`, not moved.
+
+    Turns a state of local arrays into one over the devices of all processes, and back.
+
+    Args:
+        state: arrays that each of their devices has a whole copy of.
+        like: their twins, which have a `sharding` of the same kind.
+    """
+
+    def convert(x: jax.Array, twin: Any) -> jax.Array:
+        if jax.process_count() == 1 or x.sharding == twin.sharding:
+            return x
+        copies = {shard.device: shard.data for shard in x.addressable_shards}
+        ordered = [copies[d] for d in twin.sharding.mesh.devices.flat if d in copies]
+        return jax.make_array_from_single_device_arrays(x.shape, twin.sharding, ordered)
+
+    return jax.tree.map(convert, state, like)
 
 
 class Prefetcher:

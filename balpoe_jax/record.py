@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 import balpoe_jax
+from balpoe_jax import processes
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
 
@@ -60,8 +61,17 @@ def locate(workdir: str) -> Path:
 
 
 def open_workdir(workdir: str) -> Path:
-    """Creates the workdir if needed; refuses one that cannot be written to."""
+    """Creates the workdir if needed; refuses one that cannot be written to.
+
+    Every process must call this, and sees what process 0 made of it.
+    """
     path = locate(workdir)
+    processes.on_first(lambda: _make_writable(path))
+    processes.check_shared(path)
+    return path
+
+
+def _make_writable(path: Path) -> None:
     probe = path / f".writable-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +82,6 @@ def open_workdir(workdir: str) -> Path:
             f"The workdir {path} cannot be written to ({error.strerror}); choose another one with "
             "--workdir=DIR."
         ) from error
-    return path
 
 
 def is_claimed(workdir: Path) -> bool:
@@ -129,9 +138,15 @@ def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 
+def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that must be the same in all processes: not those about the host itself."""
+    fields = _flatten(plain(config))
+    return {name: fields[name] for name in fields if name not in ("data.data_dir", "data.threads")}
+
+
 def environment() -> dict[str, Any]:
-    """Versions, devices and source of this process."""
-    devices = jax.local_devices()
+    """Versions and source of this process, devices of all."""
+    devices = jax.devices()
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -142,6 +157,7 @@ def environment() -> dict[str, Any]:
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "platform": devices[0].platform,
+        "process_count": jax.process_count(),
         "git_commit": _git_commit(),
         "command": sys.argv,
     }
@@ -150,6 +166,8 @@ def environment() -> dict[str, Any]:
 class MetricWriter:
     """Appends rows to `metrics.jsonl` and to TensorBoard events; used as a context.
 
+    Of several processes only the first writes.
+
     Args:
         workdir: of the run.
         from_step: rows of later steps are left over from before an interruption. They move to
@@ -157,6 +175,9 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, from_step: int) -> None:
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         import tensorflow as tf
 
         _discard_rows_after(workdir, from_step)
@@ -168,11 +189,14 @@ class MetricWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; it must have an integer `step`."""
+        if not self._writes:
+            return
         self._file.write(json.dumps(plain(row)) + "\n")
         self._file.flush()
         with self._events.as_default(step=row["step"]):
@@ -184,11 +208,21 @@ class MetricWriter:
 
 @contextlib.contextmanager
 def log_to_file(workdir: Path) -> Iterator[None]:
-    """Repeats the package's log lines in `train.log`, whether or not the caller shows them."""
-    handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    """Repeats the package's log lines in `train.log`, whether or not the caller shows them.
+
+    Of several processes only the first logs; the others keep to warnings, and write no file.
+    """
     package = logging.getLogger("balpoe_jax")
     level = package.level
+    if not processes.is_first():
+        package.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            package.setLevel(level)
+        return
+    handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(min(level, logging.INFO) if level else logging.INFO)
     package.addHandler(handler)
     try:

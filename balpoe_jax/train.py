@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from balpoe_jax import record
+from balpoe_jax import processes, record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import Evaluator, publish
 from balpoe_jax.experiment import Experiment, build, num_parameters
 from balpoe_jax.parallel import Prefetcher
+from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
 from balpoe_jax.start_up import StartUp
 from balpoe_jax.state import TrainState
@@ -37,30 +39,40 @@ def train(config: ConfigDict, workdir: str, start_up: StartUp | None = None) -> 
         start_up: the stopwatch of the command; None to measure from here on.
 
     Returns:
-        What `results.json` holds.
+        What `results.json` holds; of several processes, the others than the first get nothing.
 
     Raises:
         UserError (a `ValueError`): input that is not valid, or a loss that is not finite.
+        Preempted: SIGTERM came, and a checkpoint was saved.
     """
     start_up = start_up or StartUp()
     check_config(config)
     path = record.open_workdir(workdir)
+    processes.check_same(record.shared_fields(config.to_dict()), "config")
     with record.log_to_file(path):
-        claimed = record.is_claimed(path)
-        if claimed:
-            record.check_claim(path, config.to_dict())
-        elif any((path / "checkpoints").glob("[0-9]*")):
-            raise UserError(
-                f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
-                "another --workdir."
-            )
+        processes.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
         with start_up.measure("data"):
             experiment = build(config)
-        if not claimed:
-            record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
+        processes.on_first(partial(_claim, path, experiment))
         return _train(experiment, path, start_up)
+
+
+def _check_workdir(path: Path, config: ConfigDict) -> None:
+    """Refuses a workdir that belongs to another run."""
+    if record.is_claimed(path):
+        record.check_claim(path, config.to_dict())
+    elif any((path / "checkpoints").glob("[0-9]*")):
+        raise UserError(
+            f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
+            "another --workdir."
+        )
+
+
+def _claim(path: Path, experiment: Experiment) -> None:
+    if not record.is_claimed(path):
+        record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
 
 
 def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str, Any]:
@@ -88,20 +100,21 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                 experiment.train_settings,
                 first_step,
                 total_steps,
-                pipeline.Host(threads=config["data"]["threads"]),
+                experiment.host,
             )
         batches = Prefetcher(made, devices)
 
         with (
             record.MetricWriter(workdir, first_step) as writer,
             StepProfiler(workdir, config["profile"]["steps"]) as profiler,
+            PreemptionNotice() as notice,
         ):
             progress = Progress(experiment, first_step, batches)
             for step in range(first_step + 1, total_steps + 1):
                 if step == first_step + 1:
                     with profiler.annotate(step):
                         state, metrics = _first_step(train_step, state, batches, start_up)
-                    start_up.finish(workdir, step)
+                    processes.on_first(partial(start_up.finish, workdir, step))
                 else:
                     with profiler.annotate(step), _explicit_transfers():
                         state, metrics = train_step(state, next(batches))
@@ -111,22 +124,28 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                 save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
                 test = _due(epoch, config["eval"]["every_epochs"]) and epoch_ends
                 last = step == total_steps
+                stop = notice.stops_after(step) and not last
                 # Before a checkpoint, so that none is ever written of a state that is not finite.
-                if step % config["log_every_steps"] == 0 or save or test or last:
+                if step % config["log_every_steps"] == 0 or save or test or last or stop:
                     with _explicit_transfers():
                         row = progress.report(step)
                     writer.write(row)
                 # Before a checkpoint too: a resumed run does not come back to this step.
                 if test and not last:
                     results = evaluator.score_test(state, workdir / "predictions")
-                    writer.write(_test_row(results, step, per_epoch))
+                    if results:
+                        writer.write(_test_row(results, step, per_epoch))
                     progress.restart_clock()
-                if save or last:
+                if save or last or stop:
                     checkpoints.save(state)
+                if stop:
+                    checkpoints.wait()
+                    raise Preempted(f"step {step} is saved; start again to go on from there.")
             results = evaluator.score(state, workdir / "predictions")
-            if not record.has_test_row(workdir, total_steps):
+            if results and not record.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, per_epoch))
-    publish(results, workdir)
+    if results:
+        publish(results, workdir)
     return results
 
 
@@ -227,16 +246,24 @@ class Progress:
 
 
 def _announce(experiment: Experiment) -> None:
-    config, taus = experiment.config, experiment.taus
+    config, taus, devices = experiment.config, experiment.taus, experiment.parallel
     log.info(
-        "%s, %d experts, taus %s; %d steps of %d images on %d %s",
+        "%s, %d experts, taus %s; %d steps, %d an epoch, learning rate %g",
         config["model"]["name"],
         len(taus),
         ", ".join(f"{tau:g}" for tau in taus),
         experiment.total_steps,
+        experiment.steps_per_epoch,
+        config["optim"]["learning_rate"],
+    )
+    log.info(
+        "Batch: %d images in all, %d a host, %d a device; %d hosts, %d devices (%s)",
         config["batch_size"],
-        experiment.parallel.num_devices,
-        experiment.parallel.mesh.devices.flat[0].device_kind,
+        config["batch_size"] // devices.num_hosts,
+        config["batch_size"] // devices.num_devices,
+        devices.num_hosts,
+        devices.num_devices,
+        devices.mesh.devices.flat[0].device_kind,
     )
     mean_tau = float(np.mean(taus))
     if not np.isclose(mean_tau, 1):

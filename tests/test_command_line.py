@@ -60,6 +60,28 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["--config=configs/digits_lt.py", "--workdir={dir}/file"], "cannot be written to"),
         (
+            ["--config=configs/digits_lt.py", "--workdir={dir}", "--process_id=1"],
+            "give all three, or none",
+        ),
+        (
+            [
+                *("--config=configs/digits_lt.py", "--workdir={dir}", "--process_id=1"),
+                *("--num_processes=2", "--coordinator_address=localhost:1"),
+            ],
+            "need --distributed",
+        ),
+        (
+            [
+                *("--config=configs/digits_lt.py", "--workdir={dir}", "--process_id=2"),
+                *("--num_processes=2", "--coordinator_address=localhost:1", "--distributed"),
+            ],
+            "--process_id must be below --num_processes, got 2 of 2",
+        ),
+        (
+            ["--config=configs/digits_lt.py", "--workdir={dir}", "--distributed"],
+            "name --coordinator_address, --num_processes and --process_id",
+        ),
+        (
             [
                 "--config=configs/cifar10_lt.py",
                 "--config.data.data_dir={dir}",
@@ -128,3 +150,29 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cache .*/file/cache cannot be written to; .*cache_dir"):
         use_compilation_cache(str(tmp_path / "file" / "cache"))
+
+
+def test_a_preemption_saves_the_step_it_comes_at(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "balpoe_jax.main", "--config=configs/digits_lt.py:experts=1"]
+    options = ["--config.checkpoint.every_epochs=100", "--config.log_every_steps=1"]
+    process = subprocess.Popen(
+        [*command, *options, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "step 5/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert int(checkpoint.name) >= 5
+    assert (
+        errors == f"Preempted: step {checkpoint.name} is saved; start again to go on from there.\n"
+    )
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert f'"step": {checkpoint.name},' in rows[-1]

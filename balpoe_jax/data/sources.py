@@ -111,8 +111,7 @@ class RecordSource:
 
     def select(self, indices: npt.NDArray[np.int64]) -> "RecordSource":
         """The examples at `indices`, in that order."""
-        index = RecordIndex(*(column[indices] for column in self.index))
-        return dataclasses.replace(self, index=index)
+        return dataclasses.replace(self, index=self.index.select(indices))
 
     def reader(self) -> "RecordReader":
         """Opens the files for a graph to read."""

@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,16 @@ class RecordIndex(NamedTuple):
     sizes: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     names: npt.NDArray[np.str_]
+
+    def select(self, indices: npt.NDArray[np.int64]) -> "RecordIndex":
+        """The entries at `indices`, in that order."""
+        return RecordIndex(
+            self.files[indices],
+            self.offsets[indices],
+            self.sizes[indices],
+            self.labels[indices],
+            self.names[indices],
+        )
 
 
 def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
@@ -74,7 +84,7 @@ def scan(paths: Sequence[str], name_feature: str) -> RecordIndex:
         for number, path in enumerate(paths)
         for entry in _scan_file(path, name_feature)
     ]
-    columns = list(zip(*rows, strict=True)) or [[]] * 5
+    columns: list[Any] = list(zip(*rows, strict=True)) or [()] * 5
     return RecordIndex(
         np.array(columns[0], np.int32),
         np.array(columns[1], np.int64),
@@ -132,7 +142,8 @@ def _read_example(
             if key in wanted:
                 # Feature -> list of values -> the first value, as each of ours has one.
                 _, list_start, list_stop = next(_fields(buffer, *entry[2]))
-                _, *found[key] = next(_fields(buffer, list_start, list_stop))
+                _, start_of_value, stop_of_value = next(_fields(buffer, list_start, list_stop))
+                found[key] = start_of_value, stop_of_value
     image_start, image_stop = found[b"image"]
     label, _ = _varint(buffer, found[b"label"][0])
     name = buffer[slice(*found[name_feature.encode()])].decode()

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes as one run: they start together, agree, and end together.
+
+The functions that agree are collective: every process must call them, in the same order. With one
+process they cost nothing. Process 0 is the first: it alone logs and writes the record of a run.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed  # its key-value store has no public name; Orbax takes it so too
+from jax.experimental import multihost_utils
+
+from balpoe_jax.errors import Preempted, UserError
+
+_FAILURE, _LEFT, _END = "balpoe_jax/failure", "balpoe_jax/left", "balpoe_jax/end"
+_POLL_SECONDS = 0.5
+_LINGER_SECONDS = 5.0  # that process 0 stays reachable for the others to read why it failed
+_SHARED_SECONDS = 5.0  # until a file on shared storage must be seen by all
+_YEAR_MS = 365 * 24 * 3600 * 1000
+_MESSAGE_BYTES = 2048
+
+
+@contextlib.contextmanager
+def group(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout_seconds: int = 60,
+    start_timeout_seconds: int = 300,
+    report: Callable[[BaseException], int],
+) -> Iterator[None]:
+    """Joins this process to the others, before any use of JAX, until all have left the context.
+
+    An error in one process ends all of them: they print whose error it was and exit at once. One
+    that vanishes without a word ends the others as soon as the network says so, after
+    `heartbeat_timeout_seconds` at the latest.
+
+    Args:
+        coordinator_address: `HOST:PORT` of process 0. When this and the next two are None, JAX
+            asks the cluster: TPU pods, Slurm, Open MPI, Kubernetes.
+        num_processes, process_id: how many there are, and which this is.
+        heartbeat_timeout_seconds: without a sign of life before a process counts as dead.
+        start_timeout_seconds: for all processes to come.
+        report: prints an error and returns the exit code that it calls for.
+
+    Raises:
+        UserError (a `ValueError`): the processes cannot find each other.
+    """
+    _initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds,
+        start_timeout_seconds,
+    )
+    finished = threading.Event()
+    watch = threading.Thread(target=_watch, args=(finished,), name="watch", daemon=True)
+    watch.start()
+    try:
+        yield
+    except Preempted:  # which all processes raise at the same step
+        _wait_for_all(finished, watch)
+        raise
+    except BaseException as error:
+        finished.set()
+        watch.join()
+        _stop_all(error, report)
+    _wait_for_all(finished, watch)
+
+
+def count() -> int:
+    """How many processes there are. Of one, JAX is not asked, which would occupy its devices."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes the record of the run."""
+    return count() == 1 or jax.process_index() == 0
+
+
+def on_first(function: Callable[[], Any]) -> None:
+    """Calls `function` in process 0 alone; a `UserError` of it is raised in all processes."""
+    message = ""
+    if is_first():
+        try:
+            function()
+        except UserError as error:
+            if count() == 1:
+                raise
+            message = str(error)
+    message = _broadcast(message)
+    if message:
+        raise UserError(message)
+
+
+def check_same(config: Any, what: str) -> None:
+    """Refuses processes that were started with different values.
+
+    Args:
+        config: what JSON can hold.
+        what: its name in the message.
+
+    Raises:
+        UserError (a `ValueError`): in all processes.
+    """
+    if count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    differing = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if differing:
+        raise UserError(
+            f"All processes must be started with the same {what}, and that of process 0 is not "
+            f"that of {_names(differing)}; use one command line for all."
+        )
+
+
+def check_shared(folder: Path) -> None:
+    """Refuses a folder that is not the same one for all processes.
+
+    Raises:
+        UserError (a `ValueError`): in all processes.
+    """
+    if count() == 1:
+        return
+    mark = folder / f".shared-{_broadcast(secrets.token_hex(8))}"
+    on_first(mark.touch)
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    by_process = multihost_utils.process_allgather(np.array(seen))
+    if is_first():
+        mark.unlink(missing_ok=True)
+    if not by_process.all():
+        blind = np.flatnonzero(~by_process).tolist()
+        raise UserError(
+            f"The workdir must be one folder on storage that all processes share, and what process "
+            f"0 wrote into {folder} is not seen by {_names(blind)}; choose another --workdir."
+        )
+
+
+def _initialize(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    heartbeat_timeout_seconds: int,
+    start_timeout_seconds: int,
+) -> None:
+    explicit = coordinator_address is not None
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate" if explicit else None,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+            initialization_timeout=start_timeout_seconds,
+        )
+    except Exception as error:  # each cluster's detection raises its own kinds
+        reason = " ".join(str(error).split())[:300]
+        wanted = (
+            f"is {coordinator_address} process 0, and were all {num_processes} processes started?"
+            if explicit
+            else "name --coordinator_address, --num_processes and --process_id where JAX does not "
+            "know the cluster."
+        )
+        raise UserError(f"The processes did not find each other ({reason}); {wanted}") from error
+
+
+def _wait_for_all(finished: threading.Event, watch: threading.Thread) -> None:
+    """Until the last is done: process 0 writes results long after the others had their last step.
+
+    JAX would wait too, but give up after some minutes.
+    """
+    _client().wait_at_barrier(_END, _YEAR_MS)
+    finished.set()
+    watch.join()
+
+
+def _watch(finished: threading.Event) -> None:
+    """Ends this process when another one says that it failed."""
+    while not finished.wait(_POLL_SECONDS):
+        failure = _read_failure()
+        if failure and not finished.is_set():
+            _leave(failure)
+
+
+def _stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
+    """Reports this process's error, or the one elsewhere that it follows from, and exits."""
+    failure = _read_failure()
+    if failure and isinstance(error, jax.errors.JaxRuntimeError):
+        _leave(failure)  # a broken connection is not the cause
+    code = report(error)
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    content = {"process": jax.process_index(), "code": code, "message": sentence[:_MESSAGE_BYTES]}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one came first
+        _client().key_value_set(_FAILURE, json.dumps(content))
+    _exit(code)
+
+
+def _read_failure() -> dict[str, Any] | None:
+    """What another process says that it failed of; None when none does."""
+    try:
+        failure = json.loads(_client().key_value_try_get(_FAILURE))
+    except jax.errors.JaxRuntimeError:  # there is none, or JAX is about to end this process itself
+        return None
+    return failure if failure["process"] != jax.process_index() else None
+
+
+def _leave(failure: dict[str, Any]) -> NoReturn:
+    print(
+        f"Error: process {jax.process_index()} of {count()} stops because process "
+        f"{failure['process']} failed: {failure['message']}",
+        file=sys.stderr,
+    )
+    _exit(failure["code"])
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends this process without JAX's farewell, which waits minutes for those that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_LEFT}/{jax.process_index()}", "")
+        # The others lose what was said when process 0 goes first: it holds the store.
+        deadline = time.monotonic() + (_LINGER_SECONDS if is_first() else 0)
+        while time.monotonic() < deadline:
+            if len(_client().key_value_dir_get(_LEFT)) == count():
+                break
+            time.sleep(0.1)
+    os._exit(code)
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _broadcast(text: str) -> str:
+    """Process 0's text, in all processes; cut to a size that all know beforehand."""
+    if count() == 1:
+        return text
+    padded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
+    return received.tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def _names(processes: list[int]) -> str:
+    shown = ", ".join(str(process) for process in processes[:8])
+    more = f" and {len(processes) - 8} more" if len(processes) > 8 else ""
+    return f"process {shown}{more}"
