@@ -63,12 +63,12 @@ def test_windows_are_decoded_and_resized_as_pillow_does(name: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["jpeg_420_60x73", "jpeg_420_81x64", "jpeg_420_33x90", "jpeg_420_120x150", "jpeg_grey_60x73",
-     "png_60x73"],
+    ["jpeg_420_60x73", "jpeg_420_81x64", "jpeg_420_33x90", "jpeg_420_120x150", "jpeg_420_40x53",
+     "jpeg_grey_60x73", "png_60x73"],
 )  # fmt: skip
 def test_the_centre_is_what_resizing_all_and_cropping_gives(key: str) -> None:
     error = difference(photos.decode_central(encoded(key), 40, 32), fixtures()[f"central/{key}"])
-    assert error.max() <= 1 and (error > 0).mean() < 0.02
+    assert error.max() <= (0 if key.endswith("40x53") else 1) and (error > 0).mean() < 0.02
 
 
 def test_the_centre_of_a_large_image_is_cut_out_before_it_is_decoded(monkeypatch) -> None:

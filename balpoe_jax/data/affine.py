@@ -103,7 +103,8 @@ def shift_rows(
 
     def add_cubic_part() -> tf.Tensor:
         weight = tf.cast(cubic, tf.float32)[:, None, None] * t * (1 - t)
-        return values + weight * (1 - t) * (v1 - v0) + weight * t * (v2 - v3)
+        bent = values + weight * (1 - t) * (v1 - v0) + weight * t * (v2 - v3)
+        return tf.clip_by_value(bent, 0, 255)
 
     values = tf.cond(tf.reduce_any(cubic), add_cubic_part, lambda: values)
     # A pixel's centre is seen if it lies in [0, width) after the shift.
@@ -157,8 +158,8 @@ def _line(
 def _finish(
     values: tf.Tensor, inside: tf.Tensor, fill: Sequence[int], images: tf.Tensor
 ) -> tf.Tensor:
-    """Clips and truncates float32 `[B, H, W * 3]` values, which are `fill` where not `inside`."""
-    clipped = tf.cast(tf.clip_by_value(values, 0, 255), tf.uint8)
+    """Truncates float32 `[B, H, W * 3]` values; those not `inside` become `fill`."""
+    truncated = tf.cast(values, tf.uint8)
     _, _, width, _ = images.shape
     # Select is slow; inside is 255 or 0, all bits or none.
     mask = tf.cast(inside, tf.uint8) * 255
@@ -166,7 +167,7 @@ def _finish(
         tf.bitwise.invert(mask), tf.constant(list(fill) * width, tf.uint8)
     )
     return tf.reshape(
-        tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(clipped, mask), colour), tf.shape(images)
+        tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(truncated, mask), colour), tf.shape(images)
     )
 
 

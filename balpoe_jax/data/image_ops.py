@@ -180,13 +180,14 @@ def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.
         image, factors, order = inputs
         values = _values(image[None])
         for which in tf.unstack(order):
+            values = tf.floor(values)
             factor = factors[which][None]
             branches = (
                 functools.partial(_brightness, values, factor),
                 functools.partial(_contrast, values, factor, width),
                 functools.partial(_color, values, factor),
             )
-            values = tf.floor(tf.switch_case(which, branches))
+            values = tf.switch_case(which, branches)
         return _bytes(values, image)
 
     # Image by image the values stay in the cache: twice as fast as by batch.
