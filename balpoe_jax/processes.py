@@ -201,9 +201,16 @@ def _watch(finished: threading.Event) -> None:
 def _stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
     """Reports this process's error, or the one elsewhere that it follows from, and exits."""
     failure = _read_failure()
-    if failure and isinstance(error, jax.errors.JaxRuntimeError):
+    computing = isinstance(error, jax.errors.JaxRuntimeError)
+    if failure and computing:
         _leave(failure)  # a broken connection is not the cause
     code = report(error)
+    if computing:
+        print(
+            f"Error: process {jax.process_index()} of {count()} stops because a computation "
+            "failed; where a connection was closed, another process died: see its last words.",
+            file=sys.stderr,
+        )
     sentence = " ".join(str(error).split()) or type(error).__name__
     content = {"process": jax.process_index(), "code": code, "message": sentence[:_MESSAGE_BYTES]}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one came first
