@@ -17,7 +17,7 @@ FORMATS = (
     "png", "png_palette", "png_alpha",
 )  # fmt: skip
 NOT_RESIZED = 4  # so many of the windows have the size of the output
-# Pillow 13 resizes the height first where it shrinks and the width grows; before, never.
+# Pillow 13 resizes the height first where it shrinks and the width grows; older ones never.
 HEIGHT_FIRST = (8,)
 
 

@@ -20,10 +20,11 @@ def resize(
     """Resizes an image, or makes only a window of the resized image.
 
     The width is resized first and rounded to 8 bits, then the height, as in Pillow before 13
-    (Pillow 13 begins with the height where it shrinks while the width grows, which moves about a
-    fifth of the values by one level). Pillow's weights have 22 bits and these are float32, so
-    values at a half may round the other way: by one level in 0.1% of the values of a typical
-    photograph, in up to 4% where a simple ratio such as 5 / 4 makes halves common; two are rare.
+    (Pillow 13 begins with the height where that is cheaper, as when it shrinks and the width grows;
+    the order moves up to a quarter of the values by one level). Pillow's weights have 22 bits and
+    these are float32, so values at a half may round the other way: by one level in 0.1% of the
+    values of a typical photograph, in up to 4% where a simple ratio such as 5 / 4 makes halves
+    common; two levels are rare.
 
     Args:
         image: uint8 `[h, w, 3]`.
