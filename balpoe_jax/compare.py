@@ -10,13 +10,14 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from balpoe_jax import command_line, figures, metrics, page, predictions, record, scoring, tables
 from balpoe_jax.errors import UserError
-from balpoe_jax.runs import Group, differing_fields, find_runs, group_runs, significance
+from balpoe_jax.runs import Group, differing_fields, find_runs, group_runs, significance, spread
 from balpoe_jax.tables import Column, Table
 
 log = logging.getLogger("balpoe_jax.compare")  # not __main__, as which it is started
@@ -169,8 +170,8 @@ def _bias(groups: Sequence[Group]) -> Table:
         (
             group.name,
             [
-                *(group.spread("bias", "experts", i, "kl").mean for i in range(most)),
-                group.spread("bias", "ensemble", "kl").mean,
+                *(_mean_divergence(group, "experts", i) for i in range(most)),
+                _mean_divergence(group, "ensemble"),
             ],
         )
         for group in groups
@@ -183,6 +184,14 @@ def _bias(groups: Sequence[Group]) -> Table:
         rows,
         "In nats, means over seeds; the ensemble's target is uniform.",
     )
+
+
+def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
+    """Over the runs that have this classifier; infinite as soon as one is."""
+    values = [tables.divergence(bias["kl"]) for bias in group.values("bias", *keys) if bias]
+    if "infinite" in values:
+        return "infinite"
+    return spread(values).mean
 
 
 def _reliability(groups: Sequence[Group]) -> str:

@@ -243,8 +243,8 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
     panels.append(("ensemble", uniform, summaries.ensemble.marginal, kl))
     return [
         page.figure(
-            figures.marginal(f"{name}: KL {kl:.3f}", counts, target, expected, f"marginal{i}"),
-            f"Expected marginal of {name} against its target prior: KL divergence {kl:.3f} nats.",
+            figures.marginal(f"{name}: KL {_nats(kl)}", counts, target, expected, f"marginal{i}"),
+            f"Expected marginal of {name} against its target prior: KL divergence {_nats(kl)} nats.",
         )
         for i, (name, target, expected, kl) in enumerate(panels)
     ]
@@ -354,6 +354,10 @@ def _read_rows(path: Path) -> Sequence[dict[str, Any]]:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _nats(kl: float | None) -> str:
+    return tables.Column("", "decimal").show(tables.divergence(kl))
 
 
 def _percent(fraction: float | None) -> str:

@@ -45,8 +45,8 @@ class Group:
     name: str
     runs: tuple[Run, ...]
 
-    def values(self, *keys: Any) -> list[float | None]:
-        """A figure of every run, by its keys in `results.json`; None where it is absent."""
+    def values(self, *keys: Any) -> list[Any]:
+        """A figure (or a section) of every run, by its keys in `results.json`; None where it is absent."""
         return [_look_up(run.results, keys) for run in self.runs]
 
     def spread(self, *keys: Any) -> "Spread":
@@ -175,7 +175,7 @@ def _common_words(names: Sequence[str]) -> int:
     return length
 
 
-def _look_up(results: Any, keys: Sequence[Any]) -> float | None:
+def _look_up(results: Any, keys: Sequence[Any]) -> Any:
     for key in keys:
         try:
             results = results[key]

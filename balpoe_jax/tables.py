@@ -298,9 +298,13 @@ def _bias(results: Mapping[str, Any]) -> Table:
         others = [value for j, value in enumerate(ensemble["disagreement"][i]) if j != i]
         disagreement = float(np.mean(others)) if others else None
         rows.append(
-            (f"expert {i + 1}", [scores["tau"], expert["lambda"], expert["kl"], disagreement])
+            (
+                f"expert {i + 1}",
+                [scores["tau"], expert["lambda"], divergence(expert["kl"]), disagreement],
+            )
         )
-    rows.append(("ensemble", ["", "", bias["ensemble"]["kl"], ensemble["mean_disagreement"]]))
+    kl = divergence(bias["ensemble"]["kl"])
+    rows.append(("ensemble", ["", "", kl, ensemble["mean_disagreement"]]))
     return Table(
         "bias",
         "Bias",
@@ -347,6 +351,15 @@ def subsets_by_size(results: Mapping[str, Any]) -> dict[int, list[Mapping[str, A
     for subset in results["ensemble"]["subsets"]:
         by_size.setdefault(len(subset["experts"]), []).append(subset)
     return by_size
+
+
+def divergence(kl: float | None) -> float | str:
+    """A KL divergence as a cell: infinite where a class is never predicted, which JSON cannot say.
+
+    Args:
+        kl: of `results.json`, in nats; None for an infinite one.
+    """
+    return "infinite" if kl is None else kl
 
 
 def short_name(target: str) -> str:

@@ -20,14 +20,16 @@ def make_run(
 ) -> dict:
     """Writes the files of a run with drawn predictions and returns its results.
 
-    `changes` are fields of the config by their names with two underscores for a dot, and
-    `signal`, the logit of the right class.
+    `changes` are fields of the config by their names with two underscores for a dot; `signal`, the
+    logit of the right class; and `never`, a class that is never predicted.
     """
     random = np.random.default_rng(seed)
-    signal = changes.pop("signal", 2)
+    signal, never = changes.pop("signal", 2), changes.pop("never", None)
     labels = np.repeat(np.arange(4), 25).astype(np.int32)
     logits = random.normal(size=(num_experts, 100, 4)).astype(np.float32)
     logits[:, np.arange(100), labels] += signal
+    if never is not None:
+        logits[:, :, never] -= 5000
     taus = tuple(np.linspace(0, 2, num_experts))
     scores = score(
         Predictions(logits, labels),

@@ -104,3 +104,10 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> Non
     make_run(tmp_path / "other", name="cifar10")
     with pytest.raises(UserError, match=r"different data sets .*cifar10, digits"):
         group_runs(find_runs([str(folder / "ir100_balpoe"), str(tmp_path / "other")]))
+
+
+def test_an_infinite_divergence_is_not_averaged_away(tmp_path: Path) -> None:
+    make_run(tmp_path / "run" / "seed1", seed=1)
+    make_run(tmp_path / "run" / "seed2", seed=2, never=3)
+    content = {t.name: t for t in compare(group_runs(find_runs([str(tmp_path)])))}
+    assert content["bias"].rows[0][1] == ["infinite"] * 4

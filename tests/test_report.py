@@ -168,3 +168,12 @@ def test_results_are_needed(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=r"no readable results\.json"):
         write_report(str(tmp_path))
+
+
+def test_a_class_that_is_never_predicted_has_an_infinite_divergence(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run", never=3)
+    assert results["bias"]["ensemble"]["kl"] is None
+    page = write_report(str(tmp_path / "run"))
+    assert parse(page).text.count("infinite") >= 4
+    assert "KL divergence infinite nats" in page.read_text()
+    assert "-" not in (page.parent / "bias.csv").read_text().splitlines()[-1]
