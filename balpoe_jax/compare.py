@@ -188,10 +188,8 @@ def _bias(groups: Sequence[Group]) -> Table:
 
 def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
     """Over the runs that have this classifier; infinite as soon as one is."""
-    values = [tables.divergence(bias["kl"]) for bias in group.values("bias", *keys) if bias]
-    if "infinite" in values:
-        return "infinite"
-    return spread(values).mean
+    values = [bias["kl"] for bias in group.values("bias", *keys) if bias]
+    return tables.divergence(None) if None in values else spread(values).mean
 
 
 def _reliability(groups: Sequence[Group]) -> str:

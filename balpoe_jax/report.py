@@ -244,7 +244,8 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
     return [
         page.figure(
             figures.marginal(f"{name}: KL {_nats(kl)}", counts, target, expected, f"marginal{i}"),
-            f"Expected marginal of {name} against its target prior: KL divergence {_nats(kl)} nats.",
+            f"Expected marginal of {name} against its target prior: KL divergence "
+            f"{_nats(kl)} nats.",
         )
         for i, (name, target, expected, kl) in enumerate(panels)
     ]

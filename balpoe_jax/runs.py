@@ -46,7 +46,7 @@ class Group:
     runs: tuple[Run, ...]
 
     def values(self, *keys: Any) -> list[Any]:
-        """A figure (or a section) of every run, by its keys in `results.json`; None where it is absent."""
+        """What stands in `results.json` of every run under these keys; None where it is absent."""
         return [_look_up(run.results, keys) for run in self.runs]
 
     def spread(self, *keys: Any) -> "Spread":
