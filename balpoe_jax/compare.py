@@ -61,8 +61,11 @@ def compare(groups: Sequence[Group]) -> list[Table]:
     content = [_scores(groups)]
     if len(groups) > 1:
         content += [_differences(groups), _fields(groups)]
-    if all("shift" in run.results for group in groups for run in group.runs):
-        content += [_shift(groups), _bias(groups)]
+    runs = [run for group in groups for run in group.runs]
+    if all(run.results.get("shift") for run in runs):
+        content.append(_shift(groups))
+    if all(run.results.get("bias") for run in runs):
+        content.append(_bias(groups))
     return content
 
 
@@ -202,7 +205,7 @@ def _reliability(groups: Sequence[Group]) -> str:
             drawn.append(page.absent(f"There are no predictions in {run.path}."))
             continue
         ensemble, _ = scoring.summarize_experts(test)
-        num_bins = run.results.get("num_bins", 15)
+        num_bins = run.results.get("num_bins") or 15
         correct = ensemble.predicted == test.labels
         bins = metrics.bin_confidences(ensemble.confidence, correct, num_bins)
         title = f"{group.name}, seed {run.seed}"
@@ -217,16 +220,11 @@ def _reliability(groups: Sequence[Group]) -> str:
 
 
 def _shift_figures(groups: Sequence[Group]) -> str:
-    drawn = []
+    drawn, percent = [], Column("")
     for i, group in enumerate(groups):
         names = list(group.runs[0].results["shift"])
         means = {
-            name: {
-                kind: float(
-                    np.mean([v for v in group.values("shift", name, kind) if v is not None])
-                )
-                for kind in _KINDS
-            }
+            name: {kind: group.spread("shift", name, kind).mean for kind in _KINDS}
             for name in names
         }
         short = [tables.short_name(name) for name in names]
@@ -234,8 +232,8 @@ def _shift_figures(groups: Sequence[Group]) -> str:
             page.figure(
                 figures.shift_accuracies(means, short, f"shift{i}", group.name),
                 f"{group.name}: accuracy by target distribution with each kind of prior, from "
-                f"{100 * means[names[0]]['none']:.1f}% on {short[0]} to "
-                f"{100 * means[names[-1]]['none']:.1f}% on {short[-1]} without one.",
+                f"{percent.show(means[names[0]]['none'])}% on {short[0]} to "
+                f"{percent.show(means[names[-1]]['none'])}% on {short[-1]} without one.",
             )
         )
     return page.figures(*drawn, broad=True)

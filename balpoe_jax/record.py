@@ -95,6 +95,8 @@ def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / CONFIG
     try:
         before = json.loads(path.read_text())["config"]
+        if not isinstance(before, dict):
+            raise TypeError(f"its config is {before!r}")
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no run (there is no {CONFIG}); train first, or name the workdir of a "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from balpoe_jax import figures, metrics, page, predictions, record, scoring, tables
+from balpoe_jax import figures, metrics, page, predictions, run_files, scoring, tables
 from balpoe_jax.errors import UserError
 
 # Those that fit the terminal's attention; the page and the files have all.
@@ -39,16 +39,15 @@ def write_report(workdir: str) -> Path:
     left out of the page, which says so.
 
     Raises:
-        UserError (a `ValueError`): no or unreadable results.
+        UserError (a `ValueError`): no results, or results or a config that are damaged.
     """
     path = Path(workdir).absolute()
-    results = record.read_json(path / "results.json")
+    results = run_files.load_results(path)
     if results is None:
         raise UserError(
-            f"{path} holds no readable results.json to report; evaluate the run first, with "
-            "--mode=eval."
+            f"{path} holds no results.json to report; evaluate the run first, with --mode=eval."
         )
-    run = record.read_json(path / "config.json") or {}
+    run = run_files.load_config(path) or {}
     content = {table.name: table for table in tables.result_tables(results)}
     summaries = _summaries(path)
     title, subtitle = _headline(results, run)
@@ -122,7 +121,7 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> st
     drawn = []
     for i, (name, summary) in enumerate(named.items()):
         correct = summary.predicted == summaries.labels
-        bins = metrics.bin_confidences(summary.confidence, correct, results.get("num_bins", 15))
+        bins = metrics.bin_confidences(summary.confidence, correct, (results.get("num_bins") or 15))
         drawn.append(
             page.figure(
                 figures.reliability_diagram(name, bins, f"reliability{i}"),
@@ -154,7 +153,7 @@ def _classes_section(
             f"{low}.",
         )
     ]
-    if "group_confusion" in results:
+    if results.get("group_confusion"):
         confusion = np.array(results["group_confusion"], float)
         stays = ", ".join(
             f"{group} {_percent(value)}%"
@@ -190,10 +189,10 @@ def _shift_section(
 ) -> tuple[str, ...]:
     shift = results["shift"]
     names = [tables.short_name(name) for name in shift]
-    ends = [next(iter(shift)), "uniform", next(reversed(shift))]
+    ends = [name for name in shift if name in (next(iter(shift)), "uniform", next(reversed(shift)))]
     said = "; ".join(
         f"{name}: " + ", ".join(f"{kind} {_percent(shift[name][kind])}%" for kind in shift[name])
-        for name in dict.fromkeys(ends)
+        for name in ends
     )
     drawn = page.figure(
         figures.shift_accuracies(shift, names),
@@ -204,7 +203,7 @@ def _shift_section(
             "Target distributions",
             page.table(content["shift"], heading=False),
             page.figures(drawn, broad=True),
-            page.table(content["prior_estimates"]),
+            *(page.table(content[name]) for name in ("prior_estimates",) if name in content),
         ),
     )
 
@@ -301,16 +300,16 @@ def _curves(path: Path, results: Mapping[str, Any]) -> str:
 
 
 def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    config, environment = run.get("config", {}), run.get("environment", {})
+    config, environment = run.get("config", {}), run.get("environment") or {}
     if not config:
         return page.absent("There is no config.json in this folder.")
     data, optim = config["data"], config["optim"]
-    versions = environment.get("versions", {})
+    versions = environment.get("versions") or {}
     return page.facts(
         {
             "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
             "class counts": "as they should be for this data set"
-            if run.get("data", {}).get("counts_as_published")
+            if (run.get("data") or {}).get("counts_as_published")
             else "not as they should be for this data set",
             "taus": ", ".join(f"{expert['tau']:.4g}" for expert in results["experts"]),
             "mixup": f"alpha {config['mixup']['alpha']:g}" if config["mixup"]["alpha"] else "none",
@@ -322,7 +321,7 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             "started": environment.get("started"),
             "source": environment.get("git_commit") or "not from a git repository",
             "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
-            "command": " ".join(environment.get("command", [])),
+            "command": " ".join(environment.get("command") or []),
         }
     )
 
@@ -336,7 +335,7 @@ def _expert_names(results: Mapping[str, Any]) -> list[str]:
 
 def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
     data = run.get("config", {}).get("data", {})
-    low, high = data.get("shot_thresholds", metrics.DEFAULT_THRESHOLDS)
+    low, high = data.get("shot_thresholds") or metrics.DEFAULT_THRESHOLDS
     return low, high
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from balpoe_jax import command_line, record, tables
+from balpoe_jax import command_line, record, run_files, tables
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Scale
 from balpoe_jax.runs import Group, Run, Spread, load_run
@@ -62,15 +62,16 @@ class Job:
         """Whether it is "done", "begun" or "to do".
 
         Raises:
-            UserError (a `ValueError`): a run of another config in the folder.
+            UserError (a `ValueError`): a run of another config in the folder, or a damaged one.
         """
         if not record.is_claimed(self.workdir):
             return "to do"
         record.check_claim(self.workdir, self._fields())
-        results = record.read_json(self.workdir / record.RESULTS) or {}
-        claimed = record.read_json(self.workdir / record.CONFIG) or {}
-        last = claimed.get("resolved", {}).get("total_steps")
-        return "done" if results.get("step", -1) == last else "begun"
+        claimed = run_files.load_config(self.workdir) or {}
+        last = (claimed.get("resolved") or {}).get("total_steps")
+        # The step alone, so that results which are damaged can be written again.
+        step = (record.read_json(self.workdir / record.RESULTS) or {}).get("step")
+        return "done" if last is not None and step == last else "begun"
 
     def _fields(self) -> dict[str, object]:
         file, _, arguments = self.config.partition(":")
@@ -214,7 +215,11 @@ class Entry:
 
 
 def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
-    """Every score of a table, ours over the seeds that are done."""
+    """Every score of a table, ours over the seeds that are done.
+
+    Raises:
+        UserError (a `ValueError`): a run whose files are damaged, or of another config.
+    """
     entries = []
     for row in table.rows:
         done = [job for job in jobs if job.experiment == row.experiment and job.state() == "done"]

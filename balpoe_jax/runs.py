@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from balpoe_jax import record
+from balpoe_jax import record, run_files
 from balpoe_jax.errors import UserError
 
 
@@ -81,11 +81,15 @@ def significance(first: Sequence[float | None], second: Sequence[float | None]) 
 
 
 def load_run(path: Path) -> Run:
-    """Reads a run's files; raises UserError when it has not been evaluated."""
-    results, written = (record.read_json(path / name) for name in (record.RESULTS, record.CONFIG))
-    if results is None or written is None or "config" not in written:
+    """Reads a run's files.
+
+    Raises:
+        UserError (a `ValueError`): a folder without them, or files that are damaged.
+    """
+    results, written = run_files.load_results(path), run_files.load_config(path)
+    if results is None or written is None:
         raise UserError(
-            f"{path} holds no evaluated run (a readable {record.RESULTS} and {record.CONFIG}); "
+            f"{path} holds no evaluated run (a {record.RESULTS} and a {record.CONFIG}); "
             "train or evaluate it first, with --workdir."
         )
     return Run(path, written["config"], results)

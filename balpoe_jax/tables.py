@@ -136,6 +136,7 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
         tables.append(_calibration_by_group(results))
     if results.get("shift"):
         tables.append(_shift(results))
+    if results.get("shift_sets"):
         tables.append(_prior_estimates(results))
     if results.get("bias") and results.get("ensemble"):
         tables += [_bias(results), _experts(results)]
@@ -188,8 +189,8 @@ def _calibration(results: Mapping[str, Any]) -> Table:
             values += [after[i]["value"], after[i]["ece"], after[i]["nll"]]
         rows.append((name, values))
     note = (
-        f"ECE and MCE over {results.get('num_bins', 15)} bins of equal width, aECE over as many of "
-        "equal size, in percent."
+        f"ECE and MCE over {results.get('num_bins') or 15} bins of equal width, aECE over as many "
+        "of equal size, in percent."
     )
     if temperature:
         note += (
@@ -209,11 +210,12 @@ def _calibration_by_group(results: Mapping[str, Any]) -> Table:
     before = {"all": results["test"], **results["calibration_groups"]["ensemble"]}
     after = {}
     if temperature:
-        after = {"all": temperature["ensemble"], **temperature["ensemble"]["groups"]}
+        after = {"all": temperature["ensemble"], **(temperature["ensemble"].get("groups") or {})}
     rows = []
     for group, scores in before.items():
-        values = [scores[key] for key in keys]
-        rows.append((group, values + [after[group][key] for key in ("ece", "nll") if after]))
+        values = [scores.get(key) for key in keys]
+        scaled = after.get(group, {})
+        rows.append((group, values + [scaled.get(key) for key in ("ece", "nll") if after]))
     return Table(
         "calibration_groups",
         "Calibration of the ensemble by shot group",
@@ -224,7 +226,7 @@ def _calibration_by_group(results: Mapping[str, Any]) -> Table:
 
 
 def _shift(results: Mapping[str, Any]) -> Table:
-    shift, sets = results["shift"], results["shift_sets"]
+    shift, sets = results["shift"], results.get("shift_sets") or {}
     kinds = {"none": "no prior", "prior": "known", "estimated": "estimated"}
     listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
     mean_tau = float(np.mean([expert["tau"] for expert in results["experts"]]))
@@ -253,7 +255,7 @@ def _cost_of_estimating(results: Mapping[str, Any]) -> str:
     sentences = ""
     unused = [
         short_name(name)
-        for name, scores in results["shift_sets"].items()
+        for name, scores in (results.get("shift_sets") or {}).items()
         if not scores.get("estimate_used", True)
     ]
     if unused:
@@ -262,7 +264,7 @@ def _cost_of_estimating(results: Mapping[str, Any]) -> str:
             "significantly from those on held-out examples with a uniform prior."
         )
     uniform = results["shift"].get("uniform")
-    if uniform:
+    if uniform and None not in uniform.values():
         change = 100 * (uniform["estimated"] - uniform["none"])
         sentences += f" On the uniform set estimating changes the accuracy by {change:+.1f} points."
     return sentences

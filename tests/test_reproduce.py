@@ -71,7 +71,15 @@ def pretend(job: reproduce.Job, top1: float, step: int = 6) -> None:
     """Writes the files that a run of this job would leave."""
     job.workdir.mkdir(parents=True)
     record.claim(job.workdir, job._fields(), {"total_steps": 6}, {})
-    results = {"step": step, "test": {"top1": top1, "ece": 0.1}}
+    scores = {"top1": top1, "many": 0.9, "medium": 0.8, "few": None, "ece": 0.1, "mce": 0.2}
+    results = {
+        "step": step,
+        "epoch": 2,
+        "num_parameters": 1,
+        "class_counts": [4, 2],
+        "test": scores,
+        "experts": [{"tau": 0.0, **scores}],
+    }
     (job.workdir / "results.json").write_text(json.dumps(results))
 
 
@@ -180,3 +188,38 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, arguments, message: st
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("score", ["x", [1, 2], True])
+def test_a_damaged_score_is_refused(tmp_path: Path, score) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, score)
+    with pytest.raises(UserError, match=r"test\.top1 should be a number or null"):
+        reproduce.collect(tiny_table(), [job])
+    assert job.state() == "done"  # so that --mode=eval writes it again
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resolved", [], "resolved should be an object"),
+        ("config", [], "its config is"),
+        ("config", "x", "its config is"),
+    ],
+)
+def test_a_damaged_claim_is_refused(tmp_path: Path, key: str, value, message: str) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, 0.5)
+    content = json.loads((job.workdir / "config.json").read_text())
+    (job.workdir / "config.json").write_text(json.dumps({**content, key: value}))
+    with pytest.raises(UserError, match=message):
+        job.state()
+
+
+def test_a_run_that_does_not_say_how_long_it_is_has_begun(tmp_path: Path) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, 0.5)
+    content = json.loads((job.workdir / "config.json").read_text())
+    (job.workdir / "config.json").write_text(json.dumps({**content, "resolved": None}))
+    (job.workdir / "results.json").write_text('{"step": null}')
+    assert job.state() == "begun"
