@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 import balpoe_jax
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import UserError, writing
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
@@ -179,7 +179,8 @@ class MetricWriter:
 @contextlib.contextmanager
 def log_to_file(workdir: Path) -> Iterator[None]:
     """Repeats the package's log lines in `train.log`, whether or not the caller shows them."""
-    handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
+    with writing(workdir / LOG):
+        handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger("balpoe_jax")
     level = package.level
@@ -203,10 +204,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that no reader ever sees half of it."""
+    """Replaces a file as a whole, so that no reader ever sees half of it.
+
+    Raises:
+        UserError (a `ValueError`): the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def plain(value: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from balpoe_jax.errors import writing
+
 _LABEL_WIDTH = 10
 _WIDE = 110
 _DECIMALS = {"decimal": 3, "short": 2}
@@ -117,12 +119,19 @@ def as_csv(table: Table) -> str:
 
 
 def write_files(folder: Path, content: Sequence[Table], heading: str, name: str = "tables") -> None:
-    """Writes `NAME.md` with all tables under a heading, and a CSV file for each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in content:
-        (folder / f"{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
+    """Writes `NAME.md` with all tables under a heading, and a CSV file for each.
+
+    Raises:
+        UserError (a `ValueError`): the folder or a file cannot be written.
+    """
+    files = {f"{table.name}.csv": as_csv(table) for table in content}
     markdown = "\n".join(as_markdown(table) for table in content)
-    (folder / f"{name}.md").write_text(f"{heading}\n\n{markdown}", encoding="utf-8")
+    files[f"{name}.md"] = f"{heading}\n\n{markdown}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        with writing(folder / file):
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def result_tables(results: Mapping[str, Any]) -> list[Table]:

@@ -148,6 +148,25 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
         assert after["test"][name] == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["predictions", "report", "results.json", "train.log"])
+def test_what_is_in_the_way_of_an_evaluation_is_named(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
+    """A file where a folder is to be, or the other way round."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    path = workdir / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"run/{name} cannot be written \("):
+        evaluate(tiny_config(), str(workdir))
+    assert not list(workdir.glob(".*"))
+
+
 def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> None:
     """A training may be writing one at that moment, and keeps as many as its config says."""
     workdir = tmp_path / "run"
