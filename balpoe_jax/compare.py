@@ -243,8 +243,12 @@ def _experts_curve(groups: Sequence[Group]) -> str:
     """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
     ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
     numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]
+    # Not-a-number where no run has the figure, as that of an empty shot group: a gap in the line.
     values = {
-        label: [[v for v in group.values(*_SCORES[label]) if v is not None] for group in ordered]
+        label: [
+            [v for v in group.values(*_SCORES[label]) if v is not None] or [float("nan")]
+            for group in ordered
+        ]
         for label in ("all", "many", "medium", "few")
     }
     means = {label: [float(np.mean(v)) for v in rows] for label, rows in values.items()}

@@ -111,3 +111,15 @@ def test_an_infinite_divergence_is_not_averaged_away(tmp_path: Path) -> None:
     make_run(tmp_path / "run" / "seed2", seed=2, never=3)
     content = {t.name: t for t in compare(group_runs(find_runs([str(tmp_path)])))}
     assert content["bias"].rows[0][1] == ["infinite"] * 4
+
+
+def test_a_sweep_without_few_shot_classes_has_its_curve(tmp_path: Path) -> None:
+    for number in (1, 2):
+        path = tmp_path / f"e{number}" / "results.json"
+        results = make_run(path.parent, number)
+        results["test"]["few"] = None
+        path.write_text(json.dumps(results))
+    make_run(tmp_path / "e3", 3)
+    groups = group_runs(find_runs([str(tmp_path)]))
+    page = write(tmp_path / "out", groups, compare(groups))
+    assert "Accuracy by number of experts that were trained: 1: " in page.read_text()
