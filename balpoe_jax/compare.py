@@ -8,6 +8,7 @@ compared with the first.
 import json
 import logging
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str]) -> None:
     groups = group_runs(find_runs(arguments[1:]))
     content = compare(groups)
     width = shutil.get_terminal_size().columns
+    remark = _remark(groups)
+    if remark:
+        log.info("%s\n", textwrap.fill(f"Remark: {remark}", width))
     for table in content:
         log.info("%s\n%s\n", table.title, tables.as_text(table, width))
     if flags.FLAGS.output:
@@ -76,11 +80,14 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
         UserError (a `ValueError`): a folder that cannot be written to.
     """
     folder = record.open_workdir(str(folder))
-    tables.write_files(folder, content, "# Comparison", "compare")
+    remark = _remark(groups)
+    heading = "# Comparison" + (f"\n\nRemark: {remark}" if remark else "")
+    tables.write_files(folder, content, heading, "compare", remark)
     figures_of = {
         group.name: {
             "seeds": [run.seed for run in group.runs],
             "runs": [str(run.path) for run in group.runs],
+            **({"remark": group.remark} if group.remark else {}),
             **{name: group.values(*keys) for name, keys in _SCORES.items()},
         }
         for group in groups
@@ -95,11 +102,20 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
     if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
         sections.append(page.section("Number of experts", _experts_curve(groups)))
     names = ", ".join(group.name for group in groups)
-    return page.write(folder / "index.html", "Comparison", names, sections)
+    subtitle = f"{names}; {remark}" if remark else names
+    return page.write(folder / "index.html", "Comparison", subtitle, sections)
 
 
 def _label(group: Group) -> str:
     return f"{group.name} ({len(group.runs)})"
+
+
+def _remark(groups: Sequence[Group]) -> str:
+    """What the runs remark: once if all remark the same, else group by group."""
+    remarks = [group.remark for group in groups]
+    if len(set(remarks)) == 1:
+        return remarks[0]
+    return "; ".join(f"{group.name}: {group.remark}" for group in groups if group.remark)
 
 
 def _scores(groups: Sequence[Group]) -> Table:

@@ -7,6 +7,7 @@ time.
 
 import contextlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ _PRINTED = ("result", "calibration", "shift", "experts")
 
 
 def result_text(results: Mapping[str, Any], width: int = 80) -> str:
-    """The main tables, for a terminal of `width` characters.
+    """The remark on the run, if any, and the main tables, for a terminal of `width` characters.
 
     Args:
         results: what `results.json` holds.
         width: 80 or more.
     """
     printed = [table for table in tables.result_tables(results) if table.name in _PRINTED]
-    return "\n\n".join(f"{table.title}\n{tables.as_text(table, width)}" for table in printed)
+    parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
+    if results.get("remark"):
+        parts.insert(0, textwrap.fill(f"Remark: {results['remark']}", width))
+    return "\n\n".join(parts)
 
 
 def write_report(workdir: str) -> Path:
@@ -52,7 +56,12 @@ def write_report(workdir: str) -> Path:
     summaries = _summaries(path)
     title, subtitle = _headline(results, run)
     folder = path / "report"
-    tables.write_files(folder, list(content.values()), f"# {title}\n\n{subtitle}")
+    tables.write_files(
+        folder,
+        list(content.values()),
+        f"# {title}\n\n{subtitle}",
+        remark=results.get("remark") or "",
+    )
     sections = [
         page.section("Result", page.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),

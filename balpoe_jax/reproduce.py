@@ -115,9 +115,8 @@ def main(arguments: Sequence[str]) -> None:
     entries = collect(table, jobs)
     title = f"{table.title} ({scale.remark})" if scale.remark else table.title
     content = result_table(title, entries)
-    _write(
-        root, f"table{values.table}" if values.table.isdecimal() else values.table, content, entries
-    )
+    name = f"table{values.table}" if values.table.isdecimal() else values.table
+    _write(root, name, content, entries, scale.remark)
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
     if failed:
@@ -286,7 +285,7 @@ def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
     return Table("entries", title, columns, rows)
 
 
-def _write(root: Path, name: str, content: Table, entries: Sequence[Entry]) -> None:
+def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], remark: str) -> None:
     """`NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score."""
     record.open_workdir(str(root))
     long = entries_table(content.title, entries, root)
@@ -296,9 +295,10 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry]) -> N
     record.write_atomically(
         root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n"
     )
-    record.write_atomically(root / f"{name}.csv", tables.as_csv(long))
+    record.write_atomically(root / f"{name}.csv", tables.as_csv(long, remark))
     written = {
         "title": content.title,
+        "remark": remark,
         "rows": [
             {"method": method, **dict(zip((c.name for c in long.columns), cells, strict=True))}
             for method, cells in long.rows

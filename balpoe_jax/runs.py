@@ -45,6 +45,11 @@ class Group:
     name: str
     runs: tuple[Run, ...]
 
+    @property
+    def remark(self) -> str:
+        """The remarks on the runs, each once; empty where there is none."""
+        return "; ".join(dict.fromkeys(filter(None, self.values("remark"))))
+
     def values(self, *keys: Any) -> list[Any]:
         """What stands in `results.json` of every run under these keys; None where it is absent."""
         return [_look_up(run.results, keys) for run in self.runs]

@@ -97,14 +97,16 @@ def as_markdown(table: Table) -> str:
     return f"## {table.title}\n\n" + "\n".join(lines) + f"\n{note}"
 
 
-def as_csv(table: Table) -> str:
+def as_csv(table: Table, remark: str = "") -> str:
     """All columns, values as they are: fractions, and nothing where undefined.
 
-    A column of means and spreads becomes two.
+    A column of means and spreads becomes two. A remark is a last column, the same in every row.
     """
     header = [""]
     for column in table.columns:
         header += [column.name, f"{column.name} std"] if column.kind == "spread" else [column.name]
+    marks = [remark] if remark else []
+    header += ["remark"] if remark else []
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -114,17 +116,26 @@ def as_csv(table: Table) -> str:
             pair = value if isinstance(value, tuple) else (value, None)
             parts = pair if column.kind == "spread" else (value,)
             cells += ["" if part is None else part for part in parts]
-        writer.writerow(cells)
+        writer.writerow(cells + marks)
     return buffer.getvalue()
 
 
-def write_files(folder: Path, content: Sequence[Table], heading: str, name: str = "tables") -> None:
+def write_files(
+    folder: Path, content: Sequence[Table], heading: str, name: str = "tables", remark: str = ""
+) -> None:
     """Writes `NAME.md` with all tables under a heading, and a CSV file for each.
+
+    Args:
+        folder: created when missing.
+        content: the tables.
+        heading: Markdown.
+        name: of the Markdown file.
+        remark: on the runs, for the CSV files; the heading must say it by itself.
 
     Raises:
         UserError (a `ValueError`): the folder or a file cannot be written.
     """
-    files = {f"{table.name}.csv": as_csv(table) for table in content}
+    files = {f"{table.name}.csv": as_csv(table, remark) for table in content}
     markdown = "\n".join(as_markdown(table) for table in content)
     files[f"{name}.md"] = f"{heading}\n\n{markdown}"
     with writing(folder):

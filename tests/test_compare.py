@@ -3,6 +3,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +125,29 @@ def test_a_sweep_without_few_shot_classes_has_its_curve(tmp_path: Path) -> None:
     groups = group_runs(find_runs([str(tmp_path)]))
     page = write(tmp_path / "out", groups, compare(groups))
     assert "Accuracy by number of experts that were trained: 1: " in page.read_text()
+
+
+def test_every_output_of_a_comparison_has_the_remark(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / "runs" / f"seed{seed}", seed=seed, remark="a small version")
+    other = tmp_path / "other"
+    groups = group_runs(find_runs([str(tmp_path / "runs")]))
+    for path in write(tmp_path / "out", groups, compare(groups)).parent.iterdir():
+        assert "a small version" in path.read_text(), path.name
+    make_run(other, seed=1, mixup__alpha=0.0)
+    groups = group_runs(find_runs([str(tmp_path / "runs"), str(other)]))
+    write(tmp_path / "out", groups, compare(groups))
+    assert "Remark: runs: a small version\n" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_the_terminal_shows_the_remark_of_compared_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", remark="a small version")
+    result = subprocess.run(
+        [sys.executable, "-m", "balpoe_jax.compare", str(tmp_path / "run")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Remark: a small version\n")

@@ -177,3 +177,12 @@ def test_a_class_that_is_never_predicted_has_an_infinite_divergence(tmp_path: Pa
     assert parse(page).text.count("infinite") >= 4
     assert "KL divergence infinite nats" in page.read_text()
     assert "-" not in (page.parent / "bias.csv").read_text().splitlines()[-1]
+
+
+def test_every_output_of_a_run_has_its_remark(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run", remark="a small version")
+    assert result_text(results).startswith("Remark: a small version\n\n")
+    folder = write_report(str(tmp_path / "run")).parent
+    assert len(list(folder.iterdir())) >= 9
+    for path in folder.iterdir():
+        assert "a small version" in path.read_text(), path.name

@@ -168,8 +168,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
     assert "scale cpu: ResNet-8 for 15 epochs" in collected.stdout
     assert collected.stdout.count("ours: not run") == 5
     for suffix in ("md", "csv", "json"):
-        assert "ResNet-8 for 15" in (tmp_path / "cpu" / "table2.md").read_text()
-        assert (tmp_path / "cpu" / f"table2.{suffix}").exists()
+        assert "ResNet-8 for 15" in (tmp_path / "cpu" / f"table2.{suffix}").read_text()
 
 
 @pytest.mark.parametrize(

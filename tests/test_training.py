@@ -235,6 +235,7 @@ def diverged(tmp_path_factory) -> Path:
 def diverging_config():
     return tiny_config(
         total_epochs=4,
+        remark="not the paper's setting",
         log_every_steps=5,
         loss__tau_max=1.0,
         optim__warmup_epochs=0,
@@ -258,6 +259,11 @@ def test_taus_without_mean_one_are_announced(diverged: Path, finished: Path) -> 
     )
     assert sentence in (diverged / "train.log").read_text()
     assert "mean tau" not in (finished / "train.log").read_text()
+
+
+def test_a_remark_is_announced_as_training_starts(diverged: Path, finished: Path) -> None:
+    assert "Remark: not the paper's setting" in (diverged / "train.log").read_text()
+    assert "Remark" not in (finished / "train.log").read_text()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
