@@ -157,7 +157,9 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
     if results.get("shift"):
         tables.append(_shift(results))
     if results.get("shift_sets"):
-        tables.append(_prior_estimates(results))
+        tables += [_prior_estimates(results), _estimate_accuracies(results)]
+        if all(scores.get("ece") for scores in results["shift_sets"].values()):
+            tables.append(_shift_calibration(results))
     if results.get("bias") and results.get("ensemble"):
         tables += [_bias(results), _experts(results)]
     return tables
@@ -245,9 +247,12 @@ def _calibration_by_group(results: Mapping[str, Any]) -> Table:
     )
 
 
+_PRIORS = {"none": "no prior", "prior": "known", "estimated": "estimated"}
+_ESTIMATES = {"map": "MAP", "ml": "ML", "map_uncorrected": "MAP, raw"}
+
+
 def _shift(results: Mapping[str, Any]) -> Table:
     shift, sets = results["shift"], results.get("shift_sets") or {}
-    kinds = {"none": "no prior", "prior": "known", "estimated": "estimated"}
     listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
     mean_tau = float(np.mean([expert["tau"] for expert in results["experts"]]))
     caution = ""
@@ -261,7 +266,7 @@ def _shift(results: Mapping[str, Any]) -> Table:
         "shift",
         "Accuracy by target distribution",
         tuple(Column(short_name(name)) for name in shift),
-        [(label, [shift[name][kind] for name in shift]) for kind, label in kinds.items()],
+        [(label, [shift[name][kind] for name in shift]) for kind, label in _PRIORS.items()],
         "Percent of the examples. F: forward, most examples where the training set has most; B: "
         "backward; the number is the largest class over the smallest. The prior is that of the "
         "test set: not used, known and added to the mean logits, or estimated from the unlabelled "
@@ -292,15 +297,8 @@ def _cost_of_estimating(results: Mapping[str, Any]) -> str:
 
 def _prior_estimates(results: Mapping[str, Any]) -> Table:
     sets = results["shift_sets"]
-    kinds = {
-        "map": "MAP",
-        "ml": "ML",
-        "map_uncorrected": "MAP, raw",
-    }
     rows = [("uniform", [scores["l1_of_uniform"] for scores in sets.values()])]
-    for kind, label in kinds.items():
-        if all(kind in scores["estimates"] for scores in sets.values()):
-            rows.append((label, [s["estimates"][kind]["l1"] for s in sets.values()]))
+    rows += _by_estimate(sets, "l1")
     return Table(
         "prior_estimates",
         "L1 distance of estimated priors from the truth",
@@ -310,6 +308,45 @@ def _prior_estimates(results: Mapping[str, Any]) -> Table:
         "estimated prior are from it, where one is used; ML is maximum likelihood; raw: without "
         "the correction fitted on held-out examples. The first row is what assuming a uniform "
         "prior costs.",
+    )
+
+
+def _by_estimate(
+    sets: Mapping[str, Mapping[str, Any]], key: str
+) -> list[tuple[str, list[float | None]]]:
+    """A row for each kind of estimate that all distributions have."""
+    return [
+        (label, [scores["estimates"][kind][key] for scores in sets.values()])
+        for kind, label in _ESTIMATES.items()
+        if all(kind in scores["estimates"] for scores in sets.values())
+    ]
+
+
+def _estimate_accuracies(results: Mapping[str, Any]) -> Table:
+    sets, shift = results["shift_sets"], results["shift"]
+    rows = [
+        ("no prior", [shift[name]["none"] for name in sets]),
+        *_by_estimate(sets, "top1"),
+        ("known", [shift[name]["prior"] for name in sets]),
+    ]
+    return Table(
+        "estimate_accuracies",
+        "Accuracy with each kind of estimated prior",
+        tuple(Column(short_name(name)) for name in sets),
+        rows,
+        "Percent of the examples, with the estimate used whether or not the predictions show a "
+        "shift. MAP, ML and raw as above.",
+    )
+
+
+def _shift_calibration(results: Mapping[str, Any]) -> Table:
+    sets = results["shift_sets"]
+    return Table(
+        "shift_calibration",
+        "ECE by target distribution",
+        tuple(Column(short_name(name)) for name in sets),
+        [(label, [s["ece"][kind] for s in sets.values()]) for kind, label in _PRIORS.items()],
+        "Percent, of the ensemble with each kind of prior.",
     )
 
 

@@ -70,7 +70,7 @@ def test_the_table_has_a_row_for_each_expert_and_the_ensemble(
 def test_the_tables_fit_80_columns_and_use_a_wide_terminal(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run", 7)
     assert max(map(len, result_text(results, 80).splitlines())) <= 80
-    assert len(result_text(results, 80).split("\n\n")) == 4
+    assert len(result_text(results, 80).split("\n\n")) == 6
     wide = text_tables(results, 140)["Accuracy and calibration"]
     assert wide[0].split()[-3:] == ["NLL", "Brier", "aECE"]
     assert wide[-1].split()[-3] == f"{results['test']['nll']:.3f}"
@@ -92,7 +92,7 @@ def test_files_hold_the_tables(tmp_path: Path) -> None:
         scores["prior"] for scores in results["shift"].values()
     ]
     markdown = (folder / "tables.md").read_text()
-    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 7
+    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 9
     row = next(line for line in markdown.splitlines() if line.startswith("| ensemble"))
     assert f" {100 * results['test']['top1']:.1f} |" in row
 
@@ -186,3 +186,32 @@ def test_every_output_of_a_run_has_its_remark(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) >= 9
     for path in folder.iterdir():
         assert "a small version" in path.read_text(), path.name
+
+
+def test_the_terminal_says_how_far_estimates_and_marginals_are_off(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    printed = text_tables(results)
+    distances = [row.split() for row in printed["L1 distance of estimated priors from the truth"]]
+    assert distances[0] == ["F50", "F2", "uni", "B2", "B50"]
+    assert [row[0] for row in distances[1:]] == ["uniform", "MAP", "ML", "MAP,"]
+    sets = results["shift_sets"].values()
+    assert distances[2][1:] == [f"{s['estimates']['map']['l1']:.2f}" for s in sets]
+    assert printed["Bias"][1].split()[4] == f"{results['bias']['experts'][0]['kl']:.3f}"
+
+
+def test_files_have_the_accuracy_and_calibration_of_every_kind_of_prior(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    folder = write_report(str(tmp_path / "run")).parent
+    sets = results["shift_sets"].values()
+    found = {}
+    for name in ("estimate_accuracies", "shift_calibration"):
+        with (folder / f"{name}.csv").open(newline="") as file:
+            found[name] = {row[0]: row[1:] for row in list(csv.reader(file))[1:]}
+    for label, kind in {"MAP": "map", "ML": "ml", "MAP, raw": "map_uncorrected"}.items():
+        assert [float(cell) for cell in found["estimate_accuracies"][label]] == [
+            scores["estimates"][kind]["top1"] for scores in sets
+        ]
+    for label, kind in {"no prior": "none", "known": "prior", "estimated": "estimated"}.items():
+        assert [float(cell) for cell in found["shift_calibration"][label]] == [
+            scores["ece"][kind] for scores in sets
+        ]
