@@ -157,7 +157,7 @@ def _fields(groups: Sequence[Group]) -> Table:
     fields = differing_fields(groups)
     return Table(
         "fields",
-        "What differs in the configs",
+        "What differs in training and evaluation",
         tuple(Column(name) for name in fields),
         [
             (group.name, [str(values[i]) for values in fields.values()])

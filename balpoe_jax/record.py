@@ -44,6 +44,15 @@ _OPERATIONAL = (
     "model.expert_map",
 )
 
+# Of the fields of "eval.", those on which the figures of results.json depend, which repeats them.
+EVALUATION_SETTINGS = (
+    "num_bins",
+    "held_out_per_class",
+    "shift_lists",
+    "prior_strength",
+    "prior_significance",
+)
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
 
 

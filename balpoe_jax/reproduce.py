@@ -217,12 +217,14 @@ def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
     """Every score of a table, ours over the seeds that are done.
 
     Raises:
-        UserError (a `ValueError`): a run whose files are damaged, or of another config.
+        UserError (a `ValueError`): a run whose files are damaged, or of another config, or runs of
+            a row that were evaluated with different settings.
     """
     entries = []
     for row in table.rows:
         done = [job for job in jobs if job.experiment == row.experiment and job.state() == "done"]
         runs = tuple(load_run(job.workdir) for job in done)
+        _refuse_mixed_settings(runs)
         for score in row.scores:
             published = (
                 None if value is None else value / 100 for value in (score.paper, score.paper_std)
@@ -230,6 +232,19 @@ def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
             ours = Group(row.method, runs).spread(*score.keys)
             entries.append(Entry(row.method, score.name, Spread(*published), ours, runs))
     return entries
+
+
+def _refuse_mixed_settings(runs: Sequence[Run]) -> None:
+    """Raises UserError unless runs of one experiment were evaluated alike."""
+    for run in runs[1:]:
+        first, other = runs[0].fields, run.fields
+        for name in (name for name in first if name.startswith("eval.")):
+            if first[name] != other.get(name):
+                raise UserError(
+                    f"{runs[0].path} and {run.path} were evaluated with different settings ({name} "
+                    f"{first[name]!r} and {other.get(name)!r}); evaluate them alike, with "
+                    "--mode=eval."
+                )
 
 
 def result_table(title: str, entries: Sequence[Entry]) -> Table:

@@ -37,6 +37,7 @@ _RESULTS = {
     "experts": [{"tau": _NUMBER, **_SCORES}],
     "remark?": _TEXT,
     "num_bins?": _COUNT,
+    "settings?": {},
     "group_confusion?": [[_FIGURE]],
     "calibration_groups?": {"ensemble": _BY_GROUP},
     "ensemble?": {

@@ -32,10 +32,21 @@ class Run:
         """Of initialisation, order, augmentation and mixup."""
         return self.config["seed"]
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What its figures depend on by dotted names: what is trained and how it is evaluated.
+
+        Of an older evaluation that did not record its settings, only the number of bins is known.
+        """
+        settings = self.results.get("settings") or {"num_bins": self.results.get("num_bins")}
+        return record.experiment_fields(self.config) | {
+            f"eval.{name}": settings.get(name) for name in record.EVALUATION_SETTINGS
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs of one experiment that differ in their seed.
+    """Runs of one experiment, evaluated alike, that differ in their seed.
 
     Attributes:
         name: short, for tables.
@@ -129,8 +140,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         )
     grouped: dict[str, list[Run]] = {}
     for run in runs:
-        fields = record.experiment_fields({**run.config, "seed": None})
-        grouped.setdefault(str(sorted(fields.items())), []).append(run)
+        grouped.setdefault(str(sorted({**run.fields, "seed": None}.items())), []).append(run)
     for members in grouped.values():
         by_seed: dict[int, Run] = {}
         for run in members:
@@ -151,7 +161,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def differing_fields(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """The fields in which groups differ, with each group's value."""
-    fields = [record.experiment_fields(group.runs[0].config) for group in groups]
+    fields = [group.runs[0].fields for group in groups]
     names = sorted(set().union(*fields) - {"seed"})
     values = {name: [field.get(name) for field in fields] for name in names}
     return {name: row for name, row in values.items() if any(v != row[0] for v in row)}

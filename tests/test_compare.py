@@ -151,3 +151,30 @@ def test_the_terminal_shows_the_remark_of_compared_runs(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Remark: a small version\n")
+
+
+def evaluate_anew(workdir: Path, **settings) -> None:
+    """Pretends that a run was evaluated with these settings."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, "settings": {"num_bins": 15, **settings}}))
+
+
+def test_runs_that_were_evaluated_differently_are_not_pooled(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "all" / f"seed{seed}", seed=seed)
+        evaluate_anew(tmp_path / "all" / f"seed{seed}", num_bins=5 if seed == 3 else 15)
+    groups = group_runs(find_runs([str(tmp_path)]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3]]
+    content = {table.name: table for table in compare(groups)}
+    assert [column.name for column in content["fields"].columns] == ["eval.num_bins"]
+    assert [row[1] for row in content["fields"].rows] == [["15"], ["5"]]
+
+
+def test_bins_alone_tell_older_evaluations_apart(tmp_path: Path) -> None:
+    for seed, bins in ((1, 15), (2, 15), (3, 5)):
+        make_run(tmp_path / "all" / f"seed{seed}", seed=seed)
+        path = tmp_path / "all" / f"seed{seed}" / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_bins": bins}))
+    groups = group_runs(find_runs([str(tmp_path)]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3]]

@@ -222,3 +222,14 @@ def test_a_run_that_does_not_say_how_long_it_is_has_begun(tmp_path: Path) -> Non
     (job.workdir / "config.json").write_text(json.dumps({**content, "resolved": None}))
     (job.workdir / "results.json").write_text('{"step": null}')
     assert job.state() == "begun"
+
+
+def test_runs_that_were_evaluated_differently_are_not_averaged(tmp_path: Path) -> None:
+    jobs = reproduce.plan(tiny_table(), SCALES["full"], [1, 2], tmp_path)[::2]
+    for job, strength in zip(jobs, (0.3, 1.0), strict=True):
+        pretend(job, 0.5)
+        path = job.workdir / "results.json"
+        settings = {"settings": {"prior_strength": strength}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(UserError, match=r"eval\.prior_strength 0\.3 and 1\.0"):
+        reproduce.collect(tiny_table(), jobs)

@@ -143,6 +143,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     before = json.loads((finished / "results.json").read_text())
     after = evaluate(tiny_config(eval__batch_size=50, remark="again"), str(workdir))
     assert after["remark"] == "again"
+    assert after["settings"] == before["settings"] == {
+        "num_bins": 15, "held_out_per_class": 20, "shift_lists": "", "prior_strength": 0.3,
+        "prior_significance": 0.01,
+    }  # fmt: skip
     assert "; again</p>" in (workdir / "report" / "index.html").read_text()
     for name, value in before["test"].items():
         assert after["test"][name] == pytest.approx(value, abs=1e-6)
