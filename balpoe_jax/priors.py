@@ -100,6 +100,10 @@ def estimate_prior(
         )
     if not concentration >= 1:
         raise UserError(f"concentration must be at least 1, got {concentration}.")
+    # Beyond, single precision holds no sum of pseudo-counts over the classes.
+    largest = float(jnp.finfo(jnp.float32).max) / (2 * matrix.shape[1])
+    if concentration > largest:
+        raise UserError(f"concentration must be at most {largest:.3g}, got {concentration}.")
     return _maximize(matrix, counts, concentration, tolerance, max_rounds)
 
 
