@@ -71,6 +71,8 @@ def score(
         UserError (a `ValueError`): logits that are not finite.
     """
     basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
+    if held_out is not None:
+        metrics.check_finite(MeanLogits(held_out.expert_logits), what="held-out examples")
     options = (test.labels, class_counts, num_bins, thresholds)
     evidence = _evidence_of_priors(test, held_out) if targets else {}
     sets = {

@@ -9,6 +9,9 @@ import pytest
 
 from balpoe_jax import predictions
 from balpoe_jax.errors import UserError
+from balpoe_jax.metrics import predictions as blocks
+from balpoe_jax.metrics import summarize
+from balpoe_jax.scoring import score
 
 LOGITS = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
 LABELS = np.array([0, 1, 2, 1, 0], np.int32)
@@ -49,3 +52,21 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     with pytest.raises(UserError, match="cannot be written"):
         predictions.stream(tmp_path, "", LOGITS.shape, batches())
     assert not list(tmp_path.glob(".*"))
+
+
+def test_examples_that_are_not_finite_are_counted_over_all_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "_NUMBERS_A_BLOCK", 6)
+    logits = np.zeros((2000, 3), np.float32)
+    logits[[3, 700, 701], [0, 1, 2]] = np.nan, np.inf, -np.inf
+    with pytest.raises(UserError, match="logits of 3 of 2,000 examples are not finite"):
+        summarize(logits, np.zeros(2000, int))
+    with pytest.raises(UserError, match="logits of 1 of 1,000 examples are not finite"):
+        summarize(logits, np.zeros(2000, int), np.arange(0, 2000, 2))
+
+
+def test_the_data_that_are_not_finite_are_named() -> None:
+    test = predictions.Predictions(LOGITS, LABELS)
+    held_out = predictions.Predictions(LOGITS.copy(), LABELS)
+    held_out.expert_logits[1, 4, 0] = np.inf
+    with pytest.raises(UserError, match="logits of 1 of 5 held-out examples are not finite"):
+        score(test, np.array([3, 2, 1]), (0.0, 2.0), held_out=held_out)
