@@ -217,10 +217,13 @@ def _reliability(groups: Sequence[Group]) -> str:
         run = group.runs[0]
         try:
             test = predictions.load(run.path / predictions.FOLDER)
-        except (OSError, ValueError):
+            ensemble, _ = scoring.summarize_experts(test)
+        except FileNotFoundError:
             drawn.append(page.absent(f"There are no predictions in {run.path}."))
             continue
-        ensemble, _ = scoring.summarize_experts(test)
+        except UserError as error:
+            drawn.append(page.absent(f"{group.name}: {error}"))
+            continue
         num_bins = run.results.get("num_bins") or 15
         correct = ensemble.predicted == test.labels
         bins = metrics.bin_confidences(ensemble.confidence, correct, num_bins)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.errors import writing
+from balpoe_jax.errors import UserError, writing
 
 FOLDER = "predictions"
 TEST, HELD_OUT = "", "held_out_"
@@ -88,6 +88,28 @@ def _fill(
 
 
 def load(folder: Path, prefix: str = TEST) -> Predictions:
-    """What `stream` wrote; raises OSError or ValueError when it is not there or not readable."""
-    logits = np.load(folder / f"{prefix}expert_logits.npy", mmap_mode="r", allow_pickle=False)
-    return Predictions(logits, np.load(folder / f"{prefix}labels.npy", allow_pickle=False))
+    """What `stream` wrote.
+
+    Raises:
+        FileNotFoundError: nothing was written there.
+        UserError (a `ValueError`): files that cannot be read, or that do not fit each other.
+    """
+    files = (folder / f"{prefix}expert_logits.npy", folder / f"{prefix}labels.npy")
+    try:
+        logits = np.load(files[0], mmap_mode="r", allow_pickle=False)
+        labels = np.load(files[1], allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"The predictions in {folder} cannot be read ({error}); evaluate the run anew, with "
+            "--mode=eval."
+        ) from error
+    fit = logits.ndim == 3 and labels.shape == logits.shape[1:2] and labels.size
+    fit = fit and logits.dtype.kind == "f" and labels.dtype.kind in "iu"
+    if not fit or labels.min() < 0 or labels.max() >= logits.shape[2]:
+        raise UserError(
+            f"The predictions in {folder} are damaged: logits {logits.shape} and labels "
+            f"{labels.shape} do not fit; evaluate the run anew, with --mode=eval."
+        )
+    return Predictions(logits, labels)

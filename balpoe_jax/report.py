@@ -53,7 +53,7 @@ def write_report(workdir: str) -> Path:
         )
     run = run_files.load_config(path) or {}
     content = {table.name: table for table in tables.result_tables(results)}
-    summaries = _summaries(path)
+    summaries = _summaries(path, results)
     title, subtitle = _headline(results, run)
     folder = path / "report"
     tables.write_files(
@@ -83,14 +83,18 @@ class _Summaries:
         self.ensemble = ensemble
 
 
-def _summaries(path: Path) -> _Summaries | None:
+def _summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
+    """Those of the run's predictions, or a sentence that says why there are none."""
     try:
-        return _Summaries(predictions.load(path / predictions.FOLDER))
-    except (OSError, ValueError):
-        return None
-
-
-_NO_PREDICTIONS = "There are no predictions in this folder."
+        test = predictions.load(path / predictions.FOLDER)
+        experts, _, classes = test.expert_logits.shape
+        if (experts, classes) != (len(results["experts"]), len(results["class_counts"])):
+            return "The predictions in this folder are not those of its results."
+        return _Summaries(test)
+    except FileNotFoundError:
+        return "There are no predictions in this folder."
+    except UserError as error:
+        return str(error)
 
 
 def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
@@ -113,7 +117,7 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
 
 
 def _calibration_section(
-    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
 ) -> str:
     parts = [page.table(content["calibration"], heading=False), _reliability(results, summaries)]
     if "calibration_groups" in content:
@@ -121,9 +125,9 @@ def _calibration_section(
     return page.section("Calibration", *parts)
 
 
-def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> str:
-    if summaries is None:
-        return page.absent(_NO_PREDICTIONS)
+def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str:
+    if isinstance(summaries, str):
+        return page.absent(summaries)
     named = {"ensemble": summaries.ensemble}
     if len(summaries.experts) > 1:
         named |= dict(zip(_expert_names(results), summaries.experts, strict=True))
@@ -147,7 +151,7 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> st
 
 
 def _classes_section(
-    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | None
+    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
 ) -> str:
     counts, test = np.array(results["class_counts"]), results["test"]
     low, high = thresholds = _thresholds(run)
@@ -175,8 +179,8 @@ def _classes_section(
                 "Where the ensemble puts the examples of each group, right class or not.",
             )
         )
-    if summaries is None:
-        drawn.append(page.absent(_NO_PREDICTIONS))
+    if isinstance(summaries, str):
+        drawn.append(page.absent(summaries))
     else:
         predicted = summaries.ensemble.predicted
         per_class = metrics.shot_accuracy(predicted, summaries.labels, counts, thresholds).per_class
@@ -219,11 +223,11 @@ def _shift_section(
 
 
 def _experts_section(
-    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
 ) -> tuple[str, ...]:
     bias = [page.table(content["bias"], heading=False)]
-    if summaries is None:
-        bias.append(page.absent(_NO_PREDICTIONS))
+    if isinstance(summaries, str):
+        bias.append(page.absent(summaries))
     else:
         bias.append(page.figures(*_marginals(results, summaries)))
     sections = [page.section("Bias of the experts", *bias)]

@@ -7,11 +7,14 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_runs import make_run
 
+from balpoe_jax import compare
 from balpoe_jax.errors import UserError
 from balpoe_jax.report import result_text, write_report
+from balpoe_jax.runs import find_runs, group_runs
 
 VOID = {"meta", "br", "link"}
 
@@ -215,3 +218,36 @@ def test_files_have_the_accuracy_and_calibration_of_every_kind_of_prior(tmp_path
         assert [float(cell) for cell in found["shift_calibration"][label]] == [
             scores["ece"][kind] for scores in sets
         ]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        (
+            "expert_logits",
+            np.full((3, 100, 4), np.nan, np.float32),
+            "logits of 100 of 100 examples",
+        ),
+        ("expert_logits", np.zeros((2, 100, 4), np.float32), "not those of its results"),
+        ("labels", np.zeros(7, np.int32), r"logits (3, 100, 4) and labels (7,) do not fit"),
+        ("labels", np.full(100, 4, np.int32), "are damaged"),
+        ("labels", np.zeros(100), "are damaged"),
+        ("labels", None, "cannot be read"),
+    ],
+)
+def test_predictions_that_cannot_be_used_are_said_to_be_there(
+    tmp_path: Path, file: str, content: np.ndarray | None, sentence: str
+) -> None:
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / "predictions" / f"{file}.npy"
+    if content is None:
+        path.write_bytes(b"")
+    else:
+        np.save(path, content)
+    text = parse(write_report(str(tmp_path / "run"))).text
+    assert sentence in text
+    assert "no predictions" not in text
+    out = tmp_path / "out"
+    groups = group_runs(find_runs([str(tmp_path / "run")]))
+    if "its results" not in sentence:
+        assert sentence in parse(compare.write(out, groups, compare.compare(groups))).text
