@@ -7,6 +7,7 @@ compared with the first.
 
 import json
 import logging
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -66,9 +67,9 @@ def compare(groups: Sequence[Group]) -> list[Table]:
     if len(groups) > 1:
         content += [_differences(groups), _fields(groups)]
     runs = [run for group in groups for run in group.runs]
-    if all(run.results.get("shift") for run in runs):
+    if any(run.results.get("shift") for run in runs):
         content.append(_shift(groups))
-    if all(run.results.get("bias") for run in runs):
+    if any(run.results.get("bias") for run in runs):
         content.append(_bias(groups))
     return content
 
@@ -167,10 +168,11 @@ def _fields(groups: Sequence[Group]) -> Table:
 
 
 def _shift(groups: Sequence[Group]) -> Table:
-    names = list(groups[0].runs[0].results["shift"])
+    names = _targets(groups)
     rows = [
         (group.name, [label, *(group.spread("shift", name, kind).mean for name in names)])
         for group in groups
+        if _targets([group])
         for kind, label in _KINDS.items()
     ]
     return Table(
@@ -181,6 +183,17 @@ def _shift(groups: Sequence[Group]) -> Table:
         "Percent, means over seeds; F forward, B backward. The prior of the test set is not used, "
         "known, or estimated from the unlabelled examples.",
     )
+
+
+def _targets(groups: Sequence[Group]) -> list[str]:
+    """The distributions that any run was scored on, from the most forward to the most backward."""
+
+    def position(name: str) -> float:
+        found = re.fullmatch(r"(forward|backward)(\d+(?:\.\d+)?(?:e\+\d+)?)", name)
+        return (-1 if found[1] == "forward" else 1) * float(found[2]) if found else 0.0
+
+    shifts = [run.results.get("shift") or {} for group in groups for run in group.runs]
+    return sorted(dict.fromkeys(name for shift in shifts for name in shift), key=position)
 
 
 def _bias(groups: Sequence[Group]) -> Table:
@@ -241,7 +254,10 @@ def _reliability(groups: Sequence[Group]) -> str:
 def _shift_figures(groups: Sequence[Group]) -> str:
     drawn, percent = [], Column("")
     for i, group in enumerate(groups):
-        names = list(group.runs[0].results["shift"])
+        names = _targets([group])
+        if not names:
+            drawn.append(page.absent(f"{group.name} was not scored on target distributions."))
+            continue
         means = {
             name: {kind: group.spread("shift", name, kind).mean for kind in _KINDS}
             for name in names

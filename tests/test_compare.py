@@ -178,3 +178,26 @@ def test_bins_alone_tell_older_evaluations_apart(tmp_path: Path) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "num_bins": bins}))
     groups = group_runs(find_runs([str(tmp_path)]))
     assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3]]
+
+
+def test_target_distributions_of_any_run_have_a_column(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", seed=1, mixup__alpha=0.2)
+    make_run(tmp_path / "some", seed=1)
+    make_run(tmp_path / "more", seed=1, mixup__alpha=0.0)
+    for name in ("none", "some", "more"):
+        path = tmp_path / name / "results.json"
+        results = json.loads(path.read_text())
+        del results["shift_sets"]
+        if name == "none":
+            results["shift"] = {}
+        if name == "some":
+            del results["shift"]["forward50"], results["shift"]["backward2"]
+        path.write_text(json.dumps(results))
+    groups = group_runs(find_runs([str(tmp_path / name) for name in ("none", "some", "more")]))
+    content = compare(groups)
+    shift = next(table for table in content if table.name == "shift")
+    assert [column.name for column in shift.columns[1:]] == ["F50", "F2", "uni", "B2", "B50"]
+    assert [name for name, _ in shift.rows] == ["some"] * 3 + ["more"] * 3
+    assert [value is None for value in shift.rows[0][1]] == [False, True, False, False, True, False]
+    page = write(tmp_path / "out", groups, content).read_text()
+    assert "none was not scored on target distributions" in page
