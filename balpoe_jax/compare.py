@@ -141,9 +141,7 @@ def _differences(groups: Sequence[Group]) -> Table:
             difference = None if one is None or two is None else two - one
             cells += [difference, significance(first.values(*keys), group.values(*keys))]
         rows.append((_label(group), cells))
-    columns = [
-        column for name in kinds for column in (Column(name, "points"), Column("p", "decimal"))
-    ]
+    columns = [column for name in kinds for column in (Column(name, "points"), Column("p", "p"))]
     return Table(
         "differences",
         f"Difference from {first.name}",

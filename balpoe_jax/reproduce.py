@@ -327,7 +327,10 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], rema
 def _parse_seeds(texts: Sequence[str]) -> list[int]:
     if not texts or not all(text.strip().isdecimal() for text in texts):
         raise UserError(f"--seeds must be numbers such as 1,2,3; got {','.join(texts)!r}.")
-    return list(dict.fromkeys(int(text) for text in texts))
+    seeds = list(dict.fromkeys(int(text) for text in texts))
+    if max(seeds) >= 2**31:
+        raise UserError(f"--seeds must be below 2**31, got {max(seeds)}.")
+    return seeds
 
 
 if __name__ == "__main__":

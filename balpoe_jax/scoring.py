@@ -14,7 +14,7 @@ from balpoe_jax import metrics
 from balpoe_jax.data.shift import Target
 from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
 from balpoe_jax.predictions import Predictions
-from balpoe_jax.priors import PriorEstimate, estimate_prior, log_target_prior
+from balpoe_jax.priors import TOLERANCE, PriorEstimate, estimate_prior, log_target_prior
 
 GROUPS = ("many", "medium", "few")
 
@@ -352,6 +352,8 @@ def _score_target(
                 "top1": top1[name],
                 "l1": _l1(estimate.prior, truth),
                 "rounds": int(estimate.rounds),
+                "change": float(estimate.change),
+                "converged": bool(estimate.change < TOLERANCE),
             }
             for name, estimate in estimates.items()
         },

@@ -24,9 +24,9 @@ class Column:
     Attributes:
         name: its heading.
         kind: "percent" of a fraction, "points" for a signed difference of fractions, "decimal"
-            with three places, "short" with two, "number" with what it needs, or "spread" of a
-            pair of fractions, mean and standard deviation (None of a single value). Text is shown
-            as it is in any column.
+            with three places, "short" with two, "p" for a p-value, "number" with what it needs, or
+            "spread" of a pair of fractions, mean and standard deviation (None of a single value).
+            Text is shown as it is in any column.
         wide: shown in a terminal only if there is room.
     """
 
@@ -48,6 +48,8 @@ class Column:
             mean, std = value
             spread = "" if std is None else f"±{100 * std:.1f}"
             return "-" if mean is None else f"{100 * mean:.1f}{spread}"
+        if self.kind == "p":
+            return "<0.001" if value < 0.001 else f"{value:.3f}"
         if self.kind == "number":
             return f"{value:.4g}"
         return f"{value:.{_DECIMALS[self.kind]}f}"
@@ -307,8 +309,25 @@ def _prior_estimates(results: Mapping[str, Any]) -> Table:
         "0 is exact, 2 the largest. MAP leans to the uniform prior; the accuracies with an "
         "estimated prior are from it, where one is used; ML is maximum likelihood; raw: without "
         "the correction fitted on held-out examples. The first row is what assuming a uniform "
-        "prior costs.",
+        f"prior costs.{_unfinished(sets)}",
     )
+
+
+def _unfinished(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which estimates still changed when their rounds ran out, where results say so."""
+    sentences = ""
+    for kind, label in _ESTIMATES.items():
+        names = [
+            short_name(name)
+            for name, scores in sets.items()
+            if not scores["estimates"].get(kind, {}).get("converged", True)
+        ]
+        if names:
+            sentences += (
+                f" {label} still changed on {', '.join(names)} when its rounds ran out, and is not "
+                "the maximum."
+            )
+    return sentences
 
 
 def _by_estimate(

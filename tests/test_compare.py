@@ -15,7 +15,7 @@ from scipy import stats
 from balpoe_jax.compare import compare, write
 from balpoe_jax.errors import UserError
 from balpoe_jax.runs import find_runs, group_runs, significance, spread
-from balpoe_jax.tables import as_text
+from balpoe_jax.tables import Column, as_text
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +201,21 @@ def test_target_distributions_of_any_run_have_a_column(tmp_path: Path) -> None:
     assert [value is None for value in shift.rows[0][1]] == [False, True, False, False, True, False]
     page = write(tmp_path / "out", groups, content).read_text()
     assert "none was not scored on target distributions" in page
+
+
+def test_p_values_are_never_zero() -> None:
+    column = Column("p", "p")
+    assert [column.show(value) for value in (0.0004, 0.001, 0.25, None)] == [
+        "<0.001", "0.001", "0.250", "-",
+    ]  # fmt: skip
+
+
+def test_differences_show_p_values(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for name, alpha, top1 in (("a", 0.0, 0.5), ("b", 0.4, 0.9)):
+            path = tmp_path / name / f"seed{seed}" / "results.json"
+            results = make_run(path.parent, seed=seed, mixup__alpha=alpha)
+            results["test"]["top1"] = top1 + seed / 1000
+            path.write_text(json.dumps(results))
+    content = {t.name: t for t in compare(group_runs(find_runs([str(tmp_path)])))}
+    assert "<0.001" in as_text(content["differences"])

@@ -15,6 +15,7 @@ from balpoe_jax import compare
 from balpoe_jax.errors import UserError
 from balpoe_jax.report import result_text, write_report
 from balpoe_jax.runs import find_runs, group_runs
+from balpoe_jax.tables import result_tables
 
 VOID = {"meta", "br", "link"}
 
@@ -251,3 +252,14 @@ def test_predictions_that_cannot_be_used_are_said_to_be_there(
     groups = group_runs(find_runs([str(tmp_path / "run")]))
     if "its results" not in sentence:
         assert sentence in parse(compare.write(out, groups, compare.compare(groups))).text
+
+
+def test_estimates_whose_rounds_ran_out_are_named(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    note = {table.name: table.note for table in result_tables(results)}["prior_estimates"]
+    assert "rounds ran out" not in note
+    for name in ("forward50", "uniform"):
+        results["shift_sets"][name]["estimates"]["ml"]["converged"] = False
+    note = {table.name: table.note for table in result_tables(results)}["prior_estimates"]
+    assert "ML still changed on F50, uni when its rounds ran out" in note
+    assert "MAP still" not in note

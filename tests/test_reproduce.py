@@ -177,6 +177,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
         (["--table=9"], "<1|2|3|fig5>"),
         ([], "--table must have a value"),
         (["--table=2", "--seeds=one"], "--seeds must be numbers"),
+        (["--table=2", "--seeds=4294967296", "--mode=print"], "--seeds must be below 2**31"),
         (["--table=2", "--scale=tiny"], "<full|cpu>"),
         (["--table=2", "more"], "Unexpected argument 'more'"),
     ],
