@@ -112,9 +112,11 @@ def _load(
 
 
 def _damaged(path: Path, problem: str) -> UserError:
+    # An evaluation writes results anew, but never a config.
+    results = path.name == record.RESULTS
+    remedy = "evaluate the run anew, with --mode=eval" if results else "mend it"
     return UserError(
-        f"{path} is damaged or of another version: {problem}; evaluate the run anew, with "
-        "--mode=eval, or leave it out."
+        f"{path} is damaged or of another version: {problem}; {remedy}, or leave the run out."
     )
 
 
