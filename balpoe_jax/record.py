@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 import balpoe_jax
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import UserError, writing
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
@@ -42,6 +42,15 @@ _OPERATIONAL = (
     "checkpoint.",
     "eval.",
     "model.expert_map",
+)
+
+# Of the fields of "eval.", those on which the figures of results.json depend, which repeats them.
+EVALUATION_SETTINGS = (
+    "num_bins",
+    "held_out_per_class",
+    "shift_lists",
+    "prior_strength",
+    "prior_significance",
 )
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
@@ -95,6 +104,8 @@ def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / CONFIG
     try:
         before = json.loads(path.read_text())["config"]
+        if not isinstance(before, dict):
+            raise TypeError(f"its config is {before!r}")
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no run (there is no {CONFIG}); train first, or name the workdir of a "
@@ -177,7 +188,8 @@ class MetricWriter:
 @contextlib.contextmanager
 def log_to_file(workdir: Path) -> Iterator[None]:
     """Repeats the package's log lines in `train.log`, whether or not the caller shows them."""
-    handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
+    with writing(workdir / LOG):
+        handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger("balpoe_jax")
     level = package.level
@@ -201,10 +213,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that no reader ever sees half of it."""
+    """Replaces a file as a whole, so that no reader ever sees half of it.
+
+    Raises:
+        UserError (a `ValueError`): the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def plain(value: Any) -> Any:

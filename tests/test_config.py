@@ -107,6 +107,9 @@ def test_arguments_are_typed() -> None:
         ("data.std", (0.2, 0.0, 0.2), "config.data.std must be positive"),
         ("data.mean", (0.5,), "config.data.mean must be 3 numbers"),
         ("optim.boundaries", ("a",), "config.optim.boundaries must be numbers"),
+        ("eval.prior_strength", float("inf"), "config.eval.prior_strength must be finite, got inf"),
+        ("eval.shift_ratios", (2.0, float("inf")), "shift_ratios must be above 1 and finite"),
+        ("eval.shift_ratios", (2.0, float("nan")), "shift_ratios must be above 1 and finite"),
         ("loss.taus", (0.0, 2.0), "for each of the 3 experts, got 2"),
     ],
 )

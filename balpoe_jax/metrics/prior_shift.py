@@ -45,7 +45,7 @@ def prior_shift_p_value(
             np.bincount(held_out, weights, minlength=num_classes)[comparable],
         ]
     )
-    cells = _merge_rare(observed)
+    cells = _merge_rare(observed.astype(np.float64))
     if cells.shape[1] < 2 or not cells.sum(axis=1).all():
         return 1.0
     return float(stats.chi2_contingency(cells, correction=False).pvalue)
