@@ -7,16 +7,19 @@ compared with the first.
 
 import json
 import logging
+import re
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from balpoe_jax import command_line, figures, metrics, page, predictions, record, scoring, tables
 from balpoe_jax.errors import UserError
-from balpoe_jax.runs import Group, differing_fields, find_runs, group_runs, significance
+from balpoe_jax.runs import Group, differing_fields, find_runs, group_runs, significance, spread
 from balpoe_jax.tables import Column, Table
 
 log = logging.getLogger("balpoe_jax.compare")  # not __main__, as which it is started
@@ -49,6 +52,9 @@ def main(arguments: Sequence[str]) -> None:
     groups = group_runs(find_runs(arguments[1:]))
     content = compare(groups)
     width = shutil.get_terminal_size().columns
+    remark = _remark(groups)
+    if remark:
+        log.info("%s\n", textwrap.fill(f"Remark: {remark}", width))
     for table in content:
         log.info("%s\n%s\n", table.title, tables.as_text(table, width))
     if flags.FLAGS.output:
@@ -60,8 +66,11 @@ def compare(groups: Sequence[Group]) -> list[Table]:
     content = [_scores(groups)]
     if len(groups) > 1:
         content += [_differences(groups), _fields(groups)]
-    if all("shift" in run.results for group in groups for run in group.runs):
-        content += [_shift(groups), _bias(groups)]
+    runs = [run for group in groups for run in group.runs]
+    if any(run.results.get("shift") for run in runs):
+        content.append(_shift(groups))
+    if any(run.results.get("bias") for run in runs):
+        content.append(_bias(groups))
     return content
 
 
@@ -72,11 +81,14 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
         UserError (a `ValueError`): a folder that cannot be written to.
     """
     folder = record.open_workdir(str(folder))
-    tables.write_files(folder, content, "# Comparison", "compare")
+    remark = _remark(groups)
+    heading = "# Comparison" + (f"\n\nRemark: {remark}" if remark else "")
+    tables.write_files(folder, content, heading, "compare", remark)
     figures_of = {
         group.name: {
             "seeds": [run.seed for run in group.runs],
             "runs": [str(run.path) for run in group.runs],
+            **({"remark": group.remark} if group.remark else {}),
             **{name: group.values(*keys) for name, keys in _SCORES.items()},
         }
         for group in groups
@@ -91,11 +103,20 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
     if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
         sections.append(page.section("Number of experts", _experts_curve(groups)))
     names = ", ".join(group.name for group in groups)
-    return page.write(folder / "index.html", "Comparison", names, sections)
+    subtitle = f"{names}; {remark}" if remark else names
+    return page.write(folder / "index.html", "Comparison", subtitle, sections)
 
 
 def _label(group: Group) -> str:
     return f"{group.name} ({len(group.runs)})"
+
+
+def _remark(groups: Sequence[Group]) -> str:
+    """What the runs remark: once if all remark the same, else group by group."""
+    remarks = [group.remark for group in groups]
+    if len(set(remarks)) == 1:
+        return remarks[0]
+    return "; ".join(f"{group.name}: {group.remark}" for group in groups if group.remark)
 
 
 def _scores(groups: Sequence[Group]) -> Table:
@@ -120,9 +141,7 @@ def _differences(groups: Sequence[Group]) -> Table:
             difference = None if one is None or two is None else two - one
             cells += [difference, significance(first.values(*keys), group.values(*keys))]
         rows.append((_label(group), cells))
-    columns = [
-        column for name in kinds for column in (Column(name, "points"), Column("p", "decimal"))
-    ]
+    columns = [column for name in kinds for column in (Column(name, "points"), Column("p", "p"))]
     return Table(
         "differences",
         f"Difference from {first.name}",
@@ -137,7 +156,7 @@ def _fields(groups: Sequence[Group]) -> Table:
     fields = differing_fields(groups)
     return Table(
         "fields",
-        "What differs in the configs",
+        "What differs in training and evaluation",
         tuple(Column(name) for name in fields),
         [
             (group.name, [str(values[i]) for values in fields.values()])
@@ -147,10 +166,11 @@ def _fields(groups: Sequence[Group]) -> Table:
 
 
 def _shift(groups: Sequence[Group]) -> Table:
-    names = list(groups[0].runs[0].results["shift"])
+    names = _targets(groups)
     rows = [
         (group.name, [label, *(group.spread("shift", name, kind).mean for name in names)])
         for group in groups
+        if _targets([group])
         for kind, label in _KINDS.items()
     ]
     return Table(
@@ -163,14 +183,25 @@ def _shift(groups: Sequence[Group]) -> Table:
     )
 
 
+def _targets(groups: Sequence[Group]) -> list[str]:
+    """The distributions that any run was scored on, from the most forward to the most backward."""
+
+    def position(name: str) -> float:
+        found = re.fullmatch(r"(forward|backward)(\d+(?:\.\d+)?(?:e\+\d+)?)", name)
+        return (-1 if found[1] == "forward" else 1) * float(found[2]) if found else 0.0
+
+    shifts = [run.results.get("shift") or {} for group in groups for run in group.runs]
+    return sorted(dict.fromkeys(name for shift in shifts for name in shift), key=position)
+
+
 def _bias(groups: Sequence[Group]) -> Table:
     most = max(len(group.runs[0].results["experts"]) for group in groups)
     rows = [
         (
             group.name,
             [
-                *(group.spread("bias", "experts", i, "kl").mean for i in range(most)),
-                group.spread("bias", "ensemble", "kl").mean,
+                *(_mean_divergence(group, "experts", i) for i in range(most)),
+                _mean_divergence(group, "ensemble"),
             ],
         )
         for group in groups
@@ -185,17 +216,26 @@ def _bias(groups: Sequence[Group]) -> Table:
     )
 
 
+def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
+    """Over the runs that have this classifier; infinite as soon as one is."""
+    values = [bias["kl"] for bias in group.values("bias", *keys) if bias]
+    return tables.divergence(None) if None in values else spread(values).mean
+
+
 def _reliability(groups: Sequence[Group]) -> str:
     drawn = []
     for i, group in enumerate(groups):
         run = group.runs[0]
         try:
             test = predictions.load(run.path / predictions.FOLDER)
-        except (OSError, ValueError):
+            ensemble, _ = scoring.summarize_experts(test)
+        except FileNotFoundError:
             drawn.append(page.absent(f"There are no predictions in {run.path}."))
             continue
-        ensemble, _ = scoring.summarize_experts(test)
-        num_bins = run.results.get("num_bins", 15)
+        except UserError as error:
+            drawn.append(page.absent(f"{group.name}: {error}"))
+            continue
+        num_bins = run.results.get("num_bins") or 15
         correct = ensemble.predicted == test.labels
         bins = metrics.bin_confidences(ensemble.confidence, correct, num_bins)
         title = f"{group.name}, seed {run.seed}"
@@ -210,16 +250,14 @@ def _reliability(groups: Sequence[Group]) -> str:
 
 
 def _shift_figures(groups: Sequence[Group]) -> str:
-    drawn = []
+    drawn, percent = [], Column("")
     for i, group in enumerate(groups):
-        names = list(group.runs[0].results["shift"])
+        names = _targets([group])
+        if not names:
+            drawn.append(page.absent(f"{group.name} was not scored on target distributions."))
+            continue
         means = {
-            name: {
-                kind: float(
-                    np.mean([v for v in group.values("shift", name, kind) if v is not None])
-                )
-                for kind in _KINDS
-            }
+            name: {kind: group.spread("shift", name, kind).mean for kind in _KINDS}
             for name in names
         }
         short = [tables.short_name(name) for name in names]
@@ -227,8 +265,8 @@ def _shift_figures(groups: Sequence[Group]) -> str:
             page.figure(
                 figures.shift_accuracies(means, short, f"shift{i}", group.name),
                 f"{group.name}: accuracy by target distribution with each kind of prior, from "
-                f"{100 * means[names[0]]['none']:.1f}% on {short[0]} to "
-                f"{100 * means[names[-1]]['none']:.1f}% on {short[-1]} without one.",
+                f"{percent.show(means[names[0]]['none'])}% on {short[0]} to "
+                f"{percent.show(means[names[-1]]['none'])}% on {short[-1]} without one.",
             )
         )
     return page.figures(*drawn, broad=True)
@@ -238,8 +276,12 @@ def _experts_curve(groups: Sequence[Group]) -> str:
     """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
     ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
     numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]
+    # Not-a-number where no run has the figure, as that of an empty shot group: a gap in the line.
     values = {
-        label: [[v for v in group.values(*_SCORES[label]) if v is not None] for group in ordered]
+        label: [
+            [v for v in group.values(*_SCORES[label]) if v is not None] or [float("nan")]
+            for group in ordered
+        ]
         for label in ("all", "many", "medium", "few")
     }
     means = {label: [float(np.mean(v)) for v in rows] for label, rows in values.items()}

@@ -340,6 +340,8 @@ def check_config(config: ConfigDict) -> None:
         value = _field(config, field)
         if not value >= least:
             raise UserError(f"config.{field} must be at least {least}, got {value}.")
+        if value == float("inf"):
+            raise UserError(f"config.{field} must be finite, got {value}.")
     for field in ("seed", "data.selection_seed"):
         if _field(config, field) >= 2**31:
             raise UserError(f"config.{field} must be below 2**31, got {_field(config, field)}.")
@@ -359,10 +361,10 @@ def check_config(config: ConfigDict) -> None:
         if not numbers or (length is not None and len(values) != length):
             wanted = "numbers" if length is None else f"{length} numbers"
             raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {values}.")
-    if min(config.eval.shift_ratios, default=2) <= 1:
+    if not all(1 < ratio < float("inf") for ratio in config.eval.shift_ratios):
         raise UserError(
-            f"config.eval.shift_ratios must be above 1, got {config.eval.shift_ratios}; the "
-            "uniform test set is always scored."
+            "config.eval.shift_ratios must be above 1 and finite, got "
+            f"{config.eval.shift_ratios}; the uniform test set is always scored."
         )
     if min(config.data.std) <= 0:
         raise UserError(f"config.data.std must be positive, got {config.data.std}.")

@@ -131,11 +131,13 @@ class Evaluator:
 
     def _results(self, state: TrainState, scores: dict[str, Any]) -> dict[str, Any]:
         step, remark = int(state.step), self._experiment.config["remark"]
+        evaluation = self._experiment.config["eval"]
         results = {
             "step": step,
             "epoch": step // self._experiment.steps_per_epoch,
             "num_parameters": num_parameters(state.params),
             **({"remark": remark} if remark else {}),
+            "settings": {name: evaluation[name] for name in record.EVALUATION_SETTINGS},
             **scores,
         }
         return record.plain(results)

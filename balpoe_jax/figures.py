@@ -127,7 +127,7 @@ def group_accuracies(names: Sequence[str], accuracies: Sequence[Mapping[str, flo
 
 
 def shift_accuracies(
-    shift: Mapping[str, Mapping[str, float]],
+    shift: Mapping[str, Mapping[str, float | None]],
     targets: Sequence[str],
     name: str = "shift",
     title: str = "",
@@ -145,7 +145,7 @@ def shift_accuracies(
         axis = figure.subplots()
         for kind, label in PRIOR_KINDS.items():
             color, mark, dash = _KIND_STYLES[kind]
-            values = [scores[kind] for scores in shift.values()]
+            values = [_number(scores[kind]) for scores in shift.values()]
             axis.plot(
                 range(len(targets)),
                 values,

@@ -5,6 +5,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from balpoe_jax import record
+from balpoe_jax.errors import writing
 from balpoe_jax.tables import Table
 
 _PAGE = """<!DOCTYPE html>
@@ -65,14 +67,17 @@ code {{ font-size: 0.85em; overflow-wrap: anywhere; }}
 
 
 def write(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> Path:
-    """Writes a page as a whole and returns its path; title and subtitle are plain text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a page as a whole and returns its path; title and subtitle are plain text.
+
+    Raises:
+        UserError (a `ValueError`): the page cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     text = _PAGE.format(
         title=html.escape(title), subtitle=html.escape(subtitle), sections="\n".join(sections)
     )
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    record.write_atomically(path, text)
     return path
 
 

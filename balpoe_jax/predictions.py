@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The logits of all experts for a data set: streamed to disk as they come, read back mapped."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from balpoe_jax.errors import UserError, writing
 
 FOLDER = "predictions"
 TEST, HELD_OUT = "", "held_out_"
@@ -41,13 +44,37 @@ def stream(
         shape: `(E, N, C)`.
         outputs: batches with `logits` `[E, b, C]`, `labels` `[b]` and `mask` `[b]`, False for
             padding.
+
+    Raises:
+        UserError (a `ValueError`): the files cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # Names of this process's own: a training may be evaluating itself at the same time.
     partial = folder / f".{prefix}expert_logits.{os.getpid()}.npy"
     partial_labels = folder / f".{prefix}labels.{os.getpid()}.npy"
-    logits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-    labels = np.empty(shape[1], np.int32)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            logits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        labels = _fill(logits, outputs)
+        with writing(folder):
+            logits.flush()
+            np.save(partial_labels, labels)
+            os.replace(partial_labels, folder / f"{prefix}labels.npy")
+            os.replace(partial, folder / f"{prefix}expert_logits.npy")
+    except BaseException:
+        # What is in the way of the folder is in the way of these, too.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+            partial_labels.unlink(missing_ok=True)
+        raise
+    return load(folder, prefix)
+
+
+def _fill(
+    logits: npt.NDArray[np.float32], outputs: Iterable[Mapping[str, npt.NDArray]]
+) -> npt.NDArray[np.int32]:
+    """Puts batches one after the other into `logits` `[E, N, C]`; returns the labels `[N]`."""
+    labels = np.empty(logits.shape[1], np.int32)
     seen = 0
     for output in outputs:
         valid = output["mask"]
@@ -55,16 +82,34 @@ def stream(
         logits[:, seen:end] = output["logits"][:, valid]
         labels[seen:end] = output["labels"][valid]
         seen = end
-    if seen != shape[1]:
-        raise RuntimeError(f"Predicted {seen} of {shape[1]} examples.")
-    logits.flush()
-    np.save(partial_labels, labels)
-    os.replace(partial_labels, folder / f"{prefix}labels.npy")
-    os.replace(partial, folder / f"{prefix}expert_logits.npy")
-    return load(folder, prefix)
+    if seen != len(labels):
+        raise RuntimeError(f"Predicted {seen} of {len(labels)} examples.")
+    return labels
 
 
 def load(folder: Path, prefix: str = TEST) -> Predictions:
-    """What `stream` wrote; raises OSError or ValueError when it is not there or not readable."""
-    logits = np.load(folder / f"{prefix}expert_logits.npy", mmap_mode="r", allow_pickle=False)
-    return Predictions(logits, np.load(folder / f"{prefix}labels.npy", allow_pickle=False))
+    """What `stream` wrote.
+
+    Raises:
+        FileNotFoundError: nothing was written there.
+        UserError (a `ValueError`): files that cannot be read, or that do not fit each other.
+    """
+    files = (folder / f"{prefix}expert_logits.npy", folder / f"{prefix}labels.npy")
+    try:
+        logits = np.load(files[0], mmap_mode="r", allow_pickle=False)
+        labels = np.load(files[1], allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"The predictions in {folder} cannot be read ({error}); evaluate the run anew, with "
+            "--mode=eval."
+        ) from error
+    fit = logits.ndim == 3 and labels.shape == logits.shape[1:2] and labels.size
+    fit = fit and logits.dtype.kind == "f" and labels.dtype.kind in "iu"
+    if not fit or labels.min() < 0 or labels.max() >= logits.shape[2]:
+        raise UserError(
+            f"The predictions in {folder} are damaged: logits {logits.shape} and labels "
+            f"{labels.shape} do not fit; evaluate the run anew, with --mode=eval."
+        )
+    return Predictions(logits, labels)

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 
+TOLERANCE = 1e-6  # of the L1 distance between two rounds
+
 _EPSILON = 1e-9  # as in the training loss: keeps the logarithm of an empty class finite
 
 
@@ -62,7 +64,7 @@ def estimate_prior(
     probabilities: npt.ArrayLike,
     weights: npt.ArrayLike | None = None,
     concentration: float = 1.0,
-    tolerance: float = 1e-6,
+    tolerance: float = TOLERANCE,
     max_rounds: int = 200,
 ) -> PriorEstimate:
     """Estimates the class prior of unlabelled examples by expectation-maximisation.
@@ -100,6 +102,10 @@ def estimate_prior(
         )
     if not concentration >= 1:
         raise UserError(f"concentration must be at least 1, got {concentration}.")
+    # Beyond, single precision holds no sum of pseudo-counts over the classes.
+    largest = float(jnp.finfo(jnp.float32).max) / (2 * matrix.shape[1])
+    if concentration > largest:
+        raise UserError(f"concentration must be at most {largest:.3g}, got {concentration}.")
     return _maximize(matrix, counts, concentration, tolerance, max_rounds)
 
 

@@ -25,7 +25,7 @@ import jax
 import balpoe_jax
 from balpoe_jax import processes
 from balpoe_jax.config import default_config
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import UserError, writing
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
@@ -48,6 +48,15 @@ _OPERATIONAL = (
     "model.remat",
     "cache_dir",
     "profile.",
+)
+
+# Of the fields of "eval.", those on which the figures of results.json depend, which repeats them.
+EVALUATION_SETTINGS = (
+    "num_bins",
+    "held_out_per_class",
+    "shift_lists",
+    "prior_strength",
+    "prior_significance",
 )
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")
@@ -109,6 +118,8 @@ def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / CONFIG
     try:
         before = json.loads(path.read_text())["config"]
+        if not isinstance(before, dict):
+            raise TypeError(f"its config is {before!r}")
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no run (there is no {CONFIG}); train first, or name the workdir of a "
@@ -221,7 +232,8 @@ def log_to_file(workdir: Path) -> Iterator[None]:
         finally:
             package.setLevel(level)
         return
-    handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
+    with writing(workdir / LOG):
+        handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(min(level, logging.INFO) if level else logging.INFO)
     package.addHandler(handler)
@@ -243,10 +255,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that no reader ever sees half of it."""
+    """Replaces a file as a whole, so that no reader ever sees half of it.
+
+    Raises:
+        UserError (a `ValueError`): the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def plain(value: Any) -> Any:

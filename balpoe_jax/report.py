@@ -7,28 +7,32 @@ time.
 
 import contextlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from balpoe_jax import figures, metrics, page, predictions, record, scoring, tables
+from balpoe_jax import figures, metrics, page, predictions, run_files, scoring, tables
 from balpoe_jax.errors import UserError
 
 # Those that fit the terminal's attention; the page and the files have all.
-_PRINTED = ("result", "calibration", "shift", "experts")
+_PRINTED = ("result", "calibration", "shift", "prior_estimates", "bias", "experts")
 
 
 def result_text(results: Mapping[str, Any], width: int = 80) -> str:
-    """The main tables, for a terminal of `width` characters.
+    """The remark on the run, if any, and the main tables, for a terminal of `width` characters.
 
     Args:
         results: what `results.json` holds.
         width: 80 or more.
     """
     printed = [table for table in tables.result_tables(results) if table.name in _PRINTED]
-    return "\n\n".join(f"{table.title}\n{tables.as_text(table, width)}" for table in printed)
+    parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
+    if results.get("remark"):
+        parts.insert(0, textwrap.fill(f"Remark: {results['remark']}", width))
+    return "\n\n".join(parts)
 
 
 def write_report(workdir: str) -> Path:
@@ -39,21 +43,25 @@ def write_report(workdir: str) -> Path:
     left out of the page, which says so.
 
     Raises:
-        UserError (a `ValueError`): no or unreadable results.
+        UserError (a `ValueError`): no results, or results or a config that are damaged.
     """
     path = Path(workdir).absolute()
-    results = record.read_json(path / "results.json")
+    results = run_files.load_results(path)
     if results is None:
         raise UserError(
-            f"{path} holds no readable results.json to report; evaluate the run first, with "
-            "--mode=eval."
+            f"{path} holds no results.json to report; evaluate the run first, with --mode=eval."
         )
-    run = record.read_json(path / "config.json") or {}
+    run = run_files.load_config(path) or {}
     content = {table.name: table for table in tables.result_tables(results)}
-    summaries = _summaries(path)
+    summaries = _summaries(path, results)
     title, subtitle = _headline(results, run)
     folder = path / "report"
-    tables.write_files(folder, list(content.values()), f"# {title}\n\n{subtitle}")
+    tables.write_files(
+        folder,
+        list(content.values()),
+        f"# {title}\n\n{subtitle}",
+        remark=results.get("remark") or "",
+    )
     sections = [
         page.section("Result", page.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),
@@ -75,14 +83,18 @@ class _Summaries:
         self.ensemble = ensemble
 
 
-def _summaries(path: Path) -> _Summaries | None:
+def _summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
+    """Those of the run's predictions, or a sentence that says why there are none."""
     try:
-        return _Summaries(predictions.load(path / predictions.FOLDER))
-    except (OSError, ValueError):
-        return None
-
-
-_NO_PREDICTIONS = "There are no predictions in this folder."
+        test = predictions.load(path / predictions.FOLDER)
+        experts, _, classes = test.expert_logits.shape
+        if (experts, classes) != (len(results["experts"]), len(results["class_counts"])):
+            return "The predictions in this folder are not those of its results."
+        return _Summaries(test)
+    except FileNotFoundError:
+        return "There are no predictions in this folder."
+    except UserError as error:
+        return str(error)
 
 
 def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
@@ -105,7 +117,7 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
 
 
 def _calibration_section(
-    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
 ) -> str:
     parts = [page.table(content["calibration"], heading=False), _reliability(results, summaries)]
     if "calibration_groups" in content:
@@ -113,16 +125,16 @@ def _calibration_section(
     return page.section("Calibration", *parts)
 
 
-def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> str:
-    if summaries is None:
-        return page.absent(_NO_PREDICTIONS)
+def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str:
+    if isinstance(summaries, str):
+        return page.absent(summaries)
     named = {"ensemble": summaries.ensemble}
     if len(summaries.experts) > 1:
         named |= dict(zip(_expert_names(results), summaries.experts, strict=True))
     drawn = []
     for i, (name, summary) in enumerate(named.items()):
         correct = summary.predicted == summaries.labels
-        bins = metrics.bin_confidences(summary.confidence, correct, results.get("num_bins", 15))
+        bins = metrics.bin_confidences(summary.confidence, correct, (results.get("num_bins") or 15))
         drawn.append(
             page.figure(
                 figures.reliability_diagram(name, bins, f"reliability{i}"),
@@ -139,7 +151,7 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | None) -> st
 
 
 def _classes_section(
-    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | None
+    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
 ) -> str:
     counts, test = np.array(results["class_counts"]), results["test"]
     low, high = thresholds = _thresholds(run)
@@ -154,7 +166,7 @@ def _classes_section(
             f"{low}.",
         )
     ]
-    if "group_confusion" in results:
+    if results.get("group_confusion"):
         confusion = np.array(results["group_confusion"], float)
         stays = ", ".join(
             f"{group} {_percent(value)}%"
@@ -167,8 +179,8 @@ def _classes_section(
                 "Where the ensemble puts the examples of each group, right class or not.",
             )
         )
-    if summaries is None:
-        drawn.append(page.absent(_NO_PREDICTIONS))
+    if isinstance(summaries, str):
+        drawn.append(page.absent(summaries))
     else:
         predicted = summaries.ensemble.predicted
         per_class = metrics.shot_accuracy(predicted, summaries.labels, counts, thresholds).per_class
@@ -190,11 +202,12 @@ def _shift_section(
 ) -> tuple[str, ...]:
     shift = results["shift"]
     names = [tables.short_name(name) for name in shift]
-    ends = [next(iter(shift)), "uniform", next(reversed(shift))]
+    ends = [name for name in shift if name in (next(iter(shift)), "uniform", next(reversed(shift)))]
     said = "; ".join(
         f"{name}: " + ", ".join(f"{kind} {_percent(shift[name][kind])}%" for kind in shift[name])
-        for name in dict.fromkeys(ends)
+        for name in ends
     )
+    details = ("prior_estimates", "estimate_accuracies", "shift_calibration")
     drawn = page.figure(
         figures.shift_accuracies(shift, names),
         f"Accuracy by target distribution with each kind of prior. {said}.",
@@ -204,17 +217,17 @@ def _shift_section(
             "Target distributions",
             page.table(content["shift"], heading=False),
             page.figures(drawn, broad=True),
-            page.table(content["prior_estimates"]),
+            *(page.table(content[name]) for name in details if name in content),
         ),
     )
 
 
 def _experts_section(
-    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | None
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
 ) -> tuple[str, ...]:
     bias = [page.table(content["bias"], heading=False)]
-    if summaries is None:
-        bias.append(page.absent(_NO_PREDICTIONS))
+    if isinstance(summaries, str):
+        bias.append(page.absent(summaries))
     else:
         bias.append(page.figures(*_marginals(results, summaries)))
     sections = [page.section("Bias of the experts", *bias)]
@@ -243,8 +256,9 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
     panels.append(("ensemble", uniform, summaries.ensemble.marginal, kl))
     return [
         page.figure(
-            figures.marginal(f"{name}: KL {kl:.3f}", counts, target, expected, f"marginal{i}"),
-            f"Expected marginal of {name} against its target prior: KL divergence {kl:.3f} nats.",
+            figures.marginal(f"{name}: KL {_nats(kl)}", counts, target, expected, f"marginal{i}"),
+            f"Expected marginal of {name} against its target prior: KL divergence "
+            f"{_nats(kl)} nats.",
         )
         for i, (name, target, expected, kl) in enumerate(panels)
     ]
@@ -300,16 +314,16 @@ def _curves(path: Path, results: Mapping[str, Any]) -> str:
 
 
 def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    config, environment = run.get("config", {}), run.get("environment", {})
+    config, environment = run.get("config", {}), run.get("environment") or {}
     if not config:
         return page.absent("There is no config.json in this folder.")
     data, optim = config["data"], config["optim"]
-    versions = environment.get("versions", {})
+    versions = environment.get("versions") or {}
     return page.facts(
         {
             "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
             "class counts": "as they should be for this data set"
-            if run.get("data", {}).get("counts_as_published")
+            if (run.get("data") or {}).get("counts_as_published")
             else "not as they should be for this data set",
             "taus": ", ".join(f"{expert['tau']:.4g}" for expert in results["experts"]),
             "mixup": f"alpha {config['mixup']['alpha']:g}" if config["mixup"]["alpha"] else "none",
@@ -321,7 +335,7 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             "started": environment.get("started"),
             "source": environment.get("git_commit") or "not from a git repository",
             "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
-            "command": " ".join(environment.get("command", [])),
+            "command": " ".join(environment.get("command") or []),
         }
     )
 
@@ -335,7 +349,7 @@ def _expert_names(results: Mapping[str, Any]) -> list[str]:
 
 def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
     data = run.get("config", {}).get("data", {})
-    low, high = data.get("shot_thresholds", metrics.DEFAULT_THRESHOLDS)
+    low, high = data.get("shot_thresholds") or metrics.DEFAULT_THRESHOLDS
     return low, high
 
 
@@ -354,6 +368,10 @@ def _read_rows(path: Path) -> Sequence[dict[str, Any]]:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _nats(kl: float | None) -> str:
+    return tables.Column("", "decimal").show(tables.divergence(kl))
 
 
 def _percent(fraction: float | None) -> str:

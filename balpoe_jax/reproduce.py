@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from balpoe_jax import command_line, record, tables
+from balpoe_jax import command_line, record, run_files, tables
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Scale
 from balpoe_jax.runs import Group, Run, Spread, load_run
@@ -62,15 +62,16 @@ class Job:
         """Whether it is "done", "begun" or "to do".
 
         Raises:
-            UserError (a `ValueError`): a run of another config in the folder.
+            UserError (a `ValueError`): a run of another config in the folder, or a damaged one.
         """
         if not record.is_claimed(self.workdir):
             return "to do"
         record.check_claim(self.workdir, self._fields())
-        results = record.read_json(self.workdir / record.RESULTS) or {}
-        claimed = record.read_json(self.workdir / record.CONFIG) or {}
-        last = claimed.get("resolved", {}).get("total_steps")
-        return "done" if results.get("step", -1) == last else "begun"
+        claimed = run_files.load_config(self.workdir) or {}
+        last = (claimed.get("resolved") or {}).get("total_steps")
+        # The step alone, so that results which are damaged can be written again.
+        step = (record.read_json(self.workdir / record.RESULTS) or {}).get("step")
+        return "done" if last is not None and step == last else "begun"
 
     def _fields(self) -> dict[str, object]:
         file, _, arguments = self.config.partition(":")
@@ -114,12 +115,8 @@ def main(arguments: Sequence[str]) -> None:
     entries = collect(table, jobs)
     title = f"{table.title} ({scale.remark})" if scale.remark else table.title
     content = result_table(title, entries)
-    _write(
-        root,
-        f"table{values.table}" if values.table[0].isdecimal() else values.table,
-        content,
-        entries,
-    )
+    name = f"table{values.table}" if values.table[0].isdecimal() else values.table
+    _write(root, name, content, entries, scale.remark)
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
     if failed:
@@ -228,11 +225,17 @@ class Entry:
 
 
 def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
-    """Every score of a table, ours over the seeds that are done."""
+    """Every score of a table, ours over the seeds that are done.
+
+    Raises:
+        UserError (a `ValueError`): a run whose files are damaged, or of another config, or runs of
+            a row that were evaluated with different settings.
+    """
     entries = []
     for row in table.rows:
         done = [job for job in jobs if job.experiment == row.experiment and job.state() == "done"]
         runs = tuple(load_run(job.workdir) for job in done)
+        _refuse_mixed_settings(runs)
         for score in row.scores:
             published = (
                 None if value is None else value / 100 for value in (score.paper, score.paper_std)
@@ -240,6 +243,19 @@ def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
             ours = Group(row.method, runs).spread(*score.keys)
             entries.append(Entry(row.method, score.name, Spread(*published), ours, runs))
     return entries
+
+
+def _refuse_mixed_settings(runs: Sequence[Run]) -> None:
+    """Raises UserError unless runs of one experiment were evaluated alike."""
+    for run in runs[1:]:
+        first, other = runs[0].fields, run.fields
+        for name in (name for name in first if name.startswith("eval.")):
+            if first[name] != other.get(name):
+                raise UserError(
+                    f"{runs[0].path} and {run.path} were evaluated with different settings ({name} "
+                    f"{first[name]!r} and {other.get(name)!r}); evaluate them alike, with "
+                    "--mode=eval."
+                )
 
 
 def result_table(title: str, entries: Sequence[Entry]) -> Table:
@@ -295,7 +311,7 @@ def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
     return Table("entries", title, columns, rows)
 
 
-def _write(root: Path, name: str, content: Table, entries: Sequence[Entry]) -> None:
+def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], remark: str) -> None:
     """`NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score."""
     record.open_workdir(str(root))
     long = entries_table(content.title, entries, root)
@@ -305,9 +321,10 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry]) -> N
     record.write_atomically(
         root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n"
     )
-    record.write_atomically(root / f"{name}.csv", tables.as_csv(long))
+    record.write_atomically(root / f"{name}.csv", tables.as_csv(long, remark))
     written = {
         "title": content.title,
+        "remark": remark,
         "rows": [
             {"method": method, **dict(zip((c.name for c in long.columns), cells, strict=True))}
             for method, cells in long.rows
@@ -321,7 +338,10 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry]) -> N
 def _parse_seeds(texts: Sequence[str]) -> list[int]:
     if not texts or not all(text.strip().isdecimal() for text in texts):
         raise UserError(f"--seeds must be numbers such as 1,2,3; got {','.join(texts)!r}.")
-    return list(dict.fromkeys(int(text) for text in texts))
+    seeds = list(dict.fromkeys(int(text) for text in texts))
+    if max(seeds) >= 2**31:
+        raise UserError(f"--seeds must be below 2**31, got {max(seeds)}.")
+    return seeds
 
 
 if __name__ == "__main__":

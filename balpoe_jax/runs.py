@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from balpoe_jax import record
+from balpoe_jax import record, run_files
 from balpoe_jax.errors import UserError
 
 
@@ -32,10 +32,21 @@ class Run:
         """Of initialisation, order, augmentation and mixup."""
         return self.config["seed"]
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What its figures depend on by dotted names: what is trained and how it is evaluated.
+
+        Of an older evaluation that did not record its settings, only the number of bins is known.
+        """
+        settings = self.results.get("settings") or {"num_bins": self.results.get("num_bins")}
+        return record.experiment_fields(self.config) | {
+            f"eval.{name}": settings.get(name) for name in record.EVALUATION_SETTINGS
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs of one experiment that differ in their seed.
+    """Runs of one experiment, evaluated alike, that differ in their seed.
 
     Attributes:
         name: short, for tables.
@@ -45,8 +56,13 @@ class Group:
     name: str
     runs: tuple[Run, ...]
 
-    def values(self, *keys: Any) -> list[float | None]:
-        """A figure of every run, by its keys in `results.json`; None where it is absent."""
+    @property
+    def remark(self) -> str:
+        """The remarks on the runs, each once; empty where there is none."""
+        return "; ".join(dict.fromkeys(filter(None, self.values("remark"))))
+
+    def values(self, *keys: Any) -> list[Any]:
+        """What stands in `results.json` of every run under these keys; None where it is absent."""
         return [_look_up(run.results, keys) for run in self.runs]
 
     def spread(self, *keys: Any) -> "Spread":
@@ -81,11 +97,15 @@ def significance(first: Sequence[float | None], second: Sequence[float | None]) 
 
 
 def load_run(path: Path) -> Run:
-    """Reads a run's files; raises UserError when it has not been evaluated."""
-    results, written = (record.read_json(path / name) for name in (record.RESULTS, record.CONFIG))
-    if results is None or written is None or "config" not in written:
+    """Reads a run's files.
+
+    Raises:
+        UserError (a `ValueError`): a folder without them, or files that are damaged.
+    """
+    results, written = run_files.load_results(path), run_files.load_config(path)
+    if results is None or written is None:
         raise UserError(
-            f"{path} holds no evaluated run (a readable {record.RESULTS} and {record.CONFIG}); "
+            f"{path} holds no evaluated run (a {record.RESULTS} and a {record.CONFIG}); "
             "train or evaluate it first, with --workdir."
         )
     return Run(path, written["config"], results)
@@ -120,8 +140,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         )
     grouped: dict[str, list[Run]] = {}
     for run in runs:
-        fields = record.experiment_fields({**run.config, "seed": None})
-        grouped.setdefault(str(sorted(fields.items())), []).append(run)
+        grouped.setdefault(str(sorted({**run.fields, "seed": None}.items())), []).append(run)
     for members in grouped.values():
         by_seed: dict[int, Run] = {}
         for run in members:
@@ -142,7 +161,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def differing_fields(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """The fields in which groups differ, with each group's value."""
-    fields = [record.experiment_fields(group.runs[0].config) for group in groups]
+    fields = [group.runs[0].fields for group in groups]
     names = sorted(set().union(*fields) - {"seed"})
     values = {name: [field.get(name) for field in fields] for name in names}
     return {name: row for name, row in values.items() if any(v != row[0] for v in row)}
@@ -175,7 +194,7 @@ def _common_words(names: Sequence[str]) -> int:
     return length
 
 
-def _look_up(results: Any, keys: Sequence[Any]) -> float | None:
+def _look_up(results: Any, keys: Sequence[Any]) -> Any:
     for key in keys:
         try:
             results = results[key]

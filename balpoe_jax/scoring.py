@@ -14,7 +14,7 @@ from balpoe_jax import metrics
 from balpoe_jax.data.shift import Target
 from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
 from balpoe_jax.predictions import Predictions
-from balpoe_jax.priors import PriorEstimate, estimate_prior, log_target_prior
+from balpoe_jax.priors import TOLERANCE, PriorEstimate, estimate_prior, log_target_prior
 
 GROUPS = ("many", "medium", "few")
 
@@ -71,6 +71,8 @@ def score(
         UserError (a `ValueError`): logits that are not finite.
     """
     basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
+    if held_out is not None:
+        metrics.check_finite(MeanLogits(held_out.expert_logits), what="held-out examples")
     options = (test.labels, class_counts, num_bins, thresholds)
     evidence = _evidence_of_priors(test, held_out, class_counts) if targets else {}
     sets = {
@@ -352,6 +354,8 @@ def _score_target(
                 "top1": top1[name],
                 "l1": _l1(estimate.prior, truth),
                 "rounds": int(estimate.rounds),
+                "change": float(estimate.change),
+                "converged": bool(estimate.change < TOLERANCE),
             }
             for name, estimate in estimates.items()
         },

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from balpoe_jax.errors import writing
+
 _LABEL_WIDTH = 10
 _WIDE = 110
 _DECIMALS = {"decimal": 3, "short": 2}
@@ -22,9 +24,9 @@ class Column:
     Attributes:
         name: its heading.
         kind: "percent" of a fraction, "points" for a signed difference of fractions, "decimal"
-            with three places, "short" with two, "number" with what it needs, or "spread" of a
-            pair of fractions, mean and standard deviation (None of a single value). Text is shown
-            as it is in any column.
+            with three places, "short" with two, "p" for a p-value, "number" with what it needs, or
+            "spread" of a pair of fractions, mean and standard deviation (None of a single value).
+            Text is shown as it is in any column.
         wide: shown in a terminal only if there is room.
     """
 
@@ -46,6 +48,8 @@ class Column:
             mean, std = value
             spread = "" if std is None else f"±{100 * std:.1f}"
             return "-" if mean is None else f"{100 * mean:.1f}{spread}"
+        if self.kind == "p":
+            return "<0.001" if value < 0.001 else f"{value:.3f}"
         if self.kind == "number":
             return f"{value:.4g}"
         return f"{value:.{_DECIMALS[self.kind]}f}"
@@ -95,14 +99,16 @@ def as_markdown(table: Table) -> str:
     return f"## {table.title}\n\n" + "\n".join(lines) + f"\n{note}"
 
 
-def as_csv(table: Table) -> str:
+def as_csv(table: Table, remark: str = "") -> str:
     """All columns, values as they are: fractions, and nothing where undefined.
 
-    A column of means and spreads becomes two.
+    A column of means and spreads becomes two. A remark is a last column, the same in every row.
     """
     header = [""]
     for column in table.columns:
         header += [column.name, f"{column.name} std"] if column.kind == "spread" else [column.name]
+    marks = [remark] if remark else []
+    header += ["remark"] if remark else []
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -112,17 +118,33 @@ def as_csv(table: Table) -> str:
             pair = value if isinstance(value, tuple) else (value, None)
             parts = pair if column.kind == "spread" else (value,)
             cells += ["" if part is None else part for part in parts]
-        writer.writerow(cells)
+        writer.writerow(cells + marks)
     return buffer.getvalue()
 
 
-def write_files(folder: Path, content: Sequence[Table], heading: str, name: str = "tables") -> None:
-    """Writes `NAME.md` with all tables under a heading, and a CSV file for each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in content:
-        (folder / f"{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
+def write_files(
+    folder: Path, content: Sequence[Table], heading: str, name: str = "tables", remark: str = ""
+) -> None:
+    """Writes `NAME.md` with all tables under a heading, and a CSV file for each.
+
+    Args:
+        folder: created when missing.
+        content: the tables.
+        heading: Markdown.
+        name: of the Markdown file.
+        remark: on the runs, for the CSV files; the heading must say it by itself.
+
+    Raises:
+        UserError (a `ValueError`): the folder or a file cannot be written.
+    """
+    files = {f"{table.name}.csv": as_csv(table, remark) for table in content}
     markdown = "\n".join(as_markdown(table) for table in content)
-    (folder / f"{name}.md").write_text(f"{heading}\n\n{markdown}", encoding="utf-8")
+    files[f"{name}.md"] = f"{heading}\n\n{markdown}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        with writing(folder / file):
+            (folder / file).write_text(text, encoding="utf-8")
 
 
 def result_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -136,7 +158,10 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
         tables.append(_calibration_by_group(results))
     if results.get("shift"):
         tables.append(_shift(results))
-        tables.append(_prior_estimates(results))
+    if results.get("shift_sets"):
+        tables += [_prior_estimates(results), _estimate_accuracies(results)]
+        if all(scores.get("ece") for scores in results["shift_sets"].values()):
+            tables.append(_shift_calibration(results))
     if results.get("bias") and results.get("ensemble"):
         tables += [_bias(results), _experts(results)]
     return tables
@@ -188,8 +213,8 @@ def _calibration(results: Mapping[str, Any]) -> Table:
             values += [after[i]["value"], after[i]["ece"], after[i]["nll"]]
         rows.append((name, values))
     note = (
-        f"ECE and MCE over {results.get('num_bins', 15)} bins of equal width, aECE over as many of "
-        "equal size, in percent."
+        f"ECE and MCE over {results.get('num_bins') or 15} bins of equal width, aECE over as many "
+        "of equal size, in percent."
     )
     if temperature:
         note += (
@@ -209,11 +234,12 @@ def _calibration_by_group(results: Mapping[str, Any]) -> Table:
     before = {"all": results["test"], **results["calibration_groups"]["ensemble"]}
     after = {}
     if temperature:
-        after = {"all": temperature["ensemble"], **temperature["ensemble"]["groups"]}
+        after = {"all": temperature["ensemble"], **(temperature["ensemble"].get("groups") or {})}
     rows = []
     for group, scores in before.items():
-        values = [scores[key] for key in keys]
-        rows.append((group, values + [after[group][key] for key in ("ece", "nll") if after]))
+        values = [scores.get(key) for key in keys]
+        scaled = after.get(group, {})
+        rows.append((group, values + [scaled.get(key) for key in ("ece", "nll") if after]))
     return Table(
         "calibration_groups",
         "Calibration of the ensemble by shot group",
@@ -223,9 +249,12 @@ def _calibration_by_group(results: Mapping[str, Any]) -> Table:
     )
 
 
+_PRIORS = {"none": "no prior", "prior": "known", "estimated": "estimated"}
+_ESTIMATES = {"map": "MAP", "ml": "ML", "map_uncorrected": "MAP, raw"}
+
+
 def _shift(results: Mapping[str, Any]) -> Table:
-    shift, sets = results["shift"], results["shift_sets"]
-    kinds = {"none": "no prior", "prior": "known", "estimated": "estimated"}
+    shift, sets = results["shift"], results.get("shift_sets") or {}
     listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
     mean_tau = float(np.mean([expert["tau"] for expert in results["experts"]]))
     caution = ""
@@ -239,7 +268,7 @@ def _shift(results: Mapping[str, Any]) -> Table:
         "shift",
         "Accuracy by target distribution",
         tuple(Column(short_name(name)) for name in shift),
-        [(label, [shift[name][kind] for name in shift]) for kind, label in kinds.items()],
+        [(label, [shift[name][kind] for name in shift]) for kind, label in _PRIORS.items()],
         "Percent of the examples. F: forward, most examples where the training set has most; B: "
         "backward; the number is the largest class over the smallest. The prior is that of the "
         "test set: not used, known and added to the mean logits, or estimated from the unlabelled "
@@ -253,7 +282,7 @@ def _cost_of_estimating(results: Mapping[str, Any]) -> str:
     sentences = ""
     unused = [
         short_name(name)
-        for name, scores in results["shift_sets"].items()
+        for name, scores in (results.get("shift_sets") or {}).items()
         if not scores.get("estimate_used", True)
     ]
     if unused:
@@ -262,7 +291,7 @@ def _cost_of_estimating(results: Mapping[str, Any]) -> str:
             "significantly from those on held-out examples with a uniform prior."
         )
     uniform = results["shift"].get("uniform")
-    if uniform:
+    if uniform and None not in uniform.values():
         change = 100 * (uniform["estimated"] - uniform["none"])
         sentences += f" On the uniform set estimating changes the accuracy by {change:+.1f} points."
     return sentences
@@ -270,15 +299,8 @@ def _cost_of_estimating(results: Mapping[str, Any]) -> str:
 
 def _prior_estimates(results: Mapping[str, Any]) -> Table:
     sets = results["shift_sets"]
-    kinds = {
-        "map": "MAP",
-        "ml": "ML",
-        "map_uncorrected": "MAP, raw",
-    }
     rows = [("uniform", [scores["l1_of_uniform"] for scores in sets.values()])]
-    for kind, label in kinds.items():
-        if all(kind in scores["estimates"] for scores in sets.values()):
-            rows.append((label, [s["estimates"][kind]["l1"] for s in sets.values()]))
+    rows += _by_estimate(sets, "l1")
     return Table(
         "prior_estimates",
         "L1 distance of estimated priors from the truth",
@@ -287,7 +309,63 @@ def _prior_estimates(results: Mapping[str, Any]) -> Table:
         "0 is exact, 2 the largest. MAP leans to the uniform prior; the accuracies with an "
         "estimated prior are from it, where one is used; ML is maximum likelihood; raw: without "
         "the correction fitted on held-out examples. The first row is what assuming a uniform "
-        "prior costs.",
+        f"prior costs.{_unfinished(sets)}",
+    )
+
+
+def _unfinished(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which estimates still changed when their rounds ran out, where results say so."""
+    sentences = ""
+    for kind, label in _ESTIMATES.items():
+        names = [
+            short_name(name)
+            for name, scores in sets.items()
+            if not scores["estimates"].get(kind, {}).get("converged", True)
+        ]
+        if names:
+            sentences += (
+                f" {label} still changed on {', '.join(names)} when its rounds ran out, and is not "
+                "the maximum."
+            )
+    return sentences
+
+
+def _by_estimate(
+    sets: Mapping[str, Mapping[str, Any]], key: str
+) -> list[tuple[str, list[float | None]]]:
+    """A row for each kind of estimate that all distributions have."""
+    return [
+        (label, [scores["estimates"][kind][key] for scores in sets.values()])
+        for kind, label in _ESTIMATES.items()
+        if all(kind in scores["estimates"] for scores in sets.values())
+    ]
+
+
+def _estimate_accuracies(results: Mapping[str, Any]) -> Table:
+    sets, shift = results["shift_sets"], results["shift"]
+    rows = [
+        ("no prior", [shift[name]["none"] for name in sets]),
+        *_by_estimate(sets, "top1"),
+        ("known", [shift[name]["prior"] for name in sets]),
+    ]
+    return Table(
+        "estimate_accuracies",
+        "Accuracy with each kind of estimated prior",
+        tuple(Column(short_name(name)) for name in sets),
+        rows,
+        "Percent of the examples, with the estimate used whether or not the predictions show a "
+        "shift. MAP, ML and raw as above.",
+    )
+
+
+def _shift_calibration(results: Mapping[str, Any]) -> Table:
+    sets = results["shift_sets"]
+    return Table(
+        "shift_calibration",
+        "ECE by target distribution",
+        tuple(Column(short_name(name)) for name in sets),
+        [(label, [s["ece"][kind] for s in sets.values()]) for kind, label in _PRIORS.items()],
+        "Percent, of the ensemble with each kind of prior.",
     )
 
 
@@ -298,9 +376,13 @@ def _bias(results: Mapping[str, Any]) -> Table:
         others = [value for j, value in enumerate(ensemble["disagreement"][i]) if j != i]
         disagreement = float(np.mean(others)) if others else None
         rows.append(
-            (f"expert {i + 1}", [scores["tau"], expert["lambda"], expert["kl"], disagreement])
+            (
+                f"expert {i + 1}",
+                [scores["tau"], expert["lambda"], divergence(expert["kl"]), disagreement],
+            )
         )
-    rows.append(("ensemble", ["", "", bias["ensemble"]["kl"], ensemble["mean_disagreement"]]))
+    kl = divergence(bias["ensemble"]["kl"])
+    rows.append(("ensemble", ["", "", kl, ensemble["mean_disagreement"]]))
     return Table(
         "bias",
         "Bias",
@@ -347,6 +429,15 @@ def subsets_by_size(results: Mapping[str, Any]) -> dict[int, list[Mapping[str, A
     for subset in results["ensemble"]["subsets"]:
         by_size.setdefault(len(subset["experts"]), []).append(subset)
     return by_size
+
+
+def divergence(kl: float | None) -> float | str:
+    """A KL divergence as a cell: infinite where a class is never predicted, which JSON cannot say.
+
+    Args:
+        kl: of `results.json`, in nats; None for an infinite one.
+    """
+    return "infinite" if kl is None else kl
 
 
 def short_name(target: str) -> str:

@@ -265,6 +265,8 @@ def _announce(experiment: Experiment) -> None:
         devices.num_devices,
         devices.mesh.devices.flat[0].device_kind,
     )
+    if config["remark"]:
+        log.info("Remark: %s", config["remark"])
     mean_tau = float(np.mean(taus))
     if not np.isclose(mean_tau, 1):
         leaning = "frequent" if mean_tau < 1 else "rare"

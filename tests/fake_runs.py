@@ -16,18 +16,21 @@ COUNTS = np.array([300, 120, 50, 8])
 
 
 def make_run(
-    workdir: Path, num_experts: int = 3, name: str = "digits", seed: int = 0, **changes: float
+    workdir: Path, num_experts: int = 3, name: str = "digits", seed: int = 0, **changes: Any
 ) -> dict:
     """Writes the files of a run with drawn predictions and returns its results.
 
-    `changes` are fields of the config by their names with two underscores for a dot, and
-    `signal`, the logit of the right class.
+    `changes` are fields of the config by their names with two underscores for a dot; `signal`, the
+    logit of the right class; `never`, a class that is never predicted; and `remark`.
     """
     random = np.random.default_rng(seed)
-    signal = changes.pop("signal", 2)
+    signal, never = changes.pop("signal", 2), changes.pop("never", None)
+    remark = changes.pop("remark", "")
     labels = np.repeat(np.arange(4), 25).astype(np.int32)
     logits = random.normal(size=(num_experts, 100, 4)).astype(np.float32)
     logits[:, np.arange(100), labels] += signal
+    if never is not None:
+        logits[:, :, never] -= 5000
     taus = tuple(np.linspace(0, 2, num_experts))
     scores = score(
         Predictions(logits, labels),
@@ -38,6 +41,8 @@ def make_run(
         targets=make_targets(labels, COUNTS, (2, 50)),
     )
     results = plain({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
+    if remark:
+        results["remark"] = remark
     config: dict[str, Any] = {
         "data": {"name": name, "imbalance_ratio": 40.0, "shot_thresholds": [20, 100]},
         "model": {"name": "resnet8", "num_experts": num_experts},

@@ -3,6 +3,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from scipy import stats
 from balpoe_jax.compare import compare, write
 from balpoe_jax.errors import UserError
 from balpoe_jax.runs import find_runs, group_runs, significance, spread
-from balpoe_jax.tables import as_text
+from balpoe_jax.tables import Column, as_text
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,116 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path) -> Non
     make_run(tmp_path / "other", name="cifar10")
     with pytest.raises(UserError, match=r"different data sets .*cifar10, digits"):
         group_runs(find_runs([str(folder / "ir100_balpoe"), str(tmp_path / "other")]))
+
+
+def test_an_infinite_divergence_is_not_averaged_away(tmp_path: Path) -> None:
+    make_run(tmp_path / "run" / "seed1", seed=1)
+    make_run(tmp_path / "run" / "seed2", seed=2, never=3)
+    content = {t.name: t for t in compare(group_runs(find_runs([str(tmp_path)])))}
+    assert content["bias"].rows[0][1] == ["infinite"] * 4
+
+
+def test_a_sweep_without_few_shot_classes_has_its_curve(tmp_path: Path) -> None:
+    for number in (1, 2):
+        path = tmp_path / f"e{number}" / "results.json"
+        results = make_run(path.parent, number)
+        results["test"]["few"] = None
+        path.write_text(json.dumps(results))
+    make_run(tmp_path / "e3", 3)
+    groups = group_runs(find_runs([str(tmp_path)]))
+    page = write(tmp_path / "out", groups, compare(groups))
+    assert "Accuracy by number of experts that were trained: 1: " in page.read_text()
+
+
+def test_every_output_of_a_comparison_has_the_remark(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / "runs" / f"seed{seed}", seed=seed, remark="a small version")
+    other = tmp_path / "other"
+    groups = group_runs(find_runs([str(tmp_path / "runs")]))
+    for path in write(tmp_path / "out", groups, compare(groups)).parent.iterdir():
+        assert "a small version" in path.read_text(), path.name
+    make_run(other, seed=1, mixup__alpha=0.0)
+    groups = group_runs(find_runs([str(tmp_path / "runs"), str(other)]))
+    write(tmp_path / "out", groups, compare(groups))
+    assert "Remark: runs: a small version\n" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_the_terminal_shows_the_remark_of_compared_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", remark="a small version")
+    result = subprocess.run(
+        [sys.executable, "-m", "balpoe_jax.compare", str(tmp_path / "run")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Remark: a small version\n")
+
+
+def evaluate_anew(workdir: Path, **settings) -> None:
+    """Pretends that a run was evaluated with these settings."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, "settings": {"num_bins": 15, **settings}}))
+
+
+def test_runs_that_were_evaluated_differently_are_not_pooled(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "all" / f"seed{seed}", seed=seed)
+        evaluate_anew(tmp_path / "all" / f"seed{seed}", num_bins=5 if seed == 3 else 15)
+    groups = group_runs(find_runs([str(tmp_path)]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3]]
+    content = {table.name: table for table in compare(groups)}
+    assert [column.name for column in content["fields"].columns] == ["eval.num_bins"]
+    assert [row[1] for row in content["fields"].rows] == [["15"], ["5"]]
+
+
+def test_bins_alone_tell_older_evaluations_apart(tmp_path: Path) -> None:
+    for seed, bins in ((1, 15), (2, 15), (3, 5)):
+        make_run(tmp_path / "all" / f"seed{seed}", seed=seed)
+        path = tmp_path / "all" / f"seed{seed}" / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_bins": bins}))
+    groups = group_runs(find_runs([str(tmp_path)]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[1, 2], [3]]
+
+
+def test_target_distributions_of_any_run_have_a_column(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", seed=1, mixup__alpha=0.2)
+    make_run(tmp_path / "some", seed=1)
+    make_run(tmp_path / "more", seed=1, mixup__alpha=0.0)
+    for name in ("none", "some", "more"):
+        path = tmp_path / name / "results.json"
+        results = json.loads(path.read_text())
+        del results["shift_sets"]
+        if name == "none":
+            results["shift"] = {}
+        if name == "some":
+            del results["shift"]["forward50"], results["shift"]["backward2"]
+        path.write_text(json.dumps(results))
+    groups = group_runs(find_runs([str(tmp_path / name) for name in ("none", "some", "more")]))
+    content = compare(groups)
+    shift = next(table for table in content if table.name == "shift")
+    assert [column.name for column in shift.columns[1:]] == ["F50", "F2", "uni", "B2", "B50"]
+    assert [name for name, _ in shift.rows] == ["some"] * 3 + ["more"] * 3
+    assert [value is None for value in shift.rows[0][1]] == [False, True, False, False, True, False]
+    page = write(tmp_path / "out", groups, content).read_text()
+    assert "none was not scored on target distributions" in page
+
+
+def test_p_values_are_never_zero() -> None:
+    column = Column("p", "p")
+    assert [column.show(value) for value in (0.0004, 0.001, 0.25, None)] == [
+        "<0.001", "0.001", "0.250", "-",
+    ]  # fmt: skip
+
+
+def test_differences_show_p_values(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for name, alpha, top1 in (("a", 0.0, 0.5), ("b", 0.4, 0.9)):
+            path = tmp_path / name / f"seed{seed}" / "results.json"
+            results = make_run(path.parent, seed=seed, mixup__alpha=alpha)
+            results["test"]["top1"] = top1 + seed / 1000
+            path.write_text(json.dumps(results))
+    content = {t.name: t for t in compare(group_runs(find_runs([str(tmp_path)])))}
+    assert "<0.001" in as_text(content["differences"])

@@ -178,3 +178,14 @@ def test_estimation_refuses(arguments, message: str) -> None:
 def test_a_known_prior_must_fit(prior, message: str) -> None:
     with pytest.raises(UserError, match=message):
         log_target_prior(prior, 3)
+
+
+@pytest.mark.parametrize("concentration", [np.nan, np.inf, 1e38, 1e300])
+def test_a_concentration_out_of_range_is_refused(concentration: float) -> None:
+    with pytest.raises(UserError, match="concentration must be at"):
+        estimate_prior(np.full((4, 2), 0.5), concentration=concentration)
+
+
+def test_the_largest_concentration_is_uniform() -> None:
+    probabilities = np.tile([0.9, 0.1], (4, 1))
+    np.testing.assert_allclose(estimate_prior(probabilities, concentration=8e37).prior, 0.5)

@@ -7,11 +7,15 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_runs import make_run
 
+from balpoe_jax import compare
 from balpoe_jax.errors import UserError
 from balpoe_jax.report import result_text, write_report
+from balpoe_jax.runs import find_runs, group_runs
+from balpoe_jax.tables import result_tables
 
 VOID = {"meta", "br", "link"}
 
@@ -70,7 +74,7 @@ def test_the_table_has_a_row_for_each_expert_and_the_ensemble(
 def test_the_tables_fit_80_columns_and_use_a_wide_terminal(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run", 7)
     assert max(map(len, result_text(results, 80).splitlines())) <= 80
-    assert len(result_text(results, 80).split("\n\n")) == 4
+    assert len(result_text(results, 80).split("\n\n")) == 6
     wide = text_tables(results, 140)["Accuracy and calibration"]
     assert wide[0].split()[-3:] == ["NLL", "Brier", "aECE"]
     assert wide[-1].split()[-3] == f"{results['test']['nll']:.3f}"
@@ -92,7 +96,7 @@ def test_files_hold_the_tables(tmp_path: Path) -> None:
         scores["prior"] for scores in results["shift"].values()
     ]
     markdown = (folder / "tables.md").read_text()
-    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 7
+    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 9
     row = next(line for line in markdown.splitlines() if line.startswith("| ensemble"))
     assert f" {100 * results['test']['top1']:.1f} |" in row
 
@@ -166,5 +170,96 @@ def test_a_torn_last_row_does_not_lose_the_curves(tmp_path: Path) -> None:
 def test_results_are_needed(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UserError, match=r"no readable results\.json"):
+    with pytest.raises(UserError, match=r"no results\.json|results\.json is damaged"):
         write_report(str(tmp_path))
+
+
+def test_a_class_that_is_never_predicted_has_an_infinite_divergence(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run", never=3)
+    assert results["bias"]["ensemble"]["kl"] is None
+    page = write_report(str(tmp_path / "run"))
+    assert parse(page).text.count("infinite") >= 4
+    assert "KL divergence infinite nats" in page.read_text()
+    assert "-" not in (page.parent / "bias.csv").read_text().splitlines()[-1]
+
+
+def test_every_output_of_a_run_has_its_remark(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run", remark="a small version")
+    assert result_text(results).startswith("Remark: a small version\n\n")
+    folder = write_report(str(tmp_path / "run")).parent
+    assert len(list(folder.iterdir())) >= 9
+    for path in folder.iterdir():
+        assert "a small version" in path.read_text(), path.name
+
+
+def test_the_terminal_says_how_far_estimates_and_marginals_are_off(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    printed = text_tables(results)
+    distances = [row.split() for row in printed["L1 distance of estimated priors from the truth"]]
+    assert distances[0] == ["F50", "F2", "uni", "B2", "B50"]
+    assert [row[0] for row in distances[1:]] == ["uniform", "MAP", "ML", "MAP,"]
+    sets = results["shift_sets"].values()
+    assert distances[2][1:] == [f"{s['estimates']['map']['l1']:.2f}" for s in sets]
+    assert printed["Bias"][1].split()[4] == f"{results['bias']['experts'][0]['kl']:.3f}"
+
+
+def test_files_have_the_accuracy_and_calibration_of_every_kind_of_prior(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    folder = write_report(str(tmp_path / "run")).parent
+    sets = results["shift_sets"].values()
+    found = {}
+    for name in ("estimate_accuracies", "shift_calibration"):
+        with (folder / f"{name}.csv").open(newline="") as file:
+            found[name] = {row[0]: row[1:] for row in list(csv.reader(file))[1:]}
+    for label, kind in {"MAP": "map", "ML": "ml", "MAP, raw": "map_uncorrected"}.items():
+        assert [float(cell) for cell in found["estimate_accuracies"][label]] == [
+            scores["estimates"][kind]["top1"] for scores in sets
+        ]
+    for label, kind in {"no prior": "none", "known": "prior", "estimated": "estimated"}.items():
+        assert [float(cell) for cell in found["shift_calibration"][label]] == [
+            scores["ece"][kind] for scores in sets
+        ]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        (
+            "expert_logits",
+            np.full((3, 100, 4), np.nan, np.float32),
+            "logits of 100 of 100 examples",
+        ),
+        ("expert_logits", np.zeros((2, 100, 4), np.float32), "not those of its results"),
+        ("labels", np.zeros(7, np.int32), r"logits (3, 100, 4) and labels (7,) do not fit"),
+        ("labels", np.full(100, 4, np.int32), "are damaged"),
+        ("labels", np.zeros(100), "are damaged"),
+        ("labels", None, "cannot be read"),
+    ],
+)
+def test_predictions_that_cannot_be_used_are_said_to_be_there(
+    tmp_path: Path, file: str, content: np.ndarray | None, sentence: str
+) -> None:
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / "predictions" / f"{file}.npy"
+    if content is None:
+        path.write_bytes(b"")
+    else:
+        np.save(path, content)
+    text = parse(write_report(str(tmp_path / "run"))).text
+    assert sentence in text
+    assert "no predictions" not in text
+    out = tmp_path / "out"
+    groups = group_runs(find_runs([str(tmp_path / "run")]))
+    if "its results" not in sentence:
+        assert sentence in parse(compare.write(out, groups, compare.compare(groups))).text
+
+
+def test_estimates_whose_rounds_ran_out_are_named(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    note = {table.name: table.note for table in result_tables(results)}["prior_estimates"]
+    assert "rounds ran out" not in note
+    for name in ("forward50", "uniform"):
+        results["shift_sets"][name]["estimates"]["ml"]["converged"] = False
+    note = {table.name: table.note for table in result_tables(results)}["prior_estimates"]
+    assert "ML still changed on F50, uni when its rounds ran out" in note
+    assert "MAP still" not in note

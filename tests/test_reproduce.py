@@ -75,7 +75,15 @@ def pretend(job: reproduce.Job, top1: float, step: int = 6) -> None:
     """Writes the files that a run of this job would leave."""
     job.workdir.mkdir(parents=True)
     record.claim(job.workdir, job._fields(), {"total_steps": 6}, {})
-    results = {"step": step, "test": {"top1": top1, "ece": 0.1}}
+    scores = {"top1": top1, "many": 0.9, "medium": 0.8, "few": None, "ece": 0.1, "mce": 0.2}
+    results = {
+        "step": step,
+        "epoch": 2,
+        "num_parameters": 1,
+        "class_counts": [4, 2],
+        "test": scores,
+        "experts": [{"tau": 0.0, **scores}],
+    }
     (job.workdir / "results.json").write_text(json.dumps(results))
 
 
@@ -164,8 +172,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
     assert "scale cpu: ResNet-8 for 15 epochs" in collected.stdout
     assert collected.stdout.count("ours: not run") == 5
     for suffix in ("md", "csv", "json"):
-        assert "ResNet-8 for 15" in (tmp_path / "cpu" / "table2.md").read_text()
-        assert (tmp_path / "cpu" / f"table2.{suffix}").exists()
+        assert "ResNet-8 for 15" in (tmp_path / "cpu" / f"table2.{suffix}").read_text()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +181,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
         (["--table=9"], "<1|1-photos|2|3|3-photos|fig5>"),
         ([], "--table must have a value"),
         (["--table=2", "--seeds=one"], "--seeds must be numbers"),
+        (["--table=2", "--seeds=4294967296", "--mode=print"], "--seeds must be below 2**31"),
         (["--table=2", "--scale=tiny"], "<full|cpu>"),
         (["--table=1-photos", "--scale=cpu"], "no small version of imagenet_lt.py"),
         (["--table=2", "more"], "Unexpected argument 'more'"),
@@ -185,3 +193,49 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, arguments, message: st
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("score", ["x", [1, 2], True])
+def test_a_damaged_score_is_refused(tmp_path: Path, score) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, score)
+    with pytest.raises(UserError, match=r"test\.top1 should be a number or null"):
+        reproduce.collect(tiny_table(), [job])
+    assert job.state() == "done"  # so that --mode=eval writes it again
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resolved", [], "resolved should be an object"),
+        ("config", [], "its config is"),
+        ("config", "x", "its config is"),
+    ],
+)
+def test_a_damaged_claim_is_refused(tmp_path: Path, key: str, value, message: str) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, 0.5)
+    content = json.loads((job.workdir / "config.json").read_text())
+    (job.workdir / "config.json").write_text(json.dumps({**content, key: value}))
+    with pytest.raises(UserError, match=message):
+        job.state()
+
+
+def test_a_run_that_does_not_say_how_long_it_is_has_begun(tmp_path: Path) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, 0.5)
+    content = json.loads((job.workdir / "config.json").read_text())
+    (job.workdir / "config.json").write_text(json.dumps({**content, "resolved": None}))
+    (job.workdir / "results.json").write_text('{"step": null}')
+    assert job.state() == "begun"
+
+
+def test_runs_that_were_evaluated_differently_are_not_averaged(tmp_path: Path) -> None:
+    jobs = reproduce.plan(tiny_table(), SCALES["full"], [1, 2], tmp_path)[::2]
+    for job, strength in zip(jobs, (0.3, 1.0), strict=True):
+        pretend(job, 0.5)
+        path = job.workdir / "results.json"
+        settings = {"settings": {"prior_strength": strength}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(UserError, match=r"eval\.prior_strength 0\.3 and 1\.0"):
+        reproduce.collect(tiny_table(), jobs)

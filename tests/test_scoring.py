@@ -194,6 +194,21 @@ def test_estimates_survive_a_bias_to_frequent_classes(strength: float) -> None:
     assert found["shift"]["uniform"]["estimated"] == found["shift"]["uniform"]["none"]
 
 
+def test_an_estimate_says_whether_it_has_converged(monkeypatch, test_set: Predictions) -> None:
+    targets = make_targets(test_set.labels, COUNTS, (50,))
+
+    def estimate_in_two_rounds(*arguments, **options):
+        return estimate_prior(*arguments, **options, max_rounds=2)
+
+    finished = scoring.score(test_set, COUNTS, TAUS, targets=targets)["shift_sets"]["forward50"]
+    monkeypatch.setattr(scoring, "estimate_prior", estimate_in_two_rounds)
+    stopped = scoring.score(test_set, COUNTS, TAUS, targets=targets)["shift_sets"]["forward50"]
+    assert finished["estimates"]["map"]["converged"]
+    assert finished["estimates"]["map"]["change"] < 1e-6
+    assert not stopped["estimates"]["map"]["converged"]
+    assert stopped["estimates"]["map"]["change"] > 1e-3
+
+
 def test_an_estimate_finds_more_than_a_uniform_prior_on_a_shifted_set(scores: dict) -> None:
     for name in ("forward50", "backward50"):
         details = scores["shift_sets"][name]

@@ -45,11 +45,18 @@ def test_targets_go_from_forward_to_backward() -> None:
     assert [target.name for target in targets] == [
         "forward50", "forward5", "forward2", "uniform", "backward2", "backward5", "backward50",
     ]  # fmt: skip
+    # By hand: 10, 10 / 5 ** (1 / 3), 10 / 5 ** (2 / 3), 10 / 5, and the like, rounded down.
+    by_hand = {
+        "forward50": [10, 2, 0, 0], "forward5": [10, 5, 3, 2], "forward2": [10, 7, 6, 5],
+        "uniform": [10, 10, 10, 10],
+        "backward2": [5, 6, 7, 10], "backward5": [2, 3, 5, 10], "backward50": [0, 0, 2, 10],
+    }  # fmt: skip
     for target in targets:
-        np.testing.assert_array_equal(
-            np.bincount(LABELS[target.indices], minlength=4), target.counts
-        )
-        assert target.prior.sum() == pytest.approx(1)
+        expected = by_hand[target.name]
+        assert target.counts.tolist() == expected
+        assert [(LABELS[target.indices] == c).sum() for c in range(4)] == expected
+        assert len(set(target.indices.tolist())) == sum(expected)
+        np.testing.assert_allclose(target.prior, np.array(expected) / sum(expected))
     uniform = targets[3]
     np.testing.assert_array_equal(uniform.indices, np.arange(40))
     assert {target.origin for target in targets} == {"rule", "whole test set"}
@@ -125,3 +132,20 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary_forward5.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         make_targets(LABELS, TRAIN, (5,), NAMES, str(tmp_path / "binary_forward5.txt"))
+
+
+def test_a_ratio_may_have_any_name() -> None:
+    targets = {target.name: target for target in make_targets(LABELS, TRAIN, (1.5, 1e9))}
+    assert list(targets) == [
+        "forward1e+09",
+        "forward1.5",
+        "uniform",
+        "backward1.5",
+        "backward1e+09",
+    ]
+    assert targets["forward1e+09"].counts.tolist() == [10, 0, 0, 0]
+
+
+def test_ratios_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match=r"Two of the ratios 2, 2\.0000001 have one name"):
+        make_targets(LABELS, TRAIN, (2.0000001, 2))

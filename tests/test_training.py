@@ -152,9 +152,32 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     before = json.loads((finished / "results.json").read_text())
     after = evaluate(tiny_config(eval__batch_size=50, remark="again"), str(workdir))
     assert after["remark"] == "again"
+    assert after["settings"] == before["settings"] == {
+        "num_bins": 15, "held_out_per_class": 20, "shift_lists": "", "prior_strength": 0.3,
+        "prior_significance": 0.01,
+    }  # fmt: skip
     assert "; again</p>" in (workdir / "report" / "index.html").read_text()
     for name, value in before["test"].items():
         assert after["test"][name] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["predictions", "report", "results.json", "train.log"])
+def test_what_is_in_the_way_of_an_evaluation_is_named(
+    finished: Path, tmp_path: Path, name: str
+) -> None:
+    """A file where a folder is to be, or the other way round."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    path = workdir / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"run/{name} cannot be written \("):
+        evaluate(tiny_config(), str(workdir))
+    assert not list(workdir.glob(".*"))
 
 
 def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> None:
@@ -310,6 +333,7 @@ def diverged(tmp_path_factory) -> Path:
 def diverging_config():
     return tiny_config(
         total_epochs=4,
+        remark="not the paper's setting",
         log_every_steps=5,
         loss__tau_max=1.0,
         optim__warmup_epochs=0,
@@ -333,6 +357,11 @@ def test_taus_without_mean_one_are_announced(diverged: Path, finished: Path) -> 
     )
     assert sentence in (diverged / "train.log").read_text()
     assert "mean tau" not in (finished / "train.log").read_text()
+
+
+def test_a_remark_is_announced_as_training_starts(diverged: Path, finished: Path) -> None:
+    assert "Remark: not the paper's setting" in (diverged / "train.log").read_text()
+    assert "Remark" not in (finished / "train.log").read_text()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:

@@ -22,7 +22,6 @@ from balpoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 UNIFORM = "uniform"
-_DIRECTIONS = ("forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,32 +64,37 @@ def make_targets(
             that none of them is for follows the rule, and is left out where that leaves no example.
 
     Raises:
-        UserError (a `ValueError`): a list that cannot be read or is of another data set, or a
-            ratio below 1.
+        UserError (a `ValueError`): a list that cannot be read or is of another data set, a ratio
+            below 1, or two that are nearly equal.
     """
     ratios = sorted(set(ratios))
     listed = {
         name: _read_list(path, labels, len(train_counts), names)
         for name, path in _find_lists(lists).items()
     }
-    wanted = [f"{direction}{ratio:g}" for direction in _DIRECTIONS for ratio in ratios]
-    unknown = sorted(set(listed) - set(wanted))
+    forward = {_name("forward", ratio): ("forward", ratio) for ratio in reversed(ratios)}
+    backward = {_name("backward", ratio): ("backward", ratio) for ratio in ratios}
+    if len(backward) < len(ratios):
+        raise UserError(
+            f"Two of the ratios {', '.join(map(str, ratios))} have one name; give "
+            "--config.eval.shift_ratios that differ in six digits."
+        )
+    rules = {**forward, UNIFORM: None, **backward}
+    unknown = sorted(set(listed) - set(rules))
     if unknown:
         raise UserError(
             f"There is a list for {', '.join(unknown)}, but the ratios to evaluate are "
             f"{', '.join(f'{ratio:g}' for ratio in ratios)}; add its ratio with "
             "--config.eval.shift_ratios."
         )
-    forward = [f"forward{ratio:g}" for ratio in reversed(ratios)]
-    backward = [f"backward{ratio:g}" for ratio in ratios]
     targets = []
-    for name in (*forward, UNIFORM, *backward):
-        if name == UNIFORM:
+    for name, rule in rules.items():
+        if rule is None:
             indices, origin = np.arange(len(labels)), "whole test set"
         elif name in listed:
             indices, origin = listed[name]
         else:
-            indices, origin = _select_by_rule(labels, train_counts, name), "rule"
+            indices, origin = _select_by_rule(labels, train_counts, *rule), "rule"
         if not len(indices):
             log.warning("Too few test examples for the target distribution %s: left out", name)
             continue
@@ -125,12 +129,18 @@ def shifted_counts(
 
 
 def _select_by_rule(
-    labels: npt.NDArray[np.integer], train_counts: npt.NDArray[np.int64], name: str
+    labels: npt.NDArray[np.integer],
+    train_counts: npt.NDArray[np.int64],
+    direction: str,
+    ratio: float,
 ) -> npt.NDArray[np.int64]:
-    direction, ratio = _parse_name(name)
     test_counts = class_counts(labels, len(train_counts))
     counts = shifted_counts(test_counts, train_counts, ratio, direction == "backward")
     return select_indices(labels, counts)  # seed 0 for each set, as in the reference
+
+
+def _name(direction: str, ratio: float) -> str:
+    return f"{direction}{ratio:g}"
 
 
 def _parse_name(text: str) -> tuple[str, float]:
@@ -153,7 +163,7 @@ def _find_lists(lists: str) -> dict[str, Path]:
             raise UserError(f"There is no list file {pattern}; check --config.eval.shift_lists.")
         for path in map(Path, paths):
             direction, ratio = _parse_name(path.stem)
-            name = f"{direction}{ratio:g}"
+            name = _name(direction, ratio)
             if name in found:
                 raise UserError(
                     f"Two list files are for {name}: {found[name]} and {path}; name those of one "

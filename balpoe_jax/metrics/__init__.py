@@ -20,7 +20,14 @@ from balpoe_jax.metrics.calibration import (
     softmax,
 )
 from balpoe_jax.metrics.marginals import kl_divergence, target_prior
-from balpoe_jax.metrics.predictions import MeanLogits, Summary, blocks, predicted_classes, summarize
+from balpoe_jax.metrics.predictions import (
+    MeanLogits,
+    Summary,
+    blocks,
+    check_finite,
+    predicted_classes,
+    summarize,
+)
 from balpoe_jax.metrics.prior_shift import prior_shift_p_value
 from balpoe_jax.metrics.recalibration import Correction, fit_bias_correction, fit_temperature
 
@@ -37,6 +44,7 @@ __all__ = [
     "blocks",
     "brier_score",
     "calibration",
+    "check_finite",
     "disagreement",
     "fit_bias_correction",
     "fit_temperature",

@@ -84,7 +84,8 @@ def summarize(
     for block in blocks(num_examples, num_classes):
         positions = block if rows is None else rows[block]
         values = np.asarray(logits[positions], np.float64)
-        _check_finite(values)
+        if not np.isfinite(values).all():
+            check_finite(logits, rows)  # which counts them all
         values = values * scale + (0.0 if offset is None else np.asarray(offset, np.float64))
         predicted = values.argmax(axis=1)
         values -= values.max(axis=1, keepdims=True)
@@ -117,10 +118,26 @@ def blocks(num_examples: int, num_classes: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_examples))
 
 
-def _check_finite(logits: npt.NDArray[np.float64]) -> None:
-    if not np.isfinite(logits).all():
-        wrong = int((~np.isfinite(logits).all(axis=1)).sum())
+def check_finite(
+    logits: Any, rows: npt.NDArray[np.integer] | None = None, what: str = "examples"
+) -> None:
+    """Reads all logits, a block at a time, and refuses those of a model that has diverged.
+
+    Args:
+        logits: float `[N, C]`, as for `summarize`.
+        rows: positions of the examples to read; None for all.
+        what: they are called in the message.
+
+    Raises:
+        UserError (a `ValueError`): logits that are not finite, and of how many examples.
+    """
+    num_examples, num_classes = logits.shape[0] if rows is None else len(rows), logits.shape[1]
+    wrong = 0
+    for block in blocks(num_examples, num_classes):
+        values = logits[block if rows is None else rows[block]]
+        wrong += int((~np.isfinite(values).all(axis=1)).sum())
+    if wrong:
         raise UserError(
-            f"The logits of {wrong} of {len(logits)} examples are not finite: the model has "
+            f"The logits of {wrong:,} of {num_examples:,} {what} are not finite: the model has "
             "diverged; evaluate an earlier checkpoint or train with a lower learning rate."
         )
