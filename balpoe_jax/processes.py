@@ -72,14 +72,17 @@ def group(
     watch.start()
     try:
         yield
+        _wait_for_all()
     except Preempted:  # which all processes raise at the same step
-        _wait_for_all(finished, watch)
+        _wait_for_all()
         raise
     except BaseException as error:
         finished.set()
         watch.join()
         _stop_all(error, report)
-    _wait_for_all(finished, watch)
+    finally:
+        finished.set()
+        watch.join()
 
 
 def count() -> int:
@@ -215,14 +218,12 @@ def _give_up(seconds: float) -> None:
     os._exit(2)
 
 
-def _wait_for_all(finished: threading.Event, watch: threading.Thread) -> None:
+def _wait_for_all() -> None:
     """Until the last is done: process 0 writes results long after the others had their last step.
 
     JAX would wait too, but give up after some minutes.
     """
     _client().wait_at_barrier(_END, _YEAR_MS)
-    finished.set()
-    watch.join()
 
 
 def _watch(finished: threading.Event) -> None:
