@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -71,14 +72,17 @@ def group(
     watch.start()
     try:
         yield
+        _wait_for_all()
     except Preempted:  # which all processes raise at the same step
-        _wait_for_all(finished, watch)
+        _wait_for_all()
         raise
     except BaseException as error:
         finished.set()
         watch.join()
         _stop_all(error, report)
-    _wait_for_all(finished, watch)
+    finally:
+        finished.set()
+        watch.join()
 
 
 def count() -> int:
@@ -160,6 +164,12 @@ def _initialize(
     start_timeout_seconds: int,
 ) -> None:
     explicit = coordinator_address is not None
+    if coordinator_address is not None and process_id == 0:
+        _check_port(coordinator_address)
+    # JAX ends the process itself when time is up, with a page of its inner state.
+    too_late = threading.Timer(start_timeout_seconds, _give_up, (start_timeout_seconds,))
+    too_late.daemon = True
+    too_late.start()
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -167,7 +177,7 @@ def _initialize(
             process_id,
             cluster_detection_method="deactivate" if explicit else None,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
-            initialization_timeout=start_timeout_seconds,
+            initialization_timeout=2 * start_timeout_seconds,
         )
     except Exception as error:  # each cluster's detection raises its own kinds
         reason = " ".join(str(error).split())[:300]
@@ -178,16 +188,42 @@ def _initialize(
             "know the cluster."
         )
         raise UserError(f"The processes did not find each other ({reason}); {wanted}") from error
+    finally:
+        too_late.cancel()
 
 
-def _wait_for_all(finished: threading.Event, watch: threading.Thread) -> None:
+def _check_port(coordinator_address: str) -> None:
+    """Refuses a port that is taken, of which JAX would die."""
+    port = coordinator_address.rpartition(":")[2]
+    if not port.isdecimal():
+        raise UserError(f"--coordinator_address must be HOST:PORT, got {coordinator_address!r}.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"Process 0 cannot use port {port} of this host ({error}); give all processes "
+                "another --coordinator_address=HOST:PORT."
+            ) from error
+
+
+def _give_up(seconds: float) -> None:
+    print(
+        f"Error: the processes did not find each other within {seconds:g} seconds; were all "
+        "started, with the same --num_processes and the --coordinator_address of process 0?",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def _wait_for_all() -> None:
     """Until the last is done: process 0 writes results long after the others had their last step.
 
     JAX would wait too, but give up after some minutes.
     """
     _client().wait_at_barrier(_END, _YEAR_MS)
-    finished.set()
-    watch.join()
 
 
 def _watch(finished: threading.Event) -> None:

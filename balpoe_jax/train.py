@@ -257,7 +257,7 @@ def _announce(experiment: Experiment) -> None:
         config["optim"]["learning_rate"],
     )
     log.info(
-        "Batch: %d images in all, %d a host, %d a device; %d hosts, %d devices (%s)",
+        "Batch: %d images in all, %d a host, %d a device; hosts: %d, devices: %d (%s)",
         config["batch_size"],
         config["batch_size"] // devices.num_hosts,
         config["batch_size"] // devices.num_devices,

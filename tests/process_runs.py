@@ -259,6 +259,7 @@ def main() -> None:
         2,
         int(process_id),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        start_timeout_seconds=2 if task == "alone" else 120,
         report=command_line.report,
     ):
         if task in tasks:

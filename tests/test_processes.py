@@ -4,6 +4,7 @@
 import json
 import shutil
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 import process_runs
 import pytest
 
+from balpoe_jax import processes
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
@@ -136,7 +138,7 @@ def test_two_processes_predict_what_one_does(reference: Path, two: Path, tmp_pat
 
 def test_only_the_first_process_logs(two: Path) -> None:
     output = (two / "log" / "0.out").read_text()
-    assert "Batch: 140 images in all, 70 a host, 35 a device; 2 hosts, 4 devices" in output
+    assert "Batch: 140 images in all, 70 a host, 35 a device; hosts: 2, devices: 4" in output
     assert "3 steps, 3 an epoch, learning rate 0.01" in output
     assert "step 3/3" in output
     silent = (two / "log" / "1.out").read_text().splitlines()
@@ -184,15 +186,39 @@ def test_an_error_of_one_process_ends_all(
         assert line in pair.error(0), pair.everything()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_the_other(tmp_path: Path, killed: int) -> None:
+@pytest.mark.parametrize(
+    ("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
+def test_a_process_that_is_lost_ends_the_other(
+    tmp_path: Path, lost: int, how: signal.Signals
+) -> None:
+    """One that stands still leaves its connections open, as a network does that swallows all."""
     with process_runs.start(process_runs.task_commands("go on"), tmp_path) as pair:
         pair.wait_for("going on")
-        pair.processes[killed].kill()
-        start = time.monotonic()
-        assert pair.wait()[1 - killed] not in (0, None), pair.everything()
-        assert time.monotonic() - start < 3 * process_runs.HEARTBEAT_SECONDS
-        assert pair.error(1 - killed), "it said nothing"
+        pair.processes[lost].send_signal(how)
+        code = pair.processes[1 - lost].wait(4 * process_runs.HEARTBEAT_SECONDS)
+        assert code != 0
+        assert pair.error(1 - lost), "it said nothing"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_stays_alone_gives_up(tmp_path: Path, process: int) -> None:
+    command = process_runs.task_commands("alone")[process]
+    with process_runs.start([command, ["true"]], tmp_path) as pair:
+        assert pair.wait() == [2, 0]
+        assert pair.error(0).startswith("Error: the processes did not find each other within 2 s")
+        assert len(pair.error(0).splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        joined = processes.group(address, 2, 0, report=lambda error: 1)
+        with pytest.raises(UserError, match=r"Process 0 cannot use port .* in use"), joined:
+            pass
+    joined = processes.group("here", 2, 0, report=lambda error: 1)
+    with pytest.raises(UserError, match="must be HOST:PORT, got 'here'"), joined:
+        pass
 
 
 def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
