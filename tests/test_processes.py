@@ -250,7 +250,9 @@ def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
         start = time.monotonic()
         assert pair.wait()[0] not in (0, None), pair.everything()
         assert time.monotonic() - start < 30
-        assert "Error: process 0 of 2 stops because a computation failed" in pair.error(0)
+        # Ours when a connection broke, JAX's when it was being made and no heartbeat came.
+        last_words = ("stops because a computation failed", "another task died")
+        assert any(words in pair.error(0) for words in last_words), pair.everything()
 
 
 def test_hosts_need_groups_of_their_own(monkeypatch) -> None:
