@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from balpoe_jax import command_line, hlo
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import UserError, writing
 from balpoe_jax.flops import count_flops
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.topologies import Chip, chip_of, compile_only_devices
@@ -241,11 +241,15 @@ def main(arguments: Sequence[str]) -> None:
     """Compiles and prints as the flags say."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--output must be a file in a folder that is there, got {output}.")
     jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays untouched
     found = examine(flags.FLAGS.config, flags.FLAGS.topology)
     print(as_text(found))
-    if flags.FLAGS.output:
-        Path(flags.FLAGS.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if output:
+        with writing(output):
+            output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

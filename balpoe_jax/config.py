@@ -63,7 +63,8 @@ def default_config() -> ConfigDict:
             `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs and
             "loop" elsewhere; model.dtype: of the body's computations, "float32" or "bfloat16"
             (parameters, statistics, heads and loss are float32 in both); model.remat: compute
-            activations anew for the gradient instead of keeping them.
+            activations anew for the gradient instead of keeping them, and with them the
+            communication of BatchNorm's statistics.
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
         optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
             after the other to save memory; see `balpoe_jax.state.make_train_step`.

@@ -2,6 +2,7 @@
 """ImageNet-LT and iNaturalist 2018 as the stock builders write them, small and generated."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tensorflow as tf
 from small_photos import jpeg, prepare
 
-from balpoe_jax.data import datasets, natural, photos
+from balpoe_jax.data import datasets, natural, photos, sources
 from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
 from balpoe_jax.errors import UserError
@@ -103,6 +104,48 @@ def test_every_test_photograph_is_read_once_and_cropped_in_the_centre(data_dir: 
         expected = photos.decode_central(encoded, RESIZE, SIZE).numpy() / 255
         expected = (expected - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
         np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def test_reading_again_opens_no_file_again(data_dir: Path) -> None:
+    data = load(data_dir)
+    opened = []
+    for _ in range(3):
+        list(eval_batches(data.test, 4, (0.5,) * 3, (0.25,) * 3))
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[2] == opened[1]
+
+
+def test_a_limit_of_open_files_that_is_too_low_is_one_sentence(data_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sources.resource, "getrlimit", lambda _: (64, 100))
+    with pytest.raises(UserError, match=r"needs \d+ open files, but this machine allows 100"):
+        load(data_dir).test.reader()
+
+
+def test_the_soft_limit_of_open_files_is_raised(data_dir: Path, monkeypatch) -> None:
+    limits = []
+    monkeypatch.setattr(sources.resource, "getrlimit", lambda _: (64, 4096))
+    monkeypatch.setattr(sources.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    load(data_dir).test.reader()
+    ((soft, hard),) = limits
+    assert 500 < soft < hard == 4096
+
+
+@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+def test_a_damaged_photograph_is_one_sentence(data_dir: Path, tmp_path: Path, damage: str) -> None:
+    test = load(data_dir).test
+    (path,) = test.paths
+    copy = tmp_path / "records"
+    content = bytearray(Path(path).read_bytes())
+    last = int(np.argmax(test.index.offsets))
+    if damage == "cut off":
+        content = content[: test.index.offsets[last] + 10]
+    else:
+        start = test.index.offsets[last] + 2
+        content[start : start + 200] = bytes(200)
+    copy.write_bytes(content)
+    damaged = dataclasses.replace(test, paths=(str(copy),))
+    with pytest.raises(UserError, match="an image cannot be read"):
+        list(eval_batches(damaged, 4, (0.5,) * 3, (0.25,) * 3))
 
 
 def settings(**changes) -> TrainSettings:

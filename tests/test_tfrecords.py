@@ -83,6 +83,20 @@ def test_a_damaged_cache_is_made_anew(paths: list[str], tmp_path: Path) -> None:
     assert len(tfrecords.load_index(paths, "id").labels) == 6
 
 
+def test_a_cache_with_wrong_bytes_is_made_anew_or_right(paths: list[str], tmp_path: Path) -> None:
+    expected = tfrecords.load_index(paths, "id")
+    (cached,) = (tmp_path / "cache" / "balpoe_jax").iterdir()
+    intact = cached.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(intact)
+        for position in random.integers(0, len(damaged), 3):
+            damaged[position] ^= 1 << random.integers(8)
+        cached.write_bytes(bytes(damaged))
+        for found, column in zip(tfrecords.load_index(paths, "id"), expected, strict=True):
+            np.testing.assert_array_equal(found, column)
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(
     paths: list[str], tmp_path: Path, monkeypatch
 ) -> None:

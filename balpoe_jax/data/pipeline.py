@@ -229,7 +229,19 @@ def _iterate(
     if host.threads:
         options.threading.private_threadpool_size = host.threads
     batches = dataset.map(make_batch, **_parallel(host))
-    return batches.prefetch(2).with_options(options).as_numpy_iterator()
+    return _guarded(batches.prefetch(2).with_options(options).as_numpy_iterator())
+
+
+def _guarded(batches: Iterator[Arrays]) -> Iterator[Arrays]:
+    """What cannot be read or decoded becomes one sentence."""
+    try:
+        yield from batches
+    except tf.errors.OpError as error:
+        reason = error.message.splitlines()[-1] if error.message else type(error).__name__
+        raise UserError(
+            f"A batch could not be made, since an image cannot be read ({reason[:300]}); prepare "
+            "the data set anew."
+        ) from error
 
 
 def _parallel(host: Host) -> dict[str, Any]:

@@ -8,7 +8,8 @@ graph.
 
 import dataclasses
 import os
-import weakref
+import resource
+import threading
 from typing import ClassVar
 
 import numpy as np
@@ -114,18 +115,18 @@ class RecordSource:
         return dataclasses.replace(self, index=self.index.select(indices))
 
     def reader(self) -> "RecordReader":
-        """Opens the files for a graph to read."""
+        """Reads them inside a graph."""
         return RecordReader(self.paths, self.index)
 
 
 class RecordReader:
-    """Reads batches of a `RecordSource` inside a graph; closes its files when it is collected."""
+    """Reads batches of a `RecordSource` inside a graph."""
 
     def __init__(self, paths: tuple[str, ...], index: RecordIndex) -> None:
+        self._paths = paths
         self._index = index
-        self._files = [os.open(path, os.O_RDONLY) for path in paths]
         self._labels = tf.constant(index.labels, tf.int32)
-        weakref.finalize(self, _close, self._files)
+        _FILES.make_room(len(paths))
 
     def read(self, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """int `[B]` -> encoded images string `[B]` and labels int32 `[B]`."""
@@ -133,19 +134,57 @@ class RecordReader:
         return tf.ensure_shape(encoded, indices.shape), tf.gather(self._labels, indices)
 
     def _read(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.object_]:
-        index = self._index
-        return np.array(
-            [
-                os.pread(self._files[index.files[i]], index.sizes[i], index.offsets[i])
-                for i in indices
-            ],
-            dtype=object,
-        )
+        return np.array([self._read_one(i) for i in indices], dtype=object)
+
+    def _read_one(self, i: int) -> bytes:
+        index, path = self._index, self._paths[self._index.files[i]]
+        content = os.pread(_FILES.descriptor(path), index.sizes[i], index.offsets[i])
+        if len(content) != index.sizes[i]:
+            raise OSError(f"{path} ends within the image {index.names[i]}")
+        return content
 
 
-def _close(files: list[int]) -> None:
-    for file in files:
-        os.close(file)
+class _OpenFiles:
+    """Files that are open for reading, until the process ends.
+
+    They belong to no reader: TensorFlow keeps every Python function that a graph has called, and
+    with it what that refers to, so that a reader is never collected.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, path: str) -> int:
+        """Opens a file the first time it is asked for."""
+        found = self._descriptors.get(path)
+        if found is None:
+            with self._lock:
+                found = self._descriptors.get(path)
+                if found is None:
+                    found = self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return found
+
+    def make_room(self, files: int) -> None:
+        """Lets this process open so many more, beside what else it has open.
+
+        Raises:
+            UserError (a `ValueError`): the system allows fewer.
+        """
+        needed = len(self._descriptors) + files + _OTHER_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY or needed <= soft:
+            return
+        if hard != resource.RLIM_INFINITY and needed > hard:
+            raise UserError(
+                f"Reading the records needs {needed} open files, but this machine allows {hard}; "
+                "raise the limit (`ulimit -Hn`), or prepare the data set with fewer shards."
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+_FILES = _OpenFiles()
+_OTHER_FILES = 512  # of the interpreter, the libraries and the run
 
 
 Source = ArraySource | RecordSource

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import mmap
 import os
-import zipfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,18 +210,19 @@ def _fingerprint(paths: Sequence[str], name_feature: str) -> str:
 def _read_cached(path: Path) -> RecordIndex | None:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            return RecordIndex(*(stored[field] for field in RecordIndex._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            index = RecordIndex(*(stored[field] for field in RecordIndex._fields))
+    except Exception:  # NumPy, its archive and its compression each raise their own
         return None
+    return index if len({column.shape for column in index}) == 1 else None
 
 
 def _write_cached(path: Path, index: RecordIndex) -> None:
     """A cache that cannot be written only costs the next start the scan."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        # Of a name of its own: other hosts may share the folder.
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             np.savez_compressed(file, **index._asdict())
-        os.replace(temporary, path)
+        os.replace(file.name, path)
     except OSError as error:
         log.info("The index of records could not be kept in %s (%s)", path.parent, error.strerror)
