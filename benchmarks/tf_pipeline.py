@@ -249,7 +249,7 @@ def _write_photos(path: Path, count: int) -> None:
 
 
 def _smooth_noise(seed: int, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Noise at several scales, the coarser the stronger, about as rich in detail as a photograph."""
+    """Noise at several scales, the coarser the stronger; about the detail of a photograph."""
     random = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for scale in (1, 2, 4, 8, 16, 32):

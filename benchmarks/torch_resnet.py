@@ -27,6 +27,7 @@ class BasicBlock(nn.Module):
         self.added = width - in_width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Float `[B, in, H, W]` -> `[B, width, H / stride, W / stride]`."""
         y = functional.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.stride != 1 or self.added:
@@ -45,6 +46,7 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(functional.normalize(weight, dim=0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Float `[B, features]` -> `[B, C]`."""
         return 30 * functional.normalize(x, dim=1) @ functional.normalize(self.weight, dim=0)
 
 
