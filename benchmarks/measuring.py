@@ -20,12 +20,12 @@ class Sample(NamedTuple):
     """One short run of one side.
 
     Attributes:
-        count: of what was done.
+        done: images or steps.
         seconds: by the clock.
         cpu_seconds: of the processor, all threads and processes of the side.
     """
 
-    count: int
+    done: int
     seconds: float
     cpu_seconds: float
 
@@ -68,13 +68,13 @@ def compare(ours: Sequence[Sample], theirs: Sequence[Sample], cores: int) -> dic
 
     def rates(samples: Sequence[Sample]) -> dict[str, float]:
         return {
-            "per_second": statistics.median(s.count / s.seconds / cores for s in samples),
-            "per_cpu_second": statistics.median(s.count / s.cpu_seconds for s in samples),
+            "per_second": statistics.median(s.done / s.seconds / cores for s in samples),
+            "per_cpu_second": statistics.median(s.done / s.cpu_seconds for s in samples),
         }
 
     pairs = list(zip(ours, theirs, strict=True))
-    ratios = [(a.count / a.seconds) / (b.count / b.seconds) for a, b in pairs]
-    cpu_ratios = [(a.count / a.cpu_seconds) / (b.count / b.cpu_seconds) for a, b in pairs]
+    ratios = [(a.done / a.seconds) / (b.done / b.seconds) for a, b in pairs]
+    cpu_ratios = [(a.done / a.cpu_seconds) / (b.done / b.cpu_seconds) for a, b in pairs]
     return {
         "ours": rates(ours),
         "theirs": rates(theirs),

@@ -159,7 +159,7 @@ _POLICY: dict[str, tuple[Callable[[Image.Image, float], Image.Image], bool]] = {
     "sharpness": (lambda i, v: ImageEnhance.Sharpness(i).enhance(1 + 0.9 * v), True),
     "brightness": (lambda i, v: ImageEnhance.Brightness(i).enhance(1 + 0.9 * v), True),
     "posterize": (lambda i, v: ImageOps.posterize(i, round(8 - 4 * v)), False),
-    "solarize": (lambda i, v: ImageOps.solarize(i, 256 - 256 * v), False),
+    "solarize": (lambda i, v: ImageOps.solarize(i, math.ceil(256 - 256 * v)), False),
     "invert": (lambda i, v: ImageOps.invert(i), False),
     "autocontrast": (lambda i, v: ImageOps.autocontrast(i), False),
     "equalize": (lambda i, v: ImageOps.equalize(i), False),

@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,8 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
         images = add(name, lambda images=images, part=part: augment_batch(images, random, part))
     settings = case.settings
     images = add("normalise", lambda: normalize(images, settings.mean, settings.std))
-    total = 1 / (lambda s: s.count / s.cpu_seconds)(case.measure(4 * seconds))
+    whole = case.measure(4 * seconds)
+    total = whole.cpu_seconds / whole.done
     other = total - sum(stages.values())
     add(
         "mix (not compared)",
@@ -203,7 +205,7 @@ def _pil_transform(settings: pipeline.TrainSettings, size: int) -> Transform:
     )
 
 
-def _cifar(data_dir: str) -> tuple[ArraySource, str]:
+def _cifar(data_dir: str) -> tuple[Source, str]:
     if data_dir:
         train = datasets.load("cifar100", 100.0, data_dir).train
         return train, f"CIFAR-100-LT, {len(train):,} images"
@@ -212,7 +214,8 @@ def _cifar(data_dir: str) -> tuple[ArraySource, str]:
     return ArraySource(images, numbers % 100, numbers), f"{len(images):,} generated images"
 
 
-def _photos(data_dir: str, scratch: Path, image_size: int) -> tuple[RecordSource, str]:
+def _photos(data_dir: str, scratch: Path, image_size: int) -> tuple[Source, str]:
+    train: Any
     if data_dir:
         data = datasets.load(
             "imagenet_lt", 1.0, data_dir, check_counts=False, image_size=image_size,
@@ -222,7 +225,7 @@ def _photos(data_dir: str, scratch: Path, image_size: int) -> tuple[RecordSource
     else:
         path = scratch / "photos.tfrecord"
         if not path.exists():
-            _write_photos(path, 128)
+            _write_photos(path, 64)
         train = RecordSource(
             (str(path),), tfrecords.scan([str(path)], "file_name"), image_size, image_size
         )

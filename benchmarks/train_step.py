@@ -63,12 +63,8 @@ def run(
     )
     batch = _batch(batch_size, image_shape, len(counts))
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    state = program.init_state()
-    fresh = convert(weights)
-    state = state.replace(
-        params=devices.replicate(fresh["params"]),
-        batch_stats=devices.replicate(fresh["batch_stats"]),
-    )
+    state: Any = program.init_state()
+    state = state.replace(**devices.replicate(convert(weights)))
     step = program.map_train_step()
     ours_batch, theirs_batch = devices.shard(batch), torch_resnet.to_torch(batch)
 
@@ -174,7 +170,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     values = flags.FLAGS
     measuring.pin(values.cores)
-    options = {
+    options: dict[str, Any] = {
         name: values[name].value
         for name in ("backbone", "experts", "batch_size", "cores", "repeats", "seconds")
     }
