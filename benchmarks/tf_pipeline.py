@@ -117,7 +117,7 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
         stages["decode"] -= stages["resize"]
         augment = dataclasses.replace(augment, flip=False)
     for name, part in _parts(augment).items():
-        images = add(name, lambda images=images, part=part: augment_batch(images, random, part))
+        images = add(name, _augmentation(images, random, part))
     settings = case.settings
     images = add("normalise", lambda: normalize(images, settings.mean, settings.std))
     whole = case.measure(4 * seconds)
@@ -154,6 +154,12 @@ def _profile_photographs(
     full = (size, size)
     add("resize", lambda: tf.stack([resize(image, full, full, flip=flip) for image, flip in cut]))
     return images
+
+
+def _augmentation(
+    images: tf.Tensor, random: RowRandom, settings: AugmentSettings
+) -> Callable[[], tf.Tensor]:
+    return lambda: augment_batch(images, random, settings)
 
 
 def _parts(settings: AugmentSettings) -> dict[str, AugmentSettings]:
