@@ -31,6 +31,9 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
+    # Keeps the memory of a batch for the next: handing out fresh pages for each batch of
+    # photographs would take a sixth of the time.
+    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
     _log_to_terminal()
 
     def guarded(arguments: Sequence[str]) -> None:

@@ -46,9 +46,11 @@ def gather_pixels(
     batch = tf.shape(images)[0]
     inside = inside & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     first = tf.range(batch)[:, None, None] * (height * width)
-    flat = tf.reshape(images, [-1, 3])
-    picked = tf.gather(flat, tf.where(inside, first + rows * width + columns, 0))
-    return tf.where(inside[..., None], picked, tf.constant(fill, tf.uint8))
+    # The fill is one more pixel to pick: twice as fast as to select by channel afterwards.
+    beyond = tf.fill([1, 3], tf.constant(fill, tf.uint8))
+    pixels = tf.concat([tf.reshape(images, [-1, 3]), beyond], axis=0)
+    outside = batch * height * width
+    return tf.gather(pixels, tf.where(inside, first + rows * width + columns, outside))
 
 
 def sample_bicubic(images: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: equal cores for both sides, turns, and medians.
+
+Machines are noisy, so the sides take turns in short runs, the ratio is taken within each round and
+the median over the rounds. Beside the time of the clock stands the processor time, which other
+programs on the same cores take little from.
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from balpoe_jax.errors import UserError
+
+
+class Sample(NamedTuple):
+    """One short run of one side.
+
+    Attributes:
+        done: images or steps.
+        seconds: by the clock.
+        cpu_seconds: of the processor, all threads and processes of the side.
+    """
+
+    done: int
+    seconds: float
+    cpu_seconds: float
+
+
+def pin(cores: int) -> None:
+    """Keeps this process, and those that it starts, on so many cores.
+
+    Before a library that counts the cores is imported.
+
+    Raises:
+        UserError: fewer cores, or a system that cannot pin.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("The benchmarks pin themselves to cores, which needs Linux.")
+    available = sorted(os.sched_getaffinity(0))
+    if not 1 <= cores <= len(available):
+        raise UserError(f"--cores must be 1 to {len(available)}, got {cores}.")
+    os.sched_setaffinity(0, available[-cores:])
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[], Sample]], repeats: int
+) -> dict[str, Sequence[Sample]]:
+    """So many samples of each side, the sides by turns and each round in the other order."""
+    samples: dict[str, list[Sample]] = {name: [] for name in sides}
+    for number in range(repeats):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            samples[name].append(sides[name]())
+    return dict(samples)
+
+
+def compare(ours: Sequence[Sample], theirs: Sequence[Sample], cores: int) -> dict[str, Any]:
+    """Medians a core of both sides and of the ratios within the rounds.
+
+    Returns:
+        `ours` and `theirs`, each `per_second` (by the clock, a core) and `per_cpu_second`; `ratio`
+        and `cpu_ratio`, above 1 if ours is faster; `ratio_range`, the least and greatest ratio of
+        a round by the clock.
+    """
+
+    def rates(samples: Sequence[Sample]) -> dict[str, float]:
+        return {
+            "per_second": statistics.median(s.done / s.seconds / cores for s in samples),
+            "per_cpu_second": statistics.median(s.done / s.cpu_seconds for s in samples),
+        }
+
+    pairs = list(zip(ours, theirs, strict=True))
+    ratios = [(a.done / a.seconds) / (b.done / b.seconds) for a, b in pairs]
+    cpu_ratios = [(a.done / a.cpu_seconds) / (b.done / b.cpu_seconds) for a, b in pairs]
+    return {
+        "ours": rates(ours),
+        "theirs": rates(theirs),
+        "ratio": statistics.median(ratios),
+        "ratio_range": (min(ratios), max(ratios)),
+        "cpu_ratio": statistics.median(cpu_ratios),
+    }
+
+
+def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
+    """Processor, cores, versions of Python and of the installed among `packages`."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages if _is_installed(name)},
+    }
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The description in one line."""
+    versions = [f"{k} {v}" for k, v in machine.items() if k not in ("processor", "cores", "load")]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, load {machine['load']:.1f}; "
+        f"{', '.join(versions)}"
+    )
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.machine()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

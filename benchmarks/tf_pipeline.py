@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our side of `input_pipeline`: the cases, their data, the tf.data pipeline and its profile."""
+
+import dataclasses
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from ml_collections import ConfigDict
+from PIL import Image
+
+from balpoe_jax.config import cifar_config
+from balpoe_jax.data import datasets, mixing, photos, pipeline, tfrecords
+from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
+from balpoe_jax.data.policies import AUTOAUGMENT_CIFAR
+from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.resampling import resize
+from balpoe_jax.data.sources import ArraySource, RecordSource, Source
+from balpoe_jax.recipes import IMAGENET_LT, photo_config
+from benchmarks.measuring import Sample
+from benchmarks.pil_transforms import Transform
+
+# More than are ever made.
+_STEPS = 10**9
+_WARM_UP_BATCHES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured on both sides.
+
+    Attributes:
+        source: the training set.
+        description: of the source.
+        settings: of our pipeline, which does not mix: the reference mixes on the accelerator.
+        transform: the same for Pillow.
+    """
+
+    source: Source
+    description: str
+    settings: pipeline.TrainSettings
+    transform: Transform
+
+    def pil_examples(self) -> list[npt.NDArray[np.uint8]] | list[bytes]:
+        """Arrays, or the bytes of photographs, in random order."""
+        order = np.random.default_rng(0).permutation(len(self.source))
+        images, _ = self.source.reader().read(tf.constant(order))
+        return list(images.numpy())
+
+    def measure(self, seconds: float) -> Sample:
+        """Makes batches for so long, on the cores that there are."""
+        batches = pipeline.train_batches(self.source, self.settings, 0, _STEPS)
+        for _ in range(_WARM_UP_BATCHES):
+            next(batches)
+        start, start_cpu = time.perf_counter(), time.process_time()
+        count = 0
+        while count == 0 or time.perf_counter() < start + seconds:
+            count += len(next(batches)["labels"])
+        return Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
+
+
+def make_case(
+    name: str, data_dir: str, scratch: Path, batch_size: int = 0, image_size: int = 0
+) -> Case:
+    """A case by name: "cifar" or "photos", a space, and "standard" or "long".
+
+    Args:
+        name: of the case.
+        data_dir: TFDS folder; empty for generated images.
+        scratch: folder for generated photographs.
+        batch_size: 0 for the recipe's.
+        image_size: of the photographs that the network gets; 0 for the recipe's 224.
+    """
+    kind, recipe = name.split()
+    if kind == "cifar":
+        config = cifar_config("cifar100", 0.4, f"recipe={recipe}")
+        source, description = _cifar(data_dir)
+    else:
+        config = photo_config(IMAGENET_LT, f"recipe={recipe}")
+        source, description = _photos(data_dir, scratch, image_size or config.data.image_size)
+    settings = _settings(config, batch_size or config.batch_size)
+    return Case(source, description, settings, _pil_transform(settings, source.image_shape[0]))
+
+
+def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[str, float]]:
+    """Microseconds of processor time an image, by stage, each stage by itself.
+
+    Args:
+        case: whose stages run on one of its batches, again and again.
+        seconds: of each stage.
+        mixup_alpha: of the stage that the comparison leaves out.
+
+    Returns:
+        Names and times; "other" is what the whole pipeline takes beyond its stages.
+    """
+    batch_size, rows = case.settings.batch_size, slice(0, case.settings.batch_size)
+    random = RowRandom(tf.constant([1, 2]), batch_size, rows)
+    indices = tf.constant(np.arange(batch_size) % len(case.source), tf.int32)
+    reader = case.source.reader()
+    stages: dict[str, float] = {}
+
+    def add(name: str, function: Callable[[], tf.Tensor]) -> tf.Tensor:
+        compiled = tf.function(function)
+        output = compiled()
+        stages[name] = _cpu_seconds(compiled, seconds) / batch_size
+        return output
+
+    images = add("read", lambda: reader.read(indices)[0])
+    augment = case.settings.augment
+    if case.source.encoded:
+        images = _profile_photographs(images, case, random, add)
+        stages["decode"] -= stages["resize"]
+        augment = dataclasses.replace(augment, flip=False)
+    for name, part in _parts(augment).items():
+        images = add(name, _augmentation(images, random, part))
+    settings = case.settings
+    images = add("normalise", lambda: normalize(images, settings.mean, settings.std))
+    whole = case.measure(4 * seconds)
+    total = whole.cpu_seconds / whole.done
+    other = total - sum(stages.values())
+    add(
+        "mix (not compared)",
+        lambda: mixing.mix_images(
+            images, mixing.draw_mix(tf.constant([1, 2]), mixup_alpha, batch_size, 1, rows)
+        ),
+    )
+    mix = stages.popitem()
+    result = [*stages.items(), ("other", other), ("all", total), mix]
+    return [(name, 1e6 * value) for name, value in result]
+
+
+def _profile_photographs(
+    encoded: tf.Tensor,
+    case: Case,
+    random: RowRandom,
+    add: Callable[[str, Callable[[], tf.Tensor]], tf.Tensor],
+) -> tf.Tensor:
+    """The stages of one photograph; "decode" includes "resize"."""
+    size = case.source.image_shape[0]
+    windows = add(
+        "draw windows", lambda: photos.random_windows(photos.shapes(encoded), random.stream("w"))
+    )
+    flips = random.uniform("flip") < 0.5
+    images = add("decode", lambda: photos.decode_windows(encoded, windows, flips, size))
+    cut = [
+        (tf.io.decode_and_crop_jpeg(image, window, channels=3), flip)
+        for image, window, flip in zip(encoded, windows, flips, strict=True)
+    ]
+    full = (size, size)
+    add("resize", lambda: tf.stack([resize(image, full, full, flip=flip) for image, flip in cut]))
+    return images
+
+
+def _augmentation(
+    images: tf.Tensor, random: RowRandom, settings: AugmentSettings
+) -> Callable[[], tf.Tensor]:
+    return lambda: augment_batch(images, random, settings)
+
+
+def _parts(settings: AugmentSettings) -> dict[str, AugmentSettings]:
+    """The settings one stage at a time, in the order in which they run."""
+    parts = {
+        "crop, flip, rotation": AugmentSettings(
+            crop_padding=settings.crop_padding, flip=settings.flip, rotation=settings.rotation
+        ),
+        "jitter": AugmentSettings(color_jitter=settings.color_jitter),
+        "policy": AugmentSettings(policy=settings.policy, fill=settings.fill),
+    }
+    return {name: part for name, part in parts.items() if part != AugmentSettings()}
+
+
+def _cpu_seconds(function: Callable[[], tf.Tensor], seconds: float) -> float:
+    """Processor time of a call: the median over as many as fit into `seconds`, at least three."""
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() < start + seconds:
+        before = time.process_time()
+        function()
+        times.append(time.process_time() - before)
+    return float(np.median(times))
+
+
+def _settings(config: ConfigDict, batch_size: int) -> pipeline.TrainSettings:
+    return pipeline.TrainSettings(
+        batch_size=batch_size,
+        seed=config.seed,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        augment=AugmentSettings(**config.augment.to_dict()),
+    )
+
+
+def _pil_transform(settings: pipeline.TrainSettings, size: int) -> Transform:
+    augment = settings.augment
+    return Transform(
+        size=size,
+        mean=settings.mean,
+        std=settings.std,
+        crop_padding=augment.crop_padding,
+        flip=augment.flip,
+        rotation=augment.rotation,
+        color_jitter=augment.color_jitter,
+        pairs=AUTOAUGMENT_CIFAR if augment.policy == "autoaugment_cifar" else (),
+        randaugment=augment.policy == "randaugment",
+        fill=augment.fill,
+    )
+
+
+def _cifar(data_dir: str) -> tuple[Source, str]:
+    if data_dir:
+        train = datasets.load("cifar100", 100.0, data_dir).train
+        return train, f"CIFAR-100-LT, {len(train):,} images"
+    images = np.stack([_smooth_noise(seed, 32, 32) for seed in range(1024)])
+    numbers = np.arange(len(images))
+    return ArraySource(images, numbers % 100, numbers), f"{len(images):,} generated images"
+
+
+def _photos(data_dir: str, scratch: Path, image_size: int) -> tuple[Source, str]:
+    train: Any
+    if data_dir:
+        data = datasets.load(
+            "imagenet_lt", 1.0, data_dir, check_counts=False, image_size=image_size,
+            resize=image_size,
+        )  # fmt: skip
+        train, kind = data.train, "imagenet_lt, {:,} photographs"
+    else:
+        path = scratch / "photos.tfrecord"
+        if not path.exists():
+            _write_photos(path, 64)
+        train = RecordSource(
+            (str(path),), tfrecords.scan([str(path)], "file_name"), image_size, image_size
+        )
+        kind = "{:,} generated photographs of 500x375"
+    kilobytes = train.index.sizes.mean() / 1000
+    return train, f"{kind.format(len(train))}, {kilobytes:.0f} kB on average"
+
+
+def _write_photos(path: Path, count: int) -> None:
+    def feature(value: bytes) -> tf.train.Feature:
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for number in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(_smooth_noise(number, 375, 500)).save(buffer, "JPEG", quality=92)
+            features = {
+                "image": feature(buffer.getvalue()),
+                "file_name": feature(b"%d" % number),
+                "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[number % 10])),
+            }
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            writer.write(example.SerializeToString())
+
+
+def _smooth_noise(seed: int, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Noise at several scales, the coarser the stronger; about the detail of a photograph."""
+    random = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for scale in (1, 2, 4, 8, 16, 32):
+        coarse = random.integers(0, 256, (height // scale + 1, width // scale + 1, 3), np.uint8)
+        layer = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        total += (np.asarray(layer, np.float64) - 127.5) * scale
+    return np.clip(127.5 + total / 32, 0, 255).astype(np.uint8)
