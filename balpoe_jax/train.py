@@ -19,7 +19,7 @@ from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import Evaluator, publish
-from balpoe_jax.experiment import Experiment, build, num_parameters
+from balpoe_jax.experiment import Experiment, build_together, num_parameters
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
@@ -48,13 +48,13 @@ def train(config: ConfigDict, workdir: str, start_up: StartUp | None = None) -> 
     start_up = start_up or StartUp()
     check_config(config)
     path = record.open_workdir(workdir)
-    processes.check_same(record.shared_fields(config.to_dict()), "config")
+    record.check_same_config(config.to_dict())
     with record.log_to_file(path):
         processes.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
         with start_up.measure("data"):
-            experiment = build(config)
+            experiment = build_together(config)
         processes.on_first(partial(_claim, path, experiment))
         return _train(experiment, path, start_up)
 
