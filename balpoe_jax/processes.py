@@ -9,11 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,10 +176,22 @@ def is_of_jax(error: BaseException | None) -> bool:
     It then tells nothing of its own place: another process may have died.
     """
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or _is_bare_status(error):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _is_bare_status(error: BaseException) -> bool:
+    """Whether it is a failed call of JAX as its fast path raises it, such as `UNKNOWN: Gloo ...`.
+
+    TensorStore words its errors so too; but those do not come from a frame of JAX, or of ours.
+    """
+    if not isinstance(error, ValueError) or not re.match(r"[A-Z_]+: ", str(error)):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    where = frames[-1].f_globals["__name__"] if frames else ""
+    return where.partition(".")[0] in ("jax", "balpoe_jax")
 
 
 def _initialize(
