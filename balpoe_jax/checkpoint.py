@@ -6,14 +6,15 @@ process takes part in it, and it holds nothing of how many devices and processes
 layout restores it.
 """
 
+import re
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from balpoe_jax import parallel
-from balpoe_jax.errors import UserError
+from balpoe_jax import parallel, processes
+from balpoe_jax.errors import PassingError, UserError, passes
 from balpoe_jax.state import TrainState
 
 
@@ -57,7 +58,7 @@ class Checkpoints:
         before this returns, and a CPU's memory is not overwritten while the writer looks at it.
 
         Raises:
-            UserError (a `ValueError`): this or the save before it could not be written.
+            PassingError (a `UserError`): this or the save before it could not be written.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest_step():
@@ -67,6 +68,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=arguments)
         except Exception as error:  # of this save, or of the one before that ran until now
+            _raise_if_of_jax(error)
             raise self._unwritable(error) from error
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
@@ -81,11 +83,18 @@ class Checkpoints:
             The restored state, or None when there is no checkpoint.
 
         Raises:
-            UserError (a `ValueError`): a checkpoint of another shape, one that cannot be read, or
-                one that could not be written.
+            UserError (a `ValueError`): a checkpoint of another shape, or one that cannot be read.
+            PassingError (a `UserError`): storage that does not answer, does not show all processes
+                the same checkpoint, or to which one could not be written.
         """
         self.wait()
         step = self.latest_step()
+        processes.check_same(
+            step,
+            "newest checkpoint",
+            "start again, and mend the storage if it stays so",
+            PassingError,
+        )
         if step is None:
             return None
         where = f"{self.directory}/{step}"
@@ -93,6 +102,7 @@ class Checkpoints:
         try:
             saved = self._manager.item_metadata(step)["state"]
         except Exception as error:  # Orbax raises what its storage layers do
+            _raise_if_of_jax(error)
             raise _unreadable(where, error) from error
         if saved is None:
             raise _unreadable(where, ValueError("it holds no state"))
@@ -102,6 +112,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )
         except Exception as error:
+            _raise_if_of_jax(error)
             raise _unreadable(where, error) from error
         return parallel.rewrap(restored["state"], like)
 
@@ -111,20 +122,34 @@ class Checkpoints:
         self._manager.close()
 
     def wait(self) -> None:
-        """Waits for writing to end; raises UserError (a `ValueError`) when it failed."""
+        """Waits for writing to end; raises PassingError (a `UserError`) when it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            _raise_if_of_jax(error)
             raise self._unwritable(error) from error
 
-    def _unwritable(self, error: Exception) -> UserError:
-        return UserError(
+    def _unwritable(self, error: Exception) -> PassingError:
+        return PassingError(
             f"A checkpoint could not be written to {self.directory} ({_reason(error)}); make room "
             "or mend its permissions, and start again to go on from the checkpoint before it."
         )
 
 
+def _raise_if_of_jax(error: Exception) -> None:
+    """Leaves alone what is not of the storage: another process died, or memory is short."""
+    if processes.is_of_jax(error):
+        raise error
+
+
 def _unreadable(where: str, error: Exception) -> UserError:
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore words it
+    refusal = OSError(int(code[1]), "") if code else error
+    if isinstance(refusal, OSError) and passes(refusal):
+        return PassingError(
+            f"The checkpoint {where} cannot be read ({_reason(error)}); start again when its "
+            "storage answers."
+        )
     return UserError(
         f"The checkpoint {where} cannot be read ({_reason(error)}); move that folder away "
         "to go on from the checkpoint before it."

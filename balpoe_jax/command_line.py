@@ -15,10 +15,11 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from balpoe_jax.errors import Preempted, UserError
+from balpoe_jax.errors import PassingError, Preempted, UserError
 
 _EXIT_ERROR = 1
 _EXIT_USER_ERROR = 2
+_EXIT_PASSING_ERROR = os.EX_TEMPFAIL  # 75
 _EXIT_INTERRUPTED = 130  # as a shell reports it
 _EXIT_PREEMPTED = 143  # likewise, of SIGTERM
 
@@ -26,8 +27,9 @@ _EXIT_PREEMPTED = 143  # likewise, of SIGTERM
 def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command: defines and parses flags, then calls `main` with what is left of them.
 
-    Wrong flags and every `UserError` end the process with one line on stderr and exit code 2, an
-    interruption from the keyboard with one line and 130, a preemption (SIGTERM) with one and 143.
+    Wrong flags and every `UserError` end the process with one line on stderr and exit code 2, a
+    `PassingError` with one and 75, an interruption from the keyboard with one and 130, a preemption
+    (SIGTERM) with one and 143.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
@@ -53,7 +55,7 @@ def report(error: BaseException) -> int:
     """Prints what ended a command, in one line if it is of a known kind; returns the exit code."""
     if isinstance(error, UserError):
         _print_error(str(error))
-        return _EXIT_USER_ERROR
+        return _EXIT_PASSING_ERROR if isinstance(error, PassingError) else _EXIT_USER_ERROR
     if isinstance(error, Preempted):
         print(f"Preempted: {error}", file=sys.stderr)
         return _EXIT_PREEMPTED

@@ -2,8 +2,11 @@
 """The exceptions that mean "the program is not wrong"."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM)
 
 
 class UserError(ValueError):
@@ -14,17 +17,32 @@ class UserError(ValueError):
     """
 
 
+class PassingError(UserError):
+    """What may have passed when the same command is started again: a full disk, a host not there.
+
+    The command line prints it likewise and exits with code 75, so that whoever restarts can tell.
+    """
+
+
 class Preempted(Exception):  # noqa: N818
     """The machine is about to be taken away; what there was to save is saved."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write a file or folder into a `UserError`."""
+    """Turns an operating system's refusal to write a file or folder into a `UserError`.
+
+    It is a `PassingError` when `passes` says so of the refusal.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise (PassingError if passes(error) else UserError)(
             f"{path} cannot be written ({error.strerror or error}); move away what is in its "
             "place, make room, or choose another folder."
         ) from error
+
+
+def passes(error: OSError) -> bool:
+    """Whether it is of a full disk or of storage that does not answer, and not of a wrong path."""
+    return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING

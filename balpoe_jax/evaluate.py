@@ -15,7 +15,7 @@ from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.sources import Source
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import Experiment, build, num_parameters
+from balpoe_jax.experiment import Experiment, build_together, num_parameters
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.state import TrainState
 
@@ -38,9 +38,9 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     there = record.locate(workdir)
     processes.on_first(lambda: record.check_claim(there, config.to_dict()))
     path = record.open_workdir(workdir)
-    processes.check_same(record.shared_fields(config.to_dict()), "config")
+    record.check_same_config(config.to_dict())
     with record.log_to_file(path):
-        experiment = build(config)
+        experiment = build_together(config)
         with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
             state = checkpoints.restore_latest(experiment.abstract_state())
         if state is None:

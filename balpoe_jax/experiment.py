@@ -2,6 +2,7 @@
 """What a config describes, built: data, devices, model, optimizer."""
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,10 @@ import optax
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax import metrics, optim, parallel
+from balpoe_jax import metrics, optim, parallel, processes
 from balpoe_jax.data import datasets, mixing, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import ExpertEnsemble, create_model
@@ -137,6 +139,38 @@ class Experiment(Program):
             "num_train": len(self.data.train),
             "num_test": len(self.data.test),
         }
+
+    def shared_data(self) -> dict[str, Any]:
+        """What must be the same in all processes, each of which reads data of its own."""
+        data = self.data
+        sources = {"train": data.train, "test": data.test, "held_out": data.held_out}
+        return {
+            "class_counts": data.class_counts.tolist(),
+            "total_steps": self.total_steps,
+            **{name: source and _digest(source) for name, source in sources.items()},
+        }
+
+
+def _digest(source: Source) -> str:
+    """Of which examples there are, in which order, with which labels; not of their pixels."""
+    which = source.keys if isinstance(source, ArraySource) else source.index.names
+    digest = hashlib.sha256(source.labels.tobytes())
+    digest.update(which.tobytes())
+    return digest.hexdigest()
+
+
+def build_together(config: ConfigDict) -> Experiment:
+    """Builds an experiment in every process, as `build` does.
+
+    Raises:
+        UserError (a `ValueError`): as `build` does, or data that are not the same in all processes.
+    """
+    experiment = build(config)
+    if processes.count() > 1:
+        processes.check_same(
+            experiment.shared_data(), "data set", "prepare the same one, in one way, on every host"
+        )
+    return experiment
 
 
 def build(config: ConfigDict) -> Experiment:

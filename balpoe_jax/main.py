@@ -17,7 +17,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "This is one of several processes: TPU pods, Slurm, Open MPI and Kubernetes tell which.",
+        "This is one of several processes: TPU pods (GKE's too), Slurm and Open MPI tell which.",
     )
     flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, where nothing tells which it is."
@@ -28,6 +28,12 @@ def define_flags() -> None:
         "heartbeat_timeout_seconds",
         60,
         "Without a sign of life from another process before this one ends.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "start_timeout_seconds",
+        300,
+        "For all processes to find each other before this one ends, with exit code 75.",
         lower_bound=1,
     )
 
@@ -64,6 +70,7 @@ def _processes() -> contextlib.AbstractContextManager[None]:
     return processes.group(
         *which,
         heartbeat_timeout_seconds=values.heartbeat_timeout_seconds,
+        start_timeout_seconds=values.start_timeout_seconds,
         report=command_line.report,
     )
 

@@ -9,11 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +25,7 @@ import numpy as np
 from jax._src import distributed  # its key-value store has no public name; Orbax takes it so too
 from jax.experimental import multihost_utils
 
-from balpoe_jax.errors import Preempted, UserError
+from balpoe_jax.errors import PassingError, Preempted, UserError
 
 _FAILURE, _LEFT, _END = "balpoe_jax/failure", "balpoe_jax/left", "balpoe_jax/end"
 _POLL_SECONDS = 0.5
@@ -51,14 +53,16 @@ def group(
 
     Args:
         coordinator_address: `HOST:PORT` of process 0. When this and the next two are None, JAX
-            asks the cluster: TPU pods, Slurm, Open MPI, Kubernetes.
+            asks the cluster: TPU pods, those of GKE too, Slurm, Open MPI.
         num_processes, process_id: how many there are, and which this is.
         heartbeat_timeout_seconds: without a sign of life before a process counts as dead.
         start_timeout_seconds: for all processes to come.
         report: prints an error and returns the exit code that it calls for.
 
     Raises:
-        UserError (a `ValueError`): the processes cannot find each other.
+        UserError (a `ValueError`): an address that cannot be used, or a cluster that JAX does not
+            know.
+        PassingError (a `UserError`): the processes do not find each other.
     """
     _initialize(
         coordinator_address,
@@ -66,6 +70,7 @@ def group(
         process_id,
         heartbeat_timeout_seconds,
         start_timeout_seconds,
+        report,
     )
     finished = threading.Event()
     watch = threading.Thread(target=_watch, args=(finished,), name="watch", daemon=True)
@@ -97,38 +102,47 @@ def is_first() -> bool:
 
 def on_first(function: Callable[[], Any]) -> None:
     """Calls `function` in process 0 alone; a `UserError` of it is raised in all processes."""
-    message = ""
+    kind, message = "", ""
     if is_first():
         try:
             function()
         except UserError as error:
             if count() == 1:
                 raise
+            kind = "passing" if isinstance(error, PassingError) else "lasting"
             message = str(error)
-    message = _broadcast(message)
-    if message:
-        raise UserError(message)
+    kind, _, message = _broadcast(f"{kind} {message}").partition(" ")
+    if kind:
+        raise (PassingError if kind == "passing" else UserError)(message)
 
 
-def check_same(config: Any, what: str) -> None:
-    """Refuses processes that were started with different values.
+def first_says(question: Callable[[], bool]) -> bool:
+    """What process 0 answers, in all processes, such as whether a file is there."""
+    answer = is_first() and question()
+    return bool(_broadcast("yes" if answer else ""))
+
+
+def check_same(value: Any, what: str, remedy: str, error: type[UserError] = UserError) -> None:
+    """Refuses processes that have different values.
 
     Args:
-        config: what JSON can hold.
+        value: what JSON can hold.
         what: its name in the message.
+        remedy: what the message says to do.
+        error: the kind to raise.
 
     Raises:
-        UserError (a `ValueError`): in all processes.
+        UserError (a `ValueError`), or `error`: in all processes.
     """
     if count() == 1:
         return
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
     digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     differing = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
     if differing:
-        raise UserError(
-            f"All processes must be started with the same {what}, and that of process 0 is not "
-            f"that of {_names(differing)}; use one command line for all."
+        raise error(
+            f"All processes must have the same {what}, and that of process 0 is not that of "
+            f"{_names(differing)}; {remedy}."
         )
 
 
@@ -156,18 +170,43 @@ def check_shared(folder: Path) -> None:
         )
 
 
+def is_of_jax(error: BaseException | None) -> bool:
+    """Whether an error, or one that it follows from, is of a computation or a connection of JAX.
+
+    It then tells nothing of its own place: another process may have died.
+    """
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or _is_bare_status(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_bare_status(error: BaseException) -> bool:
+    """Whether it is a failed call of JAX as its fast path raises it, such as `UNKNOWN: Gloo ...`.
+
+    TensorStore words its errors so too; but those do not come from a frame of JAX, or of ours.
+    """
+    if not isinstance(error, ValueError) or not re.match(r"[A-Z_]+: ", str(error)):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    where = frames[-1].f_globals["__name__"] if frames else ""
+    return where.partition(".")[0] in ("jax", "balpoe_jax")
+
+
 def _initialize(
     coordinator_address: str | None,
     num_processes: int | None,
     process_id: int | None,
     heartbeat_timeout_seconds: int,
     start_timeout_seconds: int,
+    report: Callable[[BaseException], int],
 ) -> None:
     explicit = coordinator_address is not None
-    if coordinator_address is not None and process_id == 0:
-        _check_port(coordinator_address)
+    if coordinator_address is not None:
+        _check_address(coordinator_address, process_id == 0)
     # JAX ends the process itself when time is up, with a page of its inner state.
-    too_late = threading.Timer(start_timeout_seconds, _give_up, (start_timeout_seconds,))
+    too_late = threading.Timer(start_timeout_seconds, _give_up, (start_timeout_seconds, report))
     too_late.daemon = True
     too_late.start()
     try:
@@ -187,16 +226,19 @@ def _initialize(
             else "name --coordinator_address, --num_processes and --process_id where JAX does not "
             "know the cluster."
         )
-        raise UserError(f"The processes did not find each other ({reason}); {wanted}") from error
+        kind = PassingError if isinstance(error, jax.errors.JaxRuntimeError) else UserError
+        raise kind(f"The processes did not find each other ({reason}); {wanted}") from error
     finally:
         too_late.cancel()
 
 
-def _check_port(coordinator_address: str) -> None:
-    """Refuses a port that is taken, of which JAX would die."""
-    port = coordinator_address.rpartition(":")[2]
-    if not port.isdecimal():
+def _check_address(coordinator_address: str, here: bool) -> None:
+    """Refuses what is no address and, in process 0, a port that is taken: JAX would die of it."""
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdecimal():
         raise UserError(f"--coordinator_address must be HOST:PORT, got {coordinator_address!r}.")
+    if not here:
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -208,14 +250,15 @@ def _check_port(coordinator_address: str) -> None:
             ) from error
 
 
-def _give_up(seconds: float) -> None:
-    print(
-        f"Error: the processes did not find each other within {seconds:g} seconds; were all "
-        "started, with the same --num_processes and the --coordinator_address of process 0?",
-        file=sys.stderr,
+def _give_up(seconds: float, report: Callable[[BaseException], int]) -> None:
+    code = report(
+        PassingError(
+            f"The processes did not find each other within {seconds:g} seconds; were all started, "
+            "with the same --num_processes and the --coordinator_address of process 0?"
+        )
     )
     sys.stderr.flush()
-    os._exit(2)
+    os._exit(code)
 
 
 def _wait_for_all() -> None:
@@ -237,7 +280,7 @@ def _watch(finished: threading.Event) -> None:
 def _stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
     """Reports this process's error, or the one elsewhere that it follows from, and exits."""
     failure = _read_failure()
-    computing = isinstance(error, jax.errors.JaxRuntimeError)
+    computing = is_of_jax(error)
     if failure and computing:
         _leave(failure)  # a broken connection is not the cause
     code = report(error)

@@ -25,7 +25,7 @@ import jax
 import balpoe_jax
 from balpoe_jax import processes
 from balpoe_jax.config import default_config
-from balpoe_jax.errors import UserError, writing
+from balpoe_jax.errors import PassingError, UserError, passes, writing
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
@@ -87,7 +87,7 @@ def _make_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
+        raise (PassingError if passes(error) else UserError)(
             f"The workdir {path} cannot be written to ({error.strerror}); choose another one with "
             "--workdir=DIR."
         ) from error
@@ -149,10 +149,12 @@ def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 
-def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that must be the same in all processes: not those about the host itself."""
+def check_same_config(config: Mapping[str, Any]) -> None:
+    """Refuses processes with different configs, but for the fields about the host itself."""
     fields = _flatten(plain(config))
-    return {name: fields[name] for name in fields if name not in ("data.data_dir", "data.threads")}
+    own = ("data.data_dir", "data.threads")
+    shared = {name: fields[name] for name in fields if name not in own}
+    processes.check_same(shared, "config", "use one command line for all")
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import Evaluator, publish
-from balpoe_jax.experiment import Experiment, build, num_parameters
+from balpoe_jax.experiment import Experiment, build_together, num_parameters
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
@@ -48,13 +48,13 @@ def train(config: ConfigDict, workdir: str, start_up: StartUp | None = None) -> 
     start_up = start_up or StartUp()
     check_config(config)
     path = record.open_workdir(workdir)
-    processes.check_same(record.shared_fields(config.to_dict()), "config")
+    record.check_same_config(config.to_dict())
     with record.log_to_file(path):
         processes.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
         with start_up.measure("data"):
-            experiment = build(config)
+            experiment = build_together(config)
         processes.on_first(partial(_claim, path, experiment))
         return _train(experiment, path, start_up)
 
@@ -109,6 +109,14 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
             StepProfiler(workdir, config["profile"]["steps"]) as profiler,
             PreemptionNotice() as notice,
         ):
+
+            def score_test(state: TrainState, step: int) -> None:
+                results = evaluator.score_test(state, workdir / "predictions")
+                if results:
+                    writer.write(_test_row(results, step, per_epoch))
+
+            if lacks_test(experiment, workdir, first_step):
+                score_test(state, first_step)
             progress = Progress(experiment, first_step, batches)
             for step in range(first_step + 1, total_steps + 1):
                 if step == first_step + 1:
@@ -130,17 +138,15 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                     with _explicit_transfers():
                         row = progress.report(step)
                     writer.write(row)
-                # Before a checkpoint too: a resumed run does not come back to this step.
-                if test and not last:
-                    results = evaluator.score_test(state, workdir / "predictions")
-                    if results:
-                        writer.write(_test_row(results, step, per_epoch))
-                    progress.restart_clock()
+                # Before the test, which may take long: a run that is ended in it resumes with it.
                 if save or last or stop:
                     checkpoints.save(state)
                 if stop:
                     checkpoints.wait()
                     raise Preempted(f"step {step} is saved; start again to go on from there.")
+                if test and not last:
+                    score_test(state, step)
+                    progress.restart_clock()
             results = evaluator.score(state, workdir / "predictions")
             if results and not record.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, per_epoch))
@@ -275,6 +281,15 @@ def _announce(experiment: Experiment) -> None:
             mean_tau,
             leaning,
         )
+
+
+def lacks_test(experiment: Experiment, workdir: Path, step: int) -> bool:
+    """Whether the run was stopped before it wrote the scores that are due after `step`."""
+    epoch, since = divmod(step, experiment.steps_per_epoch)
+    due = not since and _due(epoch, experiment.config["eval"]["every_epochs"])
+    if not due or not 0 < step < experiment.total_steps:
+        return False
+    return processes.first_says(lambda: not record.has_test_row(workdir, step))
 
 
 def _due(epoch: int, every: int) -> bool:

@@ -9,6 +9,7 @@ is one of two processes with two CPU devices each; `start` starts both.
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +183,9 @@ def load(path: Path) -> list[np.ndarray]:
 def agree(folder: Path) -> None:
     """What one process refuses, all refuse; no training."""
     from balpoe_jax import processes, record
+    from balpoe_jax.data import balanced
     from balpoe_jax.errors import UserError
+    from balpoe_jax.experiment import build_together
 
     own = folder / f"only-{jax.process_index()}"
 
@@ -189,18 +193,28 @@ def agree(folder: Path) -> None:
         assert processes.is_first()
         raise UserError("No.")
 
+    profile, load = balanced.BALANCED["digits"]
+
+    def load_own(folder: str | None):
+        train, test = load(folder)
+        order = np.arange(len(train))
+        # As if it had been prepared in another way: the counts stay the same.
+        return train.select(order if processes.is_first() else order[::-1]), test
+
+    balanced.BALANCED["digits"] = (profile, load_own)
     refusals = []
     for attempt in (
         lambda: record.open_workdir(str(own)),
-        lambda: processes.check_same({"seed": jax.process_index()}, "config"),
+        lambda: record.check_same_config({"seed": jax.process_index()}),
         lambda: processes.on_first(refuse),
         lambda: record.open_workdir("/dev/null/x" if processes.is_first() else str(own)),
+        lambda: build_together(digits_config()),
     ):
         try:
             attempt()
         except UserError as error:
             refusals.append(str(error))
-    processes.check_same({"seed": 1}, "config")
+    record.check_same_config({"seed": 1})
     record.open_workdir(str(folder / "shared"))
     (folder / f"refusals-{jax.process_index()}.json").write_text(json.dumps(refusals))
 
@@ -243,6 +257,34 @@ def meet(ending: str) -> None:
         time.sleep(0.02)
 
 
+def save(folder: Path, restore: bool = False) -> None:
+    """The second process is killed as the first one saves or restores."""
+    from jax.experimental import multihost_utils
+
+    from balpoe_jax.checkpoint import Checkpoints
+    from balpoe_jax.parallel import make_parallel
+    from balpoe_jax.state import TrainState
+
+    create = jax.jit(
+        lambda step: TrainState(step, {"w": jnp.ones((500, 2000))}, {}, {}),
+        out_shardings=make_parallel("pmap").replicated,
+    )
+    state = create(np.int32(5))
+    with Checkpoints(str(folder)) as checkpoints:
+        if restore:
+            checkpoints.save(state)
+            checkpoints.wait()
+        multihost_utils.process_allgather(np.array(0))
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("going on")
+        time.sleep(0.3)  # until the network knows
+        if restore:
+            checkpoints.restore_latest(state)
+        else:
+            checkpoints.save(state)
+
+
 def main() -> None:
     port, process_id, task, *folders = sys.argv[1:]
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -253,7 +295,7 @@ def main() -> None:
     package.setLevel(logging.INFO)
     package.addHandler(logging.StreamHandler(sys.stdout))
     paths = [Path(folder) for folder in folders]
-    tasks = {"agree": agree, "whole": whole}
+    tasks = {"agree": agree, "whole": whole, "save": save, "restore": partial(save, restore=True)}
     with processes.group(
         f"127.0.0.1:{port}",
         2,

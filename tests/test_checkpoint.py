@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints by themselves: what is saved is what was there, kept as asked, read as a tree."""
 
+import errno
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from balpoe_jax.checkpoint import Checkpoints
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import PassingError, UserError
 from balpoe_jax.state import TrainState
 
 
@@ -86,5 +88,53 @@ def test_a_failed_write_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
 
     with Checkpoints(str(tmp_path)) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", fail)
-        with pytest.raises(UserError, match=r"could not be written to .*No space left on device"):
+        with pytest.raises(
+            PassingError, match=r"could not be written to .*No space left on device"
+        ):
             checkpoints.save(make_state(3))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("UNKNOWN: Failed to read [os_error_code='5']"), PassingError),  # EIO
+        (OSError(errno.ESTALE, "Stale file handle"), PassingError),
+        (ValueError("UNKNOWN: Failed to open [os_error_code='40']"), UserError),  # ELOOP
+        (ValueError("DATA_LOSS: Invalid manifest"), UserError),
+    ],
+)
+def test_storage_that_does_not_answer_is_not_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch, error: Exception, kind: type[UserError]
+) -> None:
+    def fail(*_, **__):
+        raise error
+
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(make_state(3))
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(UserError) as caught:
+            checkpoints.restore_latest(abstract(make_state(0)))
+    assert type(caught.value) is kind
+
+
+def test_a_lost_connection_is_not_an_error_of_the_storage(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_, **__):
+        try:
+            raise jax.errors.JaxRuntimeError("Connection closed by peer")
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError("No barrier") from error
+
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(make_state(3))
+        checkpoints.wait()
+        for name, verb in (
+            ("save", partial(checkpoints.save, make_state(4))),
+            ("restore", partial(checkpoints.restore_latest, abstract(make_state(0)))),
+            ("wait_until_finished", checkpoints.wait),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoints._manager, name, fail)
+                with pytest.raises(ValueError, match="No barrier") as caught:
+                    verb()
+            assert not isinstance(caught.value, UserError)

@@ -19,7 +19,7 @@ FLAGS = [
     "--config=configs/digits_lt.py:method=balpoe,mixup=true",
     "--workdir=/runs/a b",
     "--config.loss.taus=(0.0,0.5,2.5)",
-    '--config.remark=it\'s $(touch hacked) `touch hacked` "x" & $HOME; $$ {a: 1}, [2] # *',
+    '--config.remark=it\'s $(touch hacked) `touch hacked` "x" & $HOME; $$ {a: 1}, [2] # * é 🙂',
 ]
 TPU_POD = ["tpu_pod.sh", "--name=pod", "--zone=us-east5-b"]
 GKE = ["gke/submit.sh", "--name=run", "--image=r.io/i:1", "--hosts=4", "--claim=runs"]
@@ -109,10 +109,12 @@ def test_tpu_pod_installs_the_pinned_jax() -> None:
 )
 def test_slurm(tmp_path: Path, tasks: str, devices: list[str]) -> None:
     srun = stand_in(tmp_path, "srun")
-    slurm = {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": "4", "PYTHON": "python3"}
+    slurm = {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": "4"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "12", "PYTHON": "python3"}
     printed = run(["slurm.sbatch", "--dry-run", *FLAGS], **slurm).stdout.splitlines()
     assert run(["slurm.sbatch", *FLAGS], tmp_path, **slurm).returncode == 0
-    options = ["--kill-on-bad-exit=1", "--gpu-bind=none", f"--chdir={ROOT}"]
+    options = ["--kill-on-bad-exit=1", "--gpu-bind=none", "--cpus-per-task=12"]
+    options += [f"--chdir={ROOT}"]
     main = ["python3", "-u", "-m", "balpoe_jax.main", "--distributed"]
     assert taken(srun) == [*options, *devices, *main, *FLAGS]
     assert words(printed[0]) == ["srun", *taken(srun)]

@@ -159,9 +159,10 @@ def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
     assert [message[:50] for message in first] == [message[:50] for message in second]
     assert [message[:50] for message in first] == [
         "The workdir must be one folder on storage that all",
-        "All processes must be started with the same config",
+        "All processes must have the same config, and that ",
         "No.",
         "The workdir /dev/null/x cannot be written to (Not a directory); choose another"[:50],
+        "All processes must have the same data set, and that of process 0"[:50],
     ]
     assert "is not seen by process 1; choose another --workdir" in first[0]
     assert list((tmp_path / "shared").iterdir()) == []
@@ -205,8 +206,8 @@ def test_a_process_that_is_lost_ends_the_other(
 def test_a_process_that_stays_alone_gives_up(tmp_path: Path, process: int) -> None:
     command = process_runs.task_commands("alone")[process]
     with process_runs.start([command, ["true"]], tmp_path) as pair:
-        assert pair.wait() == [2, 0]
-        assert pair.error(0).startswith("Error: the processes did not find each other within 2 s")
+        assert pair.wait() == [75, 0]
+        assert pair.error(0).startswith("Error: The processes did not find each other within 2 s")
         assert len(pair.error(0).splitlines()) == 1
 
 
@@ -216,9 +217,23 @@ def test_a_port_that_is_taken_is_refused() -> None:
         joined = processes.group(address, 2, 0, report=lambda error: 1)
         with pytest.raises(UserError, match=r"Process 0 cannot use port .* in use"), joined:
             pass
-    joined = processes.group("here", 2, 0, report=lambda error: 1)
-    with pytest.raises(UserError, match="must be HOST:PORT, got 'here'"), joined:
-        pass
+    for process in range(2):
+        joined = processes.group("here", 2, process, report=lambda error: 1)
+        with pytest.raises(UserError, match="must be HOST:PORT, got 'here'"), joined:
+            pass
+
+
+@pytest.mark.parametrize("task", ["save", "restore"])
+def test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage(
+    tmp_path: Path, task: str
+) -> None:
+    commands = process_runs.task_commands(task, tmp_path / "checkpoints")
+    with process_runs.start(commands, tmp_path) as pair:
+        pair.wait_for("going on")
+        code = pair.processes[0].wait(4 * process_runs.HEARTBEAT_SECONDS)
+        assert code not in (0, 2, 75), pair.everything()
+        last_words = ("stops because a computation failed", "another task died")
+        assert any(words in pair.error(0) for words in last_words), pair.everything()
 
 
 def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:

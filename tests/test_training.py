@@ -17,7 +17,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
 from balpoe_jax.parallel import Parallel
-from balpoe_jax.train import Progress, train
+from balpoe_jax.train import Progress, lacks_test, train
 
 STEPS_PER_EPOCH = 3
 
@@ -209,6 +209,25 @@ def test_a_run_that_stopped_in_its_last_evaluation_gets_its_row(
     (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
     train(tiny_config(), str(workdir))
     assert rows(workdir) == rows(finished)
+
+
+def test_a_run_that_stopped_in_an_evaluation_on_its_way_makes_it_up(
+    finished: Path, tmp_path: Path
+) -> None:
+    workdir, other = tmp_path / "run", tmp_path / "other"
+    for copy in (workdir, other):
+        interrupt(finished, copy, epoch=1)
+    config = tiny_config(eval__every_epochs=1)
+    experiment = build(config)
+    assert [s for s in range(7) if lacks_test(experiment, workdir, s)] == [3]
+    train(config, str(workdir))
+    found = rows(workdir)
+    assert [row["step"] for row in found] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert found[3]["test_top1"] == evaluate(config, str(other))["test"]["top1"]
+    jax.tree.map(
+        np.testing.assert_array_equal, final_state(config, workdir), final_state(config, finished)
+    )
+    assert not any(lacks_test(experiment, workdir, step) for step in range(7))
 
 
 def test_checkpoints_of_nobody_are_not_adopted(finished: Path, tmp_path: Path) -> None:

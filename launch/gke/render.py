@@ -19,6 +19,11 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def quote(value: str | int) -> str:
+    """As JSON, but no escapes: YAML does not put its pairs of them for rare characters together."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def render(folder: Path, values: dict[str, str], arguments: list[str]) -> str:
     """The manifest with each placeholder as a JSON value, which YAML reads as it is."""
     file = "tpu.yaml" if "tpu" in values else "gpu.yaml"
@@ -34,14 +39,14 @@ def render(folder: Path, values: dict[str, str], arguments: list[str]) -> str:
     if not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", values["name"]):
         fail(f"--name must be lower-case letters, digits and dashes, got {values['name']}")
     # Kubernetes replaces $(NAME) in arguments, and $$ by $.
-    flags = [json.dumps(argument.replace("$", "$$")) for argument in arguments]
+    flags = [quote(argument.replace("$", "$$")) for argument in arguments]
     numbers = {name: int(values[name]) for name in ("hosts", "chips", "gpus") if name in values}
     placeholders = {
-        **{name: json.dumps(value) for name, value in {**values, **numbers}.items()},
-        "coordinator": json.dumps(
+        **{name: quote(value) for name, value in {**values, **numbers}.items()},
+        "coordinator": quote(
             f"--coordinator_address={values['name']}-hosts-0-0.{values['name']}:8476"
         ),
-        "num_processes": json.dumps(f"--num_processes={values['hosts']}"),
+        "num_processes": quote(f"--num_processes={values['hosts']}"),
         "flags": ", ".join(flags),
     }
     return string.Template((folder / file).read_text()).substitute(placeholders)
