@@ -5,8 +5,8 @@ A re-creation from its facts, which are: ResNet-50 whose strided convolutions pa
 everything in bfloat16 but the parameters and BatchNorm's statistics, the images, the linear head
 and the loss included; cross-entropy of one label; L2 of 1e-4 on kernels as part of the loss; SGD
 with Nesterov momentum 0.9 after a warm-up and a cosine; gradients, statistics and metrics averaged
-over devices. The example's BatchNorm takes statistics over all devices; `axis_name=None` changes
-that to each device's own.
+over devices. The example's BatchNorm takes statistics over all devices, here it takes each device's
+own, unless asked.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -107,7 +108,7 @@ def abstract_step(
     optimizer = optax.sgd(
         optax.warmup_cosine_decay_schedule(0.0, 0.1, 1000, 10000), momentum=0.9, nesterov=True
     )
-    mesh = Mesh(list(devices), (AXIS_NAME,))
+    mesh = Mesh(np.array(devices), (AXIS_NAME,))
     replicated, cut = PartitionSpec(), PartitionSpec(AXIS_NAME)
 
     def create() -> State:

@@ -46,23 +46,27 @@ def our_config(num_experts: int, batch_size: int) -> ConfigDict:
 
 
 def compare(
-    configs: dict[str, ConfigDict], topology: str, peer: dict[str, Any] | None = None
+    configs: dict[str, ConfigDict],
+    topology: str,
+    image_size: int = 224,
+    stage_sizes: Sequence[int] = flax_imagenet.STAGE_SIZES,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compiles Flax's step, then that of each config, whose batches and images are as large.
+    """Compiles Flax's step, then that of each config.
 
     Args:
-        configs: by name, at least one.
+        configs: by name, at least one, of one batch size and of images of `image_size`.
         topology: one of `topologies.TOPOLOGIES`.
-        peer: further arguments of `flax_imagenet.abstract_step`.
+        image_size: height and width.
+        stage_sizes: blocks in each stage of Flax's network.
 
     Yields:
         Name and `aot.examine_step`'s figures of each step once it is compiled. Those of a config
         have two more: `cycles_ratio` and `flops_ratio`, against Flax's step.
     """
     chip, devices = chip_of(topology), compile_only_devices(topology)
-    (shape,) = {(config.batch_size, config.data.image_size) for config in configs.values()}
-    step, arguments = flax_imagenet.abstract_step(devices, *shape, **(peer or {}))
-    theirs = aot.examine_step(step, arguments, shape[0], count_flops(step, *arguments), chip)
+    (batch_size,) = {config.batch_size for config in configs.values()}
+    step, arguments = flax_imagenet.abstract_step(devices, batch_size, image_size, stage_sizes)
+    theirs = aot.examine_step(step, arguments, batch_size, count_flops(step, *arguments), chip)
     yield "Flax's example", theirs
     for name, config in configs.items():
         ours = aot.examine_on(config, devices, chip, evaluation=False)["train"]

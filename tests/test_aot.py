@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +117,11 @@ def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch) -> 
         compile_only_devices("v5e:2x2")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "balpoe_jax.aot", "--config=configs/digits_lt.py", *arguments],
         cwd=ROOT,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -140,6 +142,38 @@ def test_every_topology_that_is_offered_is_known_to_the_compiler() -> None:
         sides = [int(side) for side in topology.partition(":")[2].split("x")]
         cores = 2 if topology.startswith("v4:") else 1
         assert len(devices) == cores * np.prod(sides), topology
+
+
+_LOAD = """
+from balpoe_jax.topologies import compile_only_devices
+print(len(compile_only_devices("v5e:2x2")), flush=True)
+input()
+"""
+
+
+@needs_libtpu
+def test_processes_compile_beside_each_other_and_one_that_must_not_says_so() -> None:
+    exclusive = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "0"}
+
+    def load(**environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", _LOAD],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k not in exclusive} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    holder = load(**exclusive)
+    try:
+        assert holder.stdout.readline() == "4\n"
+        assert load().communicate("\n", timeout=300)[0] == "4\n"
+        refused = command("--topology=v5e:2x2", **exclusive)
+    finally:
+        holder.communicate("\n", timeout=300)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("Error: Another process has the TPU compiler")
 
 
 @needs_libtpu
