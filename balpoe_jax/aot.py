@@ -125,7 +125,7 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
             for name, dtype in dtypes.items()
         }
 
-    images, labels = jnp.float32, jnp.int32
+    images, labels = jnp.dtype(program.config["model"]["dtype"]), jnp.int32
     return (
         batch(
             program.config["batch_size"],

@@ -238,6 +238,8 @@ def _train_settings(config: ConfigDict) -> pipeline.TrainSettings:
         augment=AugmentSettings(**config.augment.to_dict()),
         mixup_alpha=config.mixup.alpha,
         mixup_groups=config.mixup.groups,
+        # The network would round them first of all; here that halves what is copied and sent.
+        dtype=config.model.dtype,
     )
 
 

@@ -74,14 +74,21 @@ def test_text_and_json_of_the_figures(found: dict) -> None:
     assert rows["all-gather"][0] == "0"
 
 
-def test_abstract_batches_are_those_of_the_pipeline() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_abstract_batches_are_those_of_the_pipeline(dtype: str) -> None:
     """Otherwise another step would be compiled than the one that runs."""
-    experiment = build(tiny_config())
+    config = tiny_config()
+    config.model.dtype = dtype
+    experiment = build(config)
     train, evaluation = aot.abstract_batches(experiment)
     settings = experiment.train_settings
     made = next(pipeline.train_batches(experiment.data.train, settings, 0, 1))
     size = experiment.eval_batch_size
-    made_eval = next(pipeline.eval_batches(experiment.data.test, size, settings.mean, settings.std))
+    made_eval = next(
+        pipeline.eval_batches(
+            experiment.data.test, size, settings.mean, settings.std, dtype=settings.dtype
+        )
+    )
     for abstract, concrete in ((train, made), (evaluation, made_eval)):
         assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {
             k: (v.shape, v.dtype) for k, v in concrete.items()
