@@ -49,7 +49,7 @@ _NO_HOST = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     # A lock lets one process at a time load libtpu, since a chip serves one. A compiler opens no
-    # chip: it neither has to wait for another process, training on one or compiling, nor to stop it.
+    # chip: it need not wait for another process, which trains on one or compiles, nor stop it.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the step compiled for a TPU; where there is no TPU compiler, what it compiles."""
+"""The benchmark of the step compiled for a TPU; without the TPU compiler, what it compiles."""
 
 import jax
 import jax.numpy as jnp

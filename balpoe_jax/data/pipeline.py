@@ -82,8 +82,8 @@ def train_batches(
     """The batches of steps `first_step` to `last_step - 1`.
 
     Each is a dict of NumPy arrays, `b` being this host's share of the batch: `images` of
-    `settings.dtype` `[b, H, W, 3]`, augmented, normalised and mixed; `labels` and `other_labels` int32 `[b]`; and
-    `weight` float32 `[b]`, the share of `labels` (1 without mixup).
+    `settings.dtype` `[b, H, W, 3]`, augmented, normalised and mixed; `labels` and `other_labels`
+    int32 `[b]`; and `weight` float32 `[b]`, the share of `labels` (1 without mixup).
 
     Every epoch is a permutation of all examples, drawn from (seed, epoch); augmentation is drawn
     from (seed, step, row), mixup from (seed, step).
