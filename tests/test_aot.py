@@ -16,7 +16,7 @@ from test_config import get_config
 from balpoe_jax import aot
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment import auto_expert_map, build
 from balpoe_jax.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,20 @@ def test_abstract_batches_are_those_of_the_pipeline(dtype: str) -> None:
         assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {
             k: (v.shape, v.dtype) for k, v in concrete.items()
         }
+
+
+@pytest.mark.parametrize(
+    ("model", "platform", "expected"),
+    [
+        ("resnet32", "tpu", "vmap"),
+        ("resnet50", "tpu", "loop"),
+        ("resnext50", "tpu", "loop"),
+        ("resnet32", "cpu", "loop"),
+        ("resnet32", "gpu", "loop"),
+    ],
+)
+def test_experts_are_mapped_as_suits_model_and_platform(model, platform, expected) -> None:
+    assert auto_expert_map(model, platform) == expected
 
 
 def test_published_counts_need_no_data() -> None:
