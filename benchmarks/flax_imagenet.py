@@ -94,6 +94,7 @@ def abstract_step(
     image_size: int = 224,
     stage_sizes: Sequence[int] = STAGE_SIZES,
     sync_batch_norm: bool = False,
+    donate: bool = False,
 ) -> tuple[Callable[..., Any], tuple[State, Batch]]:
     """The step on all devices, compiled when it is called or lowered, and its abstract arguments.
 
@@ -103,6 +104,7 @@ def abstract_step(
         image_size: height and width.
         stage_sizes: blocks in each stage.
         sync_batch_norm: statistics of the whole batch, as the example has them.
+        donate: let the new state reuse the old one's memory, which the example does not.
     """
     model = ResNet(stage_sizes, AXIS_NAME if sync_batch_norm else None)
     optimizer = optax.sgd(
@@ -137,7 +139,7 @@ def abstract_step(
         check_vma=False,  # as pmap has it, which the example uses
     )
     arguments = placed(jax.eval_shape(create), replicated), placed(batch, cut)
-    return jax.jit(step, donate_argnums=0), arguments
+    return jax.jit(step, donate_argnums=0 if donate else ()), arguments
 
 
 def train_step(
