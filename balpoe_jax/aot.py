@@ -64,8 +64,10 @@ def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
     return {"topology": topology, **examine_on(config, compile_only_devices(topology), chip)}
 
 
-def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) -> dict[str, Any]:
-    """The same for given devices, each of which is such a chip."""
+def examine_on(
+    config: ConfigDict, devices: Sequence[jax.Device], chip: Chip, evaluation: bool = True
+) -> dict[str, Any]:
+    """The same for given devices, each of which is such a chip; without the eval step if wanted."""
     # Here and not above, for TensorFlow's sake, as said there.
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
@@ -87,8 +89,7 @@ def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) ->
     train_arguments, eval_arguments = (state, train_batch), (state.variables, eval_batch)
     # What is computed twice to save memory is needed once.
     train_flops = count_flops(plain.map_train_step(), *train_arguments)
-    eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
-    return {
+    found = {
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "hbm_bytes": chip.hbm_bytes,
@@ -101,13 +102,16 @@ def examine_on(config: ConfigDict, devices: Sequence[jax.Device], chip: Chip) ->
         "num_parameters": num_parameters(state.params),
         "image_shape": image_shape,
         "accumulate": config.optim.accumulate,
-        "train": _examine_step(
+        "train": examine_step(
             program.map_train_step(), train_arguments, config.batch_size, train_flops, chip
         ),
-        "eval": _examine_step(
-            program.map_eval_step(), eval_arguments, program.eval_batch_size, eval_flops, chip
-        ),
     }
+    if evaluation:
+        eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
+        found["eval"] = examine_step(
+            program.map_eval_step(), eval_arguments, program.eval_batch_size, eval_flops, chip
+        )
+    return found
 
 
 def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
@@ -121,7 +125,7 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
             for name, dtype in dtypes.items()
         }
 
-    images, labels = jnp.float32, jnp.int32
+    images, labels = jnp.dtype(program.config["model"]["dtype"]), jnp.int32
     return (
         batch(
             program.config["batch_size"],
@@ -134,9 +138,18 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
     )
 
 
-def _examine_step(
+def examine_step(
     step: Any, arguments: tuple[Any, ...], batch_size: int, needed_flops: int, chip: Chip
 ) -> dict[str, Any]:
+    """Compiles a step and tells what it needs, as part of what `examine` returns.
+
+    Args:
+        step: what `jax.jit` returns, over devices that are such chips.
+        arguments: abstract and placed, see `jax.ShapeDtypeStruct`.
+        batch_size: of all devices.
+        needed_flops: of one device, see `flops.count_flops`.
+        chip: of each device.
+    """
     start = time.perf_counter()
     try:
         compiled = step.lower(*arguments).compile()

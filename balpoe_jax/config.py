@@ -60,11 +60,11 @@ def default_config() -> ConfigDict:
             while they are decoded.
         mixup.alpha: 0 for none. mixup.groups: see `balpoe_jax.data.mixing`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension: see
-            `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs and
-            "loop" elsewhere; model.dtype: of the body's computations, "float32" or "bfloat16"
-            (parameters, statistics, heads and loss are float32 in both); model.remat: compute
-            activations anew for the gradient instead of keeping them, and with them the
-            communication of BatchNorm's statistics.
+            `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs for the
+            networks for small images and "loop" otherwise; model.dtype: of the body's computations
+            and of the images, "float32" or "bfloat16" (parameters, statistics, heads and loss are
+            float32 in both); model.remat: compute activations anew for the gradient instead of
+            keeping them, and with them the communication of BatchNorm's statistics.
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
         optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
             after the other to save memory; see `balpoe_jax.state.make_train_step`.

@@ -111,7 +111,12 @@ class Evaluator:
         shape = (len(experiment.taus), len(source), experiment.data.num_classes)
         settings = experiment.train_settings
         batches = pipeline.eval_batches(
-            source, experiment.eval_batch_size, settings.mean, settings.std, experiment.host
+            source,
+            experiment.eval_batch_size,
+            settings.mean,
+            settings.std,
+            experiment.host,
+            settings.dtype,
         )
         outputs = (
             self._step(state.variables, batch) for batch in Prefetcher(batches, experiment.parallel)

@@ -21,7 +21,7 @@ from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.losses import log_prior
-from balpoe_jax.models import ExpertEnsemble, create_model
+from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, create_model
 from balpoe_jax.state import TrainState, create_state, make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
@@ -272,6 +272,8 @@ def _train_settings(config: ConfigDict) -> pipeline.TrainSettings:
         augment=AugmentSettings(**config.augment.to_dict()),
         mixup_alpha=config.mixup.alpha,
         mixup_groups=config.mixup.groups,
+        # The network would round them first of all; here that halves what is copied and sent.
+        dtype=config.model.dtype,
     )
 
 
@@ -316,9 +318,7 @@ def _load_data(config: ConfigDict) -> LongTailed:
 def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel) -> ExpertEnsemble:
     expert_map = config.model.expert_map
     if expert_map == "auto":
-        # Grouped convolutions, which vmap makes, are fast on a TPU and slow on a CPU.
-        on_tpu = devices.mesh.devices.flat[0].platform == "tpu"
-        expert_map = "vmap" if on_tpu else "loop"
+        expert_map = auto_expert_map(config.model.name, devices.mesh.devices.flat[0].platform)
     return create_model(
         config.model.name,
         num_classes=num_classes,
@@ -331,6 +331,16 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
     )
+
+
+def auto_expert_map(model: str, platform: str) -> str:
+    """The faster of `models.ensemble.EXPERT_MAPS`; the numbers are the same.
+
+    Grouped convolutions, which vmap makes of the experts', fill a TPU's matrix units where one
+    expert has too few channels to (ResNet-32: 13 to 16% fewer estimated cycles on v5e). Experts of
+    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow.
+    """
+    return "vmap" if platform == "tpu" and model in CIFAR_MODELS else "loop"
 
 
 def num_parameters(params: Any) -> int:

@@ -42,12 +42,15 @@ _UNIT = 2 * 128 * 128  # operations a cycle of the matrix unit before v6e, which
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
-# What libtpu would ask the host of a TPU for, and complain when there is none. The accelerator is
-# not that of the topology, which is asked for by name.
 _NO_HOST = {
+    # What libtpu would ask the host of a TPU for, and complain when there is none. The accelerator
+    # is not that of the topology, which is asked for by name.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    # A lock lets one process at a time load libtpu, since a chip serves one. A compiler opens no
+    # chip: it need not wait for another process, which trains on one or compiles, nor stop it.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. The compiler's devices are the two
@@ -77,7 +80,8 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
     """Devices of a topology that programs can be compiled for, and that cannot run them.
 
     Raises:
-        UserError (a `ValueError`): an unknown topology, or no TPU compiler on this machine.
+        UserError (a `ValueError`): an unknown topology, no TPU compiler on this machine, or one
+            that cannot be loaded.
     """
     chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -92,4 +96,12 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
     options: dict[str, Any] = {}
     if topology.endswith(":1x1"):  # less than a host has
         options["chips_per_host_bounds"] = (1, 1, 1)
-    return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" not in str(error) and "in use" not in str(error):
+            raise
+        raise UserError(
+            "Another process has the TPU compiler (libtpu) to itself; wait for it to end, or unset "
+            "ALLOW_MULTIPLE_LIBTPU_LOAD, which keeps it so here."
+        ) from error

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_config import get_config
 from balpoe_jax import aot
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment import auto_expert_map, build
 from balpoe_jax.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
 
 ROOT = Path(__file__).parents[1]
@@ -73,18 +74,39 @@ def test_text_and_json_of_the_figures(found: dict) -> None:
     assert rows["all-gather"][0] == "0"
 
 
-def test_abstract_batches_are_those_of_the_pipeline() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_abstract_batches_are_those_of_the_pipeline(dtype: str) -> None:
     """Otherwise another step would be compiled than the one that runs."""
-    experiment = build(tiny_config())
+    config = tiny_config()
+    config.model.dtype = dtype
+    experiment = build(config)
     train, evaluation = aot.abstract_batches(experiment)
     settings = experiment.train_settings
     made = next(pipeline.train_batches(experiment.data.train, settings, 0, 1))
     size = experiment.eval_batch_size
-    made_eval = next(pipeline.eval_batches(experiment.data.test, size, settings.mean, settings.std))
+    made_eval = next(
+        pipeline.eval_batches(
+            experiment.data.test, size, settings.mean, settings.std, dtype=settings.dtype
+        )
+    )
     for abstract, concrete in ((train, made), (evaluation, made_eval)):
         assert {k: (v.shape, v.dtype) for k, v in abstract.items()} == {
             k: (v.shape, v.dtype) for k, v in concrete.items()
         }
+
+
+@pytest.mark.parametrize(
+    ("model", "platform", "expected"),
+    [
+        ("resnet32", "tpu", "vmap"),
+        ("resnet50", "tpu", "loop"),
+        ("resnext50", "tpu", "loop"),
+        ("resnet32", "cpu", "loop"),
+        ("resnet32", "gpu", "loop"),
+    ],
+)
+def test_experts_are_mapped_as_suits_model_and_platform(model, platform, expected) -> None:
+    assert auto_expert_map(model, platform) == expected
 
 
 def test_published_counts_need_no_data() -> None:
@@ -116,10 +138,11 @@ def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch) -> 
         compile_only_devices("v5e:2x2")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "balpoe_jax.aot", "--config=configs/digits_lt.py", *arguments],
         cwd=ROOT,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -140,6 +163,38 @@ def test_every_topology_that_is_offered_is_known_to_the_compiler() -> None:
         sides = [int(side) for side in topology.partition(":")[2].split("x")]
         cores = 2 if topology.startswith("v4:") else 1
         assert len(devices) == cores * np.prod(sides), topology
+
+
+_LOAD = """
+from balpoe_jax.topologies import compile_only_devices
+print(len(compile_only_devices("v5e:2x2")), flush=True)
+input()
+"""
+
+
+@needs_libtpu
+def test_processes_compile_beside_each_other_and_one_that_must_not_says_so() -> None:
+    exclusive = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "0"}
+
+    def load(**environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", _LOAD],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k not in exclusive} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    holder = load(**exclusive)
+    try:
+        assert holder.stdout.readline() == "4\n"
+        assert load().communicate("\n", timeout=300)[0] == "4\n"
+        refused = command("--topology=v5e:2x2", **exclusive)
+    finally:
+        holder.communicate("\n", timeout=300)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("Error: Another process has the TPU compiler")
 
 
 @needs_libtpu

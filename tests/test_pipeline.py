@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches are a function of (seed, step), whatever the hosts, the threads or the restart."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -192,3 +193,14 @@ def test_normalisation_is_by_channel() -> None:
     batch = next(eval_batches(source, NUM_EXAMPLES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     expected = (source.images / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
     np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
+
+
+def test_images_are_rounded_at_the_very_end() -> None:
+    """As the network itself would, from the same augmented and mixed images."""
+    source, normalisation = make_source(), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    exact, rounded = collect(2, 4), collect(2, 4, dtype="bfloat16")
+    exact += eval_batches(source, 4, *normalisation)
+    rounded += eval_batches(source, 4, *normalisation, dtype="bfloat16")
+    assert exact[0]["images"].dtype == np.float32
+    assert_equal(rounded, [{**b, "images": b["images"].astype(jnp.bfloat16)} for b in exact])
+    assert rounded[0]["images"].dtype == rounded[-1]["images"].dtype == jnp.bfloat16

@@ -33,6 +33,7 @@ class TrainSettings:
         augment: what happens to the uint8 images.
         mixup_alpha: of the Beta distribution; 0 for no mixup.
         mixup_groups: see `mixing.draw_mix`.
+        dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
     """
 
     batch_size: int
@@ -42,6 +43,7 @@ class TrainSettings:
     augment: AugmentSettings
     mixup_alpha: float = 0.0
     mixup_groups: int = 1
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,9 @@ def train_batches(
 ) -> Iterator[Arrays]:
     """The batches of steps `first_step` to `last_step - 1`.
 
-    Each is a dict of NumPy arrays, `b` being this host's share of the batch: `images` float32
-    `[b, H, W, 3]`, augmented, normalised and mixed; `labels` and `other_labels` int32 `[b]`; and
-    `weight` float32 `[b]`, the share of `labels` (1 without mixup).
+    Each is a dict of NumPy arrays, `b` being this host's share of the batch: `images` of
+    `settings.dtype` `[b, H, W, 3]`, augmented, normalised and mixed; `labels` and `other_labels`
+    int32 `[b]`; and `weight` float32 `[b]`, the share of `labels` (1 without mixup).
 
     Every epoch is a permutation of all examples, drawn from (seed, epoch); augmentation is drawn
     from (seed, step, row), mixup from (seed, step).
@@ -148,7 +150,7 @@ class _TrainStages:
             images = mixing.mix_images(images, mix)
             mixed["other_labels"] = tf.gather(labels, mix.partners)
             mixed["weight"] *= mix.weight
-        return {"images": images, "labels": labels, **mixed}
+        return {"images": tf.cast(images, settings.dtype), "labels": labels, **mixed}
 
     def _random(self, batch: _Batch) -> RowRandom:
         seed = _seed(self._settings.seed, "augment", batch["step"][0])
@@ -161,10 +163,11 @@ def eval_batches(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     host: Host = Host(),
+    dtype: str = "float32",
 ) -> Iterator[Arrays]:
     """Every example once, in order; the last batch is padded.
 
-    Each batch is a dict of NumPy arrays: `images` float32 `[b, H, W, 3]`, normalised, `labels`
+    Each batch is a dict of NumPy arrays: `images` of `dtype` `[b, H, W, 3]`, normalised, `labels`
     int32 `[b]`, and `mask` bool `[b]`, False for padding.
     """
     rows = host.rows(batch_size)
@@ -176,7 +179,7 @@ def eval_batches(
         return {"images": images, "labels": labels, "mask": positions < len(source)}
 
     def finish(batch: _Batch) -> _Batch:
-        return {**batch, "images": normalize(batch["images"], mean, std)}
+        return {**batch, "images": tf.cast(normalize(batch["images"], mean, std), dtype)}
 
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
     if not isinstance(source, RecordSource):

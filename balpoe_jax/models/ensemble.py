@@ -37,8 +37,8 @@ class ExpertEnsemble(nn.Module):
     """Maps one expert over `num_experts` sets of parameters, stacked on a leading axis `[E, ...]`.
 
     The parameters do not depend on `expert_map`, so a checkpoint serves both: "vmap" batches the
-    experts into grouped convolutions, which suits TPUs; "loop" unrolls them, which is several
-    times faster on a CPU.
+    experts into grouped convolutions, which suits narrow networks on TPUs; "loop" unrolls them,
+    which suits wide ones and is several times faster on a CPU.
     """
 
     trunk: nn.Module
