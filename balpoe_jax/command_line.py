@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -41,8 +40,15 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
     def guarded(arguments: Sequence[str]) -> None:
         try:
             main(arguments)
-        except (UserError, Preempted, KeyboardInterrupt) as error:
+        except (UserError, Preempted) as error:
             sys.exit(report(error))
+        except KeyboardInterrupt as error:
+            # At once: what writes a checkpoint in the background, which an interruption may have
+            # cut short, can keep Python from ending. Half a checkpoint is never taken for one.
+            code = report(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
     define_flags()
     for name in ("config", "workdir"):  # --help lists what belongs to the command's own module
@@ -60,8 +66,6 @@ def report(error: BaseException) -> int:
         print(f"Preempted: {error}", file=sys.stderr)
         return _EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
-        # Orbax may have been about to start one; Python would say so as it exits.
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print(
             "Interrupted: a training goes on from its last checkpoint when started again.",
             file=sys.stderr,

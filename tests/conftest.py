@@ -3,9 +3,15 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before JAX starts, and for the processes that tests start. The tests' numbers are those of a CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What one test has compiled serves the others, and the next run: most of their time is compilation.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 
 import jax
 import pytest

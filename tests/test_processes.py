@@ -20,7 +20,7 @@ from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
-from balpoe_jax.parallel import make_parallel
+from balpoe_jax.parallel import Parallel, make_parallel
 from balpoe_jax.train import train
 
 STEPS = process_runs.STEPS
@@ -281,7 +281,6 @@ def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_hosts_need_groups_of_their_own(monkeypatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(Parallel, "num_hosts", 2)
     with pytest.raises(UserError, match=r"multiple of the number of hosts, 2; got 1"):
         build(process_runs.digits_config(mixup__groups=1))
