@@ -77,7 +77,14 @@ def score(
     evidence = _evidence_of_priors(test, held_out, class_counts) if targets else {}
     sets = {
         target.name: _score_target(
-            test, target, evidence, held_out, prior_strength, prior_significance, num_bins
+            test,
+            target,
+            evidence,
+            held_out,
+            class_counts,
+            prior_strength,
+            prior_significance,
+            num_bins,
         )
         for target in targets
     }
@@ -304,6 +311,7 @@ def _score_target(
     target: Target,
     evidence: Mapping[str, jax.Array],
     held_out: Predictions | None,
+    class_counts: npt.NDArray[np.int64],
     prior_strength: float,
     prior_significance: float,
     num_bins: int,
@@ -338,7 +346,7 @@ def _score_target(
         top1[name] = float(correct.mean())
         ece[name] = metrics.bin_confidences(summary.confidence, correct, num_bins).ece
         if name == "none" and held_out is not None:
-            p_value = _prior_shift_p_value(summary.predicted, held_out)
+            p_value = _prior_shift_p_value(summary.predicted, held_out, class_counts)
     used = "map" if p_value is None or p_value <= prior_significance else "none"
     uniform = np.full(num_classes, 1 / num_classes)
     return {
@@ -362,13 +370,15 @@ def _score_target(
     }
 
 
-def _prior_shift_p_value(predicted: npt.NDArray[np.int64], held_out: Predictions) -> float:
+def _prior_shift_p_value(
+    predicted: npt.NDArray[np.int64], held_out: Predictions, class_counts: npt.NDArray[np.int64]
+) -> float:
     held_out_logits = MeanLogits(held_out.expert_logits)
     return metrics.prior_shift_p_value(
         predicted,
         metrics.predicted_classes(held_out_logits),
         held_out.labels,
-        held_out_logits.shape[1],
+        class_counts,
     )
 
 

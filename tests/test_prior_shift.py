@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from balpoe_jax.metrics import prior_shift_p_value
+from balpoe_jax.metrics import prior_shift, prior_shift_p_value
 
 NUM_CLASSES = 8
+COUNTS = (400 * 0.01 ** np.linspace(0, 1, NUM_CLASSES)).astype(int)
 # A classifier that is often wrong, and leans to the first classes.
 CONFUSION = 0.4 * np.eye(NUM_CLASSES) + 0.6 * (np.arange(NUM_CLASSES)[::-1] + 1.0) / 36
 
@@ -23,7 +24,7 @@ def draw_p_values(prior: np.ndarray, held_out_counts: np.ndarray, times: int) ->
         random = np.random.default_rng(seed)
         labels = random.choice(NUM_CLASSES, 1000, p=prior)
         predicted = predict(random, labels), predict(random, held_out_labels)
-        values.append(prior_shift_p_value(*predicted, held_out_labels, NUM_CLASSES))
+        values.append(prior_shift_p_value(*predicted, held_out_labels, COUNTS))
     return np.array(values)
 
 
@@ -38,7 +39,7 @@ def test_without_a_shift_the_level_is_kept(held_out_counts: list[int]) -> None:
 
 
 def test_a_shift_is_found() -> None:
-    prior = 50.0 ** -np.linspace(0, 1, NUM_CLASSES)
+    prior = 10.0 ** -np.linspace(0, 1, NUM_CLASSES)
     assert (draw_p_values(prior / prior.sum(), np.full(8, 40), 50) <= 0.01).mean() > 0.9
 
 
@@ -48,7 +49,20 @@ def test_equal_weights_are_the_ordinary_chi_square_test() -> None:
     predicted, held_out = predict(random, labels[:300]), predict(random, labels)
     table = [np.bincount(p, minlength=NUM_CLASSES) for p in (predicted, held_out)]
     expected = stats.chi2_contingency(table, correction=False).pvalue
-    assert prior_shift_p_value(predicted, held_out, labels, NUM_CLASSES) == pytest.approx(expected)
+    # Equal sizes have no trend.
+    found = prior_shift_p_value(predicted, held_out, labels, np.full(NUM_CLASSES, 7))
+    assert found == pytest.approx(min(1, 2 * expected))
+
+
+def test_the_trend_is_an_ordinary_test_of_means() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(NUM_CLASSES), 50)
+    predicted, held_out = predict(random, labels[:300]), predict(random, labels)
+    table = np.stack([np.bincount(p, minlength=NUM_CLASSES) for p in (predicted, held_out)])
+    sizes = np.log(COUNTS)
+    expected = stats.ttest_ind(sizes[predicted], sizes[held_out], equal_var=False).pvalue
+    found = prior_shift._trend_p_value(table.astype(float), sizes)
+    assert found == pytest.approx(expected, rel=0.02)  # which has n - 1 and Student's t
 
 
 def test_a_class_without_held_out_examples_says_nothing() -> None:
@@ -61,7 +75,7 @@ def test_a_class_without_held_out_examples_says_nothing() -> None:
             np.concatenate([np.zeros(extra, int), predict(random, everything[100:])]),
             predict(random, held_out_labels),
             held_out_labels,
-            NUM_CLASSES,
+            COUNTS,
         )
         for extra in (0, 1000)
     ]
@@ -73,12 +87,14 @@ def test_rare_predictions_are_pooled() -> None:
     random = np.random.default_rng(0)
     labels = np.arange(500)
     values = [
-        prior_shift_p_value(random.permutation(500)[:300], random.permutation(500), labels, 500)
+        prior_shift_p_value(
+            random.permutation(500)[:300], random.permutation(500), labels, np.full(500, 7)
+        )
         for _ in range(20)
     ]
     assert min(values) == 1.0
 
 
 def test_nothing_to_compare() -> None:
-    assert prior_shift_p_value([], [0, 1], [0, 1], 2) == 1.0
-    assert prior_shift_p_value([2, 2, 2], [0, 1], [0, 1], 3) == 1.0
+    assert prior_shift_p_value([], [0, 1], [0, 1], [9, 5]) == 1.0
+    assert prior_shift_p_value([2, 2, 2], [0, 1], [0, 1], [9, 5, 2]) == 1.0
