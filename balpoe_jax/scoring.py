@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that is asked of a run's predictions: arrays in, the content of results.json out."""
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,13 +76,13 @@ def score(
         metrics.check_finite(MeanLogits(held_out.expert_logits), what="held-out examples")
     options = (test.labels, class_counts, num_bins, thresholds)
     evidence = _evidence_of_priors(test, held_out, class_counts) if targets else {}
+    shift_test = _shift_test(held_out, class_counts) if held_out and targets else None
     sets = {
         target.name: _score_target(
             test,
             target,
             evidence,
-            held_out,
-            class_counts,
+            shift_test,
             prior_strength,
             prior_significance,
             num_bins,
@@ -310,8 +311,7 @@ def _score_target(
     test: Predictions,
     target: Target,
     evidence: Mapping[str, jax.Array],
-    held_out: Predictions | None,
-    class_counts: npt.NDArray[np.int64],
+    shift_test: Callable[[npt.NDArray[np.int64]], float] | None,
     prior_strength: float,
     prior_significance: float,
     num_bins: int,
@@ -345,8 +345,8 @@ def _score_target(
         correct = summary.predicted == labels
         top1[name] = float(correct.mean())
         ece[name] = metrics.bin_confidences(summary.confidence, correct, num_bins).ece
-        if name == "none" and held_out is not None:
-            p_value = _prior_shift_p_value(summary.predicted, held_out, class_counts)
+        if name == "none" and shift_test is not None:
+            p_value = shift_test(summary.predicted)
     used = "map" if p_value is None or p_value <= prior_significance else "none"
     uniform = np.full(num_classes, 1 / num_classes)
     return {
@@ -370,15 +370,15 @@ def _score_target(
     }
 
 
-def _prior_shift_p_value(
-    predicted: npt.NDArray[np.int64], held_out: Predictions, class_counts: npt.NDArray[np.int64]
-) -> float:
-    held_out_logits = MeanLogits(held_out.expert_logits)
-    return metrics.prior_shift_p_value(
-        predicted,
-        metrics.predicted_classes(held_out_logits),
-        held_out.labels,
-        class_counts,
+def _shift_test(
+    held_out: Predictions, class_counts: npt.NDArray[np.int64]
+) -> Callable[[npt.NDArray[np.int64]], float]:
+    """From predicted classes to the p value of a uniform prior."""
+    return functools.partial(
+        metrics.prior_shift_p_value,
+        held_out_predicted=metrics.predicted_classes(MeanLogits(held_out.expert_logits)),
+        held_out_labels=held_out.labels,
+        train_counts=class_counts,
     )
 
 
