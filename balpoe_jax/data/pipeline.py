@@ -6,6 +6,7 @@ or threads makes the same global batches.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -240,7 +241,8 @@ def _guarded(batches: Iterator[Arrays]) -> Iterator[Arrays]:
     try:
         yield from batches
     except tf.errors.OpError as error:
-        reason = error.message.splitlines()[-1] if error.message else type(error).__name__
+        # The first line; where in the graph it happened follows, or is in double braces.
+        reason = re.sub(r"\{\{.*?\}\}", "", error.message).strip().split("\n")[0]
         raise UserError(
             f"A batch could not be made, since an image cannot be read ({reason[:300]}); prepare "
             "the data set anew."
