@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from balpoe_jax.config import cifar_config
-from balpoe_jax.data import datasets, mixing, photos, pipeline, tfrecords
+from balpoe_jax.data import datasets, mixing, photos, pipeline, pixels, tfrecords
 from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
 from balpoe_jax.data.policies import AUTOAUGMENT_CIFAR
 from balpoe_jax.data.randomness import RowRandom
@@ -119,18 +119,22 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
     for name, part in _parts(augment).items():
         images = add(name, _augmentation(images, random, part))
     settings = case.settings
-    images = add("normalise", lambda: normalize(images, settings.mean, settings.std))
+    as_compiled = pixels.compiled if case.source.encoded else lambda function: function
+    mix = mixing.draw_mix(tf.constant([1, 2]), mixup_alpha, batch_size, 1, rows)
+
+    def normalized() -> tf.Tensor:
+        return normalize(images, settings.mean, settings.std)
+
+    add("normalise", as_compiled(normalized))
     whole = case.measure(4 * seconds)
     total = whole.cpu_seconds / whole.done
     other = total - sum(stages.values())
     add(
-        "mix (not compared)",
-        lambda: mixing.mix_images(
-            images, mixing.draw_mix(tf.constant([1, 2]), mixup_alpha, batch_size, 1, rows)
-        ),
+        "normalise and mix (not compared)",
+        as_compiled(lambda: mixing.mix_images(normalized(), mix)),
     )
-    mix = stages.popitem()
-    result = [*stages.items(), ("other", other), ("all", total), mix]
+    last = stages.popitem()
+    result = [*stages.items(), ("other", other), ("all", total), last]
     return [(name, 1e6 * value) for name, value in result]
 
 
@@ -152,7 +156,12 @@ def _profile_photographs(
         for image, window, flip in zip(encoded, windows, flips, strict=True)
     ]
     full = (size, size)
-    add("resize", lambda: tf.stack([resize(image, full, full, flip=flip) for image, flip in cut]))
+    add(
+        "resize",
+        lambda: tf.stack(
+            [resize(image, full, full, flip=flip, packed=True) for image, flip in cut]
+        ),
+    )
     return images
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import augment, policies
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
+from balpoe_jax.data import pixels, policies
+from balpoe_jax.data.augment import AugmentSettings, augment_batch, draw_changes, normalize
 from balpoe_jax.data.randomness import RowRandom, fold_in
 from balpoe_jax.errors import UserError
 
@@ -190,18 +190,10 @@ def test_magnitudes_are_the_published_ones() -> None:
     ]
 
 
-def test_color_jitter_draws_factors_and_orders_evenly(monkeypatch) -> None:
-    noted = []
-
-    def noting(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
-        noted.extend([factors.numpy(), order.numpy()])
-        return images
-
-    monkeypatch.setattr(augment.image_ops, "color_jitter", noting)
-    draws = 20_000
-    settings = AugmentSettings(color_jitter=(0.4, 0.2, 0.0))
-    augment_batch(tf.zeros([draws, 2, 2, 3], tf.uint8), source(draws), settings)
-    factors, order = noted
+def test_color_jitter_draws_factors_and_orders_evenly() -> None:
+    draws = draw_changes(source(20_000), AugmentSettings(color_jitter=(0.4, 0.2, 0.0)))
+    assert set(draws) == {"jitter"}
+    factors, order = (x.numpy() for x in draws["jitter"])
     for i, strength in enumerate((0.4, 0.2)):
         deviation = factors[:, i] - 1
         assert -strength <= deviation.min() < -0.99 * strength
@@ -213,6 +205,31 @@ def test_color_jitter_draws_factors_and_orders_evenly(monkeypatch) -> None:
     assert all(within_four_sigma(codes == code, 1 / 6) for code in np.unique(codes))
     assert len(np.unique(codes)) == 6 and (np.sort(order, axis=1) == [0, 1, 2]).all()
     np.testing.assert_allclose(np.corrcoef(factors[:, 0], factors[:, 1])[0, 1], 0, atol=0.03)
+
+
+def test_packed_images_come_back_packed_and_are_changed_alike() -> None:
+    images = noise(12)
+    for settings in (EVERYTHING, PHOTOS, AugmentSettings(crop_padding=2), AugmentSettings()):
+        output = augment_batch(pixels.pack(images), source(12), settings)
+        assert output.dtype == tf.uint32
+        expected = augment_batch(images, source(12), settings)
+        np.testing.assert_array_equal(pixels.unpack(output), expected)
+
+
+def test_what_is_done_image_by_image_can_be_done_before_the_rest() -> None:
+    settings = AugmentSettings(
+        color_jitter=(0.4, 0.4, 0.4), policy="randaugment", fill=(1, 2, 3), cutout=4
+    )
+    rest, only = settings.without_changes()
+    assert rest == AugmentSettings(fill=(1, 2, 3), cutout=4)
+    images = augment_batch(augment_batch(noise(12), source(12), only), source(12), rest)
+    np.testing.assert_array_equal(images, augment_batch(noise(12), source(12), settings))
+
+
+def test_normalizes_packed_images_alike() -> None:
+    statistics = (0.5, 0.2, 0.0), (0.25, 0.5, 2.0)
+    output = normalize(pixels.pack(noise(3)), *statistics)
+    np.testing.assert_allclose(output, normalize(noise(3), *statistics), atol=1e-6)
 
 
 def test_normalizes_by_channel() -> None:

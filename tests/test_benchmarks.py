@@ -54,7 +54,7 @@ def test_input_pipeline(tmp_path: Path) -> None:
     names = [name for name, _ in found["profile"]["photos standard"]]
     assert names == [
         "read", "draw windows", "decode", "resize", "jitter", "normalise", "other", "all",
-        "mix (not compared)",
+        "normalise and mix (not compared)",
     ]  # fmt: skip
     for text in ("64 generated photographs", "1,024 generated images", "ratio/cpu", *cases):
         assert text in result.stdout

@@ -51,21 +51,6 @@ def test_equals_pillow_to_the_bit(name: str, shape: str) -> None:
         )
 
 
-@pytest.mark.parametrize("shape", ["square", "wide"])
-def test_color_jitter_equals_pillow_to_the_bit(shape: str) -> None:
-    """All six orders at once: each image has its own."""
-    images = fixtures()[f"images/{shape}"][[0, -1]]
-    expected = fixtures()[f"jitter/{shape}"]
-    factors, order = fixtures()["values/jitter_factors"], fixtures()["values/jitter_order"]
-    assert len({tuple(row) for row in order}) == 6
-    actual = image_ops.color_jitter(
-        tf.constant(np.tile(images, (6, 1, 1, 1))),
-        tf.constant(np.repeat(factors, 2, axis=0), tf.float32),
-        tf.constant(np.repeat(order, 2, axis=0), tf.int32),
-    )
-    np.testing.assert_array_equal(actual.numpy().reshape(expected.shape), expected)
-
-
 def crop_flip_by_hand(image, top, left, flip, padding):
     height, width, _ = image.shape
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))

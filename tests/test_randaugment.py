@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import randaugment
-from balpoe_jax.data.randaugment import IMAGENET_MEAN, Draw, apply_randaugment
+from balpoe_jax.data import pixels, randaugment
+from balpoe_jax.data.augment import AugmentSettings, augment_batch
+from balpoe_jax.data.randaugment import IMAGENET_MEAN, Draw
 from balpoe_jax.data.randomness import RowRandom
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
@@ -31,12 +32,9 @@ def source(batch_size: int, seed: int = 0) -> RowRandom:
     return RowRandom(tf.constant([seed, 1]), batch_size, slice(0, batch_size))
 
 
-def drawn(magnitude: float, sign: float, cubic: float, batch_size: int) -> Draw:
-    return Draw(
-        tf.fill([batch_size], tf.constant(magnitude / 10, tf.float32)),
-        tf.fill([batch_size], tf.constant(sign, tf.float32)),
-        tf.fill([batch_size], bool(cubic)),
-    )
+def drawn(magnitude: float, sign: float, cubic: float) -> Draw:
+    level = tf.constant(magnitude / 10, tf.float32)
+    return Draw(tf.constant(0), level, tf.constant(sign, tf.float32), tf.constant(bool(cubic)))
 
 
 @pytest.mark.parametrize("shape", ["square", "wide"])
@@ -51,7 +49,8 @@ def test_operations_are_those_of_pillow(name: str, shape: str) -> None:
     for values, expected in zip(
         fixtures()["values/randaugment"], fixtures()[f"randaugment/{name}/{shape}"], strict=True
     ):
-        actual = operation(tf.constant(images), drawn(*values, len(images))).numpy()
+        packed = [operation(pixels.pack(tf.constant(image)), drawn(*values)) for image in images]
+        actual = np.stack([pixels.unpack(image).numpy() for image in packed])
         error = np.abs(actual.astype(int) - expected)
         assert error.max() <= (1 if name in GEOMETRIC else 0), values
         assert (error > 0).mean() < (0.06 if values[0] == 10 else 0.005), values
@@ -63,18 +62,17 @@ def test_every_operation_is_there_once() -> None:
 
 
 def test_geometric_operations_show_the_fill_outside() -> None:
-    images = tf.zeros([1, 20, 20, 3], tf.uint8)
+    image = tf.zeros([20, 20], tf.uint32)
     operations = randaugment._operations((7, 8, 9))
     for name in GEOMETRIC:
-        output = operations[name](images, drawn(10, 1, 0, 1)).numpy().reshape(-1, 3)
+        output = pixels.unpack(operations[name](image, drawn(10, 1, 0))).numpy().reshape(-1, 3)
         colours = {tuple(int(value) for value in pixel) for pixel in output}
         assert colours == {(0, 0, 0), (7, 8, 9)}, name
 
 
 def test_draws() -> None:
     draws = 40_000
-    which, (level, sign, cubic) = randaugment._draw(source(draws), 15)
-    which, level, sign, cubic = (x.numpy() for x in (which, level, sign, cubic))
+    which, level, sign, cubic = (x.numpy() for x in randaugment.draw(source(draws)))
     counts = np.bincount(which.ravel(), minlength=16) / which.size
     expected = np.array([0.5] + [0.5 / 15] * 15)
     assert (np.abs(counts - expected) < 4 * np.sqrt(expected / which.size)).all()
@@ -96,18 +94,19 @@ def test_only_the_drawn_operations_run(monkeypatch) -> None:
     runs = tf.Variable([0, 0, 0])
 
     def counting(i: int):
-        def operation(images: tf.Tensor, draw: Draw) -> tf.Tensor:
+        def operation(image: tf.Tensor, draw: Draw) -> tf.Tensor:
             runs.scatter_nd_add([[i]], [1])
-            return images + tf.constant(4**i, tf.uint8)
+            return image + tf.constant(4**i, tf.uint32)
 
         return operation
 
     operations = {name: counting(i) for i, name in enumerate(names)}
     monkeypatch.setattr(randaugment, "_operations", lambda fill: operations)
-    apply = tf.function(lambda images: apply_randaugment(images, source(batch)))
-    output = apply(tf.zeros([batch, 2, 2, 3], tf.uint8)).numpy()[:, 0, 0, 0]
-    which, _ = randaugment._draw(source(batch), 3)
-    expected = np.array([[(row == i).sum() for i in (1, 2, 3)] for row in which.numpy()])
+    draws = randaugment.draw(source(batch))
+    apply = tf.function(lambda row: randaugment.apply(tf.zeros([2, 2], tf.uint32), row))
+    rows = [Draw(*(x[i] for x in draws)) for i in range(batch)]
+    output = [apply(row).numpy()[0, 0] for row in rows]
+    expected = np.array([[(row == i).sum() for i in (1, 2, 3)] for row in draws.which.numpy()])
     np.testing.assert_array_equal(output, expected @ [1, 4, 16])
     np.testing.assert_array_equal(runs.numpy(), expected.sum(axis=0))
 
@@ -117,7 +116,7 @@ def test_threads_change_nothing() -> None:
 
     def augment(step: tf.Tensor) -> tf.Tensor:
         random = RowRandom(tf.stack([3, tf.cast(step, tf.int32)]), 16, slice(0, 16))
-        return apply_randaugment(tf.constant(images), random)
+        return augment_batch(tf.constant(images), random, AugmentSettings(policy="randaugment"))
 
     def batches(threads: int) -> list[np.ndarray]:
         options = tf.data.Options()

@@ -8,7 +8,6 @@ A matrix `(a, b, c, d, e, f)` maps the centre of an output pixel to a point of t
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
 GREY = 128
@@ -75,102 +74,6 @@ def sample_bicubic(images: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     lines = [_cubic([pixel(row, column) for column in lefts], across) for row in tops]
     values = tf.cast(tf.clip_by_value(_cubic(lines, down), 0, 255), tf.uint8)
     return tf.where(inside[..., None], values, tf.constant(GREY, tf.uint8))
-
-
-def shift_rows(
-    images: tf.Tensor, shift: tf.Tensor, cubic: tf.Tensor, fill: Sequence[int]
-) -> tf.Tensor:
-    """Shows in each row what lies so many pixels to the right.
-
-    Neighbours beyond the border repeat it; only points outside the image are `fill`. Pillow works
-    in float64 and this in float32: where the exact result is a whole number, it may be one less.
-
-    Args:
-        images: uint8 `[B, H, W, 3]`.
-        shift: float `[B, H]`.
-        cubic: bool `[B]`, cubic (a = -1) or else linear interpolation.
-        fill: one value for each channel.
-    """
-    _, height, width, _ = images.shape
-    first = tf.floor(shift)
-    t = tf.cast(shift - first, tf.float32)[..., None]
-    # One look-up brings the neighbours of all pixels of a row, which then are slices.
-    columns = tf.cast(first, tf.int32)[..., None] + tf.range(-1, width + 2)
-    columns = tf.reshape(tf.clip_by_value(columns, 0, width - 1), [-1, width + 3])
-    lines = tf.reshape(images, [-1, 3])
-    lines = tf.gather(lines, columns + width * tf.range(tf.shape(columns)[0])[:, None])
-    lines = tf.reshape(tf.cast(lines, tf.float32), [-1, height, (width + 3) * 3])
-    v0, v1, v2, v3 = (lines[..., 3 * i : 3 * (i + width)] for i in range(4))
-    values = v1 + t * (v2 - v1)
-
-    def add_cubic_part() -> tf.Tensor:
-        weight = tf.cast(cubic, tf.float32)[:, None, None] * t * (1 - t)
-        bent = values + weight * (1 - t) * (v1 - v0) + weight * t * (v2 - v3)
-        return tf.clip_by_value(bent, 0, 255)
-
-    values = tf.cond(tf.reduce_any(cubic), add_cubic_part, lambda: values)
-    # A pixel's centre is seen if it lies in [0, width) after the shift.
-    x = tf.constant(np.repeat(np.arange(width), 3), tf.float32)
-    start, stop = (
-        tf.cast(tf.math.ceil(edge - 0.5 - shift), tf.float32)[..., None] for edge in (0, width)
-    )
-    return _finish(values, (x >= start) & (x < stop), fill, images)
-
-
-def rotate_linear(images: tf.Tensor, degrees: tf.Tensor, fill: Sequence[int]) -> tf.Tensor:
-    """Rotates counter-clockwise by float `[B]` degrees with linear interpolation.
-
-    Neighbours beyond the border repeat it; only points outside the image are `fill`. Differs from
-    Pillow by one level where float32 and float64 truncate differently.
-
-    Args:
-        images: uint8 `[B, H, W, 3]`.
-        degrees: float `[B]`.
-        fill: one value for each channel.
-    """
-    _, height, width, _ = images.shape
-    matrix = inverse_rotation(degrees, height, width)
-    a, b, c, d, e, f = tf.unstack(matrix, axis=-1)
-    # The operation counts from the centre of the first pixel, and clamps to the last.
-    zero = tf.zeros_like(a)
-    transforms = [a, b, c + (a + b - 1) / 2, d, e, f + (d + e - 1) / 2, zero, zero]
-    values = tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.cast(images, tf.float32),
-        transforms=tf.cast(tf.stack(transforms, axis=1), tf.float32),
-        output_shape=[height, width],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode="NEAREST",
-    )
-    x, y = np.repeat(np.arange(width) + 0.5, 3), np.arange(height) + 0.5
-    column = _line(a, b, c - width / 2, x, y)
-    row = _line(d, e, f - height / 2, x, y)
-    inside = (tf.abs(column) < width / 2) & (tf.abs(row) < height / 2)
-    return _finish(tf.reshape(values, tf.shape(column)), inside, fill, images)
-
-
-def _line(
-    by_x: tf.Tensor, by_y: tf.Tensor, start: tf.Tensor, x: np.ndarray, y: np.ndarray
-) -> tf.Tensor:
-    """`by_x * x + by_y * y + start`, float32 `[B, len(y), len(x)]`."""
-    across, down = by_x[:, None] * x, by_y[:, None] * y + start[:, None]
-    return tf.cast(across, tf.float32)[:, None, :] + tf.cast(down, tf.float32)[:, :, None]
-
-
-def _finish(
-    values: tf.Tensor, inside: tf.Tensor, fill: Sequence[int], images: tf.Tensor
-) -> tf.Tensor:
-    """Truncates float32 `[B, H, W * 3]` values; those not `inside` become `fill`."""
-    truncated = tf.cast(values, tf.uint8)
-    _, _, width, _ = images.shape
-    # Select is slow; inside is 255 or 0, all bits or none.
-    mask = tf.cast(inside, tf.uint8) * 255
-    colour = tf.bitwise.bitwise_and(
-        tf.bitwise.invert(mask), tf.constant(list(fill) * width, tf.uint8)
-    )
-    return tf.reshape(
-        tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(truncated, mask), colour), tf.shape(images)
-    )
 
 
 def _fixed_point_line(

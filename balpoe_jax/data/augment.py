@@ -3,11 +3,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from balpoe_jax.data import image_ops
+from balpoe_jax.data import image_ops, pixels, randaugment
 from balpoe_jax.data.policies import apply_policy, check_policy
 from balpoe_jax.data.randaugment import IMAGENET_MEAN
 from balpoe_jax.data.randomness import RowRandom
@@ -56,46 +57,119 @@ class AugmentSettings:
         if self.cutout < 0 or self.cutout % 2:
             raise UserError(f"augment.cutout must be even and not negative, got {self.cutout}.")
 
+    @property
+    def moves(self) -> bool:
+        """Whether images are cropped, mirrored or rotated."""
+        return bool(self.crop_padding or self.flip or self.rotation)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything for `change_image` to do."""
+        return any(self.color_jitter) or self.policy == "randaugment"
+
+    def without_changes(self) -> tuple["AugmentSettings", "AugmentSettings"]:
+        """These settings without what `change_image` does, and those of that alone."""
+        none = AugmentSettings()
+        rest = dataclasses.replace(self, color_jitter=none.color_jitter)
+        only = AugmentSettings(color_jitter=self.color_jitter, fill=self.fill)
+        if self.policy == "randaugment":
+            rest = dataclasses.replace(rest, policy=none.policy)
+            only = dataclasses.replace(only, policy=self.policy)
+        return rest, only
+
 
 def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:
     """Augments each image by draws of its own.
 
     Args:
-        images: uint8 `[rows, H, W, 3]`, the rows of `random`.
+        images: uint8 `[rows, H, W, 3]`, or packed (see `pixels`) `[rows, H, W]`; the rows of
+            `random`.
         random: source of the draws; the same source gives the same images.
         settings: what to do.
 
     Returns:
-        uint8 `[rows, H, W, 3]`.
+        Images in the form in which they came.
     """
-    images = _move(images, random.stream("move"), settings)
-    images = _jitter(images, random.stream("color_jitter"), settings.color_jitter)
-    images = apply_policy(images, random.stream("policy"), settings.policy, settings.fill)
+    packed = images.dtype == tf.uint32
+    if settings.moves:
+        images = _move(_as_bytes(images), random.stream("move"), settings)
+    if settings.changes:
+        images = _as_pixels(images)
+        # One by one they stay in the cache.
+        images = tf.map_fn(
+            lambda one: change_image(one[0], one[1], settings),
+            (images, draw_changes(random, settings)),
+            fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint32),
+        )
+    if settings.policy not in ("none", "randaugment"):
+        images = apply_policy(_as_bytes(images), random.stream("policy"), settings.policy)
     if settings.cutout:
-        _, height, width, _ = images.shape
-        draws = random.stream("cutout")
-        top = draws.uniform("top", 0, height, tf.int32)
-        left = draws.uniform("left", 0, width, tf.int32)
-        images = image_ops.cutout(images, top, left, settings.cutout)
-    return images
+        images = _cut_out(_as_bytes(images), random.stream("cutout"), settings.cutout)
+    return _as_pixels(images) if packed else _as_bytes(images)
+
+
+Changes = dict[str, Any]
+
+
+def draw_changes(random: RowRandom, settings: AugmentSettings) -> Changes:
+    """Draws what `change_image` does to each row of `random`."""
+    draws: Changes = {}
+    if any(settings.color_jitter):
+        draws["jitter"] = _draw_jitter(random.stream("color_jitter"), settings.color_jitter)
+    if settings.policy == "randaugment":
+        draws["policy"] = randaugment.draw(random.stream("policy"))
+    return draws
+
+
+def change_image(image: tf.Tensor, drawn: Changes, settings: AugmentSettings) -> tf.Tensor:
+    """Color jitter and RandAugment: the part of augmentation that is done image by image.
+
+    Args:
+        image: packed `[H, W]`, see `pixels`.
+        drawn: a row of `draw_changes`.
+        settings: for which they were drawn.
+
+    Returns:
+        Packed `[H, W]`.
+    """
+    if "jitter" in drawn:
+        image = pixels.color_jitter(image, *drawn["jitter"])
+    if "policy" in drawn:
+        image = randaugment.apply(image, drawn["policy"], settings.fill)
+    return image
 
 
 def normalize(images: tf.Tensor, mean: Sequence[float], std: Sequence[float]) -> tf.Tensor:
-    """`(images / 255 - mean) / std` as float32, `mean` and `std` by channel."""
-    width = images.shape[-2]
-    scale = np.tile(1 / (255 * np.asarray(std, np.float64)), width)
-    offset = np.tile(-np.divide(mean, std, dtype=np.float64), width)
+    """`(x / 255 - mean) / std` as float32 `[..., H, W, 3]`.
+
+    Args:
+        images: uint8 `[..., H, W, 3]`, or packed (see `pixels`) `[..., H, W]`. The latter is fast
+            within a function that XLA compiles.
+        mean, std: by channel.
+    """
+    scale = 1 / (255 * np.asarray(std, np.float64))
+    offset = -np.divide(mean, std, dtype=np.float64)
+    if images.dtype == tf.uint32:
+        return pixels.to_float(images) * scale.astype(np.float32) + offset.astype(np.float32)
     # By whole rows: operations that broadcast along three channels are several times slower.
+    width = images.shape[-2]
     rows = tf.reshape(tf.cast(images, tf.float32), [-1, width * 3])
-    rows = rows * tf.constant(scale, tf.float32) + tf.constant(offset, tf.float32)
+    rows = rows * np.tile(scale, width).astype(np.float32)
+    rows += np.tile(offset, width).astype(np.float32)
     return tf.reshape(rows, tf.shape(images))
+
+
+def _as_bytes(images: tf.Tensor) -> tf.Tensor:
+    return pixels.unpack(images) if images.dtype == tf.uint32 else images
+
+
+def _as_pixels(images: tf.Tensor) -> tf.Tensor:
+    return images if images.dtype == tf.uint32 else pixels.pack(images)
 
 
 def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:
     """Crop, flip and rotation."""
     padding = settings.crop_padding
-    if not (padding or settings.flip or settings.rotation):
-        return images
     top = random.uniform("top", 0, 2 * padding + 1, tf.int32)
     left = random.uniform("left", 0, 2 * padding + 1, tf.int32)
     flip = random.uniform("flip") < (0.5 if settings.flip else 0.0)
@@ -105,13 +179,17 @@ def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf
     return image_ops.crop_flip_rotate(images, top, left, flip, degrees, padding)
 
 
-def _jitter(
-    images: tf.Tensor, random: RowRandom, strengths: tuple[float, float, float]
-) -> tf.Tensor:
-    """Brightness, contrast and saturation in random order, as torchvision's ColorJitter."""
-    if not any(strengths):
-        return images
+def _draw_jitter(
+    random: RowRandom, strengths: tuple[float, float, float]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Factors and orders of torchvision's ColorJitter, for `pixels.color_jitter`."""
     deviation = random.uniform("factors", -1, 1, per_row=(3,))
     factors = 1 + deviation * tf.constant(strengths, tf.float32)
-    order = tf.argsort(random.uniform("order", per_row=(3,)), axis=1)
-    return image_ops.color_jitter(images, factors, order)
+    return factors, tf.argsort(random.uniform("order", per_row=(3,)), axis=1)
+
+
+def _cut_out(images: tf.Tensor, random: RowRandom, size: int) -> tf.Tensor:
+    _, height, width, _ = images.shape
+    top = random.uniform("top", 0, height, tf.int32)
+    left = random.uniform("left", 0, width, tf.int32)
+    return image_ops.cutout(images, top, left, size)

@@ -5,7 +5,6 @@ They reproduce Pillow's arithmetic, which the reference's transforms run on, to 
 arithmetic allows it; `tests/test_image_ops.py` compares them. Nothing here is random.
 """
 
-import functools
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -105,14 +104,6 @@ def solarize(images: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
     return tf.bitwise.bitwise_xor(images, tf.cast(high, tf.uint8) * 255)
 
 
-def solarize_add(images: tf.Tensor, addition: tf.Tensor) -> tf.Tensor:
-    """Adds a whole number, float `[B]`, to the values below 128, up to 255."""
-    values = tf.cast(images, tf.float32)
-    low = tf.cast(images < 128, tf.float32)
-    added = tf.minimum(addition[:, None, None, None], 255 - values)
-    return tf.cast(values + low * added, tf.uint8)
-
-
 def autocontrast(images: tf.Tensor) -> tf.Tensor:
     """Stretches each channel to 0..255; a channel of one value stays."""
     _, height, width, _ = images.shape
@@ -164,38 +155,6 @@ def contrast(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the mean grey: 0 is flat, 1 the image, float `[B]`."""
     _, _, width, _ = images.shape
     return _bytes(_contrast(_values(images), factor, width), images)
-
-
-def color_jitter(images: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
-    """Changes brightness, contrast and color in turn, rounding to 8 bits after each.
-
-    Args:
-        images: uint8 `[B, H, W, 3]`.
-        factors: float32 `[B, 3]` of brightness, contrast and color.
-        order: int32 `[B, 3]`, permutations of 0, 1 and 2, which count them.
-    """
-    _, _, width, _ = images.shape
-
-    def one(inputs: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        image, factors, order = inputs
-        values = _values(image[None])
-        for which in tf.unstack(order):
-            values = tf.floor(values)
-            factor = factors[which][None]
-            branches = (
-                functools.partial(_brightness, values, factor),
-                functools.partial(_contrast, values, factor, width),
-                functools.partial(_color, values, factor),
-            )
-            values = tf.switch_case(which, branches)
-        return _bytes(values, image)
-
-    # Image by image the values stay in the cache: twice as fast as by batch.
-    return tf.map_fn(
-        one,
-        (images, factors, order),
-        fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
-    )
 
 
 def sharpness(images: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:

@@ -79,11 +79,11 @@ def random_windows(
 def decode_windows(
     encoded: tf.Tensor, windows: tf.Tensor, flips: tf.Tensor, size: int
 ) -> tf.Tensor:
-    """`decode_window` of a batch: strings, int32 `[b, 4]`, bool -> uint8 `[b, size, size, 3]`."""
+    """`decode_window` of a batch: strings, int32 `[b, 4]`, bool -> packed `[b, size, size]`."""
     return tf.map_fn(
         lambda example: decode_window(example[0], example[1], example[2], size),
         (encoded, windows, flips),
-        fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
+        fn_output_signature=tf.TensorSpec([size, size], tf.uint32),
     )
 
 
@@ -97,9 +97,10 @@ def decode_window(encoded: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, size: 
         size: side of the result.
 
     Returns:
-        uint8 `[size, size, 3]`.
+        Packed `[size, size]`, see `pixels`.
     """
-    return resize(_decode_window(encoded, window), (size, size), (size, size), flip=flip)
+    image = _decode_window(encoded, window)
+    return resize(image, (size, size), (size, size), flip=flip, packed=True)
 
 
 def decode_central(encoded: tf.Tensor, resize_to: int = 256, size: int = 224) -> tf.Tensor:

@@ -13,14 +13,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from balpoe_jax.data import mixing, photos
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
+from balpoe_jax.data import mixing, photos, pixels
+from balpoe_jax.data.augment import (
+    AugmentSettings,
+    augment_batch,
+    change_image,
+    draw_changes,
+    normalize,
+)
 from balpoe_jax.data.randomness import RowRandom, fold_in, stream_id
 from balpoe_jax.data.sources import RecordSource, Source
 from balpoe_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
-_Batch = dict[str, tf.Tensor]
+_Batch = dict[str, Any]  # of tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +118,13 @@ class _TrainStages:
         self._settings = settings
         self._rows = rows
         self._image_size = source.image_shape[0]
-        # A photograph is mirrored while it is resized.
-        self._augment = dataclasses.replace(
-            settings.augment, flip=settings.augment.flip and not source.encoded
-        )
+        # What is done to a batch, and before that to each photograph: to mirror while it is
+        # resized, and to change it unless it is to be cropped or rotated before.
+        self._of_batch, self._of_each = settings.augment, AugmentSettings()
+        if source.encoded:
+            self._of_batch = dataclasses.replace(self._of_batch, flip=False)
+            if not self._of_batch.moves:
+                self._of_batch, self._of_each = self._of_batch.without_changes()
 
     def read(self, step: tf.Tensor, indices: tf.Tensor) -> _Batch:
         """This host's images, as they are stored, and labels."""
@@ -127,19 +136,21 @@ class _TrainStages:
         random = self._random(batch)
         windows = photos.random_windows(photos.shapes(batch["images"]), random.stream("window"))
         flips = random.stream("move").uniform("flip") < (0.5 if self._settings.augment.flip else 0)
-        return {**batch, "windows": windows, "flips": flips}
+        changes = draw_changes(random, self._of_each)
+        return {**batch, "windows": windows, "flips": flips, "changes": changes}
 
     def decode(self, row: _Batch) -> _Batch:
-        """One photograph's window, resized."""
+        """One photograph's window, resized and changed; packed."""
         image = photos.decode_window(row["images"], row["windows"], row["flips"], self._image_size)
+        image = change_image(image, row["changes"], self._of_each)
         return {"step": row["step"], "images": image, "labels": row["labels"]}
 
     def finish(self, batch: _Batch) -> _Batch:
-        """Augments, normalises and mixes uint8 images."""
+        """Augments, normalises and mixes images."""
         settings, labels = self._settings, batch["labels"]
-        images = augment_batch(batch["images"], self._random(batch), self._augment)
-        images = normalize(images, settings.mean, settings.std)
+        images = augment_batch(batch["images"], self._random(batch), self._of_batch)
         mixed = {"other_labels": labels, "weight": tf.ones_like(labels, tf.float32)}
+        mix = None
         if settings.mixup_alpha > 0:
             mix = mixing.draw_mix(
                 _seed(settings.seed, "mixup", batch["step"][0]),
@@ -148,10 +159,20 @@ class _TrainStages:
                 settings.mixup_groups,
                 self._rows,
             )
-            images = mixing.mix_images(images, mix)
             mixed["other_labels"] = tf.gather(labels, mix.partners)
             mixed["weight"] *= mix.weight
-        return {"images": tf.cast(images, settings.dtype), "labels": labels, **mixed}
+        # Of photographs a batch exceeds every cache: compiled, all this is one pass over it.
+        packed = images.dtype == tf.uint32
+        to_input = pixels.compiled(self._to_input) if packed else self._to_input
+        return {"images": to_input(images, mix), "labels": labels, **mixed}
+
+    def _to_input(self, images: tf.Tensor, mix: mixing.Mix | None) -> tf.Tensor:
+        """What the network gets."""
+        settings = self._settings
+        images = normalize(images, settings.mean, settings.std)
+        if mix is not None:
+            images = mixing.mix_images(images, mix)
+        return tf.cast(images, settings.dtype)
 
     def _random(self, batch: _Batch) -> RowRandom:
         seed = _seed(self._settings.seed, "augment", batch["step"][0])

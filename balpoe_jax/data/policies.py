@@ -5,14 +5,13 @@ A policy is a table; only the operations that were drawn run, each once on the i
 RandAugment, which is no table, has a module of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from balpoe_jax.data import image_ops
-from balpoe_jax.data.randaugment import IMAGENET_MEAN, apply_randaugment
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.errors import UserError
 
@@ -110,23 +109,17 @@ def check_policy(name: str) -> None:
         raise UserError(f"augment.policy must be one of {', '.join(POLICIES)}; got {name!r}.")
 
 
-def apply_policy(
-    images: tf.Tensor, random: RowRandom, name: str, fill: Sequence[int] = IMAGENET_MEAN
-) -> tf.Tensor:
+def apply_policy(images: tf.Tensor, random: RowRandom, name: str) -> tf.Tensor:
     """Draws a sequence of the policy for each image and applies it.
 
     Args:
         images: uint8 `[rows, H, W, 3]`, the rows of `random`.
         random: source of the draws.
-        name: one of `POLICIES`.
-        fill: colour that randaugment shows outside the image.
+        name: of a policy that is a table.
 
     Returns:
         uint8 `[rows, H, W, 3]`.
     """
-    check_policy(name)
-    if name == "randaugment":
-        return apply_randaugment(images, random, fill)
     policy = _TABLES[name]
     if not policy:
         return images

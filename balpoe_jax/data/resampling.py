@@ -9,6 +9,8 @@ a transpose between: together twice as fast as one call for both axes.
 
 import tensorflow as tf
 
+from balpoe_jax.data import pixels
+
 
 def resize(
     image: tf.Tensor,
@@ -16,6 +18,7 @@ def resize(
     size: tuple[int, int],
     corner: tuple[tf.Tensor | float, tf.Tensor | float] = (0, 0),
     flip: tf.Tensor | None = None,
+    packed: bool = False,
 ) -> tf.Tensor:
     """Resizes an image, or makes only a window of the resized image.
 
@@ -32,26 +35,29 @@ def resize(
         size: height and width of the result.
         corner: top and left of the result within the scaled image.
         flip: bool scalar, whether to mirror left and right afterwards; None for no.
+        packed: whether to return packed pixels, see `pixels`.
 
     Returns:
-        uint8 `[*size, 3]`.
+        uint8 `[*size, 3]`, or packed `[*size]`.
     """
     shape = tf.shape(image)
     height, width = shape[0], shape[1]
-    columns = tf.reshape(tf.transpose(image, [1, 0, 2]), [width, height * 3])
-    columns = _resample(columns, full_size[1], size[1], corner[1])
+    # As matrices: of three axes, the last of length 3, transposing takes twice as long.
+    columns = tf.reshape(tf.transpose(tf.reshape(image, [height, width * 3])), [width, 3 * height])
+    columns = _rounded(_resample(columns, full_size[1], size[1], corner[1]))
     if flip is not None:
         order = tf.range(size[1])
         columns = tf.gather(columns, tf.where(flip, size[1] - 1 - order, order))
-    rows = tf.transpose(tf.reshape(columns, [size[1], height, 3]), [1, 0, 2])
-    rows = _resample(tf.reshape(rows, [height, size[1] * 3]), full_size[0], size[0], corner[0])
-    return tf.reshape(rows, [*size, 3])
+    rows = tf.transpose(tf.reshape(columns, [size[1] * 3, height]))
+    rows = _resample(rows, full_size[0], size[0], corner[0])
+    rows = tf.reshape(rows, [*size, 3])
+    return _packed(rows) if packed else _rounded(rows)
 
 
 def _resample(
     lines: tf.Tensor, full_size: tf.Tensor | int, size: int, start: tf.Tensor | float
 ) -> tf.Tensor:
-    """Scales uint8 `[n, L]` lines to `full_size` lines and returns `size` of them from `start`."""
+    """Scales uint8 `[n, L]` lines to `full_size`; `size` of them from `start`, float32."""
     scale = tf.cast(full_size, tf.float32) / tf.cast(tf.shape(lines)[0], tf.float32)
     scaled = tf.raw_ops.ScaleAndTranslate(
         images=lines[None, :, None, :],
@@ -61,5 +67,14 @@ def _resample(
         kernel_type="triangle",
         antialias=True,
     )
-    # Weighted means of bytes need no clipping.
-    return tf.cast(scaled[0, :, 0, :] + 0.5, tf.uint8)
+    return scaled[0, :, 0, :]
+
+
+def _rounded(means: tf.Tensor) -> tf.Tensor:
+    """uint8; weighted means of bytes need no clipping."""
+    return tf.cast(means + 0.5, tf.uint8)
+
+
+@pixels.compiled
+def _packed(means: tf.Tensor) -> tf.Tensor:
+    return pixels.pack(means + 0.5)
