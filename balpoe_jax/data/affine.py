@@ -52,27 +52,35 @@ def gather_pixels(
     return tf.gather(pixels, tf.where(inside, first + rows * width + columns, outside))
 
 
-def sample_bicubic(images: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """Transforms by float `[B, 6]` matrices with cubic interpolation (a = -1), grey outside.
+def shear_bicubic(images: tf.Tensor, factor: tf.Tensor, axis: int) -> tf.Tensor:
+    """Moves rows (axis 1) or columns (axis 0) by their number times a factor, grey outside.
 
-    Neighbours beyond the border repeat it; only points outside the image are grey.
+    Interpolates cubically (a = -1) along the axis, in float64 as Pillow does. Neighbours beyond the
+    border repeat it; only points outside the image are grey.
+
+    Args:
+        images: uint8 `[B, H, W, 3]`.
+        factor: float `[B]`.
+        axis: along which the lines move.
     """
     _, height, width, _ = images.shape
-    a, b, c, d, e, f = (x[:, None, None] for x in tf.unstack(tf.cast(matrix, tf.float64), axis=-1))
+    size = (height, width)[axis]
     x = tf.range(width, dtype=tf.float64)[None, None, :] + 0.5
     y = tf.range(height, dtype=tf.float64)[None, :, None] + 0.5
-    column, row = a * x + b * y + c, d * x + e * y + f
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    left, top = tf.floor(column - 0.5), tf.floor(row - 0.5)
-    across, down = (column - 0.5 - left)[..., None], (row - 0.5 - top)[..., None]
-    lefts = [tf.clip_by_value(tf.cast(left, tf.int32) + i, 0, width - 1) for i in range(-1, 3)]
-    tops = [tf.clip_by_value(tf.cast(top, tf.int32) + i, 0, height - 1) for i in range(-1, 3)]
+    along, across = (x, y) if axis else (y, x)
+    position = along + tf.cast(factor, tf.float64)[:, None, None] * across
+    inside = (position >= 0) & (position < size)
+    first = tf.floor(position - 0.5)
+    t = (position - 0.5 - first)[..., None]
+    other = tf.broadcast_to(tf.cast(across, tf.int32), tf.shape(position))
 
-    def pixel(row: tf.Tensor, column: tf.Tensor) -> tf.Tensor:
-        return tf.cast(gather_pixels(images, row, column, tf.constant(True), 0), tf.float64)
+    def neighbours(offset: int) -> tf.Tensor:
+        there = tf.clip_by_value(tf.cast(first, tf.int32) + offset, 0, size - 1)
+        where = (other, there) if axis else (there, other)
+        return tf.cast(gather_pixels(images, *where, tf.constant(True), 0), tf.float64)
 
-    lines = [_cubic([pixel(row, column) for column in lefts], across) for row in tops]
-    values = tf.cast(tf.clip_by_value(_cubic(lines, down), 0, 255), tf.uint8)
+    values = _cubic([neighbours(offset) for offset in range(-1, 3)], t)
+    values = tf.cast(tf.clip_by_value(values, 0, 255), tf.uint8)
     return tf.where(inside[..., None], values, tf.constant(GREY, tf.uint8))
 
 
