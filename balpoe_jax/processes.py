@@ -122,6 +122,13 @@ def first_says(question: Callable[[], bool]) -> bool:
     return bool(_broadcast("yes" if answer else ""))
 
 
+def first_tells(question: Callable[[], str]) -> str:
+    """What process 0 answers, in all processes; a `UserError` of it is raised in all of them."""
+    answers: list[str] = []
+    on_first(lambda: answers.append(question()))
+    return _broadcast(answers[0] if answers else "")
+
+
 def check_same(value: Any, what: str, remedy: str, error: type[UserError] = UserError) -> None:
     """Refuses processes that have different values.
 
