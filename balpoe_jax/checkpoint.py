@@ -141,7 +141,7 @@ class Checkpoints:
             return []
         except OSError as error:
             raise _unreadable(self.directory, error) from error
-        return sorted((int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)))[::-1]
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))[::-1]
 
     def _newest_intact(self) -> str:
         """Its step, or nothing without any checkpoint; moves away what is newer and damaged."""

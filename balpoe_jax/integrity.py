@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of a checkpoint's files, in the checkpoint: `sha256sum -c SHA256SUMS` reads them too."""
+"""Checksums of a checkpoint's files, in a file beside them that `sha256sum -c` can read, too."""
 
 import asyncio
 import hashlib
 import os
 from pathlib import Path
 
-from orbax.checkpoint._src.path import (
-    atomicity,
-)  # has no public name; Orbax's option takes its kind
+from etils import epath
+
+# Without a public name, though Orbax has an option that takes a class of this kind.
+from orbax.checkpoint._src.path import atomicity
 
 SUMS = "SHA256SUMS"
 
@@ -20,7 +21,8 @@ class SummedPath(atomicity.AtomicRenameTemporaryPath):
     """
 
     async def finalize(self) -> None:
-        final = self._final_path
+        """Gives the folder its final name; of a checkpoint, after its checksums."""
+        final: epath.Path = self._final_path  # type: ignore[has-type]
         if not final.name.isdecimal():  # a part of a checkpoint
             await super().finalize()
             return
