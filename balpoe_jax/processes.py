@@ -84,7 +84,7 @@ def group(
     except BaseException as error:
         finished.set()
         watch.join()
-        _stop_all(error, report)
+        stop_all(error, report)
     finally:
         finished.set()
         watch.join()
@@ -284,7 +284,7 @@ def _watch(finished: threading.Event) -> None:
             _leave(failure)
 
 
-def _stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
+def stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
     """Reports this process's error, or the one elsewhere that it follows from, and exits."""
     failure = _read_failure()
     computing = is_of_jax(error)

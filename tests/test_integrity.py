@@ -184,6 +184,9 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", str(mounted)], check=True)
 
 
+# Of what TensorStore goes on with after Orbax has given up.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
     big = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
 
