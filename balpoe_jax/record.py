@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 import balpoe_jax
-from balpoe_jax import processes
+from balpoe_jax import leftovers, processes
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import PassingError, UserError, passes, writing
 
@@ -81,7 +81,8 @@ def open_workdir(workdir: str) -> Path:
 
 
 def _make_writable(path: Path) -> None:
-    probe = path / f".writable-{os.getpid()}"
+    leftovers.clear(path, path / "predictions", path / "report")
+    probe = leftovers.temporary(path / "writable")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -262,10 +263,13 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         UserError (a `ValueError`): the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = leftovers.temporary(path)
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves the new name without the content
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
