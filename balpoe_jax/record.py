@@ -265,6 +265,11 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Does nothing; the terminal has the line."""
 
+    def close(self) -> None:
+        """Closes the file, whether or not it has all lines."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is no readable one."""

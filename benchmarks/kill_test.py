@@ -214,12 +214,26 @@ class Figures:
 
 
 def kill_and_compare(
-    command: Command, folder: Path, kills: int, seed: int, signals: Sequence[str]
+    command: Command,
+    folder: Path,
+    kills: int,
+    seed: int,
+    signals: Sequence[str],
+    warm: bool = True,
 ) -> Figures:
-    """Makes an undisturbed run, then disturbed ones until there were `kills`, and compares."""
+    """Makes an undisturbed run, then disturbed ones until there were `kills`, and compares.
+
+    Args:
+        command: to start.
+        folder: of the runs.
+        kills: how many in all.
+        seed: of the moments.
+        signals: their names without SIG.
+        warm: time the start-up once all is compiled, which takes another undisturbed run.
+    """
     draw, figures = random.Random(seed), Figures()
     undisturbed = folder / "undisturbed"
-    for _ in range(2):  # the second one finds all that the first one compiled
+    for _ in range(1 + warm):  # the second one finds all that the first one compiled
         shutil.rmtree(undisturbed, ignore_errors=True)
         process = command.start(undisturbed)
         start, watch, start_up = time.monotonic(), Watch(undisturbed), 0.0
@@ -227,9 +241,9 @@ def kill_and_compare(
             if not start_up and watch.phases():
                 start_up = time.monotonic() - start
             time.sleep(_POLL_SECONDS)
-        assert process.stderr is not None
+        _, errors = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"The undisturbed run failed: {process.stderr.read()}")
+            raise RuntimeError(f"The undisturbed run failed: {errors}")
     while sum(figures.kills.values()) < kills:
         workdir = folder / f"run-{figures.runs}"
         lost = _run(command, workdir, kills, start_up, draw, signals, figures)
