@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few kills of the real command; `benchmarks/kill_test.py` makes as many as one likes."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 
 from benchmarks import kill_test
 
+CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path: Path) -> None:
-    command = kill_test.Command("configs/digits_lt.py:experts=1", 2, tmp_path / "cache")
+    command = kill_test.Command("configs/digits_lt.py:experts=1", 2, CACHE)
     figures = kill_test.kill_and_compare(command, tmp_path, 2, 3, ["KILL", "TERM"], warm=False)
     assert figures.losses == []
     assert sum(figures.kills.values()) == 2
