@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax behind a few verbs: save, restore the latest, wait, close.
 
-A checkpoint is written in the background and appears under its final name only when complete. Every
-process takes part in it, and it holds nothing of how many devices and processes there were: another
-layout restores it.
+A checkpoint is written in the background and appears under its final name only when complete, with
+the checksums of its files. Every process takes part in it, and it holds nothing of how many devices
+and processes there were: another layout restores it.
 """
 
+import logging
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from balpoe_jax import parallel, processes
+from balpoe_jax import integrity, parallel, processes
 from balpoe_jax.errors import PassingError, UserError, passes
 from balpoe_jax.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -29,6 +34,7 @@ class Checkpoints:
 
     def __init__(self, directory: str, keep: int = 2, read_only: bool = False) -> None:
         self.directory = directory
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
@@ -36,6 +42,7 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
                 enable_async_checkpointing=True,
+                temporary_path_class=integrity.SummedPath,
             ),
             # Named here, since without its handler Orbax cannot tell what a checkpoint holds.
             item_handlers={"state": ocp.StandardCheckpointHandler()},
@@ -48,7 +55,7 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint; None without any."""
+        """The step of the newest complete checkpoint, damaged or not; None without any."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
@@ -59,6 +66,7 @@ class Checkpoints:
 
         Raises:
             PassingError (a `UserError`): this or the save before it could not be written.
+            UserError (a `ValueError`): a later checkpoint is there, which is not of this run.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest_step():
@@ -66,15 +74,21 @@ class Checkpoints:
         everywhere = parallel.rewrap(state, parallel.globalized(state))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(everywhere))
         try:
-            self._manager.save(step, args=arguments)
+            begun = self._manager.save(step, args=arguments)
         except Exception as error:  # of this save, or of the one before that ran until now
             _raise_if_of_jax(error)
             raise self._unwritable(error) from error
+        if not begun:
+            raise UserError(
+                f"Step {step} is not saved, since {self.directory} holds the later checkpoint "
+                f"{self.latest_step()}; move away what is not of this run."
+            )
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
-        """The newest checkpoint, in the shapes, dtypes and placement of `like`.
+        """The newest intact checkpoint, in the shapes, dtypes and placement of `like`.
 
-        One that this object is still writing is waited for.
+        One that this object is still writing is waited for. Damaged ones that are newer are moved
+        to `damaged-STEP`, unless the folder is only read; nothing is deleted.
 
         Args:
             like: a state, or its abstract twin of `jax.ShapeDtypeStruct` with shardings.
@@ -83,20 +97,23 @@ class Checkpoints:
             The restored state, or None when there is no checkpoint.
 
         Raises:
-            UserError (a `ValueError`): a checkpoint of another shape, or one that cannot be read.
+            UserError (a `ValueError`): a checkpoint of another shape, one that cannot be read, or
+                only damaged ones.
             PassingError (a `UserError`): storage that does not answer, does not show all processes
                 the same checkpoint, or to which one could not be written.
         """
         self.wait()
-        step = self.latest_step()
+        found = processes.first_tells(self._newest_intact)
         processes.check_same(
-            step,
+            self._steps()[:1],
             "newest checkpoint",
             "start again, and mend the storage if it stays so",
             PassingError,
         )
-        if step is None:
+        if not found:
             return None
+        step = int(found)
+        self._manager.reload()  # it may have seen what is moved away now
         where = f"{self.directory}/{step}"
         abstract = parallel.globalized(like)
         try:
@@ -115,6 +132,51 @@ class Checkpoints:
             _raise_if_of_jax(error)
             raise _unreadable(where, error) from error
         return parallel.rewrap(restored["state"], like)
+
+    def _steps(self) -> list[int]:
+        """The steps of all complete checkpoints, newest first."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(self.directory, error) from error
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))[::-1]
+
+    def _newest_intact(self) -> str:
+        """Its step, or nothing without any checkpoint; moves away what is newer and damaged."""
+        damaged: dict[int, str] = {}
+        for step in self._steps():
+            folder = Path(self.directory, str(step))
+            try:
+                reason = integrity.damage(folder)
+            except OSError as error:
+                raise _unreadable(str(folder), error) from error
+            if reason is None:
+                self._set_aside(damaged, step)
+                return str(step)
+            damaged[step] = reason
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise UserError(
+                f"No checkpoint in {self.directory} is intact ({reasons[:300]}); put a copy of an "
+                "intact one there, or start anew in another workdir."
+            )
+        return ""
+
+    def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
+        for step, reason in damaged.items():
+            log.warning("The checkpoint of step %d is damaged: %s", step, reason)
+            if self._read_only:
+                continue
+            number, name = 1, f"damaged-{step}"
+            while (there := Path(self.directory, name)).exists():
+                number, name = number + 1, f"damaged-{step}-{number + 1}"
+            try:
+                Path(self.directory, str(step)).rename(there)
+            except OSError as error:
+                raise self._unwritable(error) from error
+            log.warning("It is now %s; going back to the checkpoint of step %d", name, intact)
 
     def close(self) -> None:
         """Waits for writing to end."""

@@ -3,6 +3,7 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -63,8 +64,9 @@ def report(error: BaseException) -> int:
         _print_error(str(error))
         return _EXIT_PASSING_ERROR if isinstance(error, PassingError) else _EXIT_USER_ERROR
     if isinstance(error, Preempted):
-        print(f"Preempted: {error}", file=sys.stderr)
-        return _EXIT_PREEMPTED
+        interrupted = error.signal == signal.SIGINT
+        print(f"{'Interrupted' if interrupted else 'Preempted'}: {error}", file=sys.stderr)
+        return _EXIT_INTERRUPTED if interrupted else _EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         print(
             "Interrupted: a training goes on from its last checkpoint when started again.",

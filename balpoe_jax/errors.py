@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import signal as signal_module
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,15 @@ class PassingError(UserError):
 
 
 class Preempted(Exception):  # noqa: N818
-    """The machine is about to be taken away; what there was to save is saved."""
+    """The machine is about to be taken away; what there was to save is saved.
+
+    Attributes:
+        signal: by which the process was told; SIGTERM where another process was.
+    """
+
+    def __init__(self, message: str, signal: signal_module.Signals | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal or signal_module.SIGTERM
 
 
 @contextlib.contextmanager

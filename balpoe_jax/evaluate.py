@@ -4,8 +4,9 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from ml_collections import ConfigDict
@@ -20,6 +21,8 @@ from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
+
+_Batch = TypeVar("_Batch")
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -52,6 +55,10 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     return results
 
 
+class Interrupted(Exception):  # noqa: N818
+    """An evaluation was given up, as asked."""
+
+
 class Evaluator:
     """Predicts and scores the test set of an experiment; compiles once."""
 
@@ -59,14 +66,21 @@ class Evaluator:
         self._experiment = experiment
         self._step = experiment.map_eval_step()
 
-    def score_test(self, state: TrainState, folder: Path) -> dict[str, Any]:
+    def score_test(
+        self, state: TrainState, folder: Path, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
         """Accuracy and calibration on the test set alone, for a look at a running training.
+
+        Args:
+            state: of the training.
+            folder: for the predictions.
+            interrupted: asked before every batch whether to give up, which raises `Interrupted`.
 
         Returns `step`, `epoch`, `num_parameters`, `class_counts`, `test` and `experts` of
         `results.json`; nothing in other processes than the first.
         """
         data = self._experiment.data
-        test = self._predict(state, data.test, folder)
+        test = self._predict(state, data.test, folder, interrupted=interrupted)
         if test is None:
             return {}
         scores = scoring.score_test(
@@ -101,7 +115,12 @@ class Evaluator:
         return self._results(state, scores)
 
     def _predict(
-        self, state: TrainState, source: Source, folder: Path, prefix: str = predictions.TEST
+        self,
+        state: TrainState,
+        source: Source,
+        folder: Path,
+        prefix: str = predictions.TEST,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> predictions.Predictions | None:
         """Every example of `source` once; the logits go to disk as they come.
 
@@ -118,9 +137,8 @@ class Evaluator:
             experiment.host,
             settings.dtype,
         )
-        outputs = (
-            self._step(state.variables, batch) for batch in Prefetcher(batches, experiment.parallel)
-        )
+        placed = Prefetcher(batches, experiment.parallel)
+        outputs = (self._step(state.variables, batch) for batch in _unless(interrupted, placed))
         if not processes.is_first():
             for output in outputs:
                 jax.block_until_ready(output)  # so that it does not run ahead of the first
@@ -146,6 +164,13 @@ class Evaluator:
             **scores,
         }
         return record.plain(results)
+
+
+def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    for batch in batches:
+        if interrupted():
+            raise Interrupted
+        yield batch
 
 
 def publish(results: dict[str, Any], workdir: Path) -> None:

@@ -8,6 +8,7 @@ from absl import flags
 
 from balpoe_jax import command_line, start_up
 from balpoe_jax.errors import UserError
+from balpoe_jax.preemption import PreemptionNotice
 
 
 def define_flags() -> None:
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trains or evaluates as the flags say."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
-    with _processes():
-        _start()
+    with PreemptionNotice(command_line.report) as notice, _processes():
+        _start(notice)
 
 
 def _processes() -> contextlib.AbstractContextManager[None]:
@@ -75,7 +76,7 @@ def _processes() -> contextlib.AbstractContextManager[None]:
     )
 
 
-def _start() -> None:
+def _start(notice: PreemptionNotice) -> None:
     # Here and not above: TensorFlow reads its environment when it is imported.
     import tensorflow as tf
 
@@ -86,7 +87,7 @@ def _start() -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     command_line.use_compilation_cache(config.cache_dir)
     if flags.FLAGS.mode == "train":
-        train(config, workdir, start_up.of_this_process())
+        train(config, workdir, start_up.of_this_process(), notice)
     else:
         evaluate(config, workdir)
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balpoe_jax.errors import UserError, writing
+from balpoe_jax.leftovers import temporary
 
 FOLDER = "predictions"
 TEST, HELD_OUT = "", "held_out_"
@@ -49,8 +50,8 @@ def stream(
         UserError (a `ValueError`): the files cannot be written.
     """
     # Names of this process's own: a training may be evaluating itself at the same time.
-    partial = folder / f".{prefix}expert_logits.{os.getpid()}.npy"
-    partial_labels = folder / f".{prefix}labels.{os.getpid()}.npy"
+    partial = temporary(folder / f"{prefix}expert_logits.npy")
+    partial_labels = temporary(folder / f"{prefix}labels.npy")
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def group(
     except BaseException as error:
         finished.set()
         watch.join()
-        _stop_all(error, report)
+        stop_all(error, report)
     finally:
         finished.set()
         watch.join()
@@ -120,6 +120,13 @@ def first_says(question: Callable[[], bool]) -> bool:
     """What process 0 answers, in all processes, such as whether a file is there."""
     answer = is_first() and question()
     return bool(_broadcast("yes" if answer else ""))
+
+
+def first_tells(question: Callable[[], str]) -> str:
+    """What process 0 answers, in all processes; a `UserError` of it is raised in all of them."""
+    answers: list[str] = []
+    on_first(lambda: answers.append(question()))
+    return _broadcast(answers[0] if answers else "")
 
 
 def check_same(value: Any, what: str, remedy: str, error: type[UserError] = UserError) -> None:
@@ -277,7 +284,7 @@ def _watch(finished: threading.Event) -> None:
             _leave(failure)
 
 
-def _stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
+def stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
     """Reports this process's error, or the one elsewhere that it follows from, and exits."""
     failure = _read_failure()
     computing = is_of_jax(error)

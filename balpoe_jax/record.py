@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 import balpoe_jax
-from balpoe_jax import processes
+from balpoe_jax import leftovers, processes
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import PassingError, UserError, passes, writing
 
@@ -81,7 +81,8 @@ def open_workdir(workdir: str) -> Path:
 
 
 def _make_writable(path: Path) -> None:
-    probe = path / f".writable-{os.getpid()}"
+    leftovers.clear(path, path / "predictions", path / "report")
+    probe = leftovers.temporary(path / "writable")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -194,7 +195,10 @@ class MetricWriter:
         import tensorflow as tf
 
         _discard_rows_after(workdir, from_step)
-        self._file = (workdir / METRICS).open("a", encoding="utf-8")
+        self._path = workdir / METRICS
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
+        self._tensorflow_error = tf.errors.OpError
         self._summary = tf.summary
         self._events = tf.summary.create_file_writer(str(workdir / "tensorboard"))
 
@@ -203,20 +207,28 @@ class MetricWriter:
 
     def __exit__(self, *exception: object) -> None:
         if self._writes:
-            self._file.close()
-            self._events.close()
+            with contextlib.suppress(OSError):  # of a row that could not be written
+                self._file.close()
+            with contextlib.suppress(self._tensorflow_error):
+                self._events.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row; it must have an integer `step`."""
+        """Writes one row; it must have an integer `step`.
+
+        Raises:
+            UserError (a `ValueError`): it cannot be written.
+        """
         if not self._writes:
             return
-        self._file.write(json.dumps(plain(row)) + "\n")
-        self._file.flush()
-        with self._events.as_default(step=row["step"]):
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._summary.scalar(name, value)
-        self._events.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(plain(row)) + "\n")
+            self._file.flush()
+        with contextlib.suppress(self._tensorflow_error):  # the curves repeat what is in the rows
+            with self._events.as_default(step=row["step"]):
+                for name, value in row.items():
+                    if isinstance(value, int | float) and name != "step":
+                        self._summary.scalar(name, value)
+            self._events.flush()
 
 
 @contextlib.contextmanager
@@ -235,7 +247,7 @@ def log_to_file(workdir: Path) -> Iterator[None]:
             package.setLevel(level)
         return
     with writing(workdir / LOG):
-        handler = logging.FileHandler(workdir / LOG, encoding="utf-8")
+        handler = _LogFile(workdir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(min(level, logging.INFO) if level else logging.INFO)
     package.addHandler(handler)
@@ -245,6 +257,18 @@ def log_to_file(workdir: Path) -> Iterator[None]:
         package.setLevel(level)
         package.removeHandler(handler)
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Of which a line that cannot be written is lost, instead of a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Does nothing; the terminal has the line."""
+
+    def close(self) -> None:
+        """Closes the file, whether or not it has all lines."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -262,10 +286,13 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         UserError (a `ValueError`): the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = leftovers.temporary(path)
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves the new name without the content
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ from balpoe_jax import processes, record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
-from balpoe_jax.errors import Preempted, UserError
-from balpoe_jax.evaluate import Evaluator, publish
+from balpoe_jax.errors import UserError
+from balpoe_jax.evaluate import Evaluator, Interrupted, publish
 from balpoe_jax.experiment import Experiment, build_together, num_parameters
+from balpoe_jax.lock import WorkdirLock
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
@@ -29,7 +30,12 @@ from balpoe_jax.state import TrainState
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: str, start_up: StartUp | None = None) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    workdir: str,
+    start_up: StartUp | None = None,
+    notice: PreemptionNotice | None = None,
+) -> dict[str, Any]:
     """Trains, or goes on training, the experiment of `config` in `workdir`, then evaluates it.
 
     Args:
@@ -37,26 +43,29 @@ def train(config: ConfigDict, workdir: str, start_up: StartUp | None = None) -> 
         workdir: folder of the run; a run that is there already is resumed from its newest
             checkpoint, and a finished one only evaluated again.
         start_up: the stopwatch of the command; None to measure from here on.
+        notice: of the command, when signals are to stop it; None leaves them to the caller.
 
     Returns:
         What `results.json` holds; of several processes, the others than the first get nothing.
 
     Raises:
-        UserError (a `ValueError`): input that is not valid, or a loss that is not finite.
-        Preempted: SIGTERM came, and a checkpoint was saved.
+        UserError (a `ValueError`): input that is not valid, a loss that is not finite, or a workdir
+            that another run is using.
+        Preempted: a signal came, and a checkpoint was saved.
     """
-    start_up = start_up or StartUp()
+    start_up, notice = start_up or StartUp(), notice or PreemptionNotice()
     check_config(config)
     path = record.open_workdir(workdir)
     record.check_same_config(config.to_dict())
-    with record.log_to_file(path):
+    with record.log_to_file(path), WorkdirLock(path) as lock:
+        notice.at_exit(lock.release)
         processes.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
         with start_up.measure("data"):
             experiment = build_together(config)
         processes.on_first(partial(_claim, path, experiment))
-        return _train(experiment, path, start_up)
+        return _train(experiment, path, start_up, notice, lock)
 
 
 def _check_workdir(path: Path, config: ConfigDict) -> None:
@@ -75,7 +84,13 @@ def _claim(path: Path, experiment: Experiment) -> None:
         record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
 
 
-def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str, Any]:
+def _train(
+    experiment: Experiment,
+    workdir: Path,
+    start_up: StartUp,
+    notice: PreemptionNotice,
+    lock: WorkdirLock,
+) -> dict[str, Any]:
     config, devices = experiment.config, experiment.parallel
     per_epoch, total_steps = experiment.steps_per_epoch, experiment.total_steps
     _announce(experiment)
@@ -107,13 +122,20 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
         with (
             record.MetricWriter(workdir, first_step) as writer,
             StepProfiler(workdir, config["profile"]["steps"]) as profiler,
-            PreemptionNotice() as notice,
         ):
 
             def score_test(state: TrainState, step: int) -> None:
-                results = evaluator.score_test(state, workdir / "predictions")
+                try:
+                    results = evaluator.score_test(state, workdir / "predictions", notice.requested)
+                except Interrupted:
+                    save_and_stop(state, step)
                 if results:
                     writer.write(_test_row(results, step, per_epoch))
+
+            def save_and_stop(state: TrainState, step: int) -> NoReturn:
+                checkpoints.save(state)
+                checkpoints.wait()
+                raise notice.preempted(f"step {step} is saved")
 
             if lacks_test(experiment, workdir, first_step):
                 score_test(state, first_step)
@@ -123,6 +145,7 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                     with profiler.annotate(step):
                         state, metrics = _first_step(train_step, state, batches, start_up)
                     processes.on_first(partial(start_up.finish, workdir, step))
+                    notice.work_unsaved()
                 else:
                     with profiler.annotate(step), _explicit_transfers():
                         state, metrics = train_step(state, next(batches))
@@ -132,21 +155,23 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                 save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
                 test = _due(epoch, config["eval"]["every_epochs"]) and epoch_ends
                 last = step == total_steps
-                stop = notice.stops_after(step) and not last
+                stop = notice.requested() and not last
                 # Before a checkpoint, so that none is ever written of a state that is not finite.
                 if step % config["log_every_steps"] == 0 or save or test or last or stop:
                     with _explicit_transfers():
                         row = progress.report(step)
+                    lock.check()
                     writer.write(row)
                 # Before the test, which may take long: a run that is ended in it resumes with it.
-                if save or last or stop:
-                    checkpoints.save(state)
                 if stop:
-                    checkpoints.wait()
-                    raise Preempted(f"step {step} is saved; start again to go on from there.")
+                    save_and_stop(state, step)
+                if save or last:
+                    checkpoints.save(state)
                 if test and not last:
                     score_test(state, step)
                     progress.restart_clock()
+            checkpoints.wait()
+            notice.work_saved(f"step {total_steps} is saved")
             results = evaluator.score(state, workdir / "predictions")
             if results and not record.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, per_epoch))

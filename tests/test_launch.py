@@ -120,11 +120,26 @@ def test_slurm(tmp_path: Path, tasks: str, devices: list[str]) -> None:
     assert words(printed[0]) == ["srun", *taken(srun)]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(143, True), (3, False), (0, False)])
-def test_slurm_queues_again_what_was_preempted(tmp_path: Path, code: int, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (143, "", True),
+        (143, "20", True),
+        (75, "", True),
+        (75, "19", True),
+        (75, "20", False),
+        (2, "", False),
+        (3, "", False),
+        (0, "", False),
+    ],
+)
+def test_slurm_queues_again_what_a_restart_mends(
+    tmp_path: Path, code: int, restarts: str, requeued: bool
+) -> None:
     stand_in(tmp_path, "srun", code)
     scontrol = stand_in(tmp_path, "scontrol")
-    result = run(["slurm.sbatch", *FLAGS], tmp_path, SLURM_JOB_ID="77")
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": restarts}
+    result = run(["slurm.sbatch", *FLAGS], tmp_path, **slurm)
     assert scontrol.exists() == requeued
     if requeued:
         assert taken(scontrol) == ["requeue", "77"]

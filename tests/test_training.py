@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs, small: resume, refuse, evaluate, record."""
 
+import contextlib
 import json
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,10 +15,12 @@ from test_config import get_config
 
 from balpoe_jax import record
 from balpoe_jax.checkpoint import Checkpoints
-from balpoe_jax.errors import UserError
+from balpoe_jax.errors import PassingError, Preempted, UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
+from balpoe_jax.lock import WorkdirLock
 from balpoe_jax.parallel import Parallel
+from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.train import Progress, lacks_test, train
 
 STEPS_PER_EPOCH = 3
@@ -429,3 +433,66 @@ def test_a_workdir_without_checkpoint_is_refused(finished: Path, tmp_path: Path)
     shutil.copy(finished / "config.json", tmp_path)
     with pytest.raises(UserError, match="no checkpoint in"):
         evaluate(tiny_config(), str(tmp_path))
+
+
+class NoticeAt(PreemptionNotice):
+    """As if a signal came between the two times that it is asked."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number, self._asked = number, 0
+
+    def requested(self) -> bool:
+        self._asked += 1
+        return self._asked >= self._number
+
+
+def test_a_preemption_in_a_test_saves_the_step_and_gives_the_test_up(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Also where no checkpoint was due."""
+    config = tiny_config(eval__every_epochs=1, checkpoint__every_epochs=2, eval__batch_size=100)
+    workdir = tmp_path / "run"
+    with pytest.raises(Preempted, match=r"^step 3 is saved"):
+        train(config, str(workdir), notice=NoticeAt(3 + 2))  # three steps, and the second batch
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3]
+    assert not list(workdir.glob("predictions/*"))
+    assert not (workdir / "run.lock").exists()
+
+
+def test_a_second_run_in_a_workdir_is_refused(finished: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    with WorkdirLock(workdir), pytest.raises(UserError, match="in use by another run"):
+        train(tiny_config(), str(workdir))
+    assert rows(workdir) == rows(finished)
+
+
+def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+    def report(progress: Progress, step: int) -> dict:
+        if step == 2:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return collect(progress, step)
+
+    collect = Progress.report
+    monkeypatch.setattr(Progress, "report", report)
+    with pytest.raises(PassingError, match=r"run vanished, or its run\.lock was deleted"):
+        train(tiny_config(model__num_experts=1), str(tmp_path / "run"))
+    assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [1]
+
+
+def test_rows_that_cannot_be_written_are_an_error_and_log_lines_are_not(
+    tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    with record.log_to_file(tmp_path):
+        logging.getLogger("balpoe_jax").info("a line")
+        with record.MetricWriter(tmp_path, 0) as writer, Path("/dev/full").open("a") as full:
+            writer._file.close()
+            writer._file = full
+            with pytest.raises(PassingError, match=r"metrics\.jsonl cannot be written \(No space"):
+                writer.write({"step": 1, "loss": 0.5})
+            with contextlib.suppress(OSError):  # of what is still in its buffer
+                full.close()
+    assert "Traceback" not in capsys.readouterr().err
