@@ -68,6 +68,8 @@ def default_config() -> ConfigDict:
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
         optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
             after the other to save memory; see `balpoe_jax.state.make_train_step`.
+        optim.skip_non_finite: steps of a run whose loss, gradient or update may be not finite: so
+            many are made without an update, the next one ends the run. 0: the first one does.
         optim.*: see `balpoe_jax.optim`.
         parallel.mode: "pmap" or "shard_map"; parallel.sync_batch_norm: statistics over the
             global batch instead of each device's part.
@@ -146,6 +148,7 @@ def default_config() -> ConfigDict:
             "factor": 0.1,
             "warmup_epochs": 5,
             "accumulate": 1,
+            "skip_non_finite": 0,
         }
     )
     config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
@@ -328,6 +331,7 @@ def check_config(config: ConfigDict) -> None:
         "optim.weight_decay": 0,
         "optim.warmup_epochs": 0,
         "optim.accumulate": 1,
+        "optim.skip_non_finite": 0,
         "eval.batch_size": 1,
         "eval.num_bins": 1,
         "eval.every_epochs": 0,

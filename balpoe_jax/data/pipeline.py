@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from balpoe_jax.data import mixing, photos
@@ -102,6 +103,16 @@ def train_batches(
     encoded = order.map(lambda *batch: stages.draw_windows(stages.read(*batch)), **_parallel(host))
     images = _map_rows(encoded, stages.decode, rows.stop - rows.start, host)
     return _iterate(images, stages.finish, host)
+
+
+def batch_indices(num_examples: int, settings: TrainSettings, step: int) -> npt.NDArray[np.int64]:
+    """Which examples the global batch of a step is made of, positions int64 `[B]`.
+
+    Counted as for `train_batches`: the batch of step 0 leads to a state of step 1.
+    """
+    order = _epoch_order(num_examples, settings.batch_size, settings.seed, step, step + 1)
+    ((_, indices),) = order.as_numpy_iterator()
+    return indices.astype(np.int64)
 
 
 class _TrainStages:

@@ -54,6 +54,10 @@ class ArraySource:
         """The examples at `indices`, in that order."""
         return ArraySource(self.images[indices], self.labels[indices], self.keys[indices])
 
+    def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """What the examples at `indices` are called: their positions in the original data set."""
+        return [str(key) for key in self.keys[indices]]
+
     def reader(self) -> "ArrayReader":
         """Puts the arrays where a graph can read them."""
         return ArrayReader(tf.constant(self.images), tf.constant(self.labels, tf.int32))
@@ -113,6 +117,10 @@ class RecordSource:
     def select(self, indices: npt.NDArray[np.int64]) -> "RecordSource":
         """The examples at `indices`, in that order."""
         return dataclasses.replace(self, index=self.index.select(indices))
+
+    def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """What the examples at `indices` are called: the names stored beside the images."""
+        return [str(name) for name in self.index.names[indices]]
 
     def reader(self) -> "RecordReader":
         """Reads them inside a graph."""
