@@ -18,6 +18,8 @@ from balpoe_jax.models import CIFAR_MODELS
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
 
+BAD_IMAGE_POLICIES = ("fail", "skip")
+
 # What each method trains: the number of experts, and taus as its two ends.
 METHODS = {
     "balpoe": (3, 0.0, 2.0),
@@ -55,6 +57,9 @@ def default_config() -> ConfigDict:
         data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
             of the image size, 256 for 224.
         data.threads: of the input pipeline; 0 for all cores.
+        data.on_bad_image: what a photograph does that cannot be read in training: "fail" ends the
+            run and names it, "skip" trains on the next one of its class, and records it. In
+            testing it ends the evaluation, since the figures would be of another test set.
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
             saturation), .policy, .cutout (side in pixels); photographs are cropped at random
             while they are decoded.
@@ -111,6 +116,7 @@ def default_config() -> ConfigDict:
             "image_size": 0,
             "resize": 0,
             "threads": 0,
+            "on_bad_image": "fail",
         }
     )
     config.augment = ConfigDict(
@@ -376,6 +382,11 @@ def check_config(config: ConfigDict) -> None:
     if config.model.dtype not in DTYPES:
         raise UserError(
             f"Unknown config.model.dtype {config.model.dtype!r}; choose from {', '.join(DTYPES)}."
+        )
+    if config.data.on_bad_image not in BAD_IMAGE_POLICIES:
+        raise UserError(
+            f"Unknown config.data.on_bad_image {config.data.on_bad_image!r}; choose from "
+            f"{', '.join(BAD_IMAGE_POLICIES)}."
         )
     steps = tuple(config.profile.steps)
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):

@@ -39,7 +39,8 @@ class NonFiniteSteps:
     def __init__(self, experiment: Experiment, workdir: Path, first_step: int) -> None:
         self._experiment = experiment
         self._path = workdir / NON_FINITE
-        self._rows = [row for row in _read(self._path) if row["step"] <= first_step]
+        rows = _read(self._path)
+        self._rows = [row for row in rows if row["step"] <= first_step and row["skipped"]]
         self.skipped = len(self._rows)
         processes.on_first(self._write)
 
@@ -86,7 +87,8 @@ class NonFiniteSteps:
             f"The loss, its gradient or the update is not finite at step {row['step']} (learning "
             f"rate {row['learning_rate']:g}){before}; its batch is training examples {listed}"
             f"{others}, all listed in {self._path}; training stopped and the checkpoints so far "
-            "are kept: try a lower --config.optim.learning_rate in a new workdir."
+            "are kept: try a lower --config.optim.learning_rate in a new workdir, or go on without "
+            f"the step, with --config.optim.skip_non_finite={self.skipped + 1}."
         )
 
     def _write(self) -> None:
@@ -96,11 +98,9 @@ class NonFiniteSteps:
 
 
 def summary(config: dict[str, Any], workdir: Path, step: int) -> dict[str, int]:
-    """What `results.json` says: `skipped_steps` up to a step, if the config lets any pass."""
-    if not config["optim"]["skip_non_finite"]:
-        return {}
-    rows = _read(workdir / NON_FINITE)
-    return {"skipped_steps": sum(row["skipped"] and row["step"] <= step for row in rows)}
+    """What `results.json` says: `skipped_steps` up to a step, if any may or did pass."""
+    skipped = sum(row["skipped"] and row["step"] <= step for row in _read(workdir / NON_FINITE))
+    return {"skipped_steps": skipped} if skipped or config["optim"]["skip_non_finite"] else {}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

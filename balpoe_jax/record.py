@@ -35,11 +35,13 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "train.log",
 )
 
-# Where, how often and in what order things are read, written, computed and scored: may differ
-# between starts of one run.
+# Where, how often and in what order things are read, written, computed and scored, and what to let
+# pass: may differ between starts of one run.
 _OPERATIONAL = (
     "data.data_dir",
     "data.threads",
+    "data.on_bad_image",
+    "optim.skip_non_finite",
     "log_every_steps",
     "remark",
     "checkpoint.",

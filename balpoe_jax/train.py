@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from balpoe_jax import non_finite, processes, record
+from balpoe_jax import bad_images, non_finite, processes, record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
@@ -101,6 +101,9 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                 first_step,
                 total_steps,
                 experiment.host,
+                bad_images.make_replacements(
+                    config["data"]["on_bad_image"], experiment.data.train, workdir, first_step
+                ),
             )
         batches = Prefetcher(made, devices)
 
@@ -138,7 +141,7 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                 if step % config["log_every_steps"] == 0 or save or test or last or stop:
                     with _explicit_transfers():
                         row = progress.report(step)
-                    writer.write(row)
+                    writer.write({**row, **bad_images.count(config, workdir, step)})
                 # Before the test, which may take long: a run that is ended in it resumes with it.
                 if save or last or stop:
                     checkpoints.save(state)
@@ -153,6 +156,7 @@ def _train(experiment: Experiment, workdir: Path, start_up: StartUp) -> dict[str
                 writer.write(_test_row(results, total_steps, per_epoch))
     if results:
         results |= non_finite.summary(config, workdir, total_steps)
+        results |= bad_images.count(config, workdir, total_steps)
         publish(results, workdir)
     return results
 
