@@ -45,7 +45,10 @@ def log_prior(class_counts: npt.ArrayLike, allow_empty: bool = False) -> jax.Arr
 
     The epsilon is the reference repository's (`BSExpertLoss`); the paper's Eq. 3 has none.
     """
-    counts = np.asarray(class_counts, np.float64)
+    try:
+        counts = np.asarray(class_counts, np.float64)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"class_counts must be a vector of numbers [C] ({error}).") from error
     if counts.ndim != 1 or counts.size == 0:
         raise UserError(f"class_counts must be a vector [C], got shape {counts.shape}.")
     if not np.isfinite(counts).all() or (counts < 0).any() or counts.sum() == 0:

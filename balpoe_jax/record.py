@@ -253,7 +253,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is no readable one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last, of very many brackets
         return None
     return content if isinstance(content, dict) else None
 
