@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted({*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), ROOT / ".ci" / "run"})
+SCRIPTS = sorted({*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(ROOT / ".ci" / name for name in ("run", "audit"))})
 # What a shell, YAML or Kubernetes would each read in its own way.
 FLAGS = [
     "--config=configs/digits_lt.py:method=balpoe,mixup=true",
@@ -63,7 +63,7 @@ def words(line: str) -> list[str]:
 
 
 def test_shellcheck_finds_nothing() -> None:
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
     program = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
     result = subprocess.run([program, *map(str, SCRIPTS)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
@@ -98,7 +98,7 @@ def test_tpu_pod(tmp_path: Path) -> None:
 def test_tpu_pod_installs_the_pinned_jax() -> None:
     printed = run([*TPU_POD, "--dry-run", "--install", "--", *FLAGS]).stdout.splitlines()
     commands = [words(line)[-1].removeprefix("--command=cd balpoe_jax && ") for line in printed]
-    assert words(commands[0]) == ["sh", "launch/setup.sh", "python3", ".venv", "requirements.txt"]
+    assert words(commands[0]) == ["sh", "launch/setup.sh", "python3", ".venv", "requirements.lock"]
     (version,) = re.findall(r"^jax==(.*)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert words(commands[1])[-1] == f"jax[tpu]=={version}"
     assert len(commands) == 3
