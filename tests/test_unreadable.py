@@ -110,7 +110,12 @@ def kinds_of_images() -> dict[str, tuple[bytes, np.ndarray]]:
             encoded(image.quantize(64), "PNG"),
             np.asarray(image.quantize(64).convert("RGB")),
         ),
+        "colour PNG of 16 bits": (
+            tf.io.encode_png(np.asarray(image, np.uint16) * 257).numpy(),
+            shown["colour"],
+        ),
         "BMP": (encoded(image, "BMP"), shown["colour"]),
+        "WebP": (encoded(image, "WEBP", lossless=True), shown["colour"]),
     }
 
 
