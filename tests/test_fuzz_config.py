@@ -173,7 +173,6 @@ def test_overrides(capsys, overrides: list[str]) -> None:
     "argument",
     [
         "--config.loss.taus=" + "(" * 300,
-        "--config.total_epochs=1000000000000",
         "--config.eval.shift_lists=~nobody/x_forward5.txt",
     ],
 )

@@ -252,11 +252,12 @@ def test_what_was_replaced_is_recorded(tmp_path: Path) -> None:
     steps = sorted(json.loads(line)["step"] for line in text.splitlines())
     counts = [bad_images.count(fail, tmp_path, step).get("bad_images", 0) for step in range(6)]
     assert counts == [sum(found <= step for found in steps) for step in range(6)]
-    assert counts[5] == 4
+    first = steps[0]
+    assert counts[first] < counts[5] == 4
     # What was found in steps that are made again is found again.
-    again = bad_images.make_replacements("skip", source, tmp_path, 2)
-    assert bad_images.count(skip, tmp_path, 5) == {"bad_images": counts[2]}
-    list(train_batches(source, SETTINGS, 2, 5, replacements=again))
+    again = bad_images.make_replacements("skip", source, tmp_path, first)
+    assert bad_images.count(skip, tmp_path, 5) == {"bad_images": counts[first]}
+    list(train_batches(source, SETTINGS, first, 5, replacements=again))
     assert sorted((tmp_path / "bad_images.jsonl").read_text().splitlines()) == sorted(
         text.splitlines()
     )
