@@ -130,6 +130,9 @@ def _log_to_terminal() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    file = _config_path(argv).partition(":")[0]
+    if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
+        _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
     try:
         arguments = flags.FLAGS(argv)
     except flags.Error as error:

@@ -153,6 +153,7 @@ def test_parsing_leaves_nothing_behind() -> None:
 @example(overrides=["--config.total_epochs=1000000000000"])
 @example(overrides=["--config.model.num_experts=1000000000"])
 @example(overrides=["--config.optim.factor=1000000000000000000000000000000"])
+@example(overrides=["--config=/dev/zero"])
 @example(overrides=["--config.batch_size=4", "--config.optim.accumulate=3"])
 def test_overrides(capsys, overrides: list[str]) -> None:
     capsys.readouterr()
