@@ -4,13 +4,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# LOCKED=no installs requirements*.txt without verifying hashes, from an index of other files.
+LOCKED ?= yes
+KIND := $(if $(filter no,$(LOCKED)),txt,lock)
 
-.PHONY: help demo test lint format types clean
+.PHONY: help demo test lint format types lock audit clean
 
 help:
 	@echo "make demo    train BalPoE on long-tailed digits and write a report (about a minute)"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and format;  make format: mend them;  make types: check types"
+	@echo "make lock    pin everything anew, with hashes;  make audit: ask for known vulnerabilities"
 	@echo "make clean   remove the virtual environment and the demo's run"
 
 demo: $(VENV)/.run
@@ -30,14 +34,23 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# For Python 3.11 to 3.13, with the hashes of PyPI's files whatever index this machine uses.
+lock: $(VENV)/.dev
+	for file in requirements requirements-dev .ci/audit; do $(BIN)/uv pip compile --quiet --universal \
+		--python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--default-index https://pypi.org/simple $$file.txt --output-file $$file.lock || exit; done
+
+audit:
+	PYTHON="$(PYTHON)" .ci/audit
+
 clean:
 	rm -rf runs/demo
 	if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 
-$(VENV)/.run: requirements.txt launch/setup.sh
-	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements.txt
+$(VENV)/.run: requirements.$(KIND) launch/setup.sh
+	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements.$(KIND)
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements.txt launch/setup.sh
-	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements-dev.txt
+$(VENV)/.dev: requirements-dev.$(KIND) requirements.$(KIND) launch/setup.sh
+	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements-dev.$(KIND)
 	@touch $@ $(VENV)/.run

@@ -23,6 +23,8 @@ _EXIT_PASSING_ERROR = os.EX_TEMPFAIL  # 75
 _EXIT_INTERRUPTED = 130  # as a shell reports it
 _EXIT_PREEMPTED = 143  # likewise, of SIGTERM
 
+_LONGEST_LINE = 3000  # of a message, in characters
+
 
 def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command: defines and parses flags, then calls `main` with what is left of them.
@@ -130,13 +132,17 @@ def _log_to_terminal() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    file = _config_path(argv).partition(":")[0]
+    if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
+        _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
     try:
         arguments = flags.FLAGS(argv)
     except flags.Error as error:
         about_field = str(error).startswith("flag --config.")
         _fail((about_field and _unknown_field(argv)) or _own_sentence(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections names the field at best; it is an override that does not fit the config.
+    except Exception as error:
+        # Of ml_collections, which names the field at best: a file that it cannot load, or an
+        # override that does not fit the config and that it expects no more than its type does.
         _fail(_unknown_field(argv) or _own_sentence(error))
     if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):  # unreadable
         _fail(
@@ -156,8 +162,14 @@ def _own_sentence(error: Exception) -> str:
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
-    """Names the first override that is of no single field of the config, with the valid ones."""
-    config = ConfigFileFlagParser("config").parse(_config_path(argv))
+    """Names the first override that is of no single field of the config, with the valid ones.
+
+    None if each is of one, or the config itself cannot be loaded.
+    """
+    try:
+        config = ConfigFileFlagParser("config").parse(_config_path(argv))
+    except Exception:  # whatever a config file raises
+        return None
     for item in argv:
         name = item.lstrip("-").partition("=")[0]
         if not name.startswith("config."):
@@ -176,12 +188,13 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
 
 
 def _config_path(argv: Sequence[str]) -> str:
-    """What --config was given, in either spelling."""
+    """What --config was given at last, in either spelling."""
+    path = ""
     for item, following in zip(argv, (*argv[1:], ""), strict=True):
         name, equals, value = item.lstrip("-").partition("=")
         if name == "config":
-            return value if equals else following
-    return ""
+            path = value if equals else following
+    return path
 
 
 def _fail(message: str) -> NoReturn:
@@ -190,4 +203,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:  # it repeats what it was given
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    # Without what a terminal takes for a command, and half characters, which no stream takes.
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    print(f"Error: {line}", file=sys.stderr)

@@ -12,11 +12,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.limits import LIMITS, MEMBERS
 from balpoe_jax.losses import equidistant_taus
 from balpoe_jax.models import CIFAR_MODELS
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
+
+# What a whole number in a config file's arguments may be, before `check_config` looks closer.
+_LONGEST = 2**31
+
+BAD_IMAGE_POLICIES = ("fail", "skip")
 
 # What each method trains: the number of experts, and taus as its two ends.
 METHODS = {
@@ -55,6 +61,9 @@ def default_config() -> ConfigDict:
         data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
             of the image size, 256 for 224.
         data.threads: of the input pipeline; 0 for all cores.
+        data.on_bad_image: what a photograph does that cannot be read in training: "fail" ends the
+            run and names it, "skip" trains on the next one of its class, and records it. In
+            testing it ends the evaluation, since the figures would be of another test set.
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
             saturation), .policy, .cutout (side in pixels); photographs are cropped at random
             while they are decoded.
@@ -68,6 +77,8 @@ def default_config() -> ConfigDict:
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
         optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
             after the other to save memory; see `balpoe_jax.state.make_train_step`.
+        optim.skip_non_finite: steps of a run whose loss, gradient or update may be not finite: so
+            many are made without an update, the next one ends the run. 0: the first one does.
         optim.*: see `balpoe_jax.optim`.
         parallel.mode: "pmap" or "shard_map"; parallel.sync_batch_norm: statistics over the
             global batch instead of each device's part.
@@ -109,6 +120,7 @@ def default_config() -> ConfigDict:
             "image_size": 0,
             "resize": 0,
             "threads": 0,
+            "on_bad_image": "fail",
         }
     )
     config.augment = ConfigDict(
@@ -146,6 +158,7 @@ def default_config() -> ConfigDict:
             "factor": 0.1,
             "warmup_epochs": 5,
             "accumulate": 1,
+            "skip_non_finite": 0,
         }
     )
     config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
@@ -281,10 +294,10 @@ def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
         key, equals, value = item.partition("=")
         if key not in specification:
             raise UserError(
-                f"Unknown config argument {key!r}; choose from {', '.join(specification)}."
+                f"Unknown config argument {_shown(key)!r}; choose from {', '.join(specification)}."
             )
         if not equals or key in seen:
-            raise UserError(f"Write each config argument once, as key=value; got {item!r}.")
+            raise UserError(f"Write each config argument once, as key=value; got {_shown(item)!r}.")
         seen.add(key)
         values[key] = _parse_value(key, value, specification[key])
     return SimpleNamespace(**values)
@@ -297,10 +310,14 @@ def _parse_value(key: str, value: str, default: Any) -> Any:
         parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError) as error:
         wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
-        raise UserError(f"Config argument {key} must be {wanted}, got {value!r}.") from error
+        raise UserError(
+            f"Config argument {key} must be {wanted}, got {_shown(value)!r}."
+        ) from error
+    if kind is int and abs(parsed) > _LONGEST:
+        raise UserError(f"Config argument {key} must be at most {_LONGEST}, got {_shown(value)!r}.")
     if choices and parsed not in choices:
         valid = ", ".join(str(choice) for choice in choices)
-        raise UserError(f"Config argument {key} must be one of {valid}; got {value!r}.")
+        raise UserError(f"Config argument {key} must be one of {valid}; got {_shown(value)!r}.")
     return parsed
 
 
@@ -310,68 +327,18 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UserError (a `ValueError`): naming the field, its value and what is valid.
     """
-    at_least = {
-        "seed": 0,
-        "total_epochs": 1,
-        "batch_size": 1,
-        "log_every_steps": 1,
-        "data.imbalance_ratio": 1,
-        "data.selection_seed": 0,
-        "data.image_size": 0,
-        "data.resize": 0,
-        "data.threads": 0,
-        "mixup.alpha": 0,
-        "mixup.groups": 1,
-        "model.num_experts": 1,
-        "optim.learning_rate": 0,
-        "optim.momentum": 0,
-        "optim.weight_decay": 0,
-        "optim.warmup_epochs": 0,
-        "optim.accumulate": 1,
-        "eval.batch_size": 1,
-        "eval.num_bins": 1,
-        "eval.every_epochs": 0,
-        "eval.held_out_per_class": 0,
-        "eval.prior_strength": 0,
-        "eval.prior_significance": 0,
-        "checkpoint.every_epochs": 1,
-        "checkpoint.keep": 1,
-    }
-    for field, least in at_least.items():
-        value = _field(config, field)
-        if not value >= least:
-            raise UserError(f"config.{field} must be at least {least}, got {value}.")
-        if value == float("inf"):
-            raise UserError(f"config.{field} must be finite, got {value}.")
-    for field in ("seed", "data.selection_seed"):
-        if _field(config, field) >= 2**31:
-            raise UserError(f"config.{field} must be below 2**31, got {_field(config, field)}.")
-    lengths = {
-        "data.mean": 3,
-        "data.std": 3,
-        "augment.color_jitter": 3,
-        "data.shot_thresholds": 2,
-        "optim.boundaries": None,
-        "loss.taus": None,
-        "eval.shift_ratios": None,
-        "profile.steps": None,
-    }
-    for field, length in lengths.items():
-        values = _field(config, field)
-        numbers = all(isinstance(value, int | float) for value in values)
-        if not numbers or (length is not None and len(values) != length):
-            wanted = "numbers" if length is None else f"{length} numbers"
-            raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {values}.")
-    if not all(1 < ratio < float("inf") for ratio in config.eval.shift_ratios):
-        raise UserError(
-            "config.eval.shift_ratios must be above 1 and finite, got "
-            f"{config.eval.shift_ratios}; the uniform test set is always scored."
-        )
-    if min(config.data.std) <= 0:
-        raise UserError(f"config.data.std must be positive, got {config.data.std}.")
+    for field in LIMITS:
+        _check_number(config, field)
+    for field in MEMBERS:
+        _check_members(config, field)
     if config.model.dtype not in DTYPES:
         raise UserError(
             f"Unknown config.model.dtype {config.model.dtype!r}; choose from {', '.join(DTYPES)}."
+        )
+    if config.data.on_bad_image not in BAD_IMAGE_POLICIES:
+        raise UserError(
+            f"Unknown config.data.on_bad_image {config.data.on_bad_image!r}; choose from "
+            f"{', '.join(BAD_IMAGE_POLICIES)}."
         )
     steps = tuple(config.profile.steps)
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
@@ -380,6 +347,39 @@ def check_config(config: ConfigDict) -> None:
             f"such as (11,13); got {steps}."
         )
     resolve_taus(config)
+
+
+def _check_number(config: ConfigDict, field: str) -> None:
+    value, (least, most) = _field(config, field), LIMITS[field]
+    if not value >= least:
+        raise UserError(f"config.{field} must be at least {least:g}, got {_shown(value)}.")
+    if not value <= most:
+        raise UserError(f"config.{field} must be at most {most:.10g}, got {_shown(value)}.")
+
+
+def _check_members(config: ConfigDict, field: str) -> None:
+    values, (length, least, most) = _field(config, field), MEMBERS[field]
+    if not (isinstance(values, tuple | list) and all(map(_is_number, values))) or (
+        length is not None and len(values) != length
+    ):
+        wanted = "numbers" if length is None else f"{length} numbers"
+        raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {_shown(values)}.")
+    if not all(least <= value <= most for value in values):
+        raise UserError(
+            f"config.{field} must be from {least:.10g} to {most:g}, got {_shown(values)}."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _field(config: ConfigDict, path: str) -> Any:

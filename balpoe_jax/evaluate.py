@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
-from balpoe_jax import predictions, processes, record, report, scoring
+from balpoe_jax import bad_images, non_finite, predictions, processes, record, report, scoring
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.sources import Source
@@ -51,6 +51,8 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         log.info("Evaluating the checkpoint of step %d", int(state.step))
         results = Evaluator(experiment).score(state, path / "predictions")
         if results:
+            results |= non_finite.summary(experiment.config, path, results["step"])
+            results |= bad_images.count(experiment.config, path, results["step"])
             publish(results, path)
     return results
 

@@ -91,6 +91,7 @@ class Program:
             parallel.AXIS_NAME,
             self.config["parallel"]["sync_batch_norm"],
             self.config["optim"]["accumulate"],
+            self.config["optim"]["skip_non_finite"] > 0,
         )
         return self.parallel.map_step(step, donate=True)
 
@@ -103,6 +104,10 @@ class Program:
         """The config's, rounded up to what the devices can share; what is too much is padding."""
         devices = self.parallel.num_devices
         return -(-self.config["eval"]["batch_size"] // devices) * devices
+
+    def rate_before(self, step: int) -> float:
+        """The learning rate of the update that leads to `step`."""
+        return float(self.learning_rates[(step - 1) // self.steps_per_epoch])
 
     def resolved(self) -> dict[str, Any]:
         """What the config leaves to its defaults and the devices, as it is in use."""

@@ -28,6 +28,9 @@ from balpoe_jax.errors import UserError
 # Keeps the logarithm finite for a class without examples; the reference adds it for every class.
 _PRIOR_EPSILON = 1e-9
 
+# Up to which whole numbers are exact as floats.
+_LARGEST = 2**53
+
 
 def log_prior(class_counts: npt.ArrayLike, allow_empty: bool = False) -> jax.Array:
     """Logarithm of the training prior, `log(n / sum(n) + 1e-9)`.
@@ -45,12 +48,15 @@ def log_prior(class_counts: npt.ArrayLike, allow_empty: bool = False) -> jax.Arr
 
     The epsilon is the reference repository's (`BSExpertLoss`); the paper's Eq. 3 has none.
     """
-    counts = np.asarray(class_counts, np.float64)
+    try:
+        counts = np.asarray(class_counts, np.float64)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"class_counts must be a vector of numbers [C] ({error}).") from error
     if counts.ndim != 1 or counts.size == 0:
         raise UserError(f"class_counts must be a vector [C], got shape {counts.shape}.")
-    if not np.isfinite(counts).all() or (counts < 0).any() or counts.sum() == 0:
+    if not ((counts >= 0) & (counts <= _LARGEST)).all() or counts.sum() == 0:
         raise UserError(
-            "class_counts must be finite, not negative and not all zero, "
+            "class_counts must be at most 2**53, not negative and not all zero, "
             f"got values from {counts.min()} to {counts.max()}."
         )
     empty = np.flatnonzero(counts == 0)

@@ -63,6 +63,11 @@ def learning_rates(
         if epoch < warmup_epochs:
             scale *= (1 + epoch) / warmup_epochs
         rates[epoch] = base_lr * scale
+    if not rates.max() <= np.finfo(np.float32).max:  # in which the update is computed
+        raise UserError(
+            f"The learning rate would grow to {rates.max():g}; lower optim.learning_rate or "
+            "optim.factor."
+        )
     return rates
 
 

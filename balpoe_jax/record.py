@@ -35,11 +35,13 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "train.log",
 )
 
-# Where, how often and in what order things are read, written, computed and scored: may differ
-# between starts of one run.
+# Where, how often and in what order things are read, written, computed and scored, and what to let
+# pass: may differ between starts of one run.
 _OPERATIONAL = (
     "data.data_dir",
     "data.threads",
+    "data.on_bad_image",
+    "optim.skip_non_finite",
     "log_every_steps",
     "remark",
     "checkpoint.",
@@ -275,7 +277,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when there is no readable one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last, of very many brackets
         return None
     return content if isinstance(content, dict) else None
 

@@ -150,9 +150,16 @@ def _is_kind(value: Any, kind: str) -> bool:
         return True
     if kind == _TEXT:
         return isinstance(value, str)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         return False
     return kind != _COUNT or (value >= 0 and value == int(value))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _shown(value: Any) -> str:

@@ -67,6 +67,7 @@ def make_train_step(
     axis_name: str,
     sync_batch_norm: bool = True,
     accumulate: int = 1,
+    skip_non_finite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The update of one device, which must run mapped over the axis `axis_name`.
 
@@ -80,6 +81,9 @@ def make_train_step(
     batch's, and crosses the network once. BatchNorm alone sees a difference: it normalises by the
     statistics of a microbatch (of all devices, or of this one), and the running averages take the
     mean over the k microbatches as one update, so that they forget at the same pace for any k.
+
+    The metric `finite` tells whether the loss, the gradient and all of the new state are. With
+    `skip_non_finite`, a step of which they are not changes nothing but the counts of steps.
     """
 
     def gradients(params: Any, batch_stats: Any, batch: Batch) -> tuple[Any, tuple[jax.Array, Any]]:
@@ -117,14 +121,36 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & _all_finite((by_expert, new_state))
+        if skip_non_finite:
+            new_state = _only_if(finite, new_state, state)
         metrics = {
             "loss": by_expert.mean(),
             "expert_losses": by_expert,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
+            "finite": finite,
         }
         return new_state, metrics
 
     return train_step
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Whether no number of a tree is infinite or not a number, bool scalar."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _only_if(keep: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state, or else the old one at the new one's step.
+
+    What is an integer counts steps, of the schedule too, whose rate must stay that of the step.
+    """
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(keep, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(choose, new, old)
 
 
 def _mean_over_microbatches(

@@ -125,6 +125,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
 
     state_dict, epoch = load_checkpoint(path)
     variables = convert(state_dict)
+    _refuse_non_finite(state_dict)
     directory = record.open_workdir(workdir)
     _refuse_used(directory)
     with record.log_to_file(directory):
@@ -235,6 +236,15 @@ def _arrays(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, np.ndarray]:
     if strange:
         raise UserError(f"Expected arrays of floating-point numbers, got {_listed(strange)}.")
     return arrays
+
+
+def _refuse_non_finite(state_dict: Mapping[str, npt.ArrayLike]) -> None:
+    strange = [name for name, value in _arrays(state_dict).items() if not np.isfinite(value).all()]
+    if strange:
+        raise UserError(
+            f"The checkpoint has values that are not finite in {_listed(strange)}; it is damaged, "
+            "or of a training that diverged."
+        )
 
 
 def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

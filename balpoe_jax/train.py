@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from balpoe_jax import processes, record
+from balpoe_jax import bad_images, non_finite, processes, record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.data import pipeline
@@ -116,6 +116,9 @@ def _train(
                 first_step,
                 total_steps,
                 experiment.host,
+                bad_images.make_replacements(
+                    config["data"]["on_bad_image"], experiment.data.train, workdir, first_step
+                ),
             )
         batches = Prefetcher(made, devices)
 
@@ -139,7 +142,8 @@ def _train(
 
             if lacks_test(experiment, workdir, first_step):
                 score_test(state, first_step)
-            progress = Progress(experiment, first_step, batches)
+            trouble = non_finite.NonFiniteSteps(experiment, workdir, first_step)
+            progress = Progress(experiment, first_step, batches, trouble)
             for step in range(first_step + 1, total_steps + 1):
                 if step == first_step + 1:
                     with profiler.annotate(step):
@@ -161,7 +165,7 @@ def _train(
                     with _explicit_transfers():
                         row = progress.report(step)
                     lock.check()
-                    writer.write(row)
+                    writer.write({**row, **bad_images.count(config, workdir, step)})
                 # Before the test, which may take long: a run that is ended in it resumes with it.
                 if stop:
                     save_and_stop(state, step)
@@ -176,6 +180,8 @@ def _train(
             if results and not record.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, per_epoch))
     if results:
+        results |= non_finite.summary(config, workdir, total_steps)
+        results |= bad_images.count(config, workdir, total_steps)
         publish(results, workdir)
     return results
 
@@ -201,9 +207,16 @@ def _first_step(
 class Progress:
     """Collects the metrics of steps and turns them into rows and lines."""
 
-    def __init__(self, experiment: Experiment, first_step: int, batches: Prefetcher) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        first_step: int,
+        batches: Prefetcher,
+        trouble: non_finite.NonFiniteSteps,
+    ) -> None:
         self._experiment = experiment
         self._batches = batches
+        self._trouble = trouble
         self._first_step = self._last_step = first_step
         self._pending: list[Any] = []
         self._steps_timed, self._seconds_timed = 0, 0.0
@@ -221,31 +234,26 @@ class Progress:
         """Waits for the steps since the last report, logs a line and returns their row.
 
         Raises:
-            UserError (a `ValueError`): a loss or gradient that is not finite.
+            UserError (a `ValueError`): a step that is not finite, and not to be skipped.
         """
         history = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(self._pending))
         elapsed = time.perf_counter() - self._clock
-        self._refuse_non_finite(history)
+        finite = self._check_finite(history)
         steps = len(self._pending)
         row = {
             "step": step,
             "epoch": step / self._experiment.steps_per_epoch,
-            "loss": history["loss"].mean(dtype=np.float64),
-            "expert_losses": history["expert_losses"].mean(axis=0, dtype=np.float64),
-            "grad_norm": history["grad_norm"].mean(dtype=np.float64),
-            "learning_rate": float(self._rate(step)),
+            **{name: _mean(finite[name]) for name in ("loss", "expert_losses", "grad_norm")},
+            "learning_rate": self._experiment.rate_before(step),
             "images_per_second": steps * self._experiment.train_settings.batch_size / elapsed,
             "data_wait_fraction": (self._batches.waited - self._waited) / elapsed,
         }
-        row = record.plain(row)
+        if self._experiment.config["optim"]["skip_non_finite"]:
+            row["skipped_steps"] = self._trouble.skipped
         self._log(row, steps, elapsed)
         self._pending, self._last_step = [], step
         self.restart_clock()
-        return row
-
-    def _rate(self, step: int) -> float:
-        """The rate that the update leading to `step` used."""
-        return self._experiment.learning_rates[(step - 1) // self._experiment.steps_per_epoch]
+        return record.plain(row)
 
     def _log(self, row: dict[str, Any], steps: int, elapsed: float) -> None:
         if self._last_step > self._first_step:  # the first interval is mostly compilation
@@ -265,15 +273,18 @@ class Progress:
             _duration(left * per_step),
         )
 
-    def _refuse_non_finite(self, history: dict[str, np.ndarray]) -> None:
-        finite = np.isfinite(history["loss"]) & np.isfinite(history["grad_norm"])
-        if not finite.all():
-            step = self._last_step + 1 + int(np.argmin(finite))
-            raise UserError(
-                f"The loss or its gradient is not finite at step {step} (learning rate "
-                f"{self._rate(step):g}); training stopped and the checkpoints so far are kept: try "
-                "a lower --config.optim.learning_rate in a new workdir."
+    def _check_finite(self, history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The metrics of the steps that are finite; takes down the others."""
+        for i in np.flatnonzero(~history["finite"]):
+            self._trouble.check(
+                self._last_step + 1 + int(i), {name: values[i] for name, values in history.items()}
             )
+        return {name: values[history["finite"]] for name, values in history.items()}
+
+
+def _mean(steps: np.ndarray) -> Any:
+    """Over the first axis; not a number where every step was skipped."""
+    return steps.mean(axis=0, dtype=np.float64) if len(steps) else np.full(steps.shape[1:], np.nan)
 
 
 def _announce(experiment: Experiment) -> None:

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Makes a virtual environment with what a requirements file names: setup.sh PYTHON VENV FILE
+# Of a FILE that ends in .lock, the hash of every package is verified.
 set -eu
 
 python=$1
@@ -43,7 +44,16 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c "$supported" 2> /dev/n
     }
 fi
 
+verify=''
+remedy=''
+case $requirements in
+    *.lock)
+        verify=--require-hashes
+        remedy=' Does it serve other files than PyPI, whose hashes differ: make LOCKED=no ...'
+        ;;
+esac
 echo "Installing $requirements into $venv (once; a few minutes)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$requirements" ||
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check $verify \
+    --requirement "$requirements" ||
     fail "the packages of $requirements could not be installed (see above); is the package index" \
-        "reachable, or behind a proxy (HTTPS_PROXY, PIP_INDEX_URL)?"
+        "reachable, or behind a proxy (HTTPS_PROXY, PIP_INDEX_URL)?$remedy"

@@ -58,7 +58,7 @@ on_all_hosts() {
 if "$install"; then
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     jax=$(sed -n 's/^jax==//p' "$root/requirements.txt")
-    on_all_hosts sh launch/setup.sh python3 .venv requirements.txt
+    on_all_hosts sh launch/setup.sh python3 .venv requirements.lock
     on_all_hosts .venv/bin/python -m pip install --quiet "jax[tpu]==$jax"
 fi
 on_all_hosts .venv/bin/python -u -m balpoe_jax.main --distributed "$@"

@@ -130,16 +130,41 @@ def test_digits_are_long_tailed_for_training_and_balanced_for_test() -> None:
     assert data.train.images.max() == 255
 
 
-def test_records_that_cannot_be_read_are_refused(monkeypatch) -> None:
+def test_records_that_cannot_be_read_are_named(monkeypatch, tmp_path) -> None:
     builder = use(monkeypatch, Builder({"train": 1, "test": 1}))
     builder.data_dir = "prepared/cifar100"
     intact = builder.as_dataset
 
     def damaged(**options) -> tf.data.Dataset:
-        return intact(**options).map(lambda record: {**record, "image": b"no image"})
+        def spoil(record: dict) -> dict:
+            bad = record["id"] == b"train_00042"
+            return {**record, "image": tf.where(bad, b"no image", record["image"])}
+
+        return intact(**options).map(spoil)
 
     monkeypatch.setattr(builder, "as_dataset", damaged)
-    with pytest.raises(UserError, match=r"train records in prepared/cifar100 cannot be read"):
+    expected = (
+        r"train records in prepared/cifar100 cannot be read \(image train_00042: Unknown image"
+    )
+    with pytest.raises(UserError, match=expected):
+        datasets.load("cifar100", 10.0)
+    records = tmp_path / "records"
+    with tf.io.TFRecordWriter(str(records)) as writer:
+        for _ in range(3):
+            writer.write(bytes(50))
+    content = bytearray(records.read_bytes())
+    content[100] ^= 1
+    records.write_bytes(content)
+
+    def unreadable(**_) -> tf.data.Dataset:
+        image = tf.io.encode_png(tf.zeros([32, 32, 3], tf.uint8))
+        return tf.data.TFRecordDataset(str(records)).map(
+            lambda _: {"image": image, "id": "train_00001", "label": 0}
+        )
+
+    monkeypatch.setattr(builder, "as_dataset", unreadable)
+    expected = r"cannot be read \(record 1 of the split: corrupted record at 78\)"
+    with pytest.raises(UserError, match=expected):
         datasets.load("cifar100", 10.0)
 
 

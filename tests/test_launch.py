@@ -10,10 +10,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fuzzing import fuzzed
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted({*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), ROOT / ".ci" / "run"})
+SCRIPTS = sorted(
+    {
+        *LAUNCH.rglob("*.sh"),
+        *LAUNCH.rglob("*.sbatch"),
+        *(ROOT / ".ci" / name for name in ("run", "audit")),
+    }
+)
 # What a shell, YAML or Kubernetes would each read in its own way.
 FLAGS = [
     "--config=configs/digits_lt.py:method=balpoe,mixup=true",
@@ -57,13 +66,13 @@ def taken(arguments: Path) -> list[str]:
 def words(line: str) -> list[str]:
     """How a shell reads a line."""
     result = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True
     )
-    return result.stdout.split("\0")[:-1]
+    return result.stdout.decode().split("\0")[:-1]
 
 
 def test_shellcheck_finds_nothing() -> None:
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
     program = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
     result = subprocess.run([program, *map(str, SCRIPTS)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
@@ -95,10 +104,49 @@ def test_tpu_pod(tmp_path: Path) -> None:
     assert words(started) == [*main, *FLAGS]
 
 
+# What a shell, its quotes, YAML and Kubernetes could take for something else than text.
+HOSTILE = st.lists(
+    st.one_of(
+        st.sampled_from("'\"`$;&|\\ \t\r\n!*~#%\x1b\x7f\x85\u2028é🙂"),
+        st.sampled_from(["$(touch hacked)", "`touch hacked`", ";touch hacked;", "$HOME", "${IFS}"]),
+        st.sampled_from(["$$(X)", "{a: 1}", "- b", "---", "\\u0041", "\\x41"]),
+        st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+    ),
+    max_size=8,
+).map("".join)
+HOSTILE_FLAGS = st.lists(
+    HOSTILE.map(lambda text: f"--config.remark={text}"), min_size=1, max_size=3
+)
+
+
+@fuzzed(6, share=0.05)
+@given(flags=HOSTILE_FLAGS, where=HOSTILE)
+def test_no_value_meets_a_shell(flags: list[str], where: str) -> None:
+    """What is printed, read as the shell would that runs it, is what was given, to the letter."""
+    local = run(["local.sh", "--dry-run", *flags], PYTHON=f"python{where}").stdout
+    assert words(local.split("\n", 1)[1].rstrip("\n")) == [
+        *(f"python{where}", "-u", "-m", "balpoe_jax.main"), *flags
+    ]  # fmt: skip
+    pod = ["tpu_pod.sh", "--dry-run", f"--name=n{where}", "--zone=z", f"--directory=d{where}", "--"]
+    gcloud = words(run([*pod, *flags]).stdout.rstrip("\n"))
+    assert gcloud[5] == f"n{where}"
+    cd, started = gcloud[-1].removeprefix("--command=cd ").split(" && .venv", 1)
+    assert words(cd) == [f"d{where}"]
+    assert words(started)[5:] == flags
+    slurm = run(["slurm.sbatch", "--dry-run", *flags], PYTHON="python3").stdout
+    assert words(slurm.split("\n# on exit", 1)[0])[-len(flags) :] == flags
+    gke = run([*GKE_GPU, f"--image=i{where}", "--dry-run", "--", *flags])
+    job = yaml.safe_load(gke.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["image"] == f"i{where}"
+    assert [flag.replace("$$", "$") for flag in container["args"][-len(flags) :]] == flags
+    assert not list(ROOT.rglob("hacked")) and not Path("hacked").exists()
+
+
 def test_tpu_pod_installs_the_pinned_jax() -> None:
     printed = run([*TPU_POD, "--dry-run", "--install", "--", *FLAGS]).stdout.splitlines()
     commands = [words(line)[-1].removeprefix("--command=cd balpoe_jax && ") for line in printed]
-    assert words(commands[0]) == ["sh", "launch/setup.sh", "python3", ".venv", "requirements.txt"]
+    assert words(commands[0]) == ["sh", "launch/setup.sh", "python3", ".venv", "requirements.lock"]
     (version,) = re.findall(r"^jax==(.*)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert words(commands[1])[-1] == f"jax[tpu]=={version}"
     assert len(commands) == 3

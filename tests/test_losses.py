@@ -245,6 +245,31 @@ def test_extreme_priors_stay_finite():
     chex.assert_tree_all_finite(losses)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 1e4])
+@pytest.mark.parametrize("soft", [False, True])
+def test_losses_and_gradients_are_finite_at_every_extreme_at_once(dtype, size, soft):
+    """A class of one image in ten millions, taus from -3 to 5, and logits of both signs."""
+    prior = log_prior([10_000_000 - 11, 10, 1])
+    taus = equidistant_taus(-3.0, 5.0, 9)
+    signs = np.array([[1, -1, 0], [-1, 1, 0], [0, -1, 1], [1, 1, 1], [-1, 0, 1], [0, 1, -1]])
+    logits = jnp.broadcast_to(jnp.asarray(size * signs, dtype), (len(taus), *signs.shape))
+    labels = jnp.arange(len(signs)) % 3
+    if soft:  # as mixup makes them
+        labels = 0.7 * jax.nn.one_hot(labels, 3) + 0.3 * jax.nn.one_hot(labels[::-1], 3)
+
+    def total(logits):
+        losses = balpoe_loss(logits, labels, prior, taus)
+        return losses.sum(), losses
+
+    gradient, losses = jax.jit(jax.grad(total, has_aux=True))(logits)
+    chex.assert_tree_all_finite((losses, gradient))
+    assert (losses >= 0).all()
+    assert np.abs(gradient.astype(jnp.float32)).max() <= 1 / len(taus) + 1e-3
+    if size:
+        assert losses.max() > 1e3
+
+
 def test_the_dtype_is_at_least_float32(x64):
     logits, labels = random_case()
     for given, expected in [

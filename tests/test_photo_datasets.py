@@ -130,32 +130,6 @@ def test_the_soft_limit_of_open_files_is_raised(data_dir: Path, monkeypatch) -> 
     assert 500 < soft < hard == 4096
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        ("cut off", "records ends within the image test_"),
-        ("overwritten", "Unknown image file format"),
-    ],
-)
-def test_a_damaged_photograph_is_one_sentence(
-    data_dir: Path, tmp_path: Path, damage: str, reason: str
-) -> None:
-    test = load(data_dir).test
-    (path,) = test.paths
-    copy = tmp_path / "records"
-    content = bytearray(Path(path).read_bytes())
-    last = int(np.argmax(test.index.offsets))
-    if damage == "cut off":
-        content = content[: test.index.offsets[last] + 10]
-    else:
-        start = test.index.offsets[last] + 2
-        content[start : start + 200] = bytes(200)
-    copy.write_bytes(content)
-    damaged = dataclasses.replace(test, paths=(str(copy),))
-    with pytest.raises(UserError, match=rf"an image cannot be read \(.*{reason}.*\)"):
-        list(eval_batches(damaged, 4, (0.5,) * 3, (0.25,) * 3))
-
-
 def settings(**changes) -> TrainSettings:
     augment = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4))
     fields = {"batch_size": 8, "seed": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}

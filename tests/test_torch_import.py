@@ -526,6 +526,16 @@ def test_refuses_a_workdir_with_a_run(tmp_path: Path, digits_file: Path) -> None
         import_checkpoint(digits_file, digits_config(), str(workdir))
 
 
+def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
+    state = small_state()
+    name = next(name for name in state if name.endswith("conv1.weight"))
+    state[name][0, 0, 0, 0] = np.nan
+    np.savez(tmp_path / "weights.npz", **state)
+    with pytest.raises(UserError, match=f"not finite in {re.escape(name)}; it is damaged"):
+        import_checkpoint(tmp_path / "weights.npz", digits_config(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_refuses_a_config_of_another_model(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"the model of the config: unexpected .*layer2s\.2\.0\."):

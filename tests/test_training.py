@@ -85,6 +85,16 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     assert [row["step"] for row in discarded] == [*range(epoch * STEPS_PER_EPOCH + 1, 7), 6]
 
 
+def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """Whatever the threads of its input, and however often it looks."""
+    config = tiny_config(data__threads=1, log_every_steps=4, checkpoint__every_epochs=2)
+    train(config, str(tmp_path))
+    states = [final_state(config, workdir) for workdir in (finished, tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    for name in ("results.json", "predictions/expert_logits.npy"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
 def test_the_record_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "results.json", "train.log", "checkpoints"}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from balpoe_jax.data import long_tail
+from balpoe_jax.data import long_tail, unreadable
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.data.tfds_folder import prepared_builder
@@ -167,8 +167,9 @@ def _read_cifar(builder: Any, split: str) -> ArraySource:
         batches = list(decoded.batch(1024).as_numpy_iterator())
     except tf.errors.OpError as error:
         raise UserError(
-            f"The {split} records in {builder.data_dir} cannot be read ({error.message}); remove "
-            "that folder and prepare the data set anew."
+            f"The {split} records in {builder.data_dir} cannot be read "
+            f"({_first_unreadable(records) or unreadable.explain(error)}); remove that folder and "
+            "prepare the data set anew."
         ) from error
     if not batches:
         raise UserError(f"The {split} split in {builder.data_dir} is empty; prepare it anew.")
@@ -177,6 +178,21 @@ def _read_cifar(builder: Any, split: str) -> ArraySource:
     order = np.argsort(keys, kind="stable")
     source = ArraySource(columns["image"], columns["label"].astype(np.int64), keys)
     return source.select(order)
+
+
+def _first_unreadable(records: tf.data.Dataset) -> str | None:
+    """The first record that cannot be read or decoded, and why."""
+    number = 0
+    try:
+        for record in records:
+            number += 1
+            try:
+                tf.io.decode_image(record["image"], channels=3)
+            except tf.errors.OpError as error:
+                return f"image {record['id'].numpy().decode()}: {unreadable.explain(error)}"
+    except tf.errors.OpError as error:
+        return f"record {number} of the split: {unreadable.explain(error)}"
+    return None
 
 
 BALANCED: dict[str, tuple[Profile, Callable[[str], tuple[ArraySource, ArraySource]]]] = {

@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 
+# Counts are exact as floats too.
+_LARGEST = 2**53
+
 
 def exponential_counts(
     num_classes: int, max_count: int, imbalance_ratio: float, reverse: bool = False
@@ -30,10 +33,17 @@ def exponential_counts(
     Raises:
         UserError (a `ValueError`): numbers out of range.
     """
-    if num_classes < 1 or max_count < 0 or not imbalance_ratio >= 1:
+    numbers = all(isinstance(n, int | np.integer) for n in (num_classes, max_count))
+    if not (
+        numbers
+        and isinstance(imbalance_ratio, int | float | np.number)
+        and num_classes >= 1
+        and 0 <= max_count <= _LARGEST
+        and 1 <= imbalance_ratio <= _LARGEST
+    ):
         raise UserError(
             "Expected num_classes >= 1, max_count >= 0 and imbalance_ratio >= 1, "
-            f"got {num_classes}, {max_count} and {imbalance_ratio}."
+            f"got {num_classes!r:.40}, {max_count!r:.40} and {imbalance_ratio!r:.40}."
         )
     if num_classes == 1:
         return np.array([max_count], np.int64)
@@ -83,10 +93,9 @@ def select_consecutive(
     Raises:
         UserError (a `ValueError`): as for `select_indices`.
     """
-    labels, sizes = np.asarray(labels), np.stack([np.asarray(part) for part in parts])
+    labels = as_array(labels, "labels")
+    sizes = np.stack([check_counts(part) for part in parts])
     check_labels(labels, sizes.shape[1])
-    if (sizes < 0).any():
-        raise UserError(f"counts must not be negative, got a minimum of {sizes.min()}.")
     random = np.random.RandomState(seed)
     chosen: list[list[npt.NDArray[np.intp]]] = [[] for _ in parts]
     for label, ends in enumerate(sizes.cumsum(axis=0).T):
@@ -104,9 +113,29 @@ def select_consecutive(
 
 def class_counts(labels: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:
     """Images of each class, int64 `[num_classes]`; refuses labels out of range."""
-    labels = np.asarray(labels)
+    labels = as_array(labels, "labels")
     check_labels(labels, num_classes)
-    return np.bincount(labels, minlength=num_classes).astype(np.int64)
+    return np.bincount(labels.astype(np.int64), minlength=num_classes).astype(np.int64)
+
+
+def check_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Images of each class as int64 `[C]`; refuses what is no list of whole numbers from 0 on."""
+    array = as_array(counts, "counts")
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+        raise UserError(f"counts must be integers [C], got {array.dtype} {array.shape}.")
+    if array.min() < 0 or array.max() > _LARGEST:
+        raise UserError(
+            f"counts must not be negative, and at most 2**53, got {array.min()} to {array.max()}."
+        )
+    return array.astype(np.int64)
+
+
+def as_array(values: npt.ArrayLike, name: str) -> npt.NDArray:
+    """An array of what is given; refuses nested lists of unequal lengths."""
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"{name} must be an array of numbers ({error}).") from error
 
 
 def check_labels(labels: npt.NDArray, num_classes: int) -> None:

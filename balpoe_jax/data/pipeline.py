@@ -6,14 +6,14 @@ or threads makes the same global batches.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
-from balpoe_jax.data import mixing, photos, pixels
+from balpoe_jax.data import mixing, photos, pixels, unreadable
 from balpoe_jax.data.augment import (
     AugmentSettings,
     augment_batch,
@@ -85,6 +85,7 @@ def train_batches(
     first_step: int,
     last_step: int,
     host: Host = Host(),
+    replacements: unreadable.Replacements | None = None,
 ) -> Iterator[Arrays]:
     """The batches of steps `first_step` to `last_step - 1`.
 
@@ -93,21 +94,49 @@ def train_batches(
     int32 `[b]`; and `weight` float32 `[b]`, the share of `labels` (1 without mixup).
 
     Every epoch is a permutation of all examples, drawn from (seed, epoch); augmentation is drawn
-    from (seed, step, row), mixup from (seed, step).
+    from (seed, step, row), mixup from (seed, step). With `replacements`, photographs that cannot be
+    read are replaced as these say; without, they end the iteration.
 
     Raises:
-        UserError (a `ValueError`): a batch size or groups that the hosts cannot share.
+        UserError (a `ValueError`): a batch size or groups that the hosts cannot share; while
+            iterating, a photograph that cannot be read, with its name.
     """
     rows = host.rows(settings.batch_size)
     if settings.mixup_alpha > 0:
         mixing.check_groups(settings.batch_size, settings.mixup_groups, host.count)
     stages = _TrainStages(source, settings, rows)
-    order = _epoch_order(len(source), settings.batch_size, settings.seed, first_step, last_step)
-    if not source.encoded:
-        return _iterate(order, lambda *batch: stages.finish(stages.read(*batch)), host)
-    encoded = order.map(lambda *batch: stages.draw_windows(stages.read(*batch)), **_parallel(host))
-    images = _map_rows(encoded, stages.decode, rows.stop - rows.start, host)
-    return _iterate(images, stages.finish, host)
+
+    def make(step: int) -> Iterator[Arrays]:
+        order = _epoch_order(len(source), settings.batch_size, settings.seed, step, last_step)
+        if replacements is not None:
+            table = tf.constant(replacements.table, tf.int32)
+            order = order.map(lambda step, indices: (step, tf.gather(table, indices)))
+        if not source.encoded:
+            return _iterate(order, lambda *batch: stages.finish(stages.read(*batch)), host)
+        read = order.map(lambda *batch: stages.draw_windows(stages.read(*batch)), **_parallel(host))
+        images = _map_rows(read, stages.decode, rows.stop - rows.start, host)
+        return _iterate(images, stages.finish, host)
+
+    def recover(step: int) -> bool:
+        indices = batch_indices(len(source), settings, step)[rows]
+        if replacements is not None:
+            return replacements.find(indices, step + 1)
+        unreadable.refuse(
+            source, indices, "training", ", or train without it: --config.data.on_bad_image=skip"
+        )
+        return False
+
+    return _guarded(make, first_step, recover)
+
+
+def batch_indices(num_examples: int, settings: TrainSettings, step: int) -> npt.NDArray[np.int64]:
+    """Which examples the global batch of a step is made of, positions int64 `[B]`.
+
+    Counted as for `train_batches`: the batch of step 0 leads to a state of step 1.
+    """
+    order = _epoch_order(num_examples, settings.batch_size, settings.seed, step, step + 1)
+    ((_, indices),) = order.as_numpy_iterator()
+    return indices.astype(np.int64)
 
 
 class _TrainStages:
@@ -203,6 +232,11 @@ def eval_batches(
     def finish(batch: _Batch) -> _Batch:
         return {**batch, "images": tf.cast(normalize(batch["images"], mean, std), dtype)}
 
+    def recover(step: int) -> bool:
+        positions = step * batch_size + np.arange(batch_size)[rows]
+        unreadable.refuse(source, positions[positions < len(source)], "test or held-out", "")
+        return False
+
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
     if not isinstance(source, RecordSource):
         return _iterate(steps, lambda step: finish(read(step)), host)
@@ -211,8 +245,8 @@ def eval_batches(
         image = photos.decode_central(row["images"], source.resize, source.image_size)
         return {**row, "images": image}
 
-    encoded = steps.map(read, **_parallel(host))
-    return _iterate(_map_rows(encoded, decode, rows.stop - rows.start, host), finish, host)
+    encoded = _map_rows(steps.map(read, **_parallel(host)), decode, rows.stop - rows.start, host)
+    return _guarded(lambda _: _iterate(encoded, finish, host), 0, recover)
 
 
 def _epoch_order(
@@ -254,20 +288,32 @@ def _iterate(
     if host.threads:
         options.threading.private_threadpool_size = host.threads
     batches = dataset.map(make_batch, **_parallel(host))
-    return _guarded(batches.prefetch(2).with_options(options).as_numpy_iterator())
+    return batches.prefetch(2).with_options(options).as_numpy_iterator()
 
 
-def _guarded(batches: Iterator[Arrays]) -> Iterator[Arrays]:
-    """What cannot be read or decoded becomes one sentence."""
-    try:
-        yield from batches
-    except tf.errors.OpError as error:
-        # The first line; where in the graph it happened follows, or is in double braces.
-        reason = re.sub(r"\{\{.*?\}\}", "", error.message).strip().split("\n")[0]
-        raise UserError(
-            f"A batch could not be made, since an image cannot be read ({reason[:300]}); prepare "
-            "the data set anew."
-        ) from error
+def _guarded(
+    make: Callable[[int], Iterator[Arrays]], step: int, recover: Callable[[int], bool]
+) -> Iterator[Arrays]:
+    """The batches from a step on; what cannot be read or decoded becomes one sentence.
+
+    Args:
+        make: iterates over the batches from a step on.
+        step: the first.
+        recover: called with the step whose batch could not be made; whether it is worth another
+            try, or else a `UserError` that names the image.
+    """
+    while True:
+        try:
+            for batch in make(step):
+                yield batch
+                step += 1
+            return
+        except tf.errors.OpError as error:
+            if not recover(step):
+                raise UserError(
+                    f"A batch could not be made ({unreadable.explain(error)}), and none of its "
+                    "images is to blame; prepare the data set anew if it stays so."
+                ) from error
 
 
 def _parallel(host: Host) -> dict[str, Any]:

@@ -16,7 +16,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data.long_tail import class_counts, exponential_counts, select_indices
+from balpoe_jax.data.long_tail import (
+    check_counts,
+    class_counts,
+    exponential_counts,
+    select_indices,
+)
 from balpoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -120,7 +125,12 @@ def shifted_counts(
     Returns:
         int64 `[C]`; a class may be empty where the ratio exceeds the class size.
     """
-    test_counts, train_counts = np.asarray(test_counts), np.asarray(train_counts)
+    test_counts, train_counts = check_counts(test_counts), check_counts(train_counts)
+    if len(test_counts) != len(train_counts) or not test_counts.any():
+        raise UserError(
+            f"Expected test counts of {len(train_counts)} classes, as of training, that are not "
+            f"all zero, got {len(test_counts)}."
+        )
     ranks = np.argsort(-train_counts, kind="stable")
     largest = int(test_counts[test_counts > 0].min())
     counts = np.empty(len(train_counts), np.int64)
@@ -158,7 +168,13 @@ def _find_lists(lists: str) -> dict[str, Path]:
     """List files by the name of their distribution."""
     found: dict[str, Path] = {}
     for pattern in filter(None, (item.strip() for item in lists.split(","))):
-        paths = sorted(glob.glob(str(Path(pattern).expanduser())))
+        try:
+            paths = sorted(glob.glob(str(Path(pattern).expanduser())))
+        except (OSError, ValueError, RuntimeError) as error:  # no such user, or no name of a file
+            raise UserError(
+                f"The list file {pattern!r} cannot be looked for ({error}); check "
+                "--config.eval.shift_lists."
+            ) from error
         if not paths:
             raise UserError(f"There is no list file {pattern}; check --config.eval.shift_lists.")
         for path in map(Path, paths):
@@ -183,6 +199,8 @@ def _read_list(
     if names is None:
         raise UserError(f"The list {path} cannot be used: this test set's examples have no names.")
     positions = {str(name): i for i, name in enumerate(names)}
+    if not path.is_file():  # such as a device, which might never end
+        raise UserError(f"The list {path} is no file; check --config.eval.shift_lists.")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -192,8 +210,8 @@ def _read_list(
         if not line.strip():
             continue
         file, _, label = line.strip().rpartition(" ")
-        here = f"Line {number} of {path} ({line.strip()!r})"
-        if not label.isdecimal() or not file:
+        here = f"Line {number} of {path} ({line.strip()[:200]!r})"
+        if not re.fullmatch("[0-9]{1,9}", label) or not file:
             raise UserError(f"{here} is not `path label`.")
         index = _find_example(file, positions)
         if index is None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from balpoe_jax.data.tfrecords import RecordIndex
+from balpoe_jax.data.tfrecords import RecordIndex, read_image, record_number
 from balpoe_jax.errors import UserError
 
 
@@ -53,6 +53,10 @@ class ArraySource:
     def select(self, indices: npt.NDArray[np.int64]) -> "ArraySource":
         """The examples at `indices`, in that order."""
         return ArraySource(self.images[indices], self.labels[indices], self.keys[indices])
+
+    def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """What the examples at `indices` are called: their positions in the original data set."""
+        return [str(key) for key in self.keys[indices]]
 
     def reader(self) -> "ArrayReader":
         """Puts the arrays where a graph can read them."""
@@ -114,19 +118,31 @@ class RecordSource:
         """The examples at `indices`, in that order."""
         return dataclasses.replace(self, index=self.index.select(indices))
 
+    def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """What the examples at `indices` are called: the names stored beside the images."""
+        return [str(name) for name in self.index.names[indices]]
+
+    def read_image(self, i: int) -> bytes:
+        """The encoded image at position `i`; raises `DamagedRecord` or `OSError`."""
+        return read_image(_FILES.descriptor(self.paths[self.index.files[i]]), self.index, i)
+
+    def where(self, i: int) -> str:
+        """The record and the file of an example."""
+        path = self.paths[self.index.files[i]]
+        return f"record {record_number(path, int(self.index.starts[i]))} of {path}"
+
     def reader(self) -> "RecordReader":
         """Reads them inside a graph."""
-        return RecordReader(self.paths, self.index)
+        return RecordReader(self)
 
 
 class RecordReader:
     """Reads batches of a `RecordSource` inside a graph."""
 
-    def __init__(self, paths: tuple[str, ...], index: RecordIndex) -> None:
-        self._paths = paths
-        self._index = index
-        self._labels = tf.constant(index.labels, tf.int32)
-        _FILES.make_room(len(paths))
+    def __init__(self, source: RecordSource) -> None:
+        self._source = source
+        self._labels = tf.constant(source.labels, tf.int32)
+        _FILES.make_room(len(source.paths))
 
     def read(self, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """int `[B]` -> encoded images string `[B]` and labels int32 `[B]`."""
@@ -134,14 +150,7 @@ class RecordReader:
         return tf.ensure_shape(encoded, indices.shape), tf.gather(self._labels, indices)
 
     def _read(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.object_]:
-        return np.array([self._read_one(i) for i in indices], dtype=object)
-
-    def _read_one(self, i: int) -> bytes:
-        index, path = self._index, self._paths[self._index.files[i]]
-        content = os.pread(_FILES.descriptor(path), index.sizes[i], index.offsets[i])
-        if len(content) != index.sizes[i]:
-            raise OSError(f"{path} ends within the image {index.names[i]}")
-        return content
+        return np.array([self._source.read_image(i) for i in indices], dtype=object)
 
 
 class _OpenFiles:

@@ -3,7 +3,8 @@
 
 A scan reads the few bytes around each image, not the image: a record is a length, a checksum, a
 serialised `tf.train.Example` and another checksum, and the protocol buffer is walked from field to
-field without copying it. Python and NumPy only.
+field without copying it. The scan verifies the checksum of each length, the reading of an image
+that of its record. Without TensorFlow.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +25,7 @@ from balpoe_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 # Part of the fingerprint: raise it when what an index holds changes.
-_VERSION = 1
+_VERSION = 2
 _HEADER, _FOOTER = 12, 4
 
 
@@ -36,6 +38,7 @@ class RecordIndex(NamedTuple):
         sizes: int64 `[N]`, its length in bytes.
         labels: int64 `[N]`.
         names: str `[N]`, the identifiers stored beside the images.
+        starts, lengths: int64 `[N]`, first byte and length of the record's content.
     """
 
     files: npt.NDArray[np.int32]
@@ -43,16 +46,48 @@ class RecordIndex(NamedTuple):
     sizes: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     names: npt.NDArray[np.str_]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
 
     def select(self, indices: npt.NDArray[np.int64]) -> "RecordIndex":
         """The entries at `indices`, in that order."""
-        return RecordIndex(
-            self.files[indices],
-            self.offsets[indices],
-            self.sizes[indices],
-            self.labels[indices],
-            self.names[indices],
-        )
+        columns: Iterator[Any] = (column[indices] for column in self)
+        return RecordIndex(*columns)
+
+
+class DamagedRecord(Exception):  # noqa: N818
+    """A record that is not what was written."""
+
+
+def read_image(descriptor: int, index: RecordIndex, i: int) -> bytes:
+    """The image at position `i` of an index, out of its file, which is open for reading.
+
+    Raises:
+        DamagedRecord: the file ends within the record, or its checksum is another.
+        OSError: the storage's.
+    """
+    start, length = int(index.starts[i]), int(index.lengths[i])
+    record = os.pread(descriptor, length + _FOOTER, start)
+    if len(record) != length + _FOOTER:
+        raise DamagedRecord("the file ends within its record")
+    content = record[:length]
+    if _masked_crc(content) != int.from_bytes(record[length:], "little"):
+        raise DamagedRecord("the checksum of its record is wrong")
+    offset = int(index.offsets[i]) - start
+    return content[offset : offset + int(index.sizes[i])]
+
+
+def record_number(path: str, start: int) -> int:
+    """Which record of a file, from 0, has its content at the byte `start`; -1 if none has."""
+    with open(path, "rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            starts = (found for found, _ in _records(buffer))
+            return next((n for n, found in enumerate(starts) if found == start), -1)
+        except EOFError:
+            return -1
+        finally:
+            buffer.close()
 
 
 def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
@@ -84,18 +119,20 @@ def scan(paths: Sequence[str], name_feature: str) -> RecordIndex:
         for number, path in enumerate(paths)
         for entry in _scan_file(path, name_feature)
     ]
-    columns: list[Any] = list(zip(*rows, strict=True)) or [()] * 5
+    columns: list[Any] = list(zip(*rows, strict=True)) or [()] * 7
     return RecordIndex(
         np.array(columns[0], np.int32),
         np.array(columns[1], np.int64),
         np.array(columns[2], np.int64),
         np.array(columns[3], np.int64),
         np.array(columns[4], np.str_),
+        np.array(columns[5], np.int64),
+        np.array(columns[6], np.int64),
     )
 
 
-def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, str]]:
-    """Offset, size, label and name of each image of a file."""
+def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, str, int, int]]:
+    """Offset, size, label and name of each image of a file; start and length of its record."""
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -103,31 +140,47 @@ def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, st
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
                 for number, (start, stop) in enumerate(_records(buffer)):
                     try:
-                        yield _read_example(buffer, start, stop, name_feature)
+                        example = _read_example(buffer, start, stop, name_feature)
                     except (ValueError, IndexError, KeyError, StopIteration) as error:
                         raise UserError(
                             f"Record {number} of {path} is not an example with an image, a label "
-                            f"and {name_feature!r}; prepare the data set anew."
+                            f"and {name_feature!r}{_emptiness(start, stop)}; prepare the data set "
+                            "anew."
                         ) from error
+                    yield *example, start, stop - start
     except OSError as error:
         raise UserError(
             f"The records {path} cannot be read ({error.strerror}); they must lie on a local or "
             "mounted file system."
         ) from error
     except EOFError as error:
-        raise UserError(f"{path} is cut off or damaged; prepare the data set anew.") from error
+        raise UserError(
+            f"{path} is cut off or damaged at {error}; prepare the data set anew."
+        ) from error
+
+
+def _emptiness(start: int, stop: int) -> str:
+    return " (it has no content)" if start == stop else ""
 
 
 def _records(buffer: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """First byte and end of the content of each record."""
-    position, end = 0, len(buffer)
+    """First byte and end of the content of each record; EOFError names one that is damaged."""
+    position, end, number = 0, len(buffer), 0
     while position < end:
         start = position + _HEADER
-        stop = start + int.from_bytes(buffer[position : position + 8], "little")
+        length, crc = buffer[position : position + 8], buffer[position + 8 : start]
+        stop = start + int.from_bytes(length, "little")
         position = stop + _FOOTER
-        if position > end:
-            raise EOFError
+        if position > end or _masked_crc(length) != int.from_bytes(crc, "little"):
+            raise EOFError(f"record {number}")
         yield start, stop
+        number += 1
+
+
+def _masked_crc(content: bytes) -> int:
+    """The checksum that a TFRecord file stores of some bytes."""
+    crc = google_crc32c.value(content)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _read_example(

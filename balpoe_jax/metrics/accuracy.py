@@ -46,11 +46,17 @@ def shot_groups(
     Args:
         train_counts: int `[C]`.
         thresholds: `(low, high)`; (20, 100) is the field's convention.
+
+    Raises:
+        UserError (a `ValueError`): thresholds that do not follow each other, or no numbers.
     """
     low, high = thresholds
     if low > high + 1:
         raise UserError(f"shot thresholds must be (low, high) with low <= high, got {thresholds}.")
-    counts = np.asarray(train_counts)
+    try:
+        counts = np.asarray(train_counts, np.float64)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"train_counts must be numbers [C] ({error}).") from error
     return ShotGroups(counts > high, (counts >= low) & (counts <= high), counts < low)
 
 

@@ -13,6 +13,10 @@ WANTED = {
 }
 
 
+# Beside what JSON escapes: controls, other line ends, and what is no character.
+_UNPRINTABLE = "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"
+
+
 def fail(message: str) -> None:
     """Ends with one line."""
     print(f"Error: {message}", file=sys.stderr)
@@ -20,8 +24,12 @@ def fail(message: str) -> None:
 
 
 def quote(value: str | int) -> str:
-    """As JSON, but no escapes: YAML does not put its pairs of them for rare characters together."""
-    return json.dumps(value, ensure_ascii=False)
+    """As JSON, but with escapes only of what YAML does not take as it is.
+
+    Of rare characters JSON has pairs of escapes, which YAML does not put together.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(_UNPRINTABLE, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def render(folder: Path, values: dict[str, str], arguments: list[str]) -> str:
