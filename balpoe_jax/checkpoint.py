@@ -168,6 +168,7 @@ class Checkpoints:
         for step, reason in damaged.items():
             log.warning("The checkpoint of step %d is damaged: %s", step, reason)
             if self._read_only:
+                log.warning("Taking the checkpoint of step %d instead", intact)
                 continue
             number, name = 1, f"damaged-{step}"
             while (there := Path(self.directory, name)).exists():

@@ -24,16 +24,6 @@ from typing import Any
 
 from absl import app, flags, logging
 
-_KILLS = flags.DEFINE_integer("kills", 100, "How many in all.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_SIGNALS = flags.DEFINE_multi_enum(
-    "signal", ["KILL"], ["KILL", "TERM", "INT"], "Sent in turn by chance; may be repeated."
-)
-_FOLDER = flags.DEFINE_string("folder", None, "Of the runs; a temporary one by default.")
-_CONFIG = flags.DEFINE_string("config", "configs/digits_lt.py:experts=1", "Of the runs.")
-_EPOCHS = flags.DEFINE_integer("epochs", 6, "Of a run.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
-
 _VOLATILE = ("images_per_second", "data_wait_fraction")
 _POLL_SECONDS = 0.002
 _TIMEOUT_SECONDS = 600.0
@@ -284,20 +274,35 @@ def _run(
             return f"a start ended with exit code {process.returncode}: {errors[-500:]}"
 
 
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_integer("kills", 100, "How many in all.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the moments.")
+    flags.DEFINE_multi_enum(
+        "signal", ["KILL"], ["KILL", "TERM", "INT"], "Sent in turn by chance; may be repeated."
+    )
+    flags.DEFINE_string("folder", None, "Of the runs; a temporary one by default.")
+    flags.DEFINE_string("config", "configs/digits_lt.py:experts=1", "Of the runs.")
+    flags.DEFINE_integer("epochs", 6, "Of a run.", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file for the figures.")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Kills, compares and prints the figures; exits with 1 if anything was lost."""
     del arguments
     logging.set_verbosity(logging.ERROR)
     # What is started inherits that it is ignored, as it is in the background of a script.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = Path(_FOLDER.value or tempfile.mkdtemp(prefix="kill_test-"))
-    command = Command(_CONFIG.value, _EPOCHS.value, folder / "cache")
-    figures = kill_and_compare(command, folder, _KILLS.value, _SEED.value, _SIGNALS.value)
-    if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(figures.as_json(), indent=2) + "\n")
+    values = flags.FLAGS
+    folder = Path(values.folder or tempfile.mkdtemp(prefix="kill_test-"))
+    command = Command(values.config, values.epochs, folder / "cache")
+    figures = kill_and_compare(command, folder, values.kills, values.seed, values.signal)
+    if values.output:
+        Path(values.output).write_text(json.dumps(figures.as_json(), indent=2) + "\n")
     if figures.losses:
         sys.exit(1)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -409,15 +409,20 @@ def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
         checkpoints.restore_latest(other.abstract_state())
 
 
-def test_a_corrupt_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_left_alone(
+    finished: Path, tmp_path: Path, caplog
+) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    latest = workdir / "checkpoints" / "6"
-    for path in latest.rglob("*"):
+    checkpoints = workdir / "checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    for path in (checkpoints / "6").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read .* move that folder away"):
-        evaluate(tiny_config(), str(workdir))
+    assert evaluate(tiny_config(), str(workdir))["step"] == 3
+    assert "The checkpoint of step 6 is damaged" in caplog.text
+    assert "Taking the checkpoint of step 3 instead" in caplog.text
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
 
 
 def test_the_commit_is_never_that_of_another_repository(monkeypatch, tmp_path: Path) -> None:
