@@ -10,14 +10,16 @@ import pytest
 import tensorflow as tf
 from small_photos import jpeg, prepare
 
-from balpoe_jax.data import datasets, natural, photos, sources
-from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data import datasets, mixing, natural, photos, pipeline, pixels, sources
+from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
 from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
+from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.errors import UserError
 
 SIZE, RESIZE = 16, 18
 TRAIN = np.array([5, 3, 2] + [1] * 997)
 TEST = np.array([1, 2, 3, 4] + [0] * 996)
+LONG = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4), policy="randaugment")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,33 @@ def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
     assert batches[0]["images"].shape == (8, SIZE, SIZE, 3)
     assert_equal(collect(data_dir, 3, 5, Host(threads=1)), batches[3:])
     assert np.abs(batches[0]["images"] - batches[1]["images"]).mean() > 0.1
+
+
+@pytest.mark.parametrize("augment", [LONG, dataclasses.replace(LONG, rotation=30.0)])
+def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: AugmentSettings) -> None:
+    """Done here by batch and on bytes: a rotation comes before the changes of colour."""
+    source, options = load(data_dir).train, settings(augment=augment)
+    batch = list(train_batches(source, options, 0, 3))[2]
+    indices = pipeline.batch_indices(len(source), options, 2)
+    encoded, labels = source.reader().read(tf.constant(indices))
+    np.testing.assert_array_equal(batch["labels"], labels)
+    random = RowRandom(
+        pipeline._seed(options.seed, "augment", tf.constant(2, tf.int64)), 8, slice(0, 8)
+    )
+    windows = photos.random_windows(photos.shapes(encoded), random.stream("window"))
+    flips = random.stream("move").uniform("flip") < 0.5
+    images = pixels.unpack(photos.decode_windows(encoded, windows, flips, SIZE))
+    images = augment_batch(images, random, dataclasses.replace(augment, flip=False))
+    images = normalize(images, options.mean, options.std).numpy()
+    weight = batch["weight"][:, None, None, None]
+    assert 0 < weight[0] < 1
+    partners = mixing.draw_mix(
+        pipeline._seed(options.seed, "mixup", tf.constant(2, tf.int64)),
+        options.mixup_alpha, 8, 1, slice(0, 8),
+    ).partners.numpy()  # fmt: skip
+    np.testing.assert_array_equal(batch["other_labels"], labels.numpy()[partners])
+    expected = weight * images + (1 - weight) * images[partners]
+    np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
 
 
 def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:

@@ -302,13 +302,14 @@ def _guarded(
         recover: called with the step whose batch could not be made; whether it is worth another
             try, or else a `UserError` that names the image.
     """
+    failure = tf.errors.OpError  # bound here: TensorFlow may be gone when Python ends a generator
     while True:
         try:
             for batch in make(step):
                 yield batch
                 step += 1
             return
-        except tf.errors.OpError as error:
+        except failure as error:
             if not recover(step):
                 raise UserError(
                     f"A batch could not be made ({unreadable.explain(error)}), and none of its "
