@@ -82,8 +82,10 @@ def make_train_step(
     statistics of a microbatch (of all devices, or of this one), and the running averages take the
     mean over the k microbatches as one update, so that they forget at the same pace for any k.
 
-    The metric `finite` tells whether the loss, the gradient and all of the new state are. With
-    `skip_non_finite`, a step of which they are not changes nothing but the counts of steps.
+    The metric `finite` tells whether the loss, the gradient and the new statistics are; of the rest
+    of the new state, which an update may make overflow, `all_finite` tells, for it has to read all
+    of it. With `skip_non_finite` the metric includes that, and a step that is not finite changes
+    nothing but the counts of steps.
     """
 
     def gradients(params: Any, batch_stats: Any, batch: Batch) -> tuple[Any, tuple[jax.Array, Any]]:
@@ -122,8 +124,9 @@ def make_train_step(
             opt_state=opt_state,
         )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & _all_finite((by_expert, new_state))
+        finite = jnp.isfinite(grad_norm) & all_finite((by_expert, batch_stats))
         if skip_non_finite:
+            finite &= all_finite(new_state)
             new_state = _only_if(finite, new_state, state)
         metrics = {
             "loss": by_expert.mean(),
@@ -136,7 +139,7 @@ def make_train_step(
     return train_step
 
 
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
     """Whether no number of a tree is infinite or not a number, bool scalar."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 

@@ -25,7 +25,7 @@ from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
 from balpoe_jax.start_up import StartUp
-from balpoe_jax.state import TrainState
+from balpoe_jax.state import TrainState, all_finite
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _train(
                 # Before a checkpoint, so that none is ever written of a state that is not finite.
                 if step % config["log_every_steps"] == 0 or save or test or last or stop:
                     with _explicit_transfers():
-                        row = progress.report(step)
+                        row = progress.report(step, state)
                     lock.check()
                     writer.write({**row, **bad_images.count(config, workdir, step)})
                 # Before the test, which may take long: a run that is ended in it resumes with it.
@@ -217,6 +217,7 @@ class Progress:
         self._experiment = experiment
         self._batches = batches
         self._trouble = trouble
+        self._all_finite = jax.jit(all_finite)
         self._first_step = self._last_step = first_step
         self._pending: list[Any] = []
         self._steps_timed, self._seconds_timed = 0, 0.0
@@ -230,14 +231,21 @@ class Progress:
         """Takes the metrics of one step, which may still be being computed."""
         self._pending.append(metrics)
 
-    def report(self, step: int) -> dict[str, Any]:
+    def report(self, step: int, state: TrainState) -> dict[str, Any]:
         """Waits for the steps since the last report, logs a line and returns their row.
+
+        Args:
+            step: the last one.
+            state: to which it led.
 
         Raises:
             UserError (a `ValueError`): a step that is not finite, and not to be skipped.
         """
         history = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(self._pending))
         elapsed = time.perf_counter() - self._clock
+        # What metrics cannot tell: whether the last update overflowed. Of the ones before it, the
+        # losses since would tell.
+        history["finite"][-1] &= jax.device_get(self._all_finite(state))
         finite = self._check_finite(history)
         steps = len(self._pending)
         row = {

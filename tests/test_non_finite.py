@@ -21,6 +21,7 @@ from balpoe_jax.losses import log_prior
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
+from balpoe_jax.state import all_finite as state_is_finite
 from balpoe_jax.state import create_state, make_train_step
 from balpoe_jax.train import train
 
@@ -84,11 +85,25 @@ def test_without_skipping_the_state_is_lost_and_the_metric_says_so() -> None:
     assert not all_finite(after.params) and not all_finite(after.batch_stats)
 
 
-def test_an_update_that_overflows_is_not_finite() -> None:
-    _, after, metrics = take_step(3e38, skip=False, pixel=0.0)
+def test_an_update_that_overflows_is_seen_in_the_state() -> None:
+    before, after, metrics = take_step(3e38, skip=False, pixel=0.0)
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
-    assert not metrics["finite"]
-    assert not all_finite(after.params)
+    assert not all_finite(after.params) and not state_is_finite(after)
+    assert state_is_finite(before)
+
+
+def test_an_update_that_overflows_is_skipped() -> None:
+    before, after, metrics = take_step(3e38, skip=True, pixel=0.0)
+    assert np.isfinite(metrics["loss"]) and not metrics["finite"]
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
+def test_a_state_that_overflowed_is_never_saved(tmp_path: Path, monkeypatch) -> None:
+    """With metrics that are all finite: what is saved is looked at itself."""
+    monkeypatch.setattr("balpoe_jax.train.all_finite", lambda state: state.step < 3)
+    with pytest.raises(UserError, match="the update is not finite at step 3"):
+        train(config_of(0), str(tmp_path))
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_a_sound_step_is_made_as_ever() -> None:

@@ -21,6 +21,7 @@ from balpoe_jax.experiment import build
 from balpoe_jax.lock import WorkdirLock
 from balpoe_jax.parallel import Parallel
 from balpoe_jax.preemption import PreemptionNotice
+from balpoe_jax.state import TrainState
 from balpoe_jax.train import Progress, lacks_test, train
 
 STEPS_PER_EPOCH = 3
@@ -485,10 +486,10 @@ def test_a_second_run_in_a_workdir_is_refused(finished: Path, tmp_path: Path) ->
 
 
 def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path, monkeypatch) -> None:
-    def report(progress: Progress, step: int) -> dict:
+    def report(progress: Progress, step: int, state: TrainState) -> dict:
         if step == 2:
             (tmp_path / "run").rename(tmp_path / "elsewhere")
-        return collect(progress, step)
+        return collect(progress, step, state)
 
     collect = Progress.report
     monkeypatch.setattr(Progress, "report", report)
