@@ -4,6 +4,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.pipeline import (
@@ -204,3 +205,18 @@ def test_images_are_rounded_at_the_very_end() -> None:
     assert exact[0]["images"].dtype == np.float32
     assert_equal(rounded, [{**b, "images": b["images"].astype(jnp.bfloat16)} for b in exact])
     assert rounded[0]["images"].dtype == rounded[-1]["images"].dtype == jnp.bfloat16
+
+
+def test_nothing_is_tuned_while_it_runs(monkeypatch) -> None:
+    """An iterator that tunes itself may keep a training waiting for a minute at its end."""
+    given = []
+    real = tf.data.Dataset.with_options
+
+    def noting(dataset: tf.data.Dataset, options: tf.data.Options) -> tf.data.Dataset:
+        given.append(options)
+        return real(dataset, options)
+
+    monkeypatch.setattr(tf.data.Dataset, "with_options", noting)
+    collect(0, 1)
+    (options,) = given
+    assert options.autotune.enabled is False and options.deterministic is True

@@ -6,6 +6,7 @@ or threads makes the same global batches.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,9 @@ from balpoe_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 _Batch = dict[str, Any]  # of tensors
+
+# Enough for every core, and bounds the memory where there are many.
+_BATCHES_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +280,7 @@ def _map_rows(
     batches: tf.data.Dataset, function: Callable[[_Batch], _Batch], rows: int, host: Host
 ) -> tf.data.Dataset:
     """Maps a function of one row over batches: the rows of several batches run in parallel."""
-    mapped = batches.unbatch().map(function, **_parallel(host))
+    mapped = batches.unbatch().map(function, **_parallel(host, at_most=_threads(host)))
     return mapped.batch(rows, drop_remainder=True)
 
 
@@ -285,6 +289,9 @@ def _iterate(
 ) -> Iterator[Arrays]:
     options = tf.data.Options()
     options.deterministic = True
+    # It measures and plans without end, and an iterator cannot be left before it has planned: on a
+    # busy machine that took up to a minute.
+    options.autotune.enabled = False
     if host.threads:
         options.threading.private_threadpool_size = host.threads
     batches = dataset.map(make_batch, **_parallel(host))
@@ -317,9 +324,16 @@ def _guarded(
                 ) from error
 
 
-def _parallel(host: Host) -> dict[str, Any]:
-    """How a stage of the pipeline is mapped."""
-    return {"num_parallel_calls": host.threads or tf.data.AUTOTUNE, "deterministic": True}
+def _parallel(host: Host, at_most: int = _BATCHES_AT_ONCE) -> dict[str, Any]:
+    """How a stage of the pipeline is mapped, of whole batches if nothing else is said."""
+    return {"num_parallel_calls": min(_threads(host), at_most), "deterministic": True}
+
+
+def _threads(host: Host) -> int:
+    if host.threads:
+        return host.threads
+    # Those that this process may use, where the system tells.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _seed(seed: int, stream: str, index: tf.Tensor) -> tf.Tensor:
