@@ -150,6 +150,7 @@ def _train(
                         state, metrics = _first_step(train_step, state, batches, start_up)
                     processes.on_first(partial(start_up.finish, workdir, step))
                     notice.work_unsaved()
+                    progress.prepare(state)
                 else:
                     with profiler.annotate(step), _explicit_transfers():
                         state, metrics = train_step(state, next(batches))
@@ -226,6 +227,10 @@ class Progress:
     def restart_clock(self) -> None:
         """Leaves out the time since the last report."""
         self._clock, self._waited = time.perf_counter(), self._batches.waited
+
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what `report` computes, so that nothing is compiled after the first step."""
+        jax.block_until_ready(self._all_finite(state))
 
     def add(self, metrics: Any) -> None:
         """Takes the metrics of one step, which may still be being computed."""
