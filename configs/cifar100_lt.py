@@ -27,7 +27,7 @@ docs/results/cifar100_lt_small.md (30 epochs).
 
 from ml_collections import ConfigDict
 
-from balpoe_jax.config import cifar_config
+from balpoe_jax.recipes import cifar_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -11,12 +11,19 @@ method's own number). Not in the paper; what we measured is in the README.
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
+from balpoe_jax.methods import RECIPES
+from balpoe_jax.recipes import RECIPE_CHOICES, set_method
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The experiment; `arguments` is what stands after the colon."""
     args = config_lib.parse_arguments(
-        arguments, method=tuple(config_lib.METHODS), mixup=True, experts=0
+        arguments,
+        method=tuple(RECIPES),
+        recipe=RECIPE_CHOICES[:2],
+        mixup=bool,
+        experts=0,
+        epochs=0,
     )
     config = config_lib.default_config()
     config.total_epochs = 120
@@ -37,5 +44,5 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.optim.warmup_epochs = 4
     config.eval.batch_size = 200
     config.eval.every_epochs = 10
-    config_lib.set_method(config, args.method, args.experts, args.mixup)
+    set_method(config, "digits_lt", args)
     return config
