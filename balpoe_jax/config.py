@@ -147,6 +147,7 @@ def default_config() -> ConfigDict:
             "boundaries": (160, 180),
             "factor": 0.1,
             "warmup_epochs": 5,
+            "warmup_start": 0.0,
             "accumulate": 1,
             "skip_non_finite": 0,
         }

@@ -355,6 +355,7 @@ def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
         config.optim.boundaries,
         config.optim.factor,
         config.optim.warmup_epochs,
+        config.optim.warmup_start,
     )
 
 

@@ -32,6 +32,7 @@ _STAGE2 = {
     "boundaries": (),
     "factor": 0.1,
     "warmup_epochs": 0,
+    "warmup_start": 0.0,
 }
 
 # The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are

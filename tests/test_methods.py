@@ -76,9 +76,9 @@ def stages(name: str) -> range:
 
 def distinct() -> list[str]:
     """Recipes without those that differ in data and numbers of experts with a loss alone."""
-    kinds = {
-        (settings(r.method)["name"], r.experts > 1, str(r.method)): n for n, r in RECIPES.items()
-    }
+    kinds: dict[tuple, str] = {}
+    for name, recipe in RECIPES.items():
+        kinds.setdefault((str(recipe.method), recipe.experts > 1), name)
     return list(kinds.values())
 
 
