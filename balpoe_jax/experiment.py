@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel, processes
-from balpoe_jax.data import datasets, mixing, pipeline, shift
+from balpoe_jax.data import datasets, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.losses import log_prior
@@ -252,8 +253,7 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
     """
     config_lib.check_config(config)
     devices.check_batch_size(config.batch_size, "batch_size", config.optim.accumulate)
-    num_hosts = devices.num_hosts if config.mixup.alpha > 0 else 1
-    mixing.check_groups(config.batch_size, config.mixup.groups, num_hosts)
+    _train_settings(config).mix.check_groups(config.batch_size, devices.num_hosts)
     _learning_rates(config)
 
 
@@ -275,10 +275,14 @@ def _train_settings(config: ConfigDict) -> pipeline.TrainSettings:
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         augment=AugmentSettings(**config.augment.to_dict()),
-        mixup_alpha=config.mixup.alpha,
-        mixup_groups=config.mixup.groups,
+        mix=MixSettings(**config.mixup.to_dict()),
         # The network would round them first of all; here that halves what is copied and sent.
         dtype=config.model.dtype,
+        views=tuple(
+            AugmentSettings(**config[name].to_dict()) for name in config_lib.VIEWS if name in config
+        ),
+        sampler=config.data.sampler,
+        class_run=config.data.class_run,
     )
 
 

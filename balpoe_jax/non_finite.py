@@ -56,7 +56,7 @@ class NonFiniteSteps:
         """
         limit = self._experiment.config["optim"]["skip_non_finite"]
         batch = pipeline.batch_indices(
-            len(self._experiment.data.train), self._experiment.train_settings, step - 1
+            self._experiment.data.train.labels, self._experiment.train_settings, step - 1
         )
         skip = self.skipped < limit
         row = {
