@@ -173,6 +173,8 @@ _FIELDS = {
     "stage2.epochs": 10,
     "stage2.learning_rate": 0.1,
     "stage2.nesterov": False,
+    "stage2.sampler": "class_aware",
+    "stage2.class_run": 4,
 }
 
 
