@@ -336,6 +336,14 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
     """
     config_lib.check_config(config)
     method = make_method(config.method.to_dict())
+    views = 1 + sum(name in config for name in config_lib.VIEWS)
+    if views != method.views:
+        raise UserError(
+            f"The method {config.method.name} takes {method.views} views of an image, and the "
+            f"config describes {views}; choose a method by the config file's argument method=..."
+        )
+    if len(_stage_configs(config)) > len(method.stages()):
+        raise UserError(f"The method {config.method.name} has no second stage; remove stage2.")
     if method.whole_batch and config.optim.accumulate > 1:
         raise UserError(
             f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "

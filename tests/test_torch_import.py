@@ -540,6 +540,9 @@ def test_refuses_a_config_of_another_model(tmp_path: Path, digits_file: Path) ->
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"the model of the config: unexpected .*layer2s\.2\.0\."):
         import_checkpoint(digits_file, digits_config(model__num_experts=2), str(workdir))
+    message = "The method mislas trains more than the reference's network; import into a config"
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(digits_file, get_config("digits_lt", "method=mislas"), str(workdir))
     import_checkpoint(digits_file, digits_config(), str(workdir))  # the workdir is still free
 
 
