@@ -3,11 +3,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
-from test_command_line import ROOT
 from test_config import get_config
 
 from balpoe_jax import record, reproduce
@@ -147,13 +146,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "balpoe_jax.reproduce", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return commands.run("balpoe_jax.reproduce", *arguments)
 
 
 def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -> None:

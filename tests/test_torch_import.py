@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -547,14 +548,7 @@ def test_refuses_a_config_of_another_model(tmp_path: Path, digits_file: Path) ->
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "balpoe_jax.torch_import", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return commands.run("balpoe_jax.torch_import", *arguments)
 
 
 def test_the_command_makes_a_workdir(tmp_path: Path, digits_file: Path) -> None:

@@ -157,7 +157,7 @@ def _cmo(about: str, taus: tuple[float, float], *published: Published) -> Recipe
 _CMO, _PAPER = "CMO's paper", "BalPoE's Table 1"
 
 RECIPES = {
-    "mixup": _remix("mixup", "mixup, Remix's training", _on_cifar100(40.83, 58.37)),
+    "mixup_remix": _remix("mixup", "mixup, Remix's training", _on_cifar100(40.83, 58.37)),
     "cutmix": _remix("cutmix", "CutMix", _on_cifar100(41.86, 59.47)),
     "mixup_or_cutmix": _remix("mixup_or_cutmix", "mixup or CutMix"),
     "remix": _remix(
