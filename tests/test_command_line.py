@@ -48,7 +48,7 @@ def test_a_command_starts_from_nothing() -> None:
         (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
         (
             ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
-            "Unknown config field config.data.nme; config.data has check_counts, class_run, data_dir",
+            "Unknown config field config.data.nme; config.data has check_counts, class_run",
         ),
         (
             ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],
