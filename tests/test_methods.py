@@ -74,10 +74,16 @@ def stages(name: str) -> range:
     return range(len(parts(name)[0].stages()))
 
 
+# Of which another recipe has all that devices share: compiling them would teach nothing new.
+COVERED = {"cross_entropy_cb", "ce_drw", "ldam"}
+
+
 def distinct() -> list[str]:
     """Recipes without those that differ in data and numbers of experts with a loss alone."""
     kinds = {
-        (settings(r.method)["name"], r.experts > 1, str(r.method)): n for n, r in RECIPES.items()
+        (settings(r.method)["name"], r.experts > 1, str(r.method)): n
+        for n, r in RECIPES.items()
+        if n not in COVERED
     }
     return list(kinds.values())
 
