@@ -92,6 +92,7 @@ def test_without_weights_and_exponent_all_are_cross_entropy(x64) -> None:
         Reweighted("ldam", max_margin=0.0),
         Reweighted(beta=0.0, **CLASS_BALANCED),
         Reweighted(reweight_epoch=7, **CLASS_BALANCED),
+        Reweighted(reweight_epoch=-1, **CLASS_BALANCED),
     ):
         actual = method.expert_losses(logits, whole(labels), Facts(COUNTS), jnp.asarray(6))
         np.testing.assert_allclose(actual, expected, rtol=1e-12)

@@ -113,7 +113,7 @@ class Reweighted(Method):
         base: "cross_entropy", "focal" or "ldam".
         weights: of classes, "none" or "class_balanced", see `class_balanced_weights`.
         beta: of the effective number.
-        reweight_epoch: the first epoch with class weights, counted from 0; -1 or 0 for all.
+        reweight_epoch: the first epoch with class weights, counted from 0; -1 for none.
         weight_norm: "sum_w" divides the sum of weighted losses by the sum of weights, as
             PyTorch does, over the whole batch; "batch" by the number of rows.
         gamma: exponent of the focal loss.
@@ -147,11 +147,16 @@ class Reweighted(Method):
     @property
     def whole_batch(self) -> bool:  # type: ignore[override]
         """Where weights are normalised over the batch."""
-        return self.weights != "none" and self.weight_norm == "sum_w"
+        return self.weighs and self.weight_norm == "sum_w"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether there is an epoch with class weights."""
+        return self.weights != "none" and self.reweight_epoch >= 0
 
     def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Unweighted cross-entropy is that of tau 0."""
-        plain = self.base == "cross_entropy" and self.weights == "none"
+        plain = self.base == "cross_entropy" and not self.weighs
         return (0.0 if plain else None,) * len(taus)
 
     def loss(
@@ -189,7 +194,7 @@ class Reweighted(Method):
     def class_weights(self, facts: Facts, epoch: jax.Array) -> jax.Array:
         """Those of an epoch, float `[C]`."""
         ones = jnp.ones(facts.num_classes)
-        if self.weights == "none":
+        if not self.weighs:
             return ones
         weights = jnp.asarray(class_balanced_weights(facts.class_counts, self.beta))
         return jnp.where(epoch >= self.reweight_epoch, weights, ones)
