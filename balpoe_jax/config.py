@@ -91,6 +91,10 @@ def default_config() -> ConfigDict:
         eval.prior_strength: weight of the uniform prior against the unlabelled examples when the
             target prior is estimated; eval.prior_significance: the level at which predictions must
             show a shift for the estimate to be used; see `balpoe_jax.scoring.score`.
+        eval.aggregation_epochs: passes over each target distribution's unlabelled images in which
+            weights of the experts are learnt; 0 for none. eval.aggregation_rate: of that learning,
+            see `balpoe_jax.aggregation`. test_view.*: the random views that it needs, the fields of
+            augment; without this section they are as in training.
         checkpoint.every_epochs, checkpoint.keep.
         profile.steps: the first and the last step of a profiler trace, written into the workdir's
             folder `profile`; empty for none.
@@ -188,6 +192,8 @@ def default_config() -> ConfigDict:
             "shift_lists": "",
             "prior_strength": 0.3,
             "prior_significance": 0.01,
+            "aggregation_epochs": 0,
+            "aggregation_rate": 0.1,
         }
     )
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})

@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
-from balpoe_jax import bad_images, non_finite, predictions, processes, record, report, scoring
+from balpoe_jax import (
+    aggregation,
+    bad_images,
+    non_finite,
+    predictions,
+    processes,
+    record,
+    report,
+    scoring,
+)
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.sources import Source
@@ -98,6 +107,7 @@ class Evaluator:
         """
         experiment, data = self._experiment, self._experiment.data
         test = self._predict(state, data.test, folder)
+        aggregations = self._aggregate(state, folder)
         held_out = None
         if data.held_out is not None:
             held_out = self._predict(state, data.held_out, folder, predictions.HELD_OUT)
@@ -114,7 +124,33 @@ class Evaluator:
             prior_significance=experiment.config["eval"]["prior_significance"],
             **self._score_options(),
         )
+        if aggregations:
+            scores["aggregation"] = scoring.score_aggregations(
+                test, experiment.targets, aggregations
+            )
         return self._results(state, scores)
+
+    def _aggregate(self, state: TrainState, folder: Path) -> list[aggregation.Aggregation]:
+        """Weights learnt for each target distribution; all processes predict, the first learns."""
+        experiment = self._experiment
+        evaluation = experiment.config["eval"]
+        learnt = [aggregation.start(len(experiment.taus)) for _ in experiment.targets]
+        for epoch in range(evaluation["aggregation_epochs"] if len(experiment.taus) > 1 else 0):
+            views = [
+                self._predict(state, experiment.data.test, folder, f"view{i}_", view=2 * epoch + i)
+                for i in range(2)
+            ]
+            if views[0] is None or views[1] is None:
+                continue
+            first, second = (view.expert_logits for view in views if view is not None)
+            learnt = [
+                aggregation.learn_epoch(
+                    before, first, second, evaluation["aggregation_rate"], epoch, target.indices
+                )
+                for before, target in zip(learnt, experiment.targets, strict=True)
+            ]
+            predictions.remove(folder, *(f"view{i}_" for i in range(2)))
+        return learnt if learnt and len(learnt[0].history) > 1 else []
 
     def _predict(
         self,
@@ -123,22 +159,24 @@ class Evaluator:
         folder: Path,
         prefix: str = predictions.TEST,
         interrupted: Callable[[], bool] = lambda: False,
+        view: int | None = None,
     ) -> predictions.Predictions | None:
         """Every example of `source` once; the logits go to disk as they come.
 
-        All processes predict, each its part of every batch; the first one alone takes them down.
+        With `view`, a number, each is augmented at random. All processes predict, each its part of
+        every batch; the first one alone takes them down.
         """
         experiment = self._experiment
         shape = (len(experiment.taus), len(source), experiment.data.num_classes)
         settings = experiment.train_settings
-        batches = pipeline.eval_batches(
-            source,
-            experiment.eval_batch_size,
-            settings.mean,
-            settings.std,
-            experiment.host,
-            settings.dtype,
-        )
+        options = (source, experiment.eval_batch_size, settings.mean, settings.std)
+        if view is None:
+            batches = pipeline.eval_batches(*options, experiment.host, settings.dtype)
+        else:
+            seed = experiment.config["seed"]
+            batches = pipeline.view_batches(
+                *options, experiment.test_view, seed, view, experiment.host, settings.dtype
+            )
         placed = Prefetcher(batches, experiment.parallel)
         outputs = (self._step(state.variables, batch) for batch in _unless(interrupted, placed))
         if not processes.is_first():

@@ -155,11 +155,13 @@ class Experiment(Program):
     Attributes:
         data: the long-tailed training set and the test set.
         targets: the class distributions that the test set is scored on.
+        test_view: how test images are augmented where random views of them are asked for.
         settings: how training batches are made in each stage.
     """
 
     data: LongTailed
     targets: list[shift.Target]
+    test_view: AugmentSettings
     settings: tuple[pipeline.TrainSettings, ...]
 
     @property
@@ -241,6 +243,7 @@ def build(config: ConfigDict) -> Experiment:
             data.test_names,
             config.eval.shift_lists,
         ),
+        test_view=_augmentation(config.get("test_view") or config.augment),
         settings=settings,
     )
 
@@ -375,16 +378,18 @@ def _train_settings(config: ConfigDict, stage: int) -> pipeline.TrainSettings:
         seed=config.seed + stage * _STAGE_SEED,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
-        augment=AugmentSettings(**config.augment.to_dict()),
+        augment=_augmentation(config.augment),
         mix=MixSettings(**config.mixup.to_dict()),
         # The network would round them first of all; here that halves what is copied and sent.
         dtype=config.model.dtype,
-        views=tuple(
-            AugmentSettings(**config[name].to_dict()) for name in config_lib.VIEWS if name in config
-        ),
+        views=tuple(_augmentation(config[name]) for name in config_lib.VIEWS if name in config),
         sampler=config.data.sampler,
         class_run=config.data.class_run,
     )
+
+
+def _augmentation(section: ConfigDict) -> AugmentSettings:
+    return AugmentSettings(**section.to_dict())
 
 
 def _load_data(config: ConfigDict) -> LongTailed:

@@ -44,6 +44,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "eval.held_out_per_class": (0, _MANY),
     "eval.prior_strength": (0, 1e9),
     "eval.prior_significance": (0, 1),
+    "eval.aggregation_epochs": (0, _MANY),
+    "eval.aggregation_rate": (0, 1e9),
     "checkpoint.every_epochs": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
 }

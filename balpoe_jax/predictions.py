@@ -128,6 +128,13 @@ def _fill(
     return made
 
 
+def remove(folder: Path, *prefixes: str) -> None:
+    """Removes what `stream` wrote under these prefixes."""
+    for prefix in prefixes:
+        for file in _FILES.values():
+            (folder / f"{prefix}{file}.npy").unlink(missing_ok=True)
+
+
 def load(folder: Path, prefix: str = TEST) -> Predictions:
     """What `stream` wrote.
 

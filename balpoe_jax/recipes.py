@@ -189,7 +189,7 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
         section, _, name = field.rpartition(".")
         if section == "stage2" and section not in config:
             config.stage2 = ConfigDict(_STAGE2)
-        if section in ("view2", "view3") and section not in config:
+        if section in ("view2", "view3", "test_view") and section not in config:
             config[section] = ConfigDict(config_lib.default_config().augment)
         part = config[section] if section else config
         if name not in part:

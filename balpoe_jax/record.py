@@ -59,6 +59,8 @@ EVALUATION_SETTINGS = (
     "shift_lists",
     "prior_strength",
     "prior_significance",
+    "aggregation_epochs",
+    "aggregation_rate",
 )
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-cpu")

@@ -18,7 +18,9 @@ from balpoe_jax import figures, metrics, page, predictions, run_files, scoring, 
 from balpoe_jax.errors import UserError
 
 # Those that fit the terminal's attention; the page and the files have all.
-_PRINTED = ("result", "calibration", "shift", "prior_estimates", "bias", "experts")
+_PRINTED = (
+    "result", "calibration", "shift", "prior_estimates", "aggregation", "bias", "experts",
+)  # fmt: skip
 
 
 def result_text(results: Mapping[str, Any], width: int = 80) -> str:
@@ -207,7 +209,7 @@ def _shift_section(
         f"{name}: " + ", ".join(f"{kind} {_percent(shift[name][kind])}%" for kind in shift[name])
         for name in ends
     )
-    details = ("prior_estimates", "estimate_accuracies", "shift_calibration")
+    details = ("aggregation", "prior_estimates", "estimate_accuracies", "shift_calibration")
     drawn = page.figure(
         figures.shift_accuracies(shift, names),
         f"Accuracy by target distribution with each kind of prior. {said}.",

@@ -52,6 +52,9 @@ _RESULTS = {
     },
     "temperature?": {"fitted_on": _TEXT, "ensemble": _TEMPERATURE, "experts": [_TEMPERATURE]},
     "shift?": {"*": _BY_PRIOR},
+    "aggregation?": {
+        "*": {"weights": [_NUMBER], "top1": dict.fromkeys(("equal", "learnt", "used"), _NUMBER)}
+    },
     "shift_sets?": {
         "*": {
             "origin": _TEXT,

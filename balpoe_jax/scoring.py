@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balpoe_jax import metrics
+from balpoe_jax.aggregation import Aggregation
 from balpoe_jax.data.shift import Target
 from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
 from balpoe_jax.predictions import Predictions
@@ -379,6 +380,40 @@ def _score_target(
             for name, estimate in estimates.items()
         },
     }
+
+
+def score_aggregations(
+    test: Predictions, targets: Sequence[Target], learnt: Sequence[Aggregation]
+) -> dict[str, Any]:
+    """What weights of the experts that were learnt on each target distribution are worth there.
+
+    Weights that collapsed are refused: equal ones are used in their place.
+
+    Returns:
+        By the target's name, `weights` `[E]` and their `history` over the epochs, `collapsed`,
+        and the accuracy with equal weights, with the learnt ones, and with those that are used.
+    """
+    scores = {}
+    for target, found in zip(targets, learnt, strict=True):
+        labels = test.labels[target.indices]
+        equal, weighted = (
+            float((summarize(logits, test.labels, target.indices).predicted == labels).mean())
+            for logits in (
+                test.ensemble,
+                MeanLogits(test.expert_logits, weights=found.weights.tolist()),
+            )
+        )
+        scores[target.name] = {
+            "weights": found.weights,
+            "history": found.history,
+            "collapsed": found.collapsed,
+            "top1": {
+                "equal": equal,
+                "learnt": weighted,
+                "used": equal if found.collapsed else weighted,
+            },
+        }
+    return scores
 
 
 def _shift_test(

@@ -162,6 +162,8 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
         tables += [_prior_estimates(results), _estimate_accuracies(results)]
         if all(scores.get("ece") for scores in results["shift_sets"].values()):
             tables.append(_shift_calibration(results))
+    if results.get("aggregation"):
+        tables.append(_aggregation(results))
     if results.get("bias") and results.get("ensemble"):
         tables += [_bias(results), _experts(results)]
     return tables
@@ -367,6 +369,27 @@ def _shift_calibration(results: Mapping[str, Any]) -> Table:
         tuple(Column(short_name(name)) for name in sets),
         [(label, [s["ece"][kind] for s in sets.values()]) for kind, label in _PRIORS.items()],
         "Percent, of the ensemble with each kind of prior.",
+    )
+
+
+def _aggregation(results: Mapping[str, Any]) -> Table:
+    found = results["aggregation"]
+    labels = {"equal": "equal weights", "learnt": "learnt ones", "used": "used"}
+    rows: list[tuple[str, list[Any]]] = [
+        (label, [scores["top1"][kind] for scores in found.values()])
+        for kind, label in labels.items()
+    ]
+    for i in range(len(results["experts"])):
+        weights = [f"{scores['weights'][i]:.2f}" for scores in found.values()]
+        rows.append((f"  weight of {i + 1}", weights))
+    return Table(
+        "aggregation",
+        "Accuracy with weights of the experts learnt at test time",
+        tuple(Column(short_name(name)) for name in found),
+        rows,
+        "Percent of the examples. The weights are learnt from random views of the very images that "
+        "are scored, without their labels; where they collapse onto a part of the experts, equal "
+        "ones are used.",
     )
 
 

@@ -22,18 +22,27 @@ class MeanLogits:
     Args:
         expert_logits: float `[E, N, C]`, in memory or memory-mapped.
         experts: positions of those that take part; None for all.
+        weights: of those, of sum 1; None for equal ones.
     """
 
     def __init__(
-        self, expert_logits: npt.NDArray[np.floating], experts: Sequence[int] | None = None
+        self,
+        expert_logits: npt.NDArray[np.floating],
+        experts: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self._expert_logits = expert_logits
         self._experts = range(len(expert_logits)) if experts is None else experts
+        self._weights = weights
         self.shape: tuple[int, int] = expert_logits.shape[1:]
 
     def __getitem__(self, rows: Any) -> npt.NDArray[np.float64]:
         """float64 `[n, C]` of a slice or of positions."""
         total = np.zeros_like(self._expert_logits[0, rows], np.float64)
+        if self._weights is not None:
+            for weight, expert in zip(self._weights, self._experts, strict=True):
+                total += weight * self._expert_logits[expert, rows]
+            return total
         for expert in self._experts:
             total += self._expert_logits[expert, rows]
         return total / len(self._experts)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of experts learnt from unlabelled test images (SADE: Zhang et al., NeurIPS 2022, Sec. 4).
+
+Two random views of an image should be predicted alike; the weights that make predictions the most
+stable favour the experts that know the classes of the target distribution. The network stays as it
+is, so its logits of the views are all that is needed, and learning is a matter of `E` numbers.
+
+The weights are learnt from the very images that are scored: what comes of them is transductive, and
+stands beside the other predictions, never in their place. It may collapse onto one expert, and it
+may do harm; the weights of every epoch are therefore kept, and a collapsed outcome is refused.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+# As in the authors' code.
+BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
+LEAST_WEIGHT = 0.05
+
+_NORM_EPSILON = 1e-6  # of the product of lengths, below which a cosine is not divided further
+
+
+class Aggregation(NamedTuple):
+    """How far the weights of one target distribution have been learnt.
+
+    Attributes:
+        raw: float64 `[E]`, of which the weights are the softmax.
+        velocity: float64 `[E]`, of the optimizer.
+        history: the weights at the start and after each epoch.
+        collapsed: whether a weight fell below `LEAST_WEIGHT`, at which learning stopped.
+    """
+
+    raw: npt.NDArray[np.float64]
+    velocity: npt.NDArray[np.float64]
+    history: tuple[tuple[float, ...], ...]
+    collapsed: bool = False
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64]:
+        """float64 `[E]`, positive, of sum 1."""
+        return np.asarray(self.history[-1])
+
+
+def start(num_experts: int) -> Aggregation:
+    """Equal weights."""
+    raw = np.full(num_experts, 1 / num_experts)
+    return Aggregation(raw, np.zeros(num_experts), (tuple(raw.tolist()),))
+
+
+def learn_epoch(
+    state: Aggregation,
+    first: npt.NDArray[np.floating],
+    second: npt.NDArray[np.floating],
+    learning_rate: float,
+    seed: int,
+    rows: npt.NDArray[np.integer] | None = None,
+) -> Aggregation:
+    """One pass over the images of a target distribution, unless the weights have collapsed.
+
+    Args:
+        state: after the epochs before.
+        first, second: float `[E, N, C]`, logits of two views of each image, drawn anew for each
+            epoch.
+        learning_rate: of SGD with Nesterov momentum.
+        seed: of the order of the images; another one each epoch.
+        rows: positions of the target distribution's images among the `N`; None for all.
+
+    Returns:
+        The state after it. An epoch that leaves a weight, rounded to two places, below
+        `LEAST_WEIGHT` is the last one.
+    """
+    if state.collapsed:
+        return state
+    rows = np.arange(first.shape[1]) if rows is None else rows
+    order = np.random.default_rng(seed).permutation(rows)
+    raw, velocity = jnp.asarray(state.raw), jnp.asarray(state.velocity)
+    for i in range(0, len(order), BATCH_SIZE):
+        chosen = np.sort(order[i : i + BATCH_SIZE])  # so that files are read in order
+        batch = (np.asarray(views[:, chosen], np.float32) for views in (first, second))
+        raw, velocity = _update(raw, velocity, *batch, learning_rate)
+    weights = np.asarray(jax.nn.softmax(raw), np.float64)
+    return Aggregation(
+        np.asarray(raw, np.float64),
+        np.asarray(velocity, np.float64),
+        (*state.history, tuple(weights.tolist())),
+        collapsed=bool((np.round(weights, 2) < LEAST_WEIGHT).any()),
+    )
+
+
+def instability(raw: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Minus the mean cosine similarity of the predictions for two views, a scalar in [-1, 0].
+
+    Args:
+        raw: float `[E]`, of which the weights are the softmax.
+        first, second: float `[E, B, C]`, logits.
+    """
+    weights = jax.nn.softmax(raw)
+    p, q = (jax.nn.softmax(jnp.einsum("e,ebc->bc", weights, logits)) for logits in (first, second))
+    lengths = jnp.linalg.norm(p, axis=1) * jnp.linalg.norm(q, axis=1)
+    return -jnp.mean(jnp.sum(p * q, axis=1) / jnp.maximum(lengths, _NORM_EPSILON))
+
+
+@jax.jit
+def _update(
+    raw: jax.Array, velocity: jax.Array, first: jax.Array, second: jax.Array, rate: float
+) -> tuple[jax.Array, jax.Array]:
+    """A step of SGD as PyTorch makes it, weight decay on the raw weights."""
+    gradient = jax.grad(instability)(raw, first, second) + WEIGHT_DECAY * raw
+    velocity = MOMENTUM * velocity + gradient
+    return raw - rate * (gradient + MOMENTUM * velocity), velocity
