@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from balpoe_jax.errors import UserError
 from balpoe_jax.limits import LIMITS, MEMBERS
 from balpoe_jax.losses import equidistant_taus
-from balpoe_jax.models import CIFAR_MODELS
+from balpoe_jax.methods import make_method
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
@@ -26,21 +26,6 @@ _LONGEST = 2**31
 VIEWS = ("view2", "view3")
 
 BAD_IMAGE_POLICIES = ("fail", "skip")
-
-# What each method trains: the number of experts, and taus as its two ends.
-METHODS = {
-    "balpoe": (3, 0.0, 2.0),
-    "balanced_softmax": (1, 1.0, 1.0),
-    "cross_entropy": (1, 0.0, 0.0),
-}
-
-# The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
-# augmented strongly (AutoAugment) instead of rotated.
-CIFAR_RECIPES = {
-    "standard": (200, (160, 180), 5, False),
-    "strong": (200, (160, 180), 5, True),
-    "long": (400, (320, 360), 10, True),
-}
 
 
 def default_config() -> ConfigDict:
@@ -74,6 +59,10 @@ def default_config() -> ConfigDict:
             saturation), .policy, .cutout (side in pixels), .crop_area, .hue, .jitter_probability,
             .grayscale, .blur: see `balpoe_jax.data.augment.AugmentSettings`; photographs are
             cropped at random while they are decoded.
+        method.name: the class of the method, see `balpoe_jax.methods`, and as method.* its
+            hyper-parameters; a config file's argument `method=` sets them all.
+        stage2.*: of a method with a second stage: `epochs` (0 for none), `batch_size` (0 for the
+            first stage's) and what takes the place of fields of `optim` and `data`.
         view2.*, view3.*: of a second and a third view of each training image, the fields of
             augment; only methods that need them have these sections.
         mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
@@ -165,6 +154,7 @@ def default_config() -> ConfigDict:
             "partners": "batch",
         }
     )
+    config.method = ConfigDict({"name": "balpoe"})
     config.model = ConfigDict(
         {
             "name": "resnet32",
@@ -188,6 +178,7 @@ def default_config() -> ConfigDict:
             "boundaries": (160, 180),
             "factor": 0.1,
             "warmup_epochs": 5,
+            "warmup_start": 0.0,
             "accumulate": 1,
             "skip_non_finite": 0,
         }
@@ -208,81 +199,6 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
     config.profile = ConfigDict({"steps": ()})
     return config
-
-
-def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> ConfigDict:
-    """The experiment on a long-tailed CIFAR that a config file's arguments ask for.
-
-    Args:
-        name: "cifar10" or "cifar100".
-        mixup_alpha: of the data set's recipes.
-        arguments: ir, recipe, method, mixup, experts, backbone, epochs; see `configs/`.
-
-    Raises:
-        UserError (a `ValueError`): an argument that is not valid.
-    """
-    args = parse_arguments(
-        arguments,
-        ir=(100, 50, 10),
-        recipe=tuple(CIFAR_RECIPES),
-        method=tuple(METHODS),
-        mixup=True,
-        experts=0,
-        backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
-        epochs=0,
-    )
-    config = default_config()
-    config.data.name = name
-    config.data.imbalance_ratio = float(args.ir)
-    config.model.name = args.backbone
-    config.mixup.alpha = mixup_alpha
-    set_cifar_recipe(config, args.recipe, args.epochs)
-    set_method(config, args.method, args.experts, args.mixup)
-    return config
-
-
-def set_method(
-    config: ConfigDict,
-    method: str,
-    experts: int,
-    mixup: bool,
-    balpoe_taus: tuple[float, float] = (0.0, 2.0),
-) -> None:
-    """Sets experts, taus and mixup for a row of the paper's tables.
-
-    Args:
-        config: changed in place; `mixup.alpha` must hold the recipe's value.
-        method: one of `METHODS`.
-        experts: instead of the method's own number; 0 for that.
-        mixup: whether to mix.
-        balpoe_taus: ends of BalPoE's range, which depend on the data set.
-    """
-    own_experts, low, high = METHODS[method]
-    if method == "balpoe":
-        low, high = balpoe_taus
-    config.model.num_experts = experts or own_experts
-    config.loss.tau_min, config.loss.tau_max = low, high
-    if not mixup:
-        config.mixup.alpha = 0.0
-
-
-def set_cifar_recipe(config: ConfigDict, recipe: str, epochs: int) -> None:
-    """Sets the schedule and augmentation of one of `CIFAR_RECIPES`.
-
-    Args:
-        config: changed in place.
-        recipe: its name.
-        epochs: to train for, with the recipe's schedule scaled; 0 for the recipe's own length.
-    """
-    recipe_epochs, boundaries, warmup, strong = CIFAR_RECIPES[recipe]
-    epochs = epochs or recipe_epochs
-    scale = epochs / recipe_epochs
-    config.total_epochs = epochs
-    config.optim.boundaries = tuple(round(boundary * scale) for boundary in boundaries)
-    config.optim.warmup_epochs = round(warmup * scale)
-    if strong:
-        config.augment.rotation = 0.0
-        config.augment.policy = "autoaugment_cifar"
 
 
 def resolve_taus(config: ConfigDict) -> tuple[float, ...]:
@@ -307,8 +223,8 @@ def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
 
     Args:
         text: what stands after the colon of `--config=FILE:text`; None or empty for nothing.
-        **specification: by key, the default, whose type the value must have; or a tuple of the
-            valid values, the default first.
+        **specification: by key, the default, whose type the value must have; a type, for a value
+            that is None by default; or a tuple of the valid values, the default first.
 
     Returns:
         A namespace with every key.
@@ -317,7 +233,11 @@ def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
         UserError (a `ValueError`): an unknown key, a key given twice, or a value that is not valid.
     """
     values = {
-        key: default[0] if isinstance(default, tuple) else default
+        key: default[0]
+        if isinstance(default, tuple)
+        else None
+        if isinstance(default, type)
+        else default
         for key, default in specification.items()
     }
     seen: set[str] = set()
@@ -336,7 +256,7 @@ def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
 
 def _parse_value(key: str, value: str, default: Any) -> Any:
     choices = default if isinstance(default, tuple) else None
-    kind = type(choices[0] if choices else default)
+    kind = default if isinstance(default, type) else type(choices[0] if choices else default)
     try:
         parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError) as error:
@@ -380,6 +300,7 @@ def check_config(config: ConfigDict) -> None:
             f"such as (11,13); got {steps}."
         )
     resolve_taus(config)
+    make_method(config.method.to_dict())
 
 
 def _with_views(config: ConfigDict, field: str) -> list[str]:

@@ -159,7 +159,7 @@ class Evaluator:
         evaluation = self._experiment.config["eval"]
         results = {
             "step": step,
-            "epoch": step // self._experiment.steps_per_epoch,
+            "epoch": int(self._experiment.epoch_at(step)),
             "num_parameters": num_parameters(state.params),
             **({"remark": remark} if remark else {}),
             "settings": {name: evaluation[name] for name in record.EVALUATION_SETTINGS},

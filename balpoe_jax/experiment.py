@@ -11,21 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-import optax
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax import metrics, optim, parallel, processes
+from balpoe_jax import metrics, optim, parallel, processes, stages
 from balpoe_jax.data import datasets, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
-from balpoe_jax.losses import log_prior
+from balpoe_jax.errors import UserError
+from balpoe_jax.methods import Facts, Method, make_method
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, create_model
+from balpoe_jax.stages import StagePlan
 from balpoe_jax.state import TrainState, create_state, make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
+
+# Beyond all seeds of configs.
+_STAGE_SEED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +41,31 @@ class Program:
         config: the resolved values, plain and immutable by convention; for the record only.
         image_shape: `(H, W, 3)`.
         parallel: the devices.
-        model: to be applied within `parallel`'s mapped steps.
-        optimizer: with its learning-rate schedule.
-        learning_rates: float64 `[epochs]`.
-        log_prior: float32 `[C]`.
-        taus: one for each expert.
-        steps_per_epoch, total_steps: in updates.
+        method: how it is trained, and what it predicts.
+        model: the experts.
+        network: what is trained, the model or more; to be applied within `parallel`'s mapped steps.
+        stages: of the training.
+        taus: one for each expert, None where the method's loss has none.
     """
 
     config: dict[str, Any]
     image_shape: tuple[int, int, int]
     parallel: parallel.Parallel
+    method: Method
     model: ExpertEnsemble
-    optimizer: optax.GradientTransformation
-    learning_rates: npt.NDArray
-    log_prior: jax.Array
-    taus: tuple[float, ...]
-    steps_per_epoch: int
-    total_steps: int
+    network: nn.Module
+    stages: tuple[StagePlan, ...]
+    taus: tuple[float | None, ...]
+
+    @property
+    def facts(self) -> Facts:
+        """What the method knows of the run in its first stage."""
+        return self.stages[0].facts
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole training."""
+        return self.stages[-1].last_step
 
     @property
     def host(self) -> pipeline.Host:
@@ -80,25 +92,37 @@ class Program:
         )
 
     def _create_state(self, key: jax.Array) -> TrainState:
-        return create_state(self.model, self.optimizer, key, self.image_shape)
+        return create_state(
+            self.network,
+            self.stages[0].optimizer,
+            key,
+            self.image_shape,
+            lambda network, key: self.method.init_extra(network, self.facts, key),
+        )
 
-    def map_train_step(self) -> Callable[..., Any]:
+    def begin_stage(self, stage: int, state: TrainState) -> TrainState:
+        """The state at which the stage before ended, with an optimizer that starts anew."""
+        init = jax.jit(self.stages[stage].optimizer.init, out_shardings=self.parallel.replicated)
+        return state.replace(opt_state=init(state.params))
+
+    def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
         """The update on all devices, which takes a state and gives its memory to the new one."""
+        plan = self.stages[stage]
         step = make_train_step(
-            self.model,
-            self.optimizer,
-            self.log_prior,
-            jnp.asarray(self.taus),
-            parallel.AXIS_NAME,
-            self.config["parallel"]["sync_batch_norm"],
+            self.network,
+            plan.optimizer,
+            self.method,
+            plan.facts,
+            plan.index,
             self.config["optim"]["accumulate"],
             self.config["optim"]["skip_non_finite"] > 0,
         )
         return self.parallel.map_step(step, donate=True)
 
     def map_eval_step(self) -> Callable[..., Any]:
-        """The prediction on all devices, which takes the model's variables."""
-        return self.parallel.map_step(make_eval_step(self.model, parallel.AXIS_NAME))
+        """The prediction on all devices, which takes the network's variables."""
+        step = make_eval_step(self.network, self.method, self.stages[-1].facts)
+        return self.parallel.map_step(step)
 
     @property
     def eval_batch_size(self) -> int:
@@ -108,14 +132,18 @@ class Program:
 
     def rate_before(self, step: int) -> float:
         """The learning rate of the update that leads to `step`."""
-        return float(self.learning_rates[(step - 1) // self.steps_per_epoch])
+        return stages.before(self.stages, step).rate_before(step)
+
+    def epoch_at(self, step: int) -> float:
+        """How many epochs `step` updates are."""
+        return stages.epoch_at(self.stages, step)
 
     def resolved(self) -> dict[str, Any]:
         """What the config leaves to its defaults and the devices, as it is in use."""
         return {
             "taus": self.taus,
             "expert_map": self.model.expert_map,
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.facts.steps_per_epoch,
             "total_steps": self.total_steps,
         }
 
@@ -127,12 +155,24 @@ class Experiment(Program):
     Attributes:
         data: the long-tailed training set and the test set.
         targets: the class distributions that the test set is scored on.
-        train_settings: how training batches are made.
+        settings: how training batches are made in each stage.
     """
 
     data: LongTailed
     targets: list[shift.Target]
-    train_settings: pipeline.TrainSettings
+    settings: tuple[pipeline.TrainSettings, ...]
+
+    @property
+    def train_settings(self) -> pipeline.TrainSettings:
+        """How batches are made in the first stage."""
+        return self.settings[0]
+
+    def batch_before(self, step: int) -> npt.NDArray[np.int64]:
+        """Which training examples the update that leads to `step` is made from."""
+        plan = stages.before(self.stages, step)
+        return pipeline.batch_indices(
+            self.data.train.labels, self.settings[plan.index], step - 1 - plan.first_step
+        )
 
     def data_record(self) -> dict[str, Any]:
         """What the data set turned out to be."""
@@ -188,7 +228,7 @@ def build(config: ConfigDict) -> Experiment:
     """
     devices = parallel.make_parallel(config.parallel.mode)
     check(config, devices)  # before the data, which may take its time
-    settings = _train_settings(config)
+    settings = tuple(_train_settings(stage, i) for i, stage in enumerate(_stage_configs(config)))
     data = _load_data(config)
     program = build_program(config, devices, data.class_counts, data.train.image_shape)
     return Experiment(
@@ -201,7 +241,7 @@ def build(config: ConfigDict) -> Experiment:
             data.test_names,
             config.eval.shift_lists,
         ),
-        train_settings=settings,
+        settings=settings,
     )
 
 
@@ -223,25 +263,68 @@ def build_program(
         UserError (a `ValueError`): as `check` does.
     """
     check(config, devices)
-    rates = _learning_rates(config)
-    steps_per_epoch = pipeline.steps_per_epoch(int(class_counts.sum()), config.batch_size)
+    method = make_method(config.method.to_dict())
+    taus = config_lib.resolve_taus(config)
+    plans = _plan_stages(config, method, taus, class_counts)
+    model = _make_model(config, len(class_counts), devices)
     return Program(
         config=config.to_dict(),
         image_shape=image_shape,
         parallel=devices,
-        model=_make_model(config, len(class_counts), devices),
-        optimizer=optim.make_optimizer(
-            optim.rate_of_step(rates, steps_per_epoch),
-            config.optim.momentum,
-            config.optim.nesterov,
-            config.optim.weight_decay,
-        ),
-        learning_rates=rates,
-        log_prior=log_prior(class_counts),
-        taus=config_lib.resolve_taus(config),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=config.total_epochs * steps_per_epoch,
+        method=method,
+        model=model,
+        network=method.network(model, plans[0].facts),
+        stages=plans,
+        taus=method.target_taus(taus),
     )
+
+
+def _plan_stages(
+    config: ConfigDict,
+    method: Method,
+    taus: tuple[float, ...],
+    class_counts: npt.NDArray[np.int64],
+) -> tuple[StagePlan, ...]:
+    plans: list[StagePlan] = []
+    first_step = first_epoch = 0
+    for index, stage in enumerate(_stage_configs(config)):
+        rates = _learning_rates(stage)
+        steps_per_epoch = pipeline.steps_per_epoch(int(class_counts.sum()), stage.batch_size)
+        facts = Facts(
+            class_counts=class_counts,
+            taus=taus,
+            scale=config.model.scale if config.model.classifier == "cosine" else 1.0,
+            batch_size=stage.batch_size,
+            total_epochs=stage.total_epochs,
+            steps_per_epoch=steps_per_epoch,
+            first_step=first_step,
+            axis_name=parallel.AXIS_NAME,
+            sync_batch_norm=config.parallel.sync_batch_norm,
+        )
+        optimizer = optim.make_optimizer(
+            optim.rate_of_step(rates, steps_per_epoch),
+            stage.optim.momentum,
+            stage.optim.nesterov,
+            stage.optim.weight_decay,
+        )
+        plan = StagePlan(index, method.stages()[index].name, facts, optimizer, rates, first_epoch)
+        plans.append(plan)
+        first_step, first_epoch = plan.last_step, plan.last_epoch
+    return tuple(plans)
+
+
+def _stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
+    """The config of each stage: the second one's section over the first one's fields, unmixed."""
+    second = config.get("stage2")
+    if not second or not second.epochs:
+        return (config,)
+    changed = config.copy_and_resolve_references()
+    changed.total_epochs = second.epochs
+    changed.batch_size = second.batch_size or config.batch_size
+    changed.optim.update({name: second[name] for name in second if name in changed.optim})
+    changed.data.update({name: second[name] for name in second if name in changed.data})
+    changed.mixup.alpha = 0.0
+    return config, changed
 
 
 def check(config: ConfigDict, devices: parallel.Parallel) -> None:
@@ -252,9 +335,25 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             share.
     """
     config_lib.check_config(config)
-    devices.check_batch_size(config.batch_size, "batch_size", config.optim.accumulate)
-    _train_settings(config).mix.check_groups(config.batch_size, devices.num_hosts)
-    _learning_rates(config)
+    method = make_method(config.method.to_dict())
+    views = 1 + sum(name in config for name in config_lib.VIEWS)
+    if views != method.views:
+        raise UserError(
+            f"The method {config.method.name} takes {method.views} views of an image, and the "
+            f"config describes {views}; choose a method by the config file's argument method=..."
+        )
+    if len(_stage_configs(config)) > len(method.stages()):
+        raise UserError(f"The method {config.method.name} has no second stage; remove stage2.")
+    if method.whole_batch and config.optim.accumulate > 1:
+        raise UserError(
+            f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
+            f"one of the whole batch, got {config.optim.accumulate}."
+        )
+    for stage in _stage_configs(config):
+        devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
+        settings = _train_settings(stage, 0)
+        settings.mix.check_groups(stage.batch_size, devices.num_hosts)
+        _learning_rates(stage)
 
 
 def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
@@ -265,13 +364,15 @@ def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
         config.optim.boundaries,
         config.optim.factor,
         config.optim.warmup_epochs,
+        config.optim.warmup_start,
     )
 
 
-def _train_settings(config: ConfigDict) -> pipeline.TrainSettings:
+def _train_settings(config: ConfigDict, stage: int) -> pipeline.TrainSettings:
     return pipeline.TrainSettings(
         batch_size=config.batch_size,
-        seed=config.seed,
+        # Another stage is not to begin with the batches that the first one began with.
+        seed=config.seed + stage * _STAGE_SEED,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         augment=AugmentSettings(**config.augment.to_dict()),

@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "optim.weight_decay": (0, 1e9),
     "optim.factor": (0, 1e30),
     "optim.warmup_epochs": (0, _MANY),
+    "optim.warmup_start": (0, 1),
     "optim.accumulate": (1, 2**20),
     "optim.skip_non_finite": (0, _MANY),
     "eval.batch_size": (1, 2**20),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from balpoe_jax import processes, record
-from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import Experiment
 
@@ -55,9 +54,7 @@ class NonFiniteSteps:
             UserError (a `ValueError`): it is one too many.
         """
         limit = self._experiment.config["optim"]["skip_non_finite"]
-        batch = pipeline.batch_indices(
-            self._experiment.data.train.labels, self._experiment.train_settings, step - 1
-        )
+        batch = self._experiment.batch_before(step)
         skip = self.skipped < limit
         row = {
             "step": step,

@@ -12,9 +12,18 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError, writing
 from balpoe_jax.leftovers import temporary
+from balpoe_jax.metrics import MeanLogits
 
 FOLDER = "predictions"
 TEST, HELD_OUT = "", "held_out_"
+
+# Of what an evaluation puts out, the names of the files.
+_FILES = {
+    "logits": "expert_logits",
+    "labels": "labels",
+    "ensemble": "ensemble_logits",
+    "experts_used": "experts_used",
+}
 
 
 class Predictions(NamedTuple):
@@ -23,10 +32,20 @@ class Predictions(NamedTuple):
     Attributes:
         expert_logits: float32 `[E, N, C]`, memory-mapped when read from disk.
         labels: int32 `[N]`.
+        combined: float32 `[N, C]`, logits of all experts together, of a method that does not
+            average them; likewise.
+        experts_used: float32 `[N]`, how many experts those took, if not all.
     """
 
     expert_logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int32]
+    combined: npt.NDArray[np.float32] | None = None
+    experts_used: npt.NDArray[np.float32] | None = None
+
+    @property
+    def ensemble(self) -> MeanLogits | npt.NDArray[np.float32]:
+        """The ensemble's logits `[N, C]`."""
+        return MeanLogits(self.expert_logits) if self.combined is None else self.combined
 
 
 def stream(
@@ -37,55 +56,76 @@ def stream(
 ) -> Predictions:
     """Writes what an evaluation puts out, a batch at a time, and returns it mapped.
 
-    The files `{prefix}expert_logits.npy` and `{prefix}labels.npy` replace earlier ones as a whole.
+    The files `{prefix}expert_logits.npy`, `{prefix}labels.npy` and what else a method predicts
+    replace earlier ones as a whole.
 
     Args:
         folder: created when missing.
         prefix: `TEST` or `HELD_OUT`.
         shape: `(E, N, C)`.
         outputs: batches with `logits` `[E, b, C]`, `labels` `[b]` and `mask` `[b]`, False for
-            padding.
+            padding; perhaps `ensemble` `[b, C]` and `experts_used` `[b]`.
 
     Raises:
         UserError (a `ValueError`): the files cannot be written.
     """
     # Names of this process's own: a training may be evaluating itself at the same time.
-    partial = temporary(folder / f"{prefix}expert_logits.npy")
-    partial_labels = temporary(folder / f"{prefix}labels.npy")
+    targets = {name: folder / f"{prefix}{file}.npy" for name, file in _FILES.items()}
+    partial = {name: temporary(path) for name, path in targets.items()}
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            logits = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-        labels = _fill(logits, outputs)
+        made = _fill(partial, shape, outputs)
         with writing(folder):
-            logits.flush()
-            np.save(partial_labels, labels)
-            os.replace(partial_labels, folder / f"{prefix}labels.npy")
-            os.replace(partial, folder / f"{prefix}expert_logits.npy")
+            for array in made.values():
+                array.flush()
+            for name, path in targets.items():
+                if name in made:
+                    os.replace(partial[name], path)
+                else:
+                    path.unlink(missing_ok=True)  # of another method's predictions
     except BaseException:
         # What is in the way of the folder is in the way of these, too.
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-            partial_labels.unlink(missing_ok=True)
+            for path in partial.values():
+                path.unlink(missing_ok=True)
         raise
     return load(folder, prefix)
 
 
 def _fill(
-    logits: npt.NDArray[np.float32], outputs: Iterable[Mapping[str, npt.NDArray]]
-) -> npt.NDArray[np.int32]:
-    """Puts batches one after the other into `logits` `[E, N, C]`; returns the labels `[N]`."""
-    labels = np.empty(logits.shape[1], np.int32)
+    files: Mapping[str, Path],
+    shape: tuple[int, int, int],
+    outputs: Iterable[Mapping[str, npt.NDArray]],
+) -> dict[str, np.memmap]:
+    """Puts batches one after the other into new files of the whole shape, by what they hold."""
+    _, num_examples, num_classes = shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "logits": shape,
+        "labels": (num_examples,),
+        "ensemble": (num_examples, num_classes),
+        "experts_used": (num_examples,),
+    }
+    made: dict[str, np.memmap] = {}
     seen = 0
     for output in outputs:
         valid = output["mask"]
         end = seen + int(valid.sum())
-        logits[:, seen:end] = output["logits"][:, valid]
-        labels[seen:end] = output["labels"][valid]
+        for name in shapes.keys() & output.keys():
+            if name not in made:
+                dtype = np.int32 if name == "labels" else np.float32
+                with writing(files[name].parent):
+                    made[name] = np.lib.format.open_memmap(
+                        files[name], mode="w+", dtype=dtype, shape=shapes[name]
+                    )
+            if name == "logits":
+                made[name][:, seen:end] = output[name][:, valid]
+            else:
+                made[name][seen:end] = output[name][valid]
         seen = end
-    if seen != len(labels):
-        raise RuntimeError(f"Predicted {seen} of {len(labels)} examples.")
-    return labels
+    if seen != num_examples:
+        raise RuntimeError(f"Predicted {seen} of {num_examples} examples.")
+    return made
 
 
 def load(folder: Path, prefix: str = TEST) -> Predictions:
@@ -95,10 +135,16 @@ def load(folder: Path, prefix: str = TEST) -> Predictions:
         FileNotFoundError: nothing was written there.
         UserError (a `ValueError`): files that cannot be read, or that do not fit each other.
     """
-    files = (folder / f"{prefix}expert_logits.npy", folder / f"{prefix}labels.npy")
+    files = {name: folder / f"{prefix}{file}.npy" for name, file in _FILES.items()}
     try:
-        logits = np.load(files[0], mmap_mode="r", allow_pickle=False)
-        labels = np.load(files[1], allow_pickle=False)
+        logits = np.load(files["logits"], mmap_mode="r", allow_pickle=False)
+        labels = np.load(files["labels"], allow_pickle=False)
+        combined, used = (
+            np.load(files[name], mmap_mode="r", allow_pickle=False)
+            if files[name].exists()
+            else None
+            for name in ("ensemble", "experts_used")
+        )
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError) as error:
@@ -108,9 +154,11 @@ def load(folder: Path, prefix: str = TEST) -> Predictions:
         ) from error
     fit = logits.ndim == 3 and labels.shape == logits.shape[1:2] and labels.size
     fit = fit and logits.dtype.kind == "f" and labels.dtype.kind in "iu"
+    fit = fit and (combined is None or combined.shape == logits.shape[1:])
+    fit = fit and (used is None or used.shape == labels.shape)
     if not fit or labels.min() < 0 or labels.max() >= logits.shape[2]:
         raise UserError(
             f"The predictions in {folder} are damaged: logits {logits.shape} and labels "
             f"{labels.shape} do not fit; evaluate the run anew, with --mode=eval."
         )
-    return Predictions(logits, labels)
+    return Predictions(logits, labels, combined, used)

@@ -251,6 +251,7 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
             results["bias"]["experts"],
             strict=True,
         )
+        if expert["tau"] is not None
     ]
     kl = results["bias"]["ensemble"]["kl"]
     panels.append(("ensemble", uniform, summaries.ensemble.marginal, kl))
@@ -325,7 +326,7 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             "class counts": "as they should be for this data set"
             if (run.get("data") or {}).get("counts_as_published")
             else "not as they should be for this data set",
-            "taus": ", ".join(f"{expert['tau']:.4g}" for expert in results["experts"]),
+            "taus": ", ".join(_tau(expert) for expert in results["experts"]),
             "mixup": f"alpha {config['mixup']['alpha']:g}" if config["mixup"]["alpha"] else "none",
             "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
             f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "
@@ -342,9 +343,13 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 
 def _expert_names(results: Mapping[str, Any]) -> list[str]:
     return [
-        f"expert {i}, tau {expert['tau']:.4g}"
+        f"expert {i}" if expert["tau"] is None else f"expert {i}, tau {_tau(expert)}"
         for i, expert in enumerate(results["experts"], start=1)
     ]
+
+
+def _tau(expert: Mapping[str, Any]) -> str:
+    return "-" if expert["tau"] is None else f"{expert['tau']:.4g}"
 
 
 def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:

@@ -34,7 +34,7 @@ _RESULTS = {
     "num_parameters": _COUNT,
     "class_counts": [_COUNT],
     "test": _SCORES,
-    "experts": [{"tau": _NUMBER, **_SCORES}],
+    "experts": [{"tau": _FIGURE, **_SCORES}],
     "remark?": _TEXT,
     "num_bins?": _COUNT,
     "settings?": {},
@@ -47,7 +47,7 @@ _RESULTS = {
         "subsets": [{"experts": [_COUNT], **_ACCURACIES, "top1": _NUMBER}],
     },
     "bias?": {
-        "experts": [{"lambda": _NUMBER, "kl": _FIGURE}],
+        "experts": [{"lambda": _FIGURE, "kl": _FIGURE}],
         "ensemble": {"kl": _FIGURE},
     },
     "temperature?": {"fitted_on": _TEXT, "ensemble": _TEMPERATURE, "experts": [_TEMPERATURE]},

@@ -26,7 +26,7 @@ _SUBSETS_A_SIZE = 35
 def score(
     test: Predictions,
     class_counts: npt.NDArray[np.int64],
-    taus: Sequence[float],
+    taus: Sequence[float | None],
     *,
     num_bins: int = 15,
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
@@ -38,7 +38,8 @@ def score(
 ) -> dict[str, Any]:
     """Scores the ensemble and each expert on every question at once.
 
-    The ensemble is the softmax of the mean of the experts' raw logits. On a target distribution it
+    The ensemble is the softmax of the mean of the experts' raw logits, or of what the method made
+    of them (`Predictions.combined`). On a target distribution it
     predicts in three ways: without a prior; with the known class frequencies as a prior, added as
     a logarithm to the mean logits; and with a prior that expectation-maximisation estimates from
     the unlabelled examples. Before estimating, the probabilities are corrected by a temperature and
@@ -49,7 +50,7 @@ def score(
     Args:
         test: predictions on the test set.
         class_counts: `[C]` training counts.
-        taus: `[E]`.
+        taus: `[E]`, None for an expert whose loss has none.
         num_bins: of the calibration errors.
         thresholds: of the shot groups.
         held_out: predictions on labelled examples outside training and test set; None for no
@@ -73,7 +74,7 @@ def score(
     """
     basic, ensemble, experts = _score_test(test, class_counts, taus, num_bins, thresholds)
     if held_out is not None:
-        metrics.check_finite(MeanLogits(held_out.expert_logits), what="held-out examples")
+        metrics.check_finite(held_out.ensemble, what="held-out examples")
     options = (test.labels, class_counts, num_bins, thresholds)
     evidence = _evidence_of_priors(test, held_out, class_counts) if targets else {}
     shift_test = _shift_test(held_out, class_counts) if held_out and targets else None
@@ -107,7 +108,7 @@ def score(
 def score_test(
     test: Predictions,
     class_counts: npt.NDArray[np.int64],
-    taus: Sequence[float],
+    taus: Sequence[float | None],
     num_bins: int = 15,
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
 ) -> dict[str, Any]:
@@ -117,14 +118,14 @@ def score_test(
 
 def summarize_experts(test: Predictions) -> tuple[Summary, list[Summary]]:
     """The ensemble's summary and each expert's."""
-    ensemble = summarize(MeanLogits(test.expert_logits), test.labels)
+    ensemble = summarize(test.ensemble, test.labels)
     return ensemble, [summarize(logits, test.labels) for logits in test.expert_logits]
 
 
 def _score_test(
     test: Predictions,
     class_counts: npt.NDArray[np.int64],
-    taus: Sequence[float],
+    taus: Sequence[float | None],
     num_bins: int,
     thresholds: tuple[int, int],
 ) -> tuple[dict[str, Any], Summary, list[Summary]]:
@@ -193,7 +194,7 @@ def _calibration(
 
 def _score_bias(
     class_counts: npt.NDArray[np.int64],
-    taus: Sequence[float],
+    taus: Sequence[float | None],
     ensemble: Summary,
     experts: Sequence[Summary],
 ) -> dict[str, Any]:
@@ -201,7 +202,9 @@ def _score_bias(
     uniform = np.full(len(class_counts), 1 / len(class_counts))
     return {
         "experts": [
-            {
+            {"lambda": None, "kl": None}
+            if tau is None
+            else {
                 "lambda": 1 - tau,
                 "kl": metrics.kl_divergence(
                     metrics.target_prior(class_counts, tau), expert.marginal
@@ -232,7 +235,7 @@ def _score_temperature(
         scores = _calibration(summary, test.labels, num_bins)
         return {"value": temperature, **scores, "groups": groups}
 
-    ensemble = rescaled(MeanLogits(test.expert_logits), MeanLogits(held_out.expert_logits)[:])
+    ensemble = rescaled(test.ensemble, held_out.ensemble[:])
     pairs = zip(test.expert_logits, held_out.expert_logits, strict=True)
     return {
         "fitted_on": description,
@@ -245,13 +248,14 @@ def _score_temperature(
 def _score_ensemble(
     test: Predictions,
     class_counts: npt.NDArray[np.int64],
-    taus: Sequence[float],
+    taus: Sequence[float | None],
     experts: Sequence[Summary],
     thresholds: tuple[int, int],
 ) -> dict[str, Any]:
     """What the experts are worth together: subsets of them, and how they differ."""
     predicted = np.stack([expert.predicted for expert in experts])
     accuracies = (predicted == test.labels).mean(axis=1)
+    together = (metrics.predicted_classes(test.ensemble) == test.labels).mean()
     differences = metrics.disagreement(predicted)
     pairs = differences[np.triu_indices(len(experts), k=1)]
     subsets: list[dict[str, Any]] = []
@@ -261,7 +265,7 @@ def _score_ensemble(
         subsets.append(
             {
                 "experts": [member + 1 for member in members],
-                "mean_tau": float(np.mean([taus[member] for member in members])),
+                "mean_tau": _mean_tau([taus[member] for member in members]),
                 "top1": accuracy.all,
                 "many": accuracy.many,
                 "medium": accuracy.medium,
@@ -269,11 +273,17 @@ def _score_ensemble(
             }
         )
     return {
-        "gain": subsets[-1]["top1"] - float(accuracies.mean()),
+        "gain": float(together - accuracies.mean()),
         "disagreement": differences,
         "mean_disagreement": float(pairs.mean()) if pairs.size else float("nan"),
         "subsets": subsets,
     }
+
+
+def _mean_tau(taus: Sequence[float | None]) -> float | None:
+    """None if not every expert has one."""
+    known = [tau for tau in taus if tau is not None]
+    return float(np.mean(known)) if len(known) == len(taus) else None
 
 
 def _subsets(num_experts: int) -> list[tuple[int, ...]]:
@@ -299,11 +309,12 @@ def _evidence_of_priors(
 
     Each is one array `[N, C]` in single precision, shared by all target distributions.
     """
-    logits = MeanLogits(test.expert_logits)
+    logits = test.ensemble
     corrections = {"raw": Correction(1.0, np.zeros(logits.shape[1]))}
     if held_out is not None:
-        mean = MeanLogits(held_out.expert_logits)[:]
-        corrections["corrected"] = metrics.fit_bias_correction(mean, held_out.labels, class_counts)
+        corrections["corrected"] = metrics.fit_bias_correction(
+            held_out.ensemble[:], held_out.labels, class_counts
+        )
     return {name: _probabilities(logits, correction) for name, correction in corrections.items()}
 
 
@@ -317,7 +328,7 @@ def _score_target(
     num_bins: int,
 ) -> dict[str, Any]:
     """Accuracy, calibration and the quality of the estimated priors on one distribution."""
-    logits, num_classes = MeanLogits(test.expert_logits), test.expert_logits.shape[2]
+    logits, num_classes = test.ensemble, test.expert_logits.shape[2]
     truth = target.prior
     concentration = 1 + prior_strength * len(target.indices) / num_classes
     # The examples of the target count once, the others not at all: one shape for all targets.
@@ -376,13 +387,13 @@ def _shift_test(
     """From predicted classes to the p value of a uniform prior."""
     return functools.partial(
         metrics.prior_shift_p_value,
-        held_out_predicted=metrics.predicted_classes(MeanLogits(held_out.expert_logits)),
+        held_out_predicted=metrics.predicted_classes(held_out.ensemble),
         held_out_labels=held_out.labels,
         train_counts=class_counts,
     )
 
 
-def _probabilities(logits: MeanLogits, correction: Correction) -> jax.Array:
+def _probabilities(logits: Any, correction: Correction) -> jax.Array:
     """Softmax of corrected logits, float32 `[N, C]`."""
     probabilities = np.empty(logits.shape, np.float32)
     for block in metrics.blocks(*logits.shape):

@@ -9,16 +9,14 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
-from balpoe_jax.losses import expert_losses
-from balpoe_jax.models import ExpertEnsemble
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint holds; nothing random, since randomness is indexed by step.
 
     Attributes:
@@ -26,12 +24,14 @@ class TrainState:
         params: parameters; those of the experts are stacked `[E, ...]`.
         batch_stats: running averages of BatchNorm.
         opt_state: of the optimizer.
+        extra: what a method keeps beside them, see `balpoe_jax.methods`; most keep nothing.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    extra: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -40,41 +40,43 @@ class TrainState:
 
 
 def create_state(
-    model: ExpertEnsemble, optimizer: optax.GradientTransformation, key: jax.Array, image_shape: Any
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    image_shape: Any,
+    init_extra: Callable[[Network, jax.Array], Any] | None = None,
 ) -> TrainState:
-    """A fresh state; `image_shape` is `(H, W, 3)`."""
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    """A fresh state; `image_shape` is `(H, W, 3)` and `init_extra` a method's."""
+    variables = network.init(key, jnp.zeros((1, *image_shape)), train=False)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    extra = {}
+    if init_extra is not None:
+        extra = init_extra(Network(network, params, batch_stats), jax.random.fold_in(key, 1))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        extra=extra,
     )
 
 
-def mixed_targets(batch: Batch, num_classes: int) -> jax.Array:
-    """Label distributions float32 `[B, C]` of a batch that mixup made from pairs of examples."""
-    one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
-    weight = batch["weight"][:, None]
-    return weight * one_hot(batch["labels"]) + (1 - weight) * one_hot(batch["other_labels"])
-
-
 def make_train_step(
-    model: ExpertEnsemble,
+    network: nn.Module,
     optimizer: optax.GradientTransformation,
-    log_prior: jax.Array,
-    taus: jax.Array,
-    axis_name: str,
-    sync_batch_norm: bool = True,
+    method: Method,
+    facts: Facts,
+    stage: int = 0,
     accumulate: int = 1,
     skip_non_finite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update of one device, which must run mapped over the axis `axis_name`.
+    """The update of one device, which must run mapped over the axis `facts.axis_name`.
 
     The returned function takes the replicated state and this device's part of the batch:
-    `images` float `[b, H, W, 3]`, `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the
-    share of `labels`. It returns the new state and metrics, equal on all devices. Pass
-    `sync_batch_norm=False` for a model whose statistics are each device's own: they are averaged.
+    `images` float `[b, H, W, 3]` (and `images_2`, `images_3` for a method of several views),
+    `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the share of `labels`. It returns
+    the new state and metrics, equal on all devices. With `facts.sync_batch_norm=False` the model's
+    statistics are each device's own: they are averaged.
 
     With `accumulate=k` the part is worked off in k microbatches of `b / k` rows, one after the
     other, in a k-th of the memory for activations. The gradient is the mean of theirs, the large
@@ -86,57 +88,93 @@ def make_train_step(
     of the new state, which an update may make overflow, `all_finite` tells, for it has to read all
     of it. With `skip_non_finite` the metric includes that, and a step that is not finite changes
     nothing but the counts of steps.
+
+    Args:
+        network: what `method.network` returned.
+        optimizer: of the stage.
+        method: whose loss it is.
+        facts: of the run and the stage.
+        stage: position in `method.stages()`.
+        accumulate: see above; 1 for a method that wants the whole batch.
+        skip_non_finite: see above.
     """
-
-    def gradients(params: Any, batch_stats: Any, batch: Batch) -> tuple[Any, tuple[jax.Array, Any]]:
-        """Of a batch's mean loss; beside them the loss of each expert `[E]` and new statistics."""
-        targets = mixed_targets(batch, log_prior.shape[0])
-
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            outputs, updated = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                batch["images"],
-                train=True,
-                mutable=["batch_stats"],
-            )
-            by_expert = expert_losses(outputs.logits, targets, log_prior, taus).mean(axis=1)
-            return by_expert.mean(), (by_expert, updated["batch_stats"])
-
-        return jax.grad(loss_fn, has_aux=True)(params)
+    _, loss_of, rate_factor = method.stages()[stage]
+    axis_name = str(facts.axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
         vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
-        grads, (by_expert, batch_stats) = _mean_over_microbatches(
-            partial(gradients, vary(state.params), state.batch_stats),
-            vary(optax.tree.zeros_like(state.params)),
-            batch,
-            accumulate,
+        epoch = facts.epoch(state.step)
+        extra = method.refresh(state.extra, state.params, facts, epoch)
+
+        def gradients(batch: Batch) -> tuple[Any, Losses]:
+            """Of a batch's loss, and beside them the rest of what the loss function returns."""
+
+            def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
+                params = _freeze(params, rate_factor)
+                losses = loss_of(
+                    Network(network, params, state.batch_stats), extra, batch, facts, epoch
+                )
+                return losses.total, losses
+
+            return jax.grad(loss_fn, has_aux=True)(vary(state.params))
+
+        zeros = vary(optax.tree.zeros_like(state.params))
+        grads, losses = _mean_over_microbatches(gradients, zeros, batch, accumulate)
+        grads, shown = jax.lax.pmean(
+            (grads, (losses.total, losses.by_expert, losses.terms)), axis_name
         )
-        grads, by_expert = jax.lax.pmean((grads, by_expert), axis_name)
-        if not sync_batch_norm:
+        batch_stats = losses.batch_stats
+        if not facts.sync_batch_norm:
             batch_stats = jax.lax.pmean(batch_stats, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=optax.apply_updates(state.params, _scale(updates, rate_factor)),
             batch_stats=batch_stats,
             opt_state=opt_state,
+            extra=losses.extra,
         )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & all_finite((by_expert, batch_stats))
+        finite = jnp.isfinite(grad_norm) & all_finite((shown, batch_stats))
         if skip_non_finite:
             finite &= all_finite(new_state)
             new_state = _only_if(finite, new_state, state)
+        total, by_expert, terms = shown
         metrics = {
-            "loss": by_expert.mean(),
+            "loss": total,
             "expert_losses": by_expert,
             "grad_norm": grad_norm,
             "finite": finite,
+            **{f"loss_{name}": value for name, value in terms.items()},
         }
         return new_state, metrics
 
     return train_step
+
+
+def _path(keys: Any) -> str:
+    return "/".join(key.key for key in keys)
+
+
+def _freeze(params: Any, rate_factor: Callable[[str], float]) -> Any:
+    """The parameters, without a gradient for those that do not learn."""
+
+    def freeze(keys: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if rate_factor(_path(keys)) else jax.lax.stop_gradient(leaf)
+
+    return jax.tree_util.tree_map_with_path(freeze, params)
+
+
+def _scale(updates: Any, rate_factor: Callable[[str], float]) -> Any:
+    """The updates, each times its factor of the learning rate."""
+
+    def scale(keys: Any, leaf: jax.Array) -> jax.Array:
+        factor = rate_factor(_path(keys))
+        # Not a product with 0, which would let what is not finite through.
+        return leaf if factor == 1 else leaf * factor if factor else jnp.zeros_like(leaf)
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -147,11 +185,13 @@ def all_finite(tree: Any) -> jax.Array:
 def _only_if(keep: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """The new state, or else the old one at the new one's step.
 
-    What is an integer counts steps, of the schedule too, whose rate must stay that of the step.
+    What is a scalar integer counts steps, of the schedule too, whose rate must stay that of the
+    step.
     """
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(keep, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+        counts_steps = jnp.issubdtype(new.dtype, jnp.integer) and not new.ndim
+        return new if counts_steps else jnp.where(keep, new, old)
 
     return jax.tree.map(choose, new, old)
 
@@ -176,23 +216,32 @@ def _mean_over_microbatches(
 
 
 def make_eval_step(
-    model: ExpertEnsemble, axis_name: str
+    network: nn.Module, method: Method, facts: Facts
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
-    """The prediction of one device, which must run mapped over the axis `axis_name`.
+    """The prediction of one device, which must run mapped over the axis `facts.axis_name`.
 
-    The returned function takes the model's variables and this device's part of the batch:
+    The returned function takes the network's variables and this device's part of the batch:
     `images`, `labels` and `mask` (False for padding). It returns the whole batch, on every
-    device: `logits` `[E, B, C]`, `labels` `[B]` and `mask` `[B]`.
+    device: `logits` `[E, B, C]`, `labels` `[B]` and `mask` `[B]`, and of a method that does not
+    average its experts `ensemble` `[B, C]` and perhaps `experts_used` `[B]`.
     """
+    axis_name = str(facts.axis_name)
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        outputs: Any = model.apply(variables, batch["images"], train=False)
-        logits = outputs.logits
+        outputs, _ = Network(network, variables["params"], variables["batch_stats"])(
+            batch["images"], train=False
+        )
+        predicted = method.predict(outputs, variables["params"], facts)
         gather = partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
+        rows = {
+            "labels": batch["labels"],
+            "mask": batch["mask"],
+            "ensemble": predicted.ensemble,
+            "experts_used": predicted.experts_used,
+        }
         return {
-            "logits": gather(logits, axis=1),
-            "labels": gather(batch["labels"], axis=0),
-            "mask": gather(batch["mask"], axis=0),
+            "logits": gather(predicted.logits, axis=1),
+            **{name: gather(x, axis=0) for name, x in rows.items() if x is not None},
         }
 
     return eval_step

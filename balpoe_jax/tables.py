@@ -194,7 +194,8 @@ def _result(results: Mapping[str, Any]) -> Table:
         [(name, [scores.get(key) for key in keys]) for name, scores in named_rows(results)],
         "Percent on the balanced test set; tau, NLL (nats) and Brier score as they are. The figure "
         "of a shot group is the mean over its classes. Each expert is trained with the prior "
-        "weighted by its tau; the ensemble is the mean of their logits.",
+        "weighted by its tau, if it has one; the ensemble is the mean of their logits, unless the "
+        "method combines them otherwise.",
     )
 
 
@@ -256,9 +257,9 @@ _ESTIMATES = {"map": "MAP", "ml": "ML", "map_uncorrected": "MAP, raw"}
 def _shift(results: Mapping[str, Any]) -> Table:
     shift, sets = results["shift"], results.get("shift_sets") or {}
     listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
-    mean_tau = float(np.mean([expert["tau"] for expert in results["experts"]]))
+    taus = [expert["tau"] for expert in results["experts"] if expert["tau"] is not None]
     caution = ""
-    if abs(mean_tau - 1) > 0.01:
+    if taus and abs((mean_tau := float(np.mean(taus))) - 1) > 0.01:
         caution = (
             f" The mean tau of this run is {mean_tau:.4g}, not 1: its logits are biased, so that a "
             "prior added to them is not what theory asks for."

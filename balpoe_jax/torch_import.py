@@ -122,6 +122,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     from balpoe_jax import record
     from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.experiment import build
+    from balpoe_jax.stages import step_at
 
     state_dict, epoch = load_checkpoint(path)
     variables = convert(state_dict)
@@ -131,8 +132,13 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     with record.log_to_file(directory):
         experiment = build(config)
         expected = experiment.abstract_state()
+        if experiment.network is not experiment.model or jax.tree.leaves(expected.extra):
+            raise UserError(
+                f"The method {config.method.name} trains more than the reference's network; import "
+                "into a config of method=balpoe."
+            )
         check_against(variables, expected.variables)
-        step = experiment.total_steps if epoch is None else epoch * experiment.steps_per_epoch
+        step = experiment.total_steps if epoch is None else step_at(experiment.stages, epoch)
         try:
             with Checkpoints(str(directory / "checkpoints")) as checkpoints:
                 checkpoints.save(_make_state(experiment, expected, variables, step))
@@ -329,7 +335,7 @@ def _make_state(experiment: Any, expected: Any, variables: dict[str, Any], step:
     import optax
 
     cast = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), variables, expected.variables)
-    opt_state = experiment.optimizer.init(cast["params"])
+    opt_state = experiment.stages[0].optimizer.init(cast["params"])
     state = expected.replace(
         step=jnp.asarray(step, expected.step.dtype),
         params=cast["params"],

@@ -24,6 +24,7 @@ from balpoe_jax.lock import WorkdirLock
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
+from balpoe_jax.stages import StagePlan
 from balpoe_jax.start_up import StartUp
 from balpoe_jax.state import TrainState, all_finite
 
@@ -91,8 +92,8 @@ def _train(
     notice: PreemptionNotice,
     lock: WorkdirLock,
 ) -> dict[str, Any]:
-    config, devices = experiment.config, experiment.parallel
-    per_epoch, total_steps = experiment.steps_per_epoch, experiment.total_steps
+    config = experiment.config
+    total_steps = experiment.total_steps
     _announce(experiment)
 
     with Checkpoints(str(workdir / "checkpoints"), config["checkpoint"]["keep"]) as checkpoints:
@@ -106,21 +107,7 @@ def _train(
             log.info("Resumed from the checkpoint of step %d", int(state.step))
         log.info("%s parameters", f"{num_parameters(state.params):,}")
         first_step = int(state.step)
-
-        train_step = experiment.map_train_step()
         evaluator = Evaluator(experiment)
-        with start_up.measure("pipeline"):
-            made = pipeline.train_batches(
-                experiment.data.train,
-                experiment.train_settings,
-                first_step,
-                total_steps,
-                experiment.host,
-                bad_images.make_replacements(
-                    config["data"]["on_bad_image"], experiment.data.train, workdir, first_step
-                ),
-            )
-        batches = Prefetcher(made, devices)
 
         with (
             record.MetricWriter(workdir, first_step) as writer,
@@ -133,7 +120,7 @@ def _train(
                 except Interrupted:
                     save_and_stop(state, step)
                 if results:
-                    writer.write(_test_row(results, step, per_epoch))
+                    writer.write(_test_row(results, step, experiment.epoch_at(step)))
 
             def save_and_stop(state: TrainState, step: int) -> NoReturn:
                 checkpoints.save(state)
@@ -143,48 +130,77 @@ def _train(
             if lacks_test(experiment, workdir, first_step):
                 score_test(state, first_step)
             trouble = non_finite.NonFiniteSteps(experiment, workdir, first_step)
-            progress = Progress(experiment, first_step, batches, trouble)
-            for step in range(first_step + 1, total_steps + 1):
-                if step == first_step + 1:
-                    with profiler.annotate(step):
-                        state, metrics = _first_step(train_step, state, batches, start_up)
-                    processes.on_first(partial(start_up.finish, workdir, step))
-                    notice.work_unsaved()
-                    progress.prepare(state)
-                else:
-                    with profiler.annotate(step), _explicit_transfers():
-                        state, metrics = train_step(state, next(batches))
-                profiler.after(step, metrics)
-                progress.add(metrics)
-                epoch, epoch_ends = step // per_epoch, step % per_epoch == 0
-                save = _due(epoch, config["checkpoint"]["every_epochs"]) and epoch_ends
-                test = _due(epoch, config["eval"]["every_epochs"]) and epoch_ends
-                last = step == total_steps
-                stop = notice.requested() and not last
-                # Before a checkpoint, so that none is ever written of a state that is not finite.
-                if step % config["log_every_steps"] == 0 or save or test or last or stop:
-                    with _explicit_transfers():
-                        row = progress.report(step, state)
-                    lock.check()
-                    writer.write({**row, **bad_images.count(config, workdir, step)})
-                # Before the test, which may take long: a run that is ended in it resumes with it.
-                if stop:
-                    save_and_stop(state, step)
-                if save or last:
-                    checkpoints.save(state)
-                if test and not last:
-                    score_test(state, step)
-                    progress.restart_clock()
+            progress = Progress(experiment, first_step, trouble)
+            for plan in experiment.stages:
+                if plan.last_step <= first_step:
+                    continue
+                start = max(first_step, plan.first_step)
+                if start == plan.first_step > 0:
+                    log.info("Step %d: the stage %s begins", start, plan.name)
+                    state = experiment.begin_stage(plan.index, state)
+                train_step = experiment.map_train_step(plan.index)
+                with start_up.measure("pipeline"):
+                    batches = _make_batches(experiment, plan, start, workdir)
+                progress.follow(batches, plan.facts.batch_size)
+                for step in range(start + 1, plan.last_step + 1):
+                    if step == start + 1:
+                        with profiler.annotate(step):
+                            state, metrics = _first_step(train_step, state, batches, start_up)
+                        if start == first_step:
+                            processes.on_first(partial(start_up.finish, workdir, step))
+                            notice.work_unsaved()
+                            progress.prepare(state)
+                    else:
+                        with profiler.annotate(step), _explicit_transfers():
+                            state, metrics = train_step(state, next(batches))
+                    profiler.after(step, metrics)
+                    progress.add(metrics)
+                    save = _due(experiment, step, config["checkpoint"]["every_epochs"])
+                    test = _due(experiment, step, config["eval"]["every_epochs"])
+                    last = step == total_steps
+                    stop = notice.requested() and not last
+                    ends = save or test or stop or step == plan.last_step
+                    # Before a checkpoint, so that none is ever written of what is not finite.
+                    if step % config["log_every_steps"] == 0 or ends:
+                        with _explicit_transfers():
+                            row = progress.report(step, state)
+                        lock.check()
+                        writer.write({**row, **bad_images.count(config, workdir, step)})
+                    # Before the test, which may take long: a run ended in it resumes with it.
+                    if stop:
+                        save_and_stop(state, step)
+                    if save or last:
+                        checkpoints.save(state)
+                    if test and not last:
+                        score_test(state, step)
+                        progress.restart_clock()
             checkpoints.wait()
             notice.work_saved(f"step {total_steps} is saved")
             results = evaluator.score(state, workdir / "predictions")
             if results and not record.has_test_row(workdir, total_steps):
-                writer.write(_test_row(results, total_steps, per_epoch))
+                writer.write(_test_row(results, total_steps, experiment.epoch_at(total_steps)))
     if results:
         results |= non_finite.summary(config, workdir, total_steps)
         results |= bad_images.count(config, workdir, total_steps)
         publish(results, workdir)
     return results
+
+
+def _make_batches(
+    experiment: Experiment, plan: StagePlan, first_step: int, workdir: Path
+) -> Prefetcher:
+    """The batches of a stage from a step on, placed on the devices before they are asked for."""
+    source = experiment.data.train
+    policy = experiment.config["data"]["on_bad_image"]
+    made = pipeline.train_batches(
+        source,
+        experiment.settings[plan.index],
+        first_step - plan.first_step,
+        plan.last_step - plan.first_step,
+        experiment.host,
+        bad_images.make_replacements(policy, source, workdir, first_step),
+    )
+    return Prefetcher(made, experiment.parallel)
 
 
 def _explicit_transfers() -> contextlib.AbstractContextManager[None]:
@@ -209,19 +225,18 @@ class Progress:
     """Collects the metrics of steps and turns them into rows and lines."""
 
     def __init__(
-        self,
-        experiment: Experiment,
-        first_step: int,
-        batches: Prefetcher,
-        trouble: non_finite.NonFiniteSteps,
+        self, experiment: Experiment, first_step: int, trouble: non_finite.NonFiniteSteps
     ) -> None:
         self._experiment = experiment
-        self._batches = batches
         self._trouble = trouble
         self._all_finite = jax.jit(all_finite)
         self._first_step = self._last_step = first_step
         self._pending: list[Any] = []
         self._steps_timed, self._seconds_timed = 0, 0.0
+
+    def follow(self, batches: Prefetcher, batch_size: int) -> None:
+        """Takes the steps that come now to be made of these batches."""
+        self._batches, self._batch_size = batches, batch_size
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -255,10 +270,10 @@ class Progress:
         steps = len(self._pending)
         row = {
             "step": step,
-            "epoch": step / self._experiment.steps_per_epoch,
-            **{name: _mean(finite[name]) for name in ("loss", "expert_losses", "grad_norm")},
+            "epoch": self._experiment.epoch_at(step),
+            **{name: _mean(values) for name, values in finite.items() if name != "finite"},
             "learning_rate": self._experiment.rate_before(step),
-            "images_per_second": steps * self._experiment.train_settings.batch_size / elapsed,
+            "images_per_second": steps * self._batch_size / elapsed,
             "data_wait_fraction": (self._batches.waited - self._waited) / elapsed,
         }
         if self._experiment.config["optim"]["skip_non_finite"]:
@@ -301,14 +316,15 @@ def _mean(steps: np.ndarray) -> Any:
 
 
 def _announce(experiment: Experiment) -> None:
-    config, taus, devices = experiment.config, experiment.taus, experiment.parallel
+    config, devices, facts = experiment.config, experiment.parallel, experiment.facts
     log.info(
-        "%s, %d experts, taus %s; %d steps, %d an epoch, learning rate %g",
+        "%s, %s with %d experts, taus %s; %d steps, %d an epoch, learning rate %g",
         config["model"]["name"],
-        len(taus),
-        ", ".join(f"{tau:g}" for tau in taus),
+        config["method"]["name"],
+        len(experiment.taus),
+        ", ".join("-" if tau is None else f"{tau:g}" for tau in experiment.taus),
         experiment.total_steps,
-        experiment.steps_per_epoch,
+        facts.steps_per_epoch,
         config["optim"]["learning_rate"],
     )
     log.info(
@@ -322,8 +338,8 @@ def _announce(experiment: Experiment) -> None:
     )
     if config["remark"]:
         log.info("Remark: %s", config["remark"])
-    mean_tau = float(np.mean(taus))
-    if not np.isclose(mean_tau, 1):
+    taus = [tau for tau in experiment.taus if tau is not None]
+    if taus and not np.isclose(mean_tau := float(np.mean(taus)), 1):
         leaning = "frequent" if mean_tau < 1 else "rare"
         log.info(
             "The mean tau is %g, not 1: on a balanced test set the ensemble leans to %s classes",
@@ -334,21 +350,22 @@ def _announce(experiment: Experiment) -> None:
 
 def lacks_test(experiment: Experiment, workdir: Path, step: int) -> bool:
     """Whether the run was stopped before it wrote the scores that are due after `step`."""
-    epoch, since = divmod(step, experiment.steps_per_epoch)
-    due = not since and _due(epoch, experiment.config["eval"]["every_epochs"])
+    due = _due(experiment, step, experiment.config["eval"]["every_epochs"])
     if not due or not 0 < step < experiment.total_steps:
         return False
     return processes.first_says(lambda: not record.has_test_row(workdir, step))
 
 
-def _due(epoch: int, every: int) -> bool:
-    return every > 0 and epoch % every == 0
+def _due(experiment: Experiment, step: int, every_epochs: int) -> bool:
+    """Whether an epoch ends with a step, and as many epochs do as something is to be done after."""
+    epoch = experiment.epoch_at(step)
+    return every_epochs > 0 and epoch == int(epoch) and int(epoch) % every_epochs == 0
 
 
-def _test_row(results: dict[str, Any], step: int, per_epoch: int) -> dict[str, Any]:
+def _test_row(results: dict[str, Any], step: int, epoch: float) -> dict[str, Any]:
     names = ("top1", "many", "medium", "few", "ece", "mce", "nll")
     scores = {f"test_{name}": results["test"][name] for name in names}
-    return {"step": step, "epoch": step / per_epoch, **scores}
+    return {"step": step, "epoch": epoch, **scores}
 
 
 def _duration(seconds: float) -> str:

@@ -14,14 +14,13 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from balpoe_jax.config import cifar_config
 from balpoe_jax.data import datasets, mixing, photos, pipeline, pixels, tfrecords
 from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
 from balpoe_jax.data.policies import AUTOAUGMENT_CIFAR
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.resampling import resize
 from balpoe_jax.data.sources import ArraySource, RecordSource, Source
-from balpoe_jax.recipes import IMAGENET_LT, photo_config
+from balpoe_jax.recipes import IMAGENET_LT, cifar_config, photo_config
 from benchmarks.measuring import Sample
 from benchmarks.pil_transforms import Transform
 

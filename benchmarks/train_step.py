@@ -38,10 +38,11 @@ def run(
     import torch
 
     from balpoe_jax import parallel
-    from balpoe_jax.config import cifar_config
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
+    from balpoe_jax.losses import log_prior
     from balpoe_jax.models import CIFAR_MODELS
+    from balpoe_jax.recipes import cifar_config
     from balpoe_jax.torch_import import convert
     from benchmarks import torch_resnet
 
@@ -55,9 +56,9 @@ def run(
     model = torch_resnet.Ensemble(CIFAR_MODELS[backbone].stage_sizes[0], experts, len(counts))
     trainer = torch_resnet.Trainer(
         model,
-        np.array(program.log_prior),
-        program.taus,
-        float(program.learning_rates[0]),
+        np.array(log_prior(counts)),
+        program.facts.taus,
+        program.rate_before(1),
         config.optim.momentum,
         config.optim.weight_decay,
     )

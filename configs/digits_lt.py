@@ -4,19 +4,27 @@
     python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/digits_lt
 
 413 training images of 8x8 pixels (130 down to 5 a class), 400 balanced test images, ResNet-8.
-Arguments: method=balpoe|balanced_softmax|cross_entropy, mixup=true|false, experts=E (0: the
-method's own number). Not in the paper; what we measured is in the README.
+Arguments: method=balpoe, or another one of README's table, mixup=true|false, experts=E (0: the
+method's own number), epochs=N (0: 120), recipe=own|standard. Not in the paper; what we measured is
+in the README.
 """
 
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
+from balpoe_jax.methods import RECIPES
+from balpoe_jax.recipes import RECIPE_CHOICES, set_method
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The experiment; `arguments` is what stands after the colon."""
     args = config_lib.parse_arguments(
-        arguments, method=tuple(config_lib.METHODS), mixup=True, experts=0
+        arguments,
+        method=tuple(RECIPES),
+        recipe=RECIPE_CHOICES[:2],
+        mixup=bool,
+        experts=0,
+        epochs=0,
     )
     config = config_lib.default_config()
     config.total_epochs = 120
@@ -37,5 +45,5 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.optim.warmup_epochs = 4
     config.eval.batch_size = 200
     config.eval.every_epochs = 10
-    config_lib.set_method(config, args.method, args.experts, args.mixup)
+    set_method(config, "digits_lt", args)
     return config

@@ -126,7 +126,8 @@ def cifar_steps(mode: str):
     from balpoe_jax.data.mixing import MixSettings
     from balpoe_jax.data.pipeline import Host, TrainSettings, train_batches
     from balpoe_jax.data.sources import ArraySource
-    from balpoe_jax.losses import log_prior
+    from balpoe_jax.methods import Facts
+    from balpoe_jax.methods.balpoe import BalPoE
     from balpoe_jax.models import create_model
     from balpoe_jax.optim import make_optimizer, rate_of_step
     from balpoe_jax.parallel import AXIS_NAME, Prefetcher, make_parallel
@@ -154,9 +155,8 @@ def cifar_steps(mode: str):
     state = jax.jit(lambda seed: create(jax.random.key(seed)), out_shardings=devices.replicated)(
         np.int32(0)
     )
-    prior = log_prior(np.arange(10, 0, -1))
-    taus = np.array([1.0], np.float32)
-    step = devices.map_step(make_train_step(model, optimizer, prior, taus, AXIS_NAME), donate=True)
+    facts = Facts(np.arange(10, 0, -1), (1.0,), axis_name=AXIS_NAME)
+    step = devices.map_step(make_train_step(model, optimizer, BalPoE(), facts), donate=True)
     losses = []
     for batch in Prefetcher(batches, devices):
         state, metrics = step(state, batch)

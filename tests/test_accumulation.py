@@ -15,15 +15,19 @@ from flax import linen as nn
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import expert_losses, log_prior
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.balpoe import BalPoE
+from balpoe_jax.methods.base import mixed_targets
 from balpoe_jax.models import Outputs
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import TrainState, make_train_step, mixed_targets
+from balpoe_jax.state import TrainState, make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 CLASSES, BATCH = 5, 16
 SHAPE = (4, 4, 3)
+COUNTS = np.array([50, 20, 10, 5, 2])
 TAUS = np.array([0.5, 1.5])
 OPTIMIZER = make_optimizer(0.1)
 
@@ -65,7 +69,7 @@ def batch() -> dict[str, np.ndarray]:
 
 
 def prior() -> jax.Array:
-    return log_prior([50, 20, 10, 5, 2]).astype(jnp.float64)
+    return log_prior(COUNTS).astype(jnp.float64)
 
 
 def double(tree):
@@ -86,9 +90,8 @@ def fresh_state(model: nn.Module) -> TrainState:
 
 def step(model: nn.Module, mode: str, num_devices: int, accumulate: int, sync: bool = True):
     devices = make_parallel(mode, jax.devices()[:num_devices])
-    function = make_train_step(
-        model, OPTIMIZER, prior(), jnp.asarray(TAUS), AXIS_NAME, sync, accumulate
-    )
+    facts = Facts(COUNTS, tuple(TAUS), axis_name=AXIS_NAME, sync_batch_norm=sync)
+    function = make_train_step(model, OPTIMIZER, BalPoE(), facts, accumulate=accumulate)
     state = devices.replicate(fresh_state(model))
     return jax.device_get(devices.map_step(function)(state, devices.shard(batch())))
 

@@ -5,10 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from balpoe_jax.hlo import collective_sizes
-from balpoe_jax.losses import log_prior
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
@@ -26,9 +28,8 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
         "resnet8", num_classes=5, num_experts=1, axis_name=AXIS_NAME if sync else None
     )
     optimizer = make_optimizer(0.1)
-    step = make_train_step(
-        model, optimizer, log_prior([9, 5, 3, 2, 1]), jnp.ones(1), AXIS_NAME, sync, accumulate
-    )
+    facts = Facts(np.array([9, 5, 3, 2, 1]), (1.0,), axis_name=AXIS_NAME, sync_batch_norm=sync)
+    step = make_train_step(model, optimizer, BalPoE(), facts, accumulate=accumulate)
     create = partial(create_state, model, optimizer, image_shape=(8, 8, 3))
     state = jax.eval_shape(create, key=jax.random.key(0))
     batch = {
@@ -40,7 +41,7 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
     lowered = devices.map_step(step).lower(state, batch)
     # What is sent is settled before machine code is made, which need not be fast here.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-    sent = sum(x.size for x in jax.tree.leaves(state.params)) + 1  # the expert's loss
+    sent = sum(x.size for x in jax.tree.leaves(state.params)) + 2  # the loss and the expert's
     return (
         collective_sizes(compiled.as_text()),
         sent,

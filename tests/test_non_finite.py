@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import STEPS_PER_EPOCH, final_state, rows, tiny_config
@@ -17,7 +16,8 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
-from balpoe_jax.losses import log_prior
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
@@ -59,8 +59,8 @@ def take_step(rate: float, skip: bool, pixel: float):
     labels = np.arange(8, dtype=np.int32) % 5
     batch = {"images": images, "labels": labels, "other_labels": labels}
     batch["weight"] = np.ones(8, np.float32)
-    prior, taus = log_prior([50, 20, 10, 5, 2]), jnp.array([1.0])
-    step = make_train_step(model, optimizer, prior, taus, AXIS_NAME, skip_non_finite=skip)
+    facts = Facts(np.array([50, 20, 10, 5, 2]), (1.0,), axis_name=AXIS_NAME)
+    step = make_train_step(model, optimizer, BalPoE(), facts, skip_non_finite=skip)
     placed = devices.replicate(before), devices.shard(batch)
     after, metrics = jax.device_get(devices.map_step(step)(*placed))
     return before, after, metrics

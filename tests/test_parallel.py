@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.losses import log_prior
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.balpoe import BalPoE
+from balpoe_jax.methods.base import mixed_targets
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
 from balpoe_jax.parallel import AXIS_NAME, Prefetcher, make_parallel
-from balpoe_jax.state import create_state, make_eval_step, make_train_step, mixed_targets
+from balpoe_jax.state import create_state, make_eval_step, make_train_step
 
 NUM_CLASSES, BATCH, STEPS = 5, 16, 3
 SHAPE = (8, 8, 3)
-TAUS = jnp.array([0.5, 1.5])
+COUNTS = np.array([50, 20, 10, 5, 2])
+TAUS = (0.5, 1.5)
 
 
 @cache
@@ -58,8 +61,8 @@ def _run(mode: str, num_devices: int, sync: bool, expert_map: str, remat: bool):
     optimizer = make_optimizer(rate_of_step([0.05, 0.01], steps_per_epoch=2))
     create = jax.jit(partial(create_state, model, optimizer, image_shape=SHAPE))
     state = devices.replicate(create(key=jax.random.key(0)))
-    prior = log_prior([50, 20, 10, 5, 2])
-    step = make_train_step(model, optimizer, prior, TAUS, AXIS_NAME, sync)
+    facts = Facts(COUNTS, TAUS, axis_name=AXIS_NAME, sync_batch_norm=sync)
+    step = make_train_step(model, optimizer, BalPoE(), facts)
     traces = []
 
     def counted(state, batch):
@@ -144,7 +147,7 @@ def test_evaluation_gathers_the_whole_batch_in_order(mode: str) -> None:
         "labels": np.arange(BATCH, dtype=np.int32),
         "mask": np.arange(BATCH) < 13,
     }
-    mapped = devices.map_step(make_eval_step(model, AXIS_NAME))
+    mapped = devices.map_step(make_eval_step(model, BalPoE(), Facts(COUNTS, axis_name=AXIS_NAME)))
     output = jax.device_get(mapped(devices.replicate(variables), devices.shard(batch)))
     expected = jax.jit(partial(model.apply, train=False))(variables, batch["images"]).logits
     np.testing.assert_allclose(output["logits"], expected, atol=1e-4)

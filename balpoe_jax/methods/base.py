@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam between a method and the rest of a training; `docs/methods.md` is its page.
+
+A method is a frozen dataclass whose fields are its hyper-parameters. It is asked for the network to
+train, for the state that it keeps beside the parameters, for the loss of a step, stage by stage,
+and for what it predicts. All of these are pure functions for one device; `state.py` makes the step
+of them, and nothing else in the package asks which method it is.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import linen as nn
+
+from balpoe_jax.models import ExpertEnsemble, Outputs
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Facts:
+    """What a method knows of its run: constants of the compiled step.
+
+    Attributes:
+        class_counts: int64 `[C]`, training images of each class.
+        taus: of the experts, for methods whose experts have any.
+        scale: of the cosine classifier; 1 for a linear one.
+        batch_size: of the global batch.
+        total_epochs: of this stage.
+        steps_per_epoch: in updates, of this stage.
+        first_step: updates made before this stage.
+        axis_name: the mapped axis over which a batch is shared; None outside of one.
+        sync_batch_norm: whether BatchNorm takes its statistics over that axis.
+    """
+
+    class_counts: npt.NDArray[np.int64]
+    taus: tuple[float, ...] = ()
+    scale: float = 1.0
+    batch_size: int = 1
+    total_epochs: int = 1
+    steps_per_epoch: int = 1
+    first_step: int = 0
+    axis_name: str | None = None
+    sync_batch_norm: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        """`C`."""
+        return len(self.class_counts)
+
+    def epoch(self, step: jax.Array) -> jax.Array:
+        """The 0-based epoch of this stage in which the update after `step` is made, traced."""
+        return (step - self.first_step) // self.steps_per_epoch
+
+    def gather(self, rows: jax.Array) -> jax.Array:
+        """The rows of all devices in the order of the global batch, differentiable.
+
+        A loss of the whole batch is computed from gathered rows, the same on every device; the mean
+        over devices that the step takes of its gradient is then the gradient of the whole batch.
+        Sums over devices (`psum`) of what has a gradient would not do: pmap and shard_map
+        differentiate them differently.
+        """
+        if self.axis_name is None:
+            return rows
+        return jax.lax.all_gather(rows, self.axis_name, tiled=True)
+
+    def gather_state(self, rows: jax.Array) -> jax.Array:
+        """As `gather`, of what goes into the extra state: without a gradient, known to be equal."""
+        rows = jax.lax.stop_gradient(rows)
+        if self.axis_name is None:
+            return rows
+        return jax.lax.all_gather(rows, self.axis_name, tiled=True, to="invarying")
+
+    def mean_over_devices(self, tree: Any) -> Any:
+        """Of what has no gradient, such as statistics that each device took by itself."""
+        return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
+
+    def sum_over_devices(self, x: jax.Array) -> jax.Array:
+        """Of what has no gradient, such as counts of labels."""
+        return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+    @property
+    def num_devices(self) -> jax.Array | int:
+        """That share a batch."""
+        return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A module and the variables to apply it with.
+
+    Attributes:
+        module: what `Method.network` returned.
+        params: its parameters.
+        batch_stats: running averages of BatchNorm.
+    """
+
+    module: nn.Module
+    params: Any
+    batch_stats: Any
+
+    def __call__(self, images: jax.Array, train: bool = True) -> tuple[Any, Any]:
+        """Outputs for images `[b, H, W, 3]`, and the statistics, new ones if `train`."""
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        if not train:
+            return self.module.apply(variables, images, train=False), self.batch_stats
+        outputs, updated = self.module.apply(variables, images, train=True, mutable=["batch_stats"])
+        return outputs, updated["batch_stats"]
+
+    def with_stats(self, batch_stats: Any) -> "Network":
+        """The same parameters with other statistics, for a second pass within a step."""
+        return dataclasses.replace(self, batch_stats=batch_stats)
+
+
+class Losses(NamedTuple):
+    """What a loss function returns.
+
+    Attributes:
+        total: scalar, to be minimised: the mean over this device's rows, or that of the whole batch
+            (from `Facts.gather`), equal on all devices.
+        by_expert: float `[E]`, shown beside it.
+        batch_stats: after the step.
+        extra: the extra state after the step, equal on all devices.
+        terms: further scalars to show, by name.
+    """
+
+    total: jax.Array
+    by_expert: jax.Array
+    batch_stats: Any
+    extra: Any
+    terms: Mapping[str, jax.Array] = {}
+
+
+class Prediction(NamedTuple):
+    """What is predicted for a batch.
+
+    Attributes:
+        logits: float `[E, B, C]`, of each expert.
+        ensemble: float `[B, C]`, of all together; None for the mean of `logits`.
+        experts_used: float `[B]`, how many experts the ensemble took; None for all.
+    """
+
+    logits: jax.Array
+    ensemble: jax.Array | None = None
+    experts_used: jax.Array | None = None
+
+
+LossFunction = Callable[[Network, Any, Batch, Facts, jax.Array], Losses]
+
+
+def _whole_rate(path: str) -> float:
+    return 1.0
+
+
+class Stage(NamedTuple):
+    """A part of a training with a loss of its own.
+
+    Attributes:
+        name: for the log.
+        loss: called with the network, the extra state, this device's rows of the batch, the facts
+            and the traced 0-based epoch.
+        rate_factor: of the learning rate, by a parameter's path such as `expert/head/kernel`; what
+            has 0 is frozen: no gradient, no weight decay, bit-identical.
+    """
+
+    name: str
+    loss: LossFunction
+    rate_factor: Callable[[str], float] = _whole_rate
+
+
+class Method:
+    """The base of all methods, with what most of them do.
+
+    Attributes:
+        views: how many differently augmented views of an image a batch holds: `images`, then
+            `images_2`, `images_3`.
+        whole_batch: the loss is not a mean over rows, or the method keeps extra state, so that a
+            batch cannot be worked off in microbatches.
+    """
+
+    views: ClassVar[int] = 1
+    whole_batch: ClassVar[bool] = False
+
+    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+        """The tau that each expert's loss has, to be shown; None where its loss is another.
+
+        Args:
+            taus: what the config says, one for each expert.
+        """
+        return (None,) * len(taus)
+
+    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+        """The module to train: the ensemble, or one around it that returns more."""
+        return ensemble
+
+    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> Any:
+        """The extra state before the first step: a tree of arrays that nothing differentiates."""
+        return {}
+
+    def refresh(self, extra: Any, params: Any, facts: Facts, epoch: jax.Array) -> Any:
+        """The extra state at the start of a step, such as a moving average of parameters."""
+        return extra
+
+    def loss(
+        self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The loss of the first stage; arguments as `Stage.loss` has them."""
+        raise NotImplementedError
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages that a config may ask for, in order."""
+        return (Stage("training", self.loss),)
+
+    def predict(self, outputs: Outputs, params: Any, facts: Facts) -> Prediction:
+        """What is predicted from the network's outputs; the mean logits unless it says more."""
+        return Prediction(outputs.logits)
+
+
+def mix_losses(batch: Batch, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The losses of a mixed batch, each row's two labels weighted by their shares.
+
+    For losses that are not linear in the label, which a soft label would change.
+
+    Args:
+        batch: with `labels`, `other_labels` int `[B]` and `weight` float `[B]`.
+        loss: from labels `[B]` to losses `[..., B]`.
+    """
+    weight = batch["weight"]
+    return weight * loss(batch["labels"]) + (1 - weight) * loss(batch["other_labels"])
+
+
+def mixed_targets(batch: Batch, num_classes: int) -> jax.Array:
+    """Label distributions float32 `[B, C]` of a batch that mixup made from pairs of examples."""
+    one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
+    weight = batch["weight"][:, None]
+    return weight * one_hot(batch["labels"]) + (1 - weight) * one_hot(batch["other_labels"])
+
+
+def moving_average(old: Any, new: Any, momentum: float) -> Any:
+    """`momentum * old + (1 - momentum) * new`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * jnp.asarray(b), old, new)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method must do: the same step on any number of devices, a state that a checkpoint
+holds, a prediction, recipes that make valid configs."""
+
+import dataclasses
+from functools import cache, partial
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tiny_network
+from test_config import get_config
+
+from balpoe_jax.checkpoint import Checkpoints
+from balpoe_jax.config import resolve_taus
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import check
+from balpoe_jax.methods import RECIPES, Facts, make_method, settings
+from balpoe_jax.optim import make_optimizer
+from balpoe_jax.parallel import AXIS_NAME, make_parallel
+from balpoe_jax.state import create_state, make_eval_step, make_train_step
+
+STEPS_PER_EPOCH, EPOCHS, BATCH = 2, 4, 16
+
+
+@cache
+def parts(name: str, axis_name: str | None = AXIS_NAME):
+    """Method, facts and network of a recipe for tiny experts, as its digits config has them."""
+    config = get_config("digits_lt", f"method={name},epochs={EPOCHS}")
+    method = make_method(config.method.to_dict())
+    cosine = config.model.classifier == "cosine"
+    facts = Facts(
+        tiny_network.COUNTS,
+        resolve_taus(config),
+        scale=config.model.scale if cosine else 1.0,
+        batch_size=BATCH,
+        total_epochs=EPOCHS,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        axis_name=axis_name,
+    )
+    experts = tiny_network.experts(
+        config.model.num_experts, axis_name, config.model.classifier, facts.scale
+    )
+    return method, facts, method.network(experts, facts)
+
+
+@cache
+def fresh(name: str):
+    method, facts, network = parts(name)
+    create = partial(create_state, network, make_optimizer(0.05), image_shape=tiny_network.SHAPE)
+    extra = lambda network, key: method.init_extra(network, facts, key)  # noqa: E731
+    return jax.device_get(jax.jit(lambda key: create(key, init_extra=extra))(jax.random.key(0)))
+
+
+@cache
+def run(name: str, mode: str, num_devices: int, stage: int = 0, first: int = 0, start=None):
+    """The states after each step to the end of a stage, from the fresh one or a given one."""
+    method, facts, network = parts(name)
+    devices = make_parallel(mode, jax.devices()[:num_devices])
+    step = devices.map_step(make_train_step(network, make_optimizer(0.05), method, facts, stage))
+    state, history = devices.replicate(start or fresh(name)), []
+    for i in range(first, STEPS_PER_EPOCH * EPOCHS):
+        state, metrics = step(state, devices.shard(tiny_network.batch(BATCH, seed=i)))
+        history.append(jax.device_get((state, metrics)))
+        for leaf in jax.tree.leaves(state):  # pmap would not notice devices that drift apart
+            first_copy, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+            for other in others:
+                np.testing.assert_array_equal(other, first_copy)
+    return history
+
+
+def stages(name: str) -> range:
+    return range(len(parts(name)[0].stages()))
+
+
+# Of which another recipe has all that devices share: compiling them would teach nothing new.
+COVERED = {"cross_entropy_cb", "ce_drw", "ldam"}
+
+
+def distinct() -> list[str]:
+    """Recipes without those that differ in data and numbers of experts with a loss alone."""
+    kinds: dict[tuple, str] = {}
+    for name, recipe in RECIPES.items():
+        if name not in COVERED:
+            kinds.setdefault((str(recipe.method), recipe.experts > 1), name)
+    return list(kinds.values())
+
+
+DISTINCT = distinct()
+CASES = [(name, stage) for name in DISTINCT for stage in stages(name)]
+
+
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_devices_and_modes_change_nothing(name: str, stage: int) -> None:
+    expected = run(name, "pmap", 1, stage)
+    state, metrics = expected[-1]
+    assert metrics["finite"] and int(state.step) == len(expected)
+    for mode in ("pmap", "shard_map"):
+        chex.assert_trees_all_close(run(name, mode, 4, stage), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Through a checkpoint in the middle, with whatever state the method keeps."""
+    history = run(name, "pmap", 1)
+    middle = len(history) // 2
+    devices = make_parallel("pmap", jax.devices()[:1])
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(devices.replicate(history[middle - 1][0]))
+        restored = checkpoints.restore_latest(devices.replicate(fresh(name)))
+    method, facts, network = parts(name)
+    step = devices.map_step(make_train_step(network, make_optimizer(0.05), method, facts))
+    state = restored
+    for i in range(middle, len(history)):
+        state, _ = step(state, devices.shard(tiny_network.batch(BATCH, seed=i)))
+    chex.assert_trees_all_equal(jax.device_get(state), history[-1][0])
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_something_is_predicted(name: str) -> None:
+    method, facts, network = parts(name)
+    devices = make_parallel("shard_map")
+    step = devices.map_step(make_eval_step(network, method, facts))
+    batch = {**tiny_network.batch(BATCH), "mask": np.arange(BATCH) < 13}
+    images = {key: batch[key] for key in ("images", "labels", "mask")}
+    state = devices.replicate(fresh(name))
+    found = jax.device_get(step(state.variables, devices.shard(images)))
+    experts = network.num_experts if hasattr(network, "num_experts") else len(found["logits"])
+    assert found["logits"].shape == (experts, BATCH, facts.num_classes)
+    assert found.get("ensemble", found["logits"][0]).shape == (BATCH, facts.num_classes)
+    chex.assert_tree_all_finite(found)
+    np.testing.assert_array_equal(found["mask"], batch["mask"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("data", ["digits_lt", "cifar100_lt", "imagenet_lt", "inaturalist2018"])
+def test_recipes_make_valid_configs(name: str, data: str) -> None:
+    config, devices = get_config(data, f"method={name}"), make_parallel()
+    check(config, devices)
+    assert len(resolve_taus(config)) == config.model.num_experts
+    if data != "digits_lt":
+        for recipe in ("standard", "strong", "long"):
+            check(get_config(data, f"method={name},recipe={recipe},epochs=7"), devices)
+
+
+def test_what_a_recipe_publishes_it_can_run() -> None:
+    for name, recipe in RECIPES.items():
+        assert len({(p.dataset, p.arguments) for p in recipe.published}) == len(recipe.published)
+        for published in recipe.published:
+            config = get_config(published.dataset, f"method={name},{published.arguments}")
+            check(config, make_parallel())
+            assert 0 < published.accuracy < 100 and published.source
+
+
+def test_hyper_parameters_of_another_method_are_refused() -> None:
+    section = settings(RECIPES["balpoe"].method)
+    assert make_method(section) == RECIPES["balpoe"].method
+    with pytest.raises(UserError, match=r"method.alpha does not fit the method balpoe; choose"):
+        make_method({**section, "alpha": 1.0})
+    with pytest.raises(UserError, match=r"Unknown config.method.name 'x'; choose from balpoe"):
+        make_method({**section, "name": "x"})
+
+
+def test_methods_are_data() -> None:
+    for recipe in RECIPES.values():
+        assert dataclasses.is_dataclass(recipe.method) and hash(recipe.method)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts small enough to compile in a second, and batches of everything that a method may want."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from balpoe_jax.models.ensemble import Expert, ExpertEnsemble
+from balpoe_jax.models.heads import CosineHead, LinearHead
+from balpoe_jax.models.layers import BatchNorm
+
+COUNTS = np.array([50, 20, 10, 5, 2])
+SHAPE = (4, 4, 3)
+
+
+class Trunk(nn.Module):
+    """A layer on every pixel, normalised."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        norm = BatchNorm(use_running_average=not train, axis_name=self.axis_name)
+        return nn.relu(norm(nn.Dense(6)(images)))
+
+
+class Body(nn.Module):
+    """Another one, pooled."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = BatchNorm(use_running_average=not train, axis_name=self.axis_name)
+        return nn.relu(norm(nn.Dense(8)(x))).mean(axis=(1, 2))
+
+
+def experts(
+    number: int,
+    axis_name: str | None = None,
+    classifier: str = "cosine",
+    scale: float = 30.0,
+    classes: int = len(COUNTS),
+) -> ExpertEnsemble:
+    """Experts with a feature of 8 numbers, for `COUNTS`' classes if not told otherwise."""
+    head = CosineHead(classes, scale) if classifier == "cosine" else LinearHead(classes)
+    return ExpertEnsemble(Trunk(axis_name), Expert(Body(axis_name), head), number, "loop")
+
+
+def batch(size: int = 16, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Three views, two labels a row and their shares, in which every class occurs."""
+    random = np.random.default_rng(seed)
+    draw = partial(random.normal, size=(size, *SHAPE))
+    return {
+        **{name: draw().astype(dtype) for name in ("images", "images_2", "images_3")},
+        "labels": (np.arange(size) % len(COUNTS)).astype(np.int32),
+        "other_labels": random.integers(0, len(COUNTS), size).astype(np.int32),
+        "weight": random.uniform(size=size).astype(dtype),
+    }
+
+
+def init(network: nn.Module, seed: int = 0) -> dict[str, Any]:
+    """Variables of a network, without a mapped axis."""
+    return jax.jit(lambda key: network.init(key, jnp.zeros((1, *SHAPE)), train=False))(
+        jax.random.key(seed)
+    )
