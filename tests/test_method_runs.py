@@ -68,6 +68,27 @@ def test_a_run(name: str, tmp_path: Path) -> None:
         )
 
 
+def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path) -> None:
+    """From views of the test images: every target has a history, and nothing else is touched."""
+    config = config_of("sade")
+    config.eval.aggregation_epochs = 2
+    results = train(config, str(tmp_path / "with"))
+    config.eval.aggregation_epochs = 0
+    without = train(config, str(tmp_path / "without"))
+    found = results.pop("aggregation")
+    assert set(found) == set(results["shift"])
+    for name, scores in found.items():
+        assert len(scores["history"]) == 3 and scores["history"][0] == [1 / 3] * 3
+        assert scores["weights"] == scores["history"][-1] != scores["history"][1]
+        assert sum(scores["weights"]) == pytest.approx(1)
+        assert scores["top1"]["equal"] == results["shift"][name]["none"]
+        assert scores["top1"]["used"] == scores["top1"]["learnt"] and not scores["collapsed"]
+    results.pop("settings"), without.pop("settings")
+    assert results == without
+    assert not list((tmp_path / "with" / "predictions").glob("view*"))
+    assert "weight of 3" in (tmp_path / "with" / "report" / "tables.md").read_text()
+
+
 def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
     """Resumed from the very end of the first stage, where the second one has yet to begin."""
     config, finished, resumed = config_of("mislas"), tmp_path / "finished", tmp_path / "resumed"
