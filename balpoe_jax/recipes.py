@@ -32,6 +32,9 @@ _STAGE2 = {
     "boundaries": (),
     "factor": 0.1,
     "warmup_epochs": 0,
+    "warmup_start": 0.0,
+    "sampler": "shuffle",
+    "class_run": 1,
 }
 
 # The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
