@@ -206,6 +206,7 @@ RECIPES = {
             "cifar10_lt": _CIFAR_MDCS,
             "imagenet_lt": {
                 **_PHOTO_VIEWS,
+                "total_epochs": 180,
                 "batch_size": 256,
                 "optim.learning_rate": 0.1,
             },
