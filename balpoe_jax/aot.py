@@ -118,7 +118,7 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
     """Shapes, dtypes and placement of what `data.pipeline` feeds the train and the eval step."""
 
     def batch(size: int, **dtypes: Any) -> Batch:
-        shapes = {name: program.image_shape if name == "images" else () for name in dtypes}
+        shapes = {name: program.image_shape if "images" in name else () for name in dtypes}
         placement = program.parallel.sharded
         return {
             name: jax.ShapeDtypeStruct((size, *shapes[name]), dtype, sharding=placement)
@@ -130,6 +130,7 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
         batch(
             program.config["batch_size"],
             images=images,
+            **{f"images_{view}": images for view in range(2, program.method.views + 1)},
             labels=labels,
             other_labels=labels,
             weight=jnp.float32,

@@ -6,6 +6,7 @@ the checksums of its files. Every process takes part in it, and it holds nothing
 and processes there were: another layout restores it.
 """
 
+import dataclasses
 import logging
 import os
 import re
@@ -71,7 +72,8 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         if step == self.latest_step():
             return
-        everywhere = parallel.rewrap(state, parallel.globalized(state))
+        fields = _fields(state)
+        everywhere = parallel.rewrap(fields, parallel.globalized(fields))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(everywhere))
         try:
             begun = self._manager.save(step, args=arguments)
@@ -115,7 +117,8 @@ class Checkpoints:
         step = int(found)
         self._manager.reload()  # it may have seen what is moved away now
         where = f"{self.directory}/{step}"
-        abstract = parallel.globalized(like)
+        fields = _fields(like)
+        abstract = parallel.globalized(fields)
         try:
             saved = self._manager.item_metadata(step)["state"]
         except Exception as error:  # Orbax raises what its storage layers do
@@ -131,7 +134,7 @@ class Checkpoints:
         except Exception as error:
             _raise_if_of_jax(error)
             raise _unreadable(where, error) from error
-        return parallel.rewrap(restored["state"], like)
+        return like.replace(**parallel.rewrap(restored["state"], fields))
 
     def _steps(self) -> list[int]:
         """The steps of all complete checkpoints, newest first."""
@@ -223,7 +226,15 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _check_shapes(where: str, saved: Any, expected: TrainState) -> None:
+def _fields(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state; no extra state where a method has none, as before there was any."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if not jax.tree.leaves(state.extra):
+        del fields["extra"]
+    return fields
+
+
+def _check_shapes(where: str, saved: Any, expected: Any) -> None:
     """Names every leaf that differs before Orbax would stop at the first."""
     there, here = _shapes(saved), _shapes(expected)
     differing = [

@@ -22,6 +22,9 @@ DTYPES = ("float32", "bfloat16")
 # What a whole number in a config file's arguments may be, before `check_config` looks closer.
 _LONGEST = 2**31
 
+# Sections of further views of the training images, which not every config has.
+VIEWS = ("view2", "view3")
+
 BAD_IMAGE_POLICIES = ("fail", "skip")
 
 
@@ -49,6 +52,9 @@ def default_config() -> ConfigDict:
         data.on_bad_image: what a photograph does that cannot be read in training: "fail" ends the
             run and names it, "skip" trains on the next one of its class, and records it. In
             testing it ends the evaluation, since the figures would be of another test set.
+        data.sampler: "shuffle", "class_balanced" or "class_aware", see
+            `balpoe_jax.data.samplers`; data.class_run: so many examples of a class follow each
+            other in "class_aware".
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
             saturation), .policy, .cutout (side in pixels); photographs are cropped at random
             while they are decoded.
@@ -56,7 +62,11 @@ def default_config() -> ConfigDict:
             hyper-parameters; a config file's argument `method=` sets them all.
         stage2.*: of a method with a second stage: `epochs` (0 for none), `batch_size` (0 for the
             first stage's) and what takes the place of fields of `optim` and `data`.
-        mixup.alpha: 0 for none. mixup.groups: see `balpoe_jax.data.mixing`.
+        view2.*, view3.*: of a second and a third view of each training image, the fields of
+            augment; only methods that need them have these sections.
+        mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
+            .first_epoch and .last_epoch (counted from 0, without the last; 0 for the end), .kappa,
+            .threshold, .exponent, .partners: see `balpoe_jax.data.mixing.MixSettings`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
             the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
             "auto" is "vmap" on TPUs for the networks for small images and "loop" otherwise;
@@ -111,6 +121,8 @@ def default_config() -> ConfigDict:
             "resize": 0,
             "threads": 0,
             "on_bad_image": "fail",
+            "sampler": "shuffle",
+            "class_run": 1,
         }
     )
     config.augment = ConfigDict(
@@ -123,7 +135,20 @@ def default_config() -> ConfigDict:
             "cutout": 0,
         }
     )
-    config.mixup = ConfigDict({"alpha": 0.4, "groups": 1})
+    config.mixup = ConfigDict(
+        {
+            "alpha": 0.4,
+            "groups": 1,
+            "rule": "mixup",
+            "probability": 1.0,
+            "first_epoch": 0,
+            "last_epoch": 0,
+            "kappa": 3.0,
+            "threshold": 0.5,
+            "exponent": 0.0,
+            "partners": "batch",
+        }
+    )
     config.method = ConfigDict({"name": "balpoe"})
     config.model = ConfigDict(
         {
@@ -149,6 +174,7 @@ def default_config() -> ConfigDict:
             "boundaries": (160, 180),
             "factor": 0.1,
             "warmup_epochs": 5,
+            "warmup_start": 0.0,
             "accumulate": 1,
             "skip_non_finite": 0,
         }

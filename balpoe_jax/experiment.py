@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel, processes, stages
-from balpoe_jax.data import datasets, mixing, pipeline, shift
+from balpoe_jax.data import datasets, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.errors import UserError
@@ -170,7 +171,7 @@ class Experiment(Program):
         """Which training examples the update that leads to `step` is made from."""
         plan = stages.before(self.stages, step)
         return pipeline.batch_indices(
-            len(self.data.train), self.settings[plan.index], step - 1 - plan.first_step
+            self.data.train.labels, self.settings[plan.index], step - 1 - plan.first_step
         )
 
     def data_record(self) -> dict[str, Any]:
@@ -335,6 +336,14 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
     """
     config_lib.check_config(config)
     method = make_method(config.method.to_dict())
+    views = 1 + sum(name in config for name in config_lib.VIEWS)
+    if views != method.views:
+        raise UserError(
+            f"The method {config.method.name} takes {method.views} views of an image, and the "
+            f"config describes {views}; choose a method by the config file's argument method=..."
+        )
+    if len(_stage_configs(config)) > len(method.stages()):
+        raise UserError(f"The method {config.method.name} has no second stage; remove stage2.")
     if method.whole_batch and config.optim.accumulate > 1:
         raise UserError(
             f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
@@ -342,8 +351,8 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
         )
     for stage in _stage_configs(config):
         devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
-        num_hosts = devices.num_hosts if stage.mixup.alpha > 0 else 1
-        mixing.check_groups(stage.batch_size, stage.mixup.groups, num_hosts)
+        settings = _train_settings(stage, 0)
+        settings.mix.check_groups(stage.batch_size, devices.num_hosts)
         _learning_rates(stage)
 
 
@@ -355,6 +364,7 @@ def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
         config.optim.boundaries,
         config.optim.factor,
         config.optim.warmup_epochs,
+        config.optim.warmup_start,
     )
 
 
@@ -366,10 +376,14 @@ def _train_settings(config: ConfigDict, stage: int) -> pipeline.TrainSettings:
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         augment=AugmentSettings(**config.augment.to_dict()),
-        mixup_alpha=config.mixup.alpha,
-        mixup_groups=config.mixup.groups,
+        mix=MixSettings(**config.mixup.to_dict()),
         # The network would round them first of all; here that halves what is copied and sent.
         dtype=config.model.dtype,
+        views=tuple(
+            AugmentSettings(**config[name].to_dict()) for name in config_lib.VIEWS if name in config
+        ),
+        sampler=config.data.sampler,
+        class_run=config.data.class_run,
     )
 
 

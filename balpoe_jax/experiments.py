@@ -2,11 +2,14 @@
 """The published rows that this code can run, as data.
 
 Figures are those of Sanchez Aimar et al., Balanced Product of Calibrated Experts for Long-Tailed
-Recognition, CVPR 2023, in percent. A method that is added later adds experiments and rows here.
+Recognition, CVPR 2023, in percent; those of other methods are of `balpoe_jax.methods`, whose
+recipes make the tables `methods...` by themselves.
 """
 
 import dataclasses
 from typing import Any
+
+from balpoe_jax.methods import RECIPES, Published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Score:
     Attributes:
         name: the column in the paper.
         keys: of `results.json`.
-        paper: mean in percent; None if the paper prints none.
+        paper: mean in percent; None if none is published.
         paper_std: standard deviation, where the paper prints one.
     """
 
@@ -182,7 +185,76 @@ def _by_group() -> tuple[Score, ...]:
     return tuple(Score(name, ("test", key)) for name, key in groups.items())
 
 
+# Those that the paper's tables have no rows for already.
+_OTHERS = {
+    name: recipe
+    for name, recipe in RECIPES.items()
+    if name not in ("balpoe", "balanced_softmax", "cross_entropy")
+}
+
+_DATASETS = {
+    "cifar100_lt": ("cifar100_lt.py", "CIFAR-100-LT"),
+    "cifar10_lt": ("cifar10_lt.py", "CIFAR-10-LT"),
+    "imagenet_lt": ("imagenet_lt.py", "ImageNet-LT"),
+    "inaturalist2018": ("inaturalist2018.py", "iNaturalist 2018"),
+}
+
+
+def _of_method(name: str, dataset: str, arguments: str) -> Experiment:
+    """The training of a recipe on a data set."""
+    parts = [part for part in (arguments, f"method={name}") if part]
+    label = "_".join([dataset, *filter(None, [arguments.replace("=", "").replace(",", "_")]), name])
+    return Experiment(label, _DATASETS[dataset][0], ",".join(parts))
+
+
+def _method_scores(published: Published | None) -> tuple[Score, ...]:
+    accuracy, ece = (published.accuracy, published.ece) if published else (None, None)
+    groups = [Score(name, ("test", name)) for name in ("many", "medium", "few")]
+    errors = (Score("ECE", ("test", "ece"), ece), Score("MCE", ("test", "mce")))
+    return (Score("ACC", _ACCURACY, accuracy), *groups, *errors)
+
+
+def _all_methods() -> tuple[Row, ...]:
+    """Every method on CIFAR-100-LT at ratio 100, published there or not."""
+    ours = {
+        "CE": (_CE, Published("", "", 38.8, "", 32.0)),
+        "Mixup": (_MIXUP, Published("", "", 40.8, "", 9.6)),
+        "balanced softmax": (_BALANCED_SOFTMAX, None),
+        "BalPoE, no mixup": (_WITHOUT_MIXUP, Published("", "", 49.2, "", 17.6)),
+        "BalPoE": (_BALPOE, Published("", "", 52.0, "", 4.9)),
+    }
+    rows = [Row(name, run, _method_scores(scores)) for name, (run, scores) in ours.items()]
+    for name, recipe in _OTHERS.items():
+        known = {(p.dataset, p.arguments): p for p in recipe.published}
+        scores = _method_scores(known.get(("cifar100_lt", "ir=100")))
+        rows.append(Row(recipe.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
+    return tuple(rows)
+
+
+def _published_methods() -> dict[str, PaperTable]:
+    """A table for each data set, and each ratio, of what is published there."""
+    rows: dict[tuple[str, str], list[Row]] = {}
+    for name, recipe in _OTHERS.items():
+        for published in recipe.published:
+            first, _, rest = published.arguments.partition(",")
+            ratio = first.removeprefix("ir=") if first.startswith("ir=") else ""
+            about = ", ".join(filter(None, [recipe.about, rest if ratio else first]))
+            run = _of_method(name, published.dataset, published.arguments)
+            rows.setdefault((published.dataset, ratio), []).append(
+                Row(about, run, _method_scores(published))
+            )
+    return {
+        f"methods-{dataset}{f'-{ratio}' if ratio else ''}": PaperTable(
+            f"Methods: {_DATASETS[dataset][1]}{f', imbalance ratio {ratio}' if ratio else ''}",
+            tuple(of_dataset),
+        )
+        for (dataset, ratio), of_dataset in sorted(rows.items())
+    }
+
+
 TABLES = {
+    "methods": PaperTable("Methods: CIFAR-100-LT, imbalance ratio 100", _all_methods()),
+    **_published_methods(),
     "1": PaperTable("Table 1: CIFAR-100-LT, state of the art", _table_1()),
     "1-photos": PaperTable(
         "Table 1: ImageNet-LT and iNaturalist 2018, state of the art", _table_1_photos()

@@ -12,7 +12,7 @@ import optax
 
 from balpoe_jax.errors import UserError
 
-SCHEDULES = ("step", "cosine")
+SCHEDULES = ("step", "cosine", "cosine_after_warmup")
 
 
 def learning_rates(
@@ -22,6 +22,7 @@ def learning_rates(
     boundaries: Sequence[int] = (),
     factor: float = 0.1,
     warmup_epochs: int = 0,
+    warmup_start: float = 0.0,
 ) -> npt.NDArray[np.float64]:
     """The learning rate in force during each epoch.
 
@@ -29,15 +30,18 @@ def learning_rates(
     one. `step` multiplies by `factor` from each boundary on (0-based: boundary 160 is the 161st
     epoch) and, for the first `warmup_epochs`, by `(1 + epoch) / warmup_epochs`. `cosine` is
     `base_lr * (1 + cos(pi * epoch / epochs)) / 2`; it has no warm-up in the reference, and gets
-    the same factor here when one is asked for.
+    the same factor here when one is asked for. `cosine_after_warmup`, PaCo's and BCL's, begins
+    after the warm-up and one epoch on, `base_lr * (1 + cos(pi * (epoch + 1) / (epochs + 1))) / 2`
+    with both counted from there.
 
     Args:
         epochs: number of epochs, at least 1.
         base_lr: rate before any factor.
-        schedule: "step" or "cosine".
-        boundaries: increasing epochs at which `step` decays; ignored by `cosine`.
+        schedule: one of `SCHEDULES`.
+        boundaries: increasing epochs at which `step` decays; ignored by the others.
         factor: of each decay.
         warmup_epochs: length of the linear warm-up; 0 for none.
+        warmup_start: the factor from which it rises, that of an epoch before the first.
 
     Returns:
         float64 `[epochs]`.
@@ -47,10 +51,10 @@ def learning_rates(
     """
     if schedule not in SCHEDULES:
         raise UserError(f"Unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}.")
-    if epochs < 1 or warmup_epochs < 0 or not base_lr >= 0:
+    if epochs < 1 or warmup_epochs < 0 or not base_lr >= 0 or not 0 <= warmup_start <= 1:
         raise UserError(
-            "Expected epochs >= 1, warmup_epochs >= 0 and base_lr >= 0, "
-            f"got {epochs}, {warmup_epochs} and {base_lr}."
+            "Expected epochs >= 1, warmup_epochs >= 0, base_lr >= 0 and a warmup_start from 0 to "
+            f"1, got {epochs}, {warmup_epochs}, {base_lr} and {warmup_start}."
         )
     if list(boundaries) != sorted(boundaries):
         raise UserError(f"Schedule boundaries must increase, got {tuple(boundaries)}.")
@@ -58,10 +62,13 @@ def learning_rates(
     for epoch in range(epochs):
         if schedule == "step":
             scale = factor ** sum(epoch >= boundary for boundary in boundaries)
-        else:
+        elif schedule == "cosine":
             scale = (1 + math.cos(math.pi * epoch / epochs)) / 2
+        else:
+            done = max(0, epoch + 1 - warmup_epochs) / (epochs + 1 - warmup_epochs)
+            scale = (1 + math.cos(math.pi * done)) / 2 if epoch >= warmup_epochs else 1.0
         if epoch < warmup_epochs:
-            scale *= (1 + epoch) / warmup_epochs
+            scale *= warmup_start + (1 - warmup_start) * (1 + epoch) / warmup_epochs
         rates[epoch] = base_lr * scale
     if not rates.max() <= np.finfo(np.float32).max:  # in which the update is computed
         raise UserError(

@@ -32,6 +32,9 @@ _STAGE2 = {
     "boundaries": (),
     "factor": 0.1,
     "warmup_epochs": 0,
+    "warmup_start": 0.0,
+    "sampler": "shuffle",
+    "class_run": 1,
 }
 
 # The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
@@ -202,7 +205,8 @@ def _scale_epochs(
     config.total_epochs = epochs
     config.optim.boundaries = tuple(round(x * scale) for x in config.optim.boundaries)
     config.optim.warmup_epochs = round(config.optim.warmup_epochs * scale)
-    for field in [f"method.{name}" for name in config.method] + list(fields):
+    # Each once: a recipe may set a method's field for a data set.
+    for field in {**{f"method.{name}": None for name in config.method}, **fields}:
         section, _, name = field.rpartition(".")
         if section not in ("", "optim") and name.endswith(("epoch", "epochs", "boundaries")):
             config[section][name] = _scaled(config[section][name], epochs / own_epochs)

@@ -81,9 +81,10 @@ class Job:
 
 
 def define_flags() -> None:
-    """Defines --table, --seeds, --scale, --mode, --workdir and --data_dir."""
+    """Defines --table, --seeds, --only, --scale, --mode, --workdir and --data_dir."""
     flags.DEFINE_enum("table", None, list(TABLES), "Table or figure of the paper.")
     flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds of each row, separated by commas.")
+    flags.DEFINE_list("only", [], "Folders of the rows to run, separated by commas; empty for all.")
     flags.DEFINE_enum("scale", "full", list(SCALES), "The paper's setting, or a small version.")
     flags.DEFINE_enum(
         "mode",
@@ -106,12 +107,13 @@ def main(arguments: Sequence[str]) -> None:
     root = record.locate(values.workdir) / values.scale
     seeds = _parse_seeds(values.seeds)
     jobs = plan(table, scale, seeds, root, values.data_dir)
+    wanted = _only(jobs, values.only)
     if values.mode == "print":
-        for job in jobs:
+        for job in wanted:
             if job.state() != "done":
                 print(shlex.join(["python", *job.command()]))
         return
-    failed = run(jobs, again=values.mode == "eval") if values.mode in ("run", "eval") else []
+    failed = run(wanted, again=values.mode == "eval") if values.mode in ("run", "eval") else []
     entries = collect(table, jobs)
     title = f"{table.title} ({scale.remark})" if scale.remark else table.title
     content = result_table(title, entries)
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed: "
+            f"{len(failed)} of {len(wanted)} runs failed: "
             f"{', '.join(str(job.workdir) for job in failed)}; see the train.log there, and start "
             "this again to go on."
         )
@@ -333,6 +335,15 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], rema
     record.write_atomically(
         root / f"{name}.json", json.dumps(record.plain(written), indent=2) + "\n"
     )
+
+
+def _only(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """Those of the experiments that are named, or all if none is."""
+    known = dict.fromkeys(job.experiment.name for job in jobs)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"The table has no row {unknown[0]!r}; choose from {', '.join(known)}.")
+    return [job for job in jobs if not names or job.experiment.name in names]
 
 
 def _parse_seeds(texts: Sequence[str]) -> list[int]:

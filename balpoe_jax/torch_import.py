@@ -132,6 +132,11 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     with record.log_to_file(directory):
         experiment = build(config)
         expected = experiment.abstract_state()
+        if experiment.network is not experiment.model or jax.tree.leaves(expected.extra):
+            raise UserError(
+                f"The method {config.method.name} trains more than the reference's network; import "
+                "into a config of method=balpoe."
+            )
         check_against(variables, expected.variables)
         step = experiment.total_steps if epoch is None else step_at(experiment.stages, epoch)
         try:

@@ -119,7 +119,15 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
         images = add(name, _augmentation(images, random, part))
     settings = case.settings
     as_compiled = pixels.compiled if case.source.encoded else lambda function: function
-    mix = mixing.draw_mix(tf.constant([1, 2]), mixup_alpha, batch_size, 1, rows)
+    mixer = mixing.Mixer(
+        mixing.MixSettings(alpha=mixup_alpha),
+        case.source.labels,
+        case.source.image_shape,
+        batch_size,
+        settings.seed,
+        rows,
+    )
+    mix, _ = mixer.draw(tf.constant(0, tf.int64), tf.constant(case.source.labels[:batch_size]))
 
     def normalized() -> tf.Tensor:
         return normalize(images, settings.mean, settings.std)
@@ -130,7 +138,7 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
     other = total - sum(stages.values())
     add(
         "normalise and mix (not compared)",
-        as_compiled(lambda: mixing.mix_images(normalized(), mix)),
+        as_compiled(lambda: mixing.mix_images(normalized(), None, mix)),
     )
     last = stages.popitem()
     result = [*stages.items(), ("other", other), ("all", total), last]

@@ -3,8 +3,9 @@
 
     python -m balpoe_jax.main --config=configs/cifar10_lt.py:ir=100,recipe=standard --workdir=DIR
 
-Arguments: ir=100|50|10, recipe=standard|strong|long, method=balpoe|balanced_softmax|cross_entropy,
-mixup=true|false, experts=E (0: the method's own number), backbone=resnet32|..., epochs=N (0: the
+Arguments: ir=100|50|10; method=balpoe, or another one of README's table; recipe=own (the method's
+training), or standard|strong|long, BalPoE's trainings, for any method; mixup=true|false (else as
+the method does); experts=E (0: the method's own number); backbone=resnet32|...; epochs=N (0: the
 recipe's own, else its schedule scaled).
 
 One GPU is enough: ResNet-32 with 3 experts at batch 128. The paper's tables have no figure for

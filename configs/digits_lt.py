@@ -4,8 +4,9 @@
     python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/digits_lt
 
 413 training images of 8x8 pixels (130 down to 5 a class), 400 balanced test images, ResNet-8.
-Arguments: method=balpoe|balanced_softmax|cross_entropy, mixup=true|false, experts=E (0: the
-method's own number). Not in the paper; what we measured is in the README.
+Arguments: method=balpoe, or another one of README's table, mixup=true|false, experts=E (0: the
+method's own number), epochs=N (0: 120), recipe=own|standard. Not in the paper; what we measured is
+in the README.
 """
 
 from ml_collections import ConfigDict

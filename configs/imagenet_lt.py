@@ -6,12 +6,14 @@
 Arguments after a colon, as in `configs/imagenet_lt.py:backbone=resnext50,recipe=long`:
 
     backbone    resnet50 (default), resnext50, resnet101, resnet152
-    recipe      standard (180 epochs), strong (the same with RandAugment) or long (400, likewise)
-    method      balpoe (default), balanced_softmax (one expert, tau 1), cross_entropy (one, tau 0)
-    mixup       true or false
+    method      balpoe (default), or another one of README's table
+    recipe      own (default), the method's training: BalPoE's is of 180 epochs; or, for any method,
+                BalPoE's trainings: standard, strong (the same with RandAugment and colour jitter)
+                or long (400 epochs, likewise)
+    mixup       true or false, else as the method does
     experts     number of experts; 0 for the method's own
     epochs      the cosine schedule over so many; 0 for the recipe's own
-    batch_size  global; 0 for the paper's 64, otherwise the learning rate scales in proportion
+    batch_size  global; 0 for the recipe's, else the learning rate scales in proportion
 
 The data set is TFDS's `imagenet_lt`, which `tfds build imagenet_lt` makes from the two ILSVRC 2012
 archives. Results are on its test split (50,000 images, ILSVRC's validation set); temperatures are

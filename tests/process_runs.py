@@ -123,6 +123,7 @@ def digits_config(**changes):
 def cifar_steps(mode: str):
     """Three steps at CIFAR's size, cropped, flipped and mixed in two groups: losses and state."""
     from balpoe_jax.data.augment import AugmentSettings
+    from balpoe_jax.data.mixing import MixSettings
     from balpoe_jax.data.pipeline import Host, TrainSettings, train_batches
     from balpoe_jax.data.sources import ArraySource
     from balpoe_jax.methods import Facts
@@ -141,8 +142,7 @@ def cifar_steps(mode: str):
         mean=(0.49, 0.48, 0.45),
         std=(0.2, 0.2, 0.2),
         augment=AugmentSettings(crop_padding=4, flip=True, rotation=15.0),
-        mixup_alpha=0.4,
-        mixup_groups=2,
+        mix=MixSettings(alpha=0.4, groups=2),
     )
     devices = make_parallel(mode)
     host = Host(jax.process_index(), jax.process_count())

@@ -14,7 +14,7 @@ import pytest
 
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
-from benchmarks import measuring, tf_pipeline
+from benchmarks import measuring, method_steps, tf_pipeline
 from benchmarks.measuring import Sample
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +132,9 @@ def test_turns_alternate() -> None:
 def test_more_cores_than_there_are_are_refused() -> None:
     with pytest.raises(UserError, match=r"--cores must be 1 to \d+, got 100000"):
         measuring.pin(100_000)
+
+
+def test_method_steps() -> None:
+    found = method_steps.run(["balanced_softmax"], "resnet8", 4, repeats=1, seconds=0)
+    assert_compared(found["balanced_softmax"])
+    assert found["balanced_softmax"]["num_parameters"] == 81040

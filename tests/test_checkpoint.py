@@ -138,3 +138,21 @@ def test_a_lost_connection_is_not_an_error_of_the_storage(tmp_path: Path, monkey
                 with pytest.raises(ValueError, match="No barrier") as caught:
                     verb()
             assert not isinstance(caught.value, UserError)
+
+
+def test_extra_state_is_saved_where_there_is_any(tmp_path: Path) -> None:
+    """And leaves no trace elsewhere: checkpoints from before there was any are restored."""
+    kept = {"queue": jnp.arange(6.0).reshape(3, 2), "labels": jnp.array([-1, 2, 0])}
+    for extra, name in (({}, "none"), (kept, "some")):
+        state = make_state(4).replace(extra=extra)
+        with Checkpoints(str(tmp_path / name)) as checkpoints:
+            checkpoints.save(state)
+            restored = checkpoints.restore_latest(abstract(state))
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        metadata = (tmp_path / name / "4" / "state" / "_METADATA").read_text()
+        assert ("queue" in metadata, "extra" in metadata) == (name == "some",) * 2
+    with (
+        Checkpoints(str(tmp_path / "some")) as checkpoints,
+        pytest.raises(UserError, match=r"of another model or optimizer: extra/labels .* absent"),
+    ):
+        checkpoints.restore_latest(abstract(make_state(0)))

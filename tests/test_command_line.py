@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 from balpoe_jax.command_line import use_compilation_cache
@@ -16,14 +17,20 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "balpoe_jax.main", *arguments],
+    return commands.run("balpoe_jax.main", *arguments)
+
+
+def test_a_command_starts_from_nothing() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "balpoe_jax.main", "--mode=fly"],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -34,11 +41,14 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
         (["--mode=fly"], "<train|eval>"),
         (["--config=configs/absent.py", "--workdir={dir}"], "configs/absent.py cannot be read"),
-        (["--config=configs/digits_lt.py:speed=1", "--workdir={dir}"], "method, mixup, experts"),
+        (
+            ["--config=configs/digits_lt.py:speed=1", "--workdir={dir}"],
+            "method, recipe, mixup, experts, epochs",
+        ),
         (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
         (
             ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
-            "Unknown config field config.data.nme; config.data has check_counts, data_dir",
+            "Unknown config field config.data.nme; config.data has check_counts, class_run",
         ),
         (
             ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],

@@ -117,7 +117,7 @@ def test_the_batch_of_a_step_can_be_told_afterwards() -> None:
     experiment = build(config_of(0))
     source, settings = experiment.data.train, experiment.train_settings
     for step, batch in enumerate(make_batches(source, settings, 0, 4)):
-        indices = pipeline.batch_indices(len(source), settings, step)
+        indices = pipeline.batch_indices(source.labels, settings, step)
         np.testing.assert_array_equal(source.labels[indices], batch["labels"])
 
 
@@ -141,7 +141,7 @@ def test_skipped_steps_are_counted_in_the_record(skipped: Path) -> None:
     assert row["learning_rate"] == made[BAD_STEP - 1]["learning_rate"]
     experiment = build(config_of(1))
     source, settings = experiment.data.train, experiment.train_settings
-    expected = pipeline.batch_indices(len(source), settings, BAD_STEP - 1)
+    expected = pipeline.batch_indices(source.labels, settings, BAD_STEP - 1)
     assert row["indices"] == expected.tolist()
     assert row["ids"] == [str(key) for key in source.keys[expected]]
     assert "Step 5 is not finite and skipped, 1 of 1" in (skipped / "train.log").read_text()

@@ -39,6 +39,25 @@ def test_warm_up_serves_the_cosine_too() -> None:
     np.testing.assert_allclose(warm / plain, [0.25, 0.5, 0.75, *[1.0] * 7], rtol=1e-12)
 
 
+def test_warm_up_may_begin_above_zero() -> None:
+    """As LADE and NCL do, from a third of the rate."""
+    rates = learning_rates(7, 1.0, boundaries=(6,), warmup_epochs=5, warmup_start=1 / 3)
+    expected = [(1 - t / 5) / 3 + t / 5 for t in (1, 2, 3, 4, 5)]
+    np.testing.assert_allclose(rates, [*expected, 1, 0.1], rtol=1e-12)
+
+
+def test_the_cosine_after_the_warm_up() -> None:
+    """PaCo's, by its own formula, and BCL's, which is the one without warm-up."""
+    rates = learning_rates(400, 0.05, "cosine_after_warmup", warmup_epochs=10)
+    paco = [
+        0.05 * (e + 1) / 10 if e < 10 else 0.025 * (1 + np.cos(np.pi * (e - 9) / (400 - 9)))
+        for e in range(400)
+    ]
+    np.testing.assert_allclose(rates, paco, rtol=1e-9)
+    bcl = [0.05 * (1 + np.cos(np.pi * (e + 1) / 91)) for e in range(90)]
+    np.testing.assert_allclose(learning_rates(90, 0.1, "cosine_after_warmup"), bcl, rtol=1e-9)
+
+
 def test_sgd_is_pytorchs(x64) -> None:
     """By hand: decay joins the gradient before momentum, on every parameter."""
     rate, momentum, decay = 0.1, 0.9, 0.05
@@ -65,8 +84,12 @@ def test_sgd_is_pytorchs(x64) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "linear"}, "Unknown schedule 'linear'; choose from step, cosine"),
+        (
+            {"schedule": "linear"},
+            "Unknown schedule 'linear'; choose from step, cosine, cosine_after_warmup",
+        ),
         ({"epochs": 0}, "epochs >= 1"),
+        ({"warmup_start": 1.5}, "a warmup_start from 0 to 1"),
         ({"base_lr": float("nan")}, "base_lr >= 0"),
         ({"boundaries": (5, 3)}, "must increase"),
     ],

@@ -10,10 +10,11 @@ import pytest
 import tensorflow as tf
 from small_photos import jpeg, prepare
 
-from balpoe_jax.data import datasets, mixing, natural, photos, pipeline, pixels, sources
+from balpoe_jax.data import datasets, natural, photos, pipeline, pixels, sources
 from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
+from balpoe_jax.data.mixing import Mixer, MixSettings
 from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
-from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.errors import UserError
 
 SIZE, RESIZE = 16, 18
@@ -135,7 +136,7 @@ def test_the_soft_limit_of_open_files_is_raised(data_dir: Path, monkeypatch) -> 
 def settings(**changes) -> TrainSettings:
     augment = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4))
     fields = {"batch_size": 8, "seed": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return TrainSettings(**{**fields, "augment": augment, "mixup_alpha": 0.3, **changes})
+    return TrainSettings(**{**fields, "augment": augment, "mix": MixSettings(alpha=0.3), **changes})
 
 
 def collect(data_dir: Path, first: int, last: int, host: Host = Host()) -> list[dict]:  # noqa: B008
@@ -161,11 +162,11 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     """Done here by batch and on bytes: a rotation comes before the changes of colour."""
     source, options = load(data_dir).train, settings(augment=augment)
     batch = list(train_batches(source, options, 0, 3))[2]
-    indices = pipeline.batch_indices(len(source), options, 2)
+    indices = pipeline.batch_indices(source.labels, options, 2)
     encoded, labels = source.reader().read(tf.constant(indices))
     np.testing.assert_array_equal(batch["labels"], labels)
     random = RowRandom(
-        pipeline._seed(options.seed, "augment", tf.constant(2, tf.int64)), 8, slice(0, 8)
+        stream_seed(options.seed, "augment", tf.constant(2, tf.int64)), 8, slice(0, 8)
     )
     windows = photos.random_windows(photos.shapes(encoded), random.stream("window"))
     flips = random.stream("move").uniform("flip") < 0.5
@@ -174,10 +175,8 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     images = normalize(images, options.mean, options.std).numpy()
     weight = batch["weight"][:, None, None, None]
     assert 0 < weight[0] < 1
-    partners = mixing.draw_mix(
-        pipeline._seed(options.seed, "mixup", tf.constant(2, tf.int64)),
-        options.mixup_alpha, 8, 1, slice(0, 8),
-    ).partners.numpy()  # fmt: skip
+    mixer = Mixer(options.mix, source.labels, source.image_shape, 8, options.seed, slice(0, 8))
+    partners = mixer.draw(tf.constant(2, tf.int64), labels)[0].partners.numpy()
     np.testing.assert_array_equal(batch["other_labels"], labels.numpy()[partners])
     expected = weight * images + (1 - weight) * images[partners]
     np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
@@ -185,7 +184,7 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
 
 def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
     """With mixup within each host's group, which is where hosts could differ from one."""
-    options = settings(mixup_groups=2)
+    options = settings(mix=MixSettings(alpha=0.3, groups=2))
     source = load(data_dir).train
     whole = list(train_batches(source, options, 0, 2))
     parts = [list(train_batches(source, options, 0, 2, Host(i, 2))) for i in range(2)]
@@ -197,7 +196,7 @@ def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
 
 def test_an_epoch_has_every_photograph(data_dir: Path) -> None:
     source = load(data_dir).train
-    options = settings(mixup_alpha=0.0, augment=AugmentSettings())
+    options = settings(mix=MixSettings(), augment=AugmentSettings())
     steps = -(-len(source) // 8)
     labels = np.concatenate([b["labels"] for b in train_batches(source, options, 0, steps)])
     np.testing.assert_array_equal(np.bincount(labels[: len(source)], minlength=1000), TRAIN)
@@ -210,7 +209,7 @@ def test_half_of_the_photographs_are_mirrored(data_dir: Path) -> None:
             [
                 batch["images"]
                 for batch in train_batches(
-                    source, settings(mixup_alpha=0.0, augment=AugmentSettings(flip=flip)), 0, 40
+                    source, settings(mix=MixSettings(), augment=AugmentSettings(flip=flip)), 0, 40
                 )
             ]
         )

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.pipeline import (
     Host,
     TrainSettings,
@@ -34,7 +35,7 @@ def make_settings(**changes) -> TrainSettings:
         "mean": (0.5, 0.4, 0.3),
         "std": (0.2, 0.3, 0.4),
         "augment": AugmentSettings(crop_padding=1, flip=True, rotation=15.0),
-        "mixup_alpha": 0.4,
+        "mix": MixSettings(alpha=0.4),
     }
     return TrainSettings(**{**fields, **changes})
 
@@ -65,7 +66,7 @@ def positions_of(batch: dict[str, np.ndarray]) -> np.ndarray:
     return np.round(batch["images"][:, 0, 0, 0] * 255).astype(int)
 
 
-PLAIN = {"augment": AugmentSettings(), "mixup_alpha": 0.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+PLAIN = {"augment": AugmentSettings(), "mix": MixSettings(), "mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 def test_a_resumed_run_reads_the_same_batches() -> None:
@@ -80,7 +81,7 @@ def test_threads_change_nothing(threads: int) -> None:
 @pytest.mark.parametrize("policy", ["none", "autoaugment_cifar"])
 def test_hosts_make_the_same_global_batches(policy: str) -> None:
     augment = AugmentSettings(crop_padding=1, flip=True, rotation=15.0, policy=policy)
-    changes = {"augment": augment, "mixup_groups": 2}
+    changes = {"augment": augment, "mix": MixSettings(alpha=0.4, groups=2)}
     whole = collect(0, 4, **changes)
     parts = [collect(0, 4, Host(index, 2), **changes) for index in range(2)]
     joined = [
@@ -122,7 +123,7 @@ def test_order_is_uniform() -> None:
 
 
 def test_mixup_is_one_weight_and_one_permutation_of_the_unmixed_batch() -> None:
-    plain, mixed = collect(0, 3, mixup_alpha=0.0), collect(0, 3)
+    plain, mixed = collect(0, 3, mix=MixSettings()), collect(0, 3)
     for before, after in zip(plain, mixed, strict=True):
         weight = after["weight"][0]
         assert (after["weight"] == weight).all() and 0 <= weight <= 1
@@ -142,7 +143,7 @@ def test_mixup_is_one_weight_and_one_permutation_of_the_unmixed_batch() -> None:
 
 def test_mixup_weights_follow_the_beta_distribution() -> None:
     alpha = 0.4
-    settings = make_settings(**{**PLAIN, "mixup_alpha": alpha, "batch_size": 2})
+    settings = make_settings(**{**PLAIN, "mix": MixSettings(alpha=alpha), "batch_size": 2})
     weights = np.array([b["weight"][0] for b in train_batches(make_source(2), settings, 0, 2000)])
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(weights.mean() - 0.5) < 4 * np.sqrt(variance / 2000)
@@ -152,7 +153,7 @@ def test_mixup_weights_follow_the_beta_distribution() -> None:
 
 
 def test_mixup_groups_keep_partners_together() -> None:
-    settings = make_settings(**{**PLAIN, "mixup_alpha": 5.0, "mixup_groups": 4})
+    settings = make_settings(**{**PLAIN, "mix": MixSettings(alpha=5.0, groups=4)})
     source = ArraySource(
         np.zeros((NUM_EXAMPLES, 2, 2, 3), np.uint8), np.arange(NUM_EXAMPLES), np.arange(21)
     )
@@ -165,8 +166,12 @@ def test_mixup_groups_keep_partners_together() -> None:
     ("host", "changes", "expected"),
     [
         (Host(0, 3), {}, "multiple of the 3 hosts, got 8"),
-        (Host(0, 2), {"mixup_groups": 1}, "multiple of the number of hosts, 2; got 1"),
-        (Host(), {"mixup_groups": 3}, "divide the batch size 8"),
+        (
+            Host(0, 2),
+            {"mix": MixSettings(alpha=0.4, groups=1)},
+            "multiple of the number of hosts, 2; got 1",
+        ),
+        (Host(), {"mix": MixSettings(alpha=0.4, groups=3)}, "divide the batch size 8"),
     ],
 )
 def test_batches_that_hosts_cannot_share(host: Host, changes, expected: str) -> None:

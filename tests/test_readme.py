@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README shows runs."""
+"""What the README shows runs, and its table of methods is that of the code."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+
+from balpoe_jax.methods import RECIPES, Recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -15,3 +17,32 @@ def test_the_library_example_runs() -> None:
     exec(code, names)
     assert names["logits"].shape == (8, 4)
     assert np.isfinite(names["loss"])
+
+
+def published(recipe: Recipe, dataset: str, arguments: str) -> str:
+    """The accuracy that is published under the method's own training, or a dash."""
+    found = [
+        f"{p.accuracy:g}" + (f" ({p.arguments.partition('=')[2]})" if not arguments else "")
+        for p in recipe.published
+        if p.dataset == dataset
+        and (p.arguments == arguments or (not arguments and p.arguments.startswith("backbone=")))
+    ]
+    return ", ".join(text.removesuffix(" ()") for text in found) or "-"
+
+
+def table_of_methods() -> str:
+    lines = [
+        "| `method=` | | CIFAR-100-LT, ratio 10 / 50 / 100 | ImageNet-LT | iNaturalist |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, recipe in RECIPES.items():
+        ratios = [published(recipe, "cifar100_lt", f"ir={ratio}") for ratio in (10, 50, 100)]
+        photos = [published(recipe, data, "") for data in ("imagenet_lt", "inaturalist2018")]
+        cells = [f"`{name}`", recipe.about, " / ".join(ratios), *photos]
+        lines.append(f"| {' | '.join(cells)} |".replace("- / - / -", "-"))
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_methods_is_that_of_the_code() -> None:
+    """Print `table_of_methods()` to write it anew."""
+    assert table_of_methods() in README

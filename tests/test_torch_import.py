@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -540,18 +541,14 @@ def test_refuses_a_config_of_another_model(tmp_path: Path, digits_file: Path) ->
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"the model of the config: unexpected .*layer2s\.2\.0\."):
         import_checkpoint(digits_file, digits_config(model__num_experts=2), str(workdir))
+    message = "The method mislas trains more than the reference's network; import into a config"
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(digits_file, get_config("digits_lt", "method=mislas"), str(workdir))
     import_checkpoint(digits_file, digits_config(), str(workdir))  # the workdir is still free
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "balpoe_jax.torch_import", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return commands.run("balpoe_jax.torch_import", *arguments)
 
 
 def test_the_command_makes_a_workdir(tmp_path: Path, digits_file: Path) -> None:

@@ -18,13 +18,16 @@ from test_tfrecords import write
 from balpoe_jax import bad_images
 from balpoe_jax.data import pipeline, sources, tfrecords, unreadable
 from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
 from balpoe_jax.data.sources import RecordSource
 from balpoe_jax.errors import PassingError, UserError
 
 SIZE, CLASSES, PER_CLASS, BATCH = 16, 4, 10, 8
 NUM = CLASSES * PER_CLASS
-SETTINGS = TrainSettings(BATCH, 3, (0.5,) * 3, (0.25,) * 3, AugmentSettings(flip=True), 0.3)
+SETTINGS = TrainSettings(
+    BATCH, 3, (0.5,) * 3, (0.25,) * 3, AugmentSettings(flip=True), MixSettings(alpha=0.3)
+)
 
 
 def write_photos(folder: Path, changed: dict[int, bytes] | None = None) -> RecordSource:
@@ -214,7 +217,7 @@ def test_skipping_goes_on_after_a_resume_and_on_any_hosts(tmp_path: Path) -> Non
     again, found_again = make_skipping(source, [bad for bad in found if bad.step <= 3])
     assert_equal(list(train_batches(source, SETTINGS, 3, 5, Host(threads=1), again)), whole[3:])
     assert sorted(found_again, key=lambda b: b.index) == sorted(found, key=lambda b: b.index)
-    unmixed = dataclasses.replace(SETTINGS, mixup_alpha=0.0)
+    unmixed = dataclasses.replace(SETTINGS, mix=MixSettings())
     one = list(train_batches(source, unmixed, 0, 3, replacements=make_skipping(source)[0]))
     half = list(train_batches(source, unmixed, 0, 3, Host(1, 2), make_skipping(source)[0]))
     assert_equal(half, [{key: batch[key][BATCH // 2 :] for key in batch} for batch in one])
@@ -273,4 +276,4 @@ def test_pipelines_without_damage_examine_nothing(tmp_path: Path, monkeypatch) -
     assert_equal(
         list(train_batches(source, SETTINGS, 0, 5, replacements=make_skipping(source)[0])), plain
     )
-    assert pipeline.batch_indices(NUM, SETTINGS, 4).shape == (BATCH,)
+    assert pipeline.batch_indices(np.zeros(NUM, int), SETTINGS, 4).shape == (BATCH,)

@@ -41,10 +41,13 @@ class Body(nn.Module):
 
 
 def experts(
-    number: int, axis_name: str | None = None, classifier: str = "cosine", scale: float = 30.0
+    number: int,
+    axis_name: str | None = None,
+    classifier: str = "cosine",
+    scale: float = 30.0,
+    classes: int = len(COUNTS),
 ) -> ExpertEnsemble:
-    """Experts with a feature of 8 numbers for `COUNTS`' classes."""
-    classes = len(COUNTS)
+    """Experts with a feature of 8 numbers, for `COUNTS`' classes if not told otherwise."""
     head = CosineHead(classes, scale) if classifier == "cosine" else LinearHead(classes)
     return ExpertEnsemble(Trunk(axis_name), Expert(Body(axis_name), head), number, "loop")
 

@@ -20,12 +20,12 @@ class RowRandom:
     Attributes:
         seed: int32 `[2]`, already folded with the step.
         batch_size: number of rows of the global batch.
-        rows: the slice of rows that this host makes.
+        rows: which rows this host makes: a slice, or positions int32 `[rows]`.
     """
 
     seed: tf.Tensor
     batch_size: int
-    rows: slice
+    rows: slice | tf.Tensor
 
     def stream(self, name: str) -> "RowRandom":
         """An independent source for the sub-task `name`."""
@@ -48,14 +48,29 @@ class RowRandom:
             dtype,
             _ALGORITHM,
         )
-        return drawn[self.rows]
+        return self._own(drawn)
 
     def normal(self, name: str, per_row: tuple[int, ...] = ()) -> tf.Tensor:
         """Standard normal float32, shape `[rows, *per_row]`."""
         drawn = tf.random.stateless_normal(
             [self.batch_size, *per_row], fold_in(self.seed, stream_id(name)), alg=_ALGORITHM
         )
-        return drawn[self.rows]
+        return self._own(drawn)
+
+    def _own(self, drawn: tf.Tensor) -> tf.Tensor:
+        return drawn[self.rows] if isinstance(self.rows, slice) else tf.gather(drawn, self.rows)
+
+
+def stream_seed(seed: int, stream: str, index: tf.Tensor | int) -> tf.Tensor:
+    """The int32 `[2]` seed of one batch or epoch in one stream of random numbers.
+
+    Args:
+        seed: of the run.
+        stream: its name.
+        index: the step or the epoch.
+    """
+    root = tf.constant([seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF], tf.int32)
+    return fold_in(fold_in(root, stream_id(stream)), index)
 
 
 def stream_id(name: str) -> int:

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages in which a training batch is made, and the settings that they follow."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from balpoe_jax.data import photos, pixels
+from balpoe_jax.data.augment import AugmentSettings, normalize
+from balpoe_jax.data.mixing import NO_MIXING, Mix, Mixer, MixSettings, mix_images
+from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.samplers import check_sampler
+from balpoe_jax.data.sources import Source
+from balpoe_jax.data.views import View
+
+Batch = dict[str, Any]  # of tensors
+
+# The images that others are mixed with, where these are not the batch's own.
+_OTHERS = "others"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How training batches are made.
+
+    Attributes:
+        batch_size: of the global batch.
+        seed: of order, augmentation and mixing.
+        mean, std: of the normalisation, by channel, for images in [0, 1].
+        augment: what happens to the uint8 images.
+        mix: how they are mixed then.
+        dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
+        views: of further views of the same images, what happens to each; they are not mixed.
+        sampler, class_run: see `samplers.batches`.
+
+    Raises:
+        UserError (a `ValueError`): a sampler that there is not.
+    """
+
+    batch_size: int
+    seed: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augment: AugmentSettings
+    mix: MixSettings = NO_MIXING
+    dtype: str = "float32"
+    views: tuple[AugmentSettings, ...] = ()
+    sampler: str = "shuffle"
+    class_run: int = 1
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.class_run)
+
+
+class TrainStages:
+    """The stages in which a training batch is made, each a function inside the graph.
+
+    Args:
+        source: the training set.
+        settings: how its batches are made.
+        rows: this host's rows of each.
+    """
+
+    def __init__(self, source: Source, settings: TrainSettings, rows: slice) -> None:
+        self._reader = source.reader()
+        self._settings = settings
+        self._rows = rows
+        self._image_size = source.image_shape[:2]
+        # Each with the stream of random numbers that it draws from.
+        self._views = {"images": ("augment", View(source, settings.augment))}
+        for number, augment in enumerate(settings.views, 2):
+            self._views[f"images_{number}"] = f"augment_{number}", View(source, augment)
+        self._mixer = None
+        if settings.mix.alpha > 0:
+            self._mixer = Mixer(
+                settings.mix,
+                source.labels,
+                source.image_shape,
+                settings.batch_size,
+                settings.seed,
+                rows,
+            )
+        if settings.mix.from_sampler:
+            self._views[_OTHERS] = "augment_others", View(source, settings.augment)
+
+    def choose(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
+        """This host's part in a batch: positions in the training set, int32 `[rows]`."""
+        batch = {"step": step, "indices": indices[self._rows]}
+        if _OTHERS in self._views:
+            assert self._mixer is not None
+            batch["other_indices"] = self._mixer.partners_to_read(step)
+        return batch
+
+    def read(self, batch: Batch) -> Batch:
+        """Images, as they are stored, and labels."""
+        images, labels = self._reader.read(batch["indices"])
+        read = {"step": tf.fill(tf.shape(labels), batch["step"]), "labels": labels}
+        stored = {"images": images}
+        if _OTHERS in self._views:
+            stored[_OTHERS], read["read_labels"] = self._reader.read(batch["other_indices"])
+        return {**read, "stored": stored}
+
+    def draw_windows(self, batch: Batch) -> Batch:
+        """Adds what `decode` needs."""
+        shapes = {name: photos.shapes(encoded) for name, encoded in batch["stored"].items()}
+        drawn = {
+            name: view.draw(_stored(shapes, name), self._random(batch, stream))
+            for name, (stream, view) in self._views.items()
+        }
+        return {**batch, "drawn": drawn}
+
+    def decode(self, row: Batch) -> Batch:
+        """A window for each view of one photograph, resized and changed; packed."""
+        stored, drawn = row.pop("stored"), row.pop("drawn")
+
+        def decode(name: str, view: View) -> tf.Tensor:
+            return self._if_needed(
+                name,
+                row["step"],
+                lambda: view.decode(_stored(stored, name), drawn[name]),
+                lambda: tf.zeros(self._image_size, tf.uint32),
+            )
+
+        images = {name: decode(name, view) for name, (_, view) in self._views.items()}
+        return {**row, "stored": images}
+
+    def finish(self, batch: Batch) -> Batch:
+        """Augments, normalises and mixes images."""
+        labels = batch["labels"]
+
+        def augment(name: str, stream: str, view: View) -> tf.Tensor:
+            images = _stored(batch["stored"], name)
+            return self._if_needed(
+                name,
+                batch["step"][0],
+                lambda: view.augment(images, self._random(batch, stream)),
+                lambda: tf.zeros_like(images),
+            )
+
+        images = {name: augment(name, *how) for name, how in self._views.items()}
+        mix, other_labels, weight = None, labels, tf.ones_like(labels, tf.float32)
+        if self._mixer is not None:
+            mix, (other_labels, weight) = self._mixer.draw(
+                batch["step"][0], labels, batch.get("read_labels")
+            )
+        others = images.pop(_OTHERS, None)
+        inputs = {"images": self._to_input(images.pop("images"), others, mix)}
+        inputs |= {name: self._to_input(view) for name, view in images.items()}
+        return {**inputs, "labels": labels, "other_labels": other_labels, "weight": weight}
+
+    def _to_input(
+        self, images: tf.Tensor, others: tf.Tensor | None = None, mix: Mix | None = None
+    ) -> tf.Tensor:
+        """What the network gets."""
+        settings = self._settings
+
+        def convert(images: tf.Tensor, others: tf.Tensor | None, mix: Mix | None) -> tf.Tensor:
+            images = normalize(images, settings.mean, settings.std)
+            if mix is not None:
+                if others is not None:
+                    others = normalize(others, settings.mean, settings.std)
+                images = mix_images(images, others, mix)
+            return tf.cast(images, settings.dtype)
+
+        # Of photographs a batch exceeds every cache: compiled, all this is one pass over it.
+        packed = images.dtype == tf.uint32
+        return (pixels.compiled(convert) if packed else convert)(images, others, mix)
+
+    def _if_needed(
+        self,
+        name: str,
+        step: tf.Tensor,
+        make: Callable[[], tf.Tensor],
+        blank: Callable[[], tf.Tensor],
+    ) -> tf.Tensor:
+        """Makes a view; spares that of others the work where the batch is not mixed with them."""
+        if name != _OTHERS or self._settings.mix.always:
+            return make()
+        assert self._mixer is not None
+        return tf.cond(self._mixer.mixes(step), make, blank)
+
+    def _random(self, batch: Batch, stream: str) -> RowRandom:
+        seed = stream_seed(self._settings.seed, stream, batch["step"][0])
+        return RowRandom(seed, self._settings.batch_size, self._rows)
+
+
+def _stored(stored: dict[str, tf.Tensor], name: str) -> tf.Tensor:
+    """Of the images that were read, those that a view shows; once decoded, each has its own."""
+    return stored.get(name, stored["images"])

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A view of images: one augmented version of each, from how they are stored to normalised floats.
+
+Images in memory need `augment` alone. Photographs are decoded one by one in between:
+
+    drawn = view.draw(shapes, random)
+    images = [view.decode(encoded, row) for each row]
+    images = view.augment(images, random)
+"""
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+
+from balpoe_jax.data import photos
+from balpoe_jax.data.augment import AugmentSettings, augment_batch, change_image, draw_changes
+from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.sources import Source
+
+
+class View:
+    """How the images of a source are augmented.
+
+    Args:
+        source: of the images.
+        settings: what happens to them; photographs are cropped at random besides.
+    """
+
+    def __init__(self, source: Source, settings: AugmentSettings) -> None:
+        self._settings = settings
+        self._image_size = source.image_shape[0]
+        # What is done to a batch, and before that to each photograph: to mirror while it is
+        # resized, and to change it unless it is to be cropped or rotated before.
+        self._of_batch, self._of_each = settings, AugmentSettings()
+        if source.encoded:
+            self._of_batch = dataclasses.replace(self._of_batch, flip=False)
+            if not self._of_batch.moves:
+                self._of_batch, self._of_each = self._of_batch.without_changes()
+
+    def draw(self, shapes: tf.Tensor, random: RowRandom) -> dict[str, Any]:
+        """What `decode` needs of each row of `random`.
+
+        Args:
+            shapes: height and width of the photographs, int32 `[rows, 2]`.
+            random: source of the draws.
+        """
+        flips = random.stream("move").uniform("flip") < (0.5 if self._settings.flip else 0)
+        return {
+            "windows": photos.random_windows(shapes, random.stream("window")),
+            "flips": flips,
+            "changes": draw_changes(random, self._of_each),
+        }
+
+    def decode(self, encoded: tf.Tensor, drawn: dict[str, Any]) -> tf.Tensor:
+        """One photograph's window, resized and changed; packed `[H, W]`."""
+        image = photos.decode_window(encoded, drawn["windows"], drawn["flips"], self._image_size)
+        return change_image(image, drawn["changes"], self._of_each)
+
+    def augment(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
+        """The rest: of uint8 or packed images of one size, in the form in which they came."""
+        return augment_batch(images, random, self._of_batch)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiSLAS: decoupled training that calibrates (Zhong et al., CVPR 2021).
+
+The first stage is cross-entropy with mixup. The second one tunes the classifier on batches with
+balanced classes, with label-aware smoothing and a learnable scale for each class, while the rest of
+the network keeps its parameters and only its BatchNorm statistics move on ("shifted" statistics).
+
+Followed is the authors' code (dvlab-research/MiSLAS), where the paper differs: the smoothed mass is
+spread over all classes, not over the others alone, and the classifier of the first stage is
+continued, not initialised anew. Where we differ: an epoch of the second stage has as many steps as
+one of the first, the authors' one more.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import linen as nn
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.methods.base import (
+    Batch,
+    Facts,
+    Losses,
+    Method,
+    Network,
+    Stage,
+    mixed_targets,
+)
+from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.models import ExpertEnsemble, Outputs
+
+SHAPES = ("concave", "linear", "convex")
+
+
+def label_smoothing(
+    class_counts: npt.NDArray[np.int64], head: float, tail: float, shape: str = "concave"
+) -> npt.NDArray[np.float64]:
+    """How much the label of each class is smoothed, float64 `[C]`: `head` where most images are.
+
+    With `t` from 0 for the smallest class to 1 for the largest, in proportion to the counts, it is
+    `tail + (head - tail) s(t)`, `s` being `sin(pi t / 2)` ("concave"), `t` ("linear") or
+    `1 + sin(3 pi / 2 + pi t / 2)` ("convex"). Paper, Section 3.2. If all classes have one size it
+    is `head` for all.
+    """
+    counts = np.asarray(class_counts, np.float64)
+    if counts.max() == counts.min():
+        return np.full(len(counts), head)
+    t = (counts - counts.min()) / (counts.max() - counts.min())
+    curve = {
+        "concave": np.sin(np.pi * t / 2),
+        "linear": t,
+        "convex": 1 + np.sin(3 * np.pi / 2 + np.pi * t / 2),
+    }[shape]
+    return tail + (head - tail) * curve
+
+
+def label_aware_smoothing(logits: jax.Array, labels: jax.Array, smoothing: jax.Array) -> jax.Array:
+    """Cross-entropy with labels smoothed by what their class asks for.
+
+    Args:
+        logits: float `[..., C]`.
+        labels: int `[...]`.
+        smoothing: float `[C]`, see `label_smoothing`; 0 is plain cross-entropy.
+
+    Returns:
+        float `[...]`, `(1 - s_y) (-log p_y) + s_y mean_c (-log p_c)`.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    share = smoothing[labels]
+    return -(1 - share) * own - share * log_probabilities.mean(axis=-1)
+
+
+class ScaledEnsemble(nn.Module):
+    """An ensemble whose logits are multiplied by a learnable factor for each class, 1 at first."""
+
+    ensemble: ExpertEnsemble
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> Outputs:
+        """As the ensemble's."""
+        outputs = self.ensemble(images, train)
+        scale = self.param("class_scale", nn.initializers.ones, outputs.logits.shape[-1:])
+        return outputs._replace(logits=outputs.logits * scale[None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Mislas(Method):
+    """See the module.
+
+    Attributes:
+        smooth_head, smooth_tail: smoothing of the largest and of the smallest class, in [0, 1].
+        smooth_shape: between them, one of `SHAPES`.
+        classifier_rate: of the classifier in the second stage, as a factor of the learning rate.
+    """
+
+    smooth_head: float = 0.4
+    smooth_tail: float = 0.1
+    smooth_shape: str = "concave"
+    classifier_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.smooth_tail <= 1 and 0 <= self.smooth_head <= 1):
+            raise UserError(
+                "config.method.smooth_head and smooth_tail must be from 0 to 1, got "
+                f"{self.smooth_head} and {self.smooth_tail}."
+            )
+        if self.smooth_shape not in SHAPES:
+            raise UserError(
+                f"Unknown config.method.smooth_shape {self.smooth_shape!r}; choose from "
+                f"{', '.join(SHAPES)}."
+            )
+        if not 0 <= self.classifier_rate < float("inf"):
+            raise UserError(
+                f"config.method.classifier_rate must not be negative, got {self.classifier_rate}."
+            )
+
+    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> ScaledEnsemble:
+        """The ensemble with a scale for each class."""
+        return ScaledEnsemble(ensemble)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Mixup training of all but the scales, then the classifier's tuning."""
+
+        def first(path: str) -> float:
+            return 0.0 if path == "class_scale" else 1.0
+
+        def second(path: str) -> float:
+            if path == "class_scale":
+                return 1.0
+            return self.classifier_rate if "/head/" in path else 0.0
+
+        return (
+            Stage("mixup training", self.loss, first),
+            Stage("classifier tuning", self.tuning_loss, second),
+        )
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """Cross-entropy of mixed labels."""
+        outputs, batch_stats = network(batch["images"])
+        targets = mixed_targets(batch, facts.num_classes)
+        by_expert = -(targets[None] * jax.nn.log_softmax(outputs.logits)).sum(axis=-1).mean(axis=1)
+        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+
+    def tuning_loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """Label-aware smoothing. Statistics are those of the batch, and go on moving."""
+        outputs, batch_stats = network(batch["images"])
+        smoothing = label_smoothing(
+            facts.class_counts, self.smooth_head, self.smooth_tail, self.smooth_shape
+        )
+        losses = label_aware_smoothing(
+            outputs.logits,
+            jnp.broadcast_to(batch["labels"], outputs.logits.shape[:2]),
+            jnp.asarray(smoothing, outputs.logits.dtype),
+        )
+        by_expert = losses.mean(axis=1)
+        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+
+
+_SOURCE = "MiSLAS's repository"
+
+_FIELDS = {
+    "model.classifier": "linear",
+    "optim.nesterov": False,
+    "augment.rotation": 0.0,
+    "stage2.epochs": 10,
+    "stage2.learning_rate": 0.1,
+    "stage2.nesterov": False,
+    "stage2.sampler": "class_aware",
+    "stage2.class_run": 4,
+}
+
+
+def _recipe(about: str, cifar_decay: float, published: tuple[Published, ...]) -> Recipe:
+    decay = {"optim.weight_decay": cifar_decay, "stage2.weight_decay": cifar_decay}
+    large = {
+        "batch_size": 256,
+        "optim.learning_rate": 0.1,
+        "mixup.alpha": 0.2,
+        "method.smooth_head": 0.3,
+        "method.smooth_tail": 0.0,
+        "method.classifier_rate": 0.05,
+    }
+    softer = {"method.smooth_tail": 0.0, "method.classifier_rate": 0.1}
+    return Recipe(
+        Mislas(),
+        about,
+        fields=_FIELDS,
+        on={
+            "cifar100_lt": {"mixup.alpha": 1.0, **decay},
+            "cifar100_lt:ir=50": {**softer, "method.smooth_head": 0.3},
+            "cifar100_lt:ir=10": {**softer, "method.smooth_head": 0.2},
+            "cifar10_lt": {"mixup.alpha": 1.0, **decay},
+            "digits_lt": {"mixup.alpha": 0.4},
+            "imagenet_lt": {**large, "total_epochs": 180},
+            "inaturalist2018": {
+                **large,
+                "total_epochs": 200,
+                "optim.weight_decay": 1e-4,
+                "stage2.weight_decay": 1e-4,
+                "augment.color_jitter": (0.4, 0.4, 0.4),
+            },
+        },
+        published=published,
+    )
+
+
+RECIPES = {
+    "mislas": _recipe(
+        "MiSLAS",
+        2e-4,
+        (
+            Published("cifar100_lt", "ir=10", 63.2, _SOURCE, ece=1.73),
+            Published("cifar100_lt", "ir=50", 52.3, _SOURCE, ece=2.47),
+            Published("cifar100_lt", "ir=100", 47.0, _SOURCE, ece=4.83),
+            Published("imagenet_lt", "", 52.7, _SOURCE, ece=1.78),
+            Published("inaturalist2018", "", 71.6, _SOURCE, ece=7.67),
+        ),
+    ),
+    # The weight decay that the authors' page recommends for CIFAR.
+    "mislas_wd5e-4": _recipe("MiSLAS, more weight decay", 5e-4, ()),
+}

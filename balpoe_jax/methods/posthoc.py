@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Post-hoc logit adjustment: trained as cross-entropy, the prior taken out of what is predicted.
+
+`argmax_c z_c - tau log pi_c` is that of Menon et al. (ICLR 2021). With `tau = 1` and a known target
+prior, whose logarithm evaluation adds, it is post-compensated (PC) softmax of Hong et al. (CVPR
+2021), `z - log pi + log pi_target`: before the softmax, since the two do not commute. The released
+code of the latter scores nothing but compensated logits; with `tau = 0` ours are plain.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from balpoe_jax.losses import expert_losses, log_prior
+from balpoe_jax.methods import lade
+from balpoe_jax.methods.base import (
+    Batch,
+    Facts,
+    Losses,
+    Method,
+    Network,
+    Prediction,
+    mixed_targets,
+)
+from balpoe_jax.methods.checks import check_range
+from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.models import Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class PostHoc(Method):
+    """Cross-entropy; predicts adjusted logits, so that everything evaluation does starts from them.
+
+    Attributes:
+        tau: how much of the log prior is taken out.
+    """
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("tau", self.tau, -100, 100)
+
+    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+        """What is predicted is biased as by a loss of that tau."""
+        return (self.tau,) * len(taus)
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The mean over experts and rows of the cross-entropy."""
+        outputs, batch_stats = network(batch["images"])
+        targets = mixed_targets(batch, facts.num_classes)
+        prior = log_prior(facts.class_counts)
+        taus = jnp.zeros(len(outputs.logits))
+        by_expert = expert_losses(outputs.logits, targets, prior, taus).mean(axis=1)
+        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+
+    def predict(self, outputs: Outputs, params: object, facts: Facts) -> Prediction:
+        """Every expert's logits without the prior."""
+        prior = log_prior(facts.class_counts)
+        return Prediction(outputs.logits - self.tau * prior.reshape(1, 1, -1))
+
+
+RECIPES = {
+    "logit_adjustment": Recipe(
+        PostHoc(),
+        "logit adjustment, post-hoc",
+        fields={
+            "optim.weight_decay": 2e-4,
+            "augment.rotation": 0.0,
+            "model.classifier": "linear",
+        },
+        # The authors' own training, of 120,000 updates.
+        on={
+            "cifar100_lt:recipe=long": {
+                "total_epochs": 1419,
+                "optim.boundaries": (691, 1059, 1290),
+                "optim.factor": 0.1,
+                "optim.warmup_epochs": 22,
+                "augment.crop_padding": 2,
+                "augment.policy": "none",
+            }
+        },
+        published=(
+            Published("cifar100_lt", "ir=100,recipe=long", 44.07, "logit adjustment's repository"),
+        ),
+    ),
+    "pc_softmax": Recipe(
+        PostHoc(),
+        "PC softmax",
+        fields=lade.TRAINING,
+        on=lade.ON,
+        published=(
+            Published("cifar100_lt", "ir=10", 61.2, "LADE's paper"),
+            Published("cifar100_lt", "ir=50", 49.5, "LADE's paper"),
+            Published("cifar100_lt", "ir=100", 45.3, "LADE's paper"),
+        ),
+    ),
+}

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that weigh classes: class-balanced cross-entropy, focal loss, LDAM, each perhaps deferred.
+
+Class-balanced weights are those of Cui et al. (CVPR 2019), the focal loss that of Lin et al. (ICCV
+2017), margins (LDAM) and deferred re-weighting (DRW) those of Cao et al. (NeurIPS 2019), whose
+training the recipes follow. We differ from the released code in two ways:
+
+- The probability by which the focal loss scales an example is that of the network. The released
+  code takes the exponential of the loss after its class weight was applied, which is no
+  probability; `focal_p="weighted"` does that.
+- Logits come scaled from the cosine head, and the margin is scaled by the same number. The released
+  LDAM network returns bare cosines, so that its confidences are not those of its loss.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mix_losses
+from balpoe_jax.methods.checks import check_choice, check_range
+from balpoe_jax.methods.recipe import Published, Recipe
+
+BASES = ("cross_entropy", "focal", "ldam")
+WEIGHTS = ("none", "class_balanced")
+WEIGHT_NORMS = ("sum_w", "batch")
+FOCAL_PS = ("unweighted", "weighted")
+
+# Below this the focal factor no longer changes: its gradient stays finite for an exponent below 1.
+_LEAST_DISTANCE = 1e-12
+
+
+def class_balanced_weights(
+    class_counts: npt.NDArray[np.integer], beta: float
+) -> npt.NDArray[np.float64]:
+    """Inverse effective numbers of examples `(1 - beta) / (1 - beta^n)`, scaled to sum to C.
+
+    With `beta = 0.9999` and classes of up to a few hundred examples they are nearly proportional
+    to `1 / n`.
+
+    Args:
+        class_counts: int `[C]`, none of them 0.
+        beta: in [0, 1); 0 gives equal weights.
+
+    Returns:
+        float64 `[C]`.
+    """
+    weights = (1 - beta) / (1 - np.power(beta, np.asarray(class_counts, np.float64)))
+    return weights * len(weights) / weights.sum()
+
+
+def ldam_margins(
+    class_counts: npt.NDArray[np.integer], max_margin: float
+) -> npt.NDArray[np.float64]:
+    """Margins `max_margin * (n / n_min)^(-1/4)` of cosines, the rarest class's being the largest.
+
+    Args:
+        class_counts: int `[C]`, none of them 0.
+        max_margin: of the rarest class.
+
+    Returns:
+        float64 `[C]`.
+    """
+    counts = np.asarray(class_counts, np.float64)
+    return max_margin * (counts / counts.min()) ** -0.25
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of float logits `[B, C]` and int labels `[B]`, in nats: float `[B]`."""
+    return logit_adjusted_cross_entropy(logits, labels, jnp.zeros(logits.shape[-1:]), 0.0)
+
+
+def focal_loss(losses: jax.Array, gamma: float) -> jax.Array:
+    """`(1 - p)^gamma * loss`, where `p = exp(-loss)` is the probability of the label.
+
+    Args:
+        losses: float `[B]`, cross-entropies.
+        gamma: not negative; 0 leaves them as they are.
+    """
+    if gamma == 0:
+        return losses
+    return jnp.maximum(-jnp.expm1(-losses), _LEAST_DISTANCE) ** gamma * losses
+
+
+def ldam_loss(
+    logits: jax.Array, labels: jax.Array, margins: npt.ArrayLike, scale: float
+) -> jax.Array:
+    """Cross-entropy of logits of which the label's was lowered by its class's margin.
+
+    Args:
+        logits: float `[B, C]`, of a cosine head, its scale included.
+        labels: int `[B]`.
+        margins: float `[C]`, see `ldam_margins`.
+        scale: of the cosine head; the margin is scaled by it.
+
+    Returns:
+        float `[B]`, in nats.
+    """
+    lowered = jnp.asarray(margins, logits.dtype)[labels] * scale
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return cross_entropy(logits - lowered[:, None] * one_hot, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reweighted(Method):
+    """The weighted mean over rows of a loss, and the mean over experts if there are several.
+
+    Attributes:
+        base: "cross_entropy", "focal" or "ldam".
+        weights: of classes, "none" or "class_balanced", see `class_balanced_weights`.
+        beta: of the effective number.
+        reweight_epoch: the first epoch with class weights, counted from 0; -1 for none.
+        weight_norm: "sum_w" divides the sum of weighted losses by the sum of weights, as
+            PyTorch does, over the whole batch; "batch" by the number of rows.
+        gamma: exponent of the focal loss.
+        focal_p: "unweighted" or "weighted"; see the module.
+        max_margin: of LDAM.
+
+    In a mixed batch each row stands for its two labels, whose shares weigh beside their classes'
+    weights. Mixed within a batch by one share that is what mixing the two weighted means gives.
+    """
+
+    base: str = "cross_entropy"
+    weights: str = "none"
+    beta: float = 0.9999
+    reweight_epoch: int = 0
+    weight_norm: str = "sum_w"
+    gamma: float = 1.0
+    focal_p: str = "unweighted"
+    max_margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        check_choice("base", self.base, BASES)
+        check_choice("weights", self.weights, WEIGHTS)
+        check_choice("weight_norm", self.weight_norm, WEIGHT_NORMS)
+        check_choice("focal_p", self.focal_p, FOCAL_PS)
+        check_range("beta", self.beta, 0, 0.999999)
+        check_range("reweight_epoch", self.reweight_epoch, -1, 1e6)
+        check_range("gamma", self.gamma, 0, 100)
+        check_range("max_margin", self.max_margin, 0, 100)
+
+    @property
+    def whole_batch(self) -> bool:  # type: ignore[override]
+        """Where weights are normalised over the batch."""
+        return self.weighs and self.weight_norm == "sum_w"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether there is an epoch with class weights."""
+        return self.weights != "none" and self.reweight_epoch >= 0
+
+    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+        """Unweighted cross-entropy is that of tau 0."""
+        plain = self.base == "cross_entropy" and not self.weighs
+        return (0.0 if plain else None,) * len(taus)
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The mean over experts and rows."""
+        outputs, batch_stats = network(batch["images"])
+        by_expert = self.expert_losses(outputs.logits, batch, facts, epoch)
+        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+
+    def expert_losses(
+        self, logits: jax.Array, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> jax.Array:
+        """Weighted means over the rows of `[E, b, C]`, float `[E]`; their mean over devices counts.
+
+        Args:
+            logits: of all experts.
+            batch: this device's rows.
+            facts: of the run.
+            epoch: traced, counted from 0.
+        """
+        # Log priors are not needed, but a class without examples has no weight and no margin.
+        log_prior(facts.class_counts)
+        weights = self.class_weights(facts, epoch).astype(logits.dtype)
+
+        def weighted_mean(logits: jax.Array) -> jax.Array:
+            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, facts)).mean()
+
+        means = jax.vmap(weighted_mean)(logits)
+        if not self.whole_batch:
+            return means
+        shares = mix_losses(batch, lambda labels: weights[labels])
+        return means / facts.mean_over_devices(shares.mean())
+
+    def class_weights(self, facts: Facts, epoch: jax.Array) -> jax.Array:
+        """Those of an epoch, float `[C]`."""
+        ones = jnp.ones(facts.num_classes)
+        if not self.weighs:
+            return ones
+        weights = jnp.asarray(class_balanced_weights(facts.class_counts, self.beta))
+        return jnp.where(epoch >= self.reweight_epoch, weights, ones)
+
+    def row_losses(
+        self, logits: jax.Array, labels: jax.Array, weights: jax.Array, facts: Facts
+    ) -> jax.Array:
+        """Weighted losses `[B]` of one expert's logits `[B, C]`."""
+        if self.base == "ldam":
+            margins = ldam_margins(facts.class_counts, self.max_margin)
+            return weights[labels] * ldam_loss(logits, labels, margins, facts.scale)
+        losses = cross_entropy(logits, labels)
+        if self.base == "cross_entropy":
+            return weights[labels] * losses
+        if self.focal_p == "weighted":
+            return focal_loss(weights[labels] * losses, self.gamma)
+        return weights[labels] * focal_loss(losses, self.gamma)
+
+
+# The training of Cao et al., and on photographs that of later work on the same code (CMO's).
+TRAINING: dict[str, Any] = {
+    "optim.nesterov": False,
+    "optim.weight_decay": 2e-4,
+    "augment.rotation": 0.0,
+}
+ON: dict[str, dict[str, Any]] = {
+    "cifar10_lt": {"optim.factor": 0.01},
+    "cifar100_lt": {"optim.factor": 0.01},
+    "imagenet_lt": {
+        "total_epochs": 100,
+        "batch_size": 128,
+        "optim.learning_rate": 0.1,
+        "optim.schedule": "step",
+        "optim.boundaries": (60, 80),
+        "optim.warmup_epochs": 5,
+    },
+    "inaturalist2018": {
+        "total_epochs": 200,
+        "batch_size": 256,
+        "optim.learning_rate": 0.1,
+        "optim.schedule": "step",
+        "optim.boundaries": (75, 160),
+    },
+}
+# Weights begin where the learning rate drops (for the last time on iNaturalist).
+_DEFERRED = {
+    **ON,
+    "imagenet_lt": {**ON["imagenet_lt"], "method.reweight_epoch": 80},
+    "inaturalist2018": {**ON["inaturalist2018"], "method.reweight_epoch": 160},
+}
+_LDAM = {
+    **_DEFERRED,
+    "inaturalist2018": {**_DEFERRED["inaturalist2018"], "method.max_margin": 0.3},
+}
+_LINEAR = {**TRAINING, "model.classifier": "linear"}
+
+RECIPES = {
+    "cross_entropy_cb": Recipe(
+        Reweighted(weights="class_balanced"),
+        "class-balanced cross-entropy",
+        fields=_LINEAR,
+        on=ON,
+    ),
+    "ce_drw": Recipe(
+        Reweighted(weights="class_balanced", reweight_epoch=160),
+        "cross-entropy, DRW",
+        fields=_LINEAR,
+        on=_DEFERRED,
+    ),
+    "focal": Recipe(
+        Reweighted("focal"),
+        "focal loss",
+        fields=_LINEAR,
+        on=ON,
+        published=(
+            Published("cifar100_lt", "ir=100", 38.4, "quoted by later papers"),
+            Published("cifar100_lt", "ir=10", 55.8, "quoted by later papers"),
+            Published("inaturalist2018", "", 66.6, "quoted by later papers"),
+        ),
+    ),
+    "ldam": Recipe(
+        Reweighted("ldam"),
+        "LDAM",
+        fields=TRAINING,
+        on={**ON, "inaturalist2018": {**ON["inaturalist2018"], "method.max_margin": 0.3}},
+    ),
+    "ldam_drw": Recipe(
+        Reweighted("ldam", weights="class_balanced", reweight_epoch=160),
+        "LDAM-DRW",
+        fields=TRAINING,
+        on=_LDAM,
+        published=(
+            Published("cifar100_lt", "ir=100", 42.04, "LDAM-DRW's paper"),
+            Published("cifar100_lt", "ir=10", 58.71, "LDAM-DRW's paper"),
+            Published("imagenet_lt", "backbone=resnext50", 51.1, "quoted by later papers"),
+            Published("inaturalist2018", "", 68.6, "Remix's paper"),
+        ),
+    ),
+}

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of each method costs, against one of plain cross-entropy, side by side in one run.
+
+    python -m benchmarks.method_steps --backbone=resnet8 --output=steps.json
+
+All methods get batches of one size, of as many views as they ask for, on one CPU device; what a
+batch costs to make is not in it. Ratios of processor time are those to look at on a machine that
+does other things as well.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from balpoe_jax import command_line, tables
+from balpoe_jax.errors import UserError
+from benchmarks import measuring
+
+_BASE = "cross_entropy"
+
+
+def run(
+    methods: Sequence[str], backbone: str, batch_size: int, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Measures the methods' steps, each in turns with cross-entropy's.
+
+    Returns:
+        By method: `num_parameters`, and what `measuring.compare` finds, cross-entropy being the
+        other side.
+    """
+    base, _ = _make_step(_BASE, backbone, batch_size)
+    found = {}
+    for method in methods:
+        step, num_parameters = _make_step(method, backbone, batch_size)
+        samples = measuring.take_turns(
+            {
+                "ours": functools.partial(_measure, step, seconds),
+                "theirs": functools.partial(_measure, base, seconds),
+            },
+            repeats,
+        )
+        compared = measuring.compare(samples["ours"], samples["theirs"], cores=1)
+        found[method] = {"num_parameters": num_parameters, **compared}
+    return found
+
+
+def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[], None], int]:
+    """One update of a method on a batch that stays the same, compiled; and its parameters."""
+    # Not above: JAX and TensorFlow count the cores when they are imported.
+    import jax
+
+    from balpoe_jax import parallel
+    from balpoe_jax.data.datasets import published
+    from balpoe_jax.experiment import build_program, num_parameters
+    from balpoe_jax.recipes import cifar_config
+
+    config = cifar_config("cifar100", 0.4, f"method={method},backbone={backbone}")
+    config.batch_size = batch_size
+    counts, image_shape = published("cifar100", 100.0)
+    devices = parallel.make_parallel(devices=jax.devices("cpu")[:1])
+    program = build_program(config, devices, counts, image_shape)
+    random = np.random.default_rng(0)
+    names = ["images", *(f"images_{view}" for view in range(2, program.method.views + 1))]
+    labels = random.integers(0, len(counts), (2, batch_size)).astype(np.int32)
+    batch = devices.shard(
+        {
+            **{name: random.standard_normal((batch_size, *image_shape), "f4") for name in names},
+            "labels": labels[0],
+            "other_labels": labels[1],
+            "weight": np.full(batch_size, 0.7, np.float32),
+        }
+    )
+    state: Any = program.init_state()
+    number = num_parameters(state.params)
+    update = program.map_train_step()
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = update(state, batch)
+        jax.block_until_ready(metrics)
+
+    step()
+    return step, number
+
+
+def _measure(step: Callable[[], None], seconds: float) -> measuring.Sample:
+    start, start_cpu = time.perf_counter(), time.process_time()
+    count = 0
+    while count == 0 or time.perf_counter() < start + seconds:
+        step()
+        count += 1
+    return measuring.Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The figures for a terminal."""
+    rows = [
+        (
+            name,
+            [
+                f"{method['num_parameters']:,}",
+                f"{1000 / method['ours']['per_second']:,.0f}",
+                f"{1 / method['ratio']:.2f}",
+                f"{1 / method['cpu_ratio']:.2f}",
+            ],
+        )
+        for name, method in found["methods"].items()
+    ]
+    columns = tuple(map(tables.Column, ("parameters", "ms a step", "ratio", "ratio/cpu")))
+    return "\n".join(
+        (
+            measuring.machine_line(found["machine"]),
+            f"{found['backbone']}, batches of {found['batch_size']}, {found['cores']} core(s); "
+            f"medians of {found['repeats']} turns; ratios to a step of {_BASE}",
+            "",
+            tables.as_text(tables.Table("steps", "", columns, rows)),
+        )
+    )
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_list("methods", [], "As in a config file's arguments; all by default.")
+    flags.DEFINE_string("backbone", "resnet8", "Of the networks for small images.")
+    flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=2)
+    flags.DEFINE_integer("cores", 2, "To measure on.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
+    flags.DEFINE_float("seconds", 1.0, "Of a turn, which is at least one step.", lower_bound=0.0)
+    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures and prints as the flags say."""
+    if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    values = flags.FLAGS
+    measuring.pin(values.cores)
+    from balpoe_jax.methods import RECIPES
+
+    unknown = [name for name in values.methods if name not in RECIPES]
+    if unknown:
+        raise UserError(f"Unknown method {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
+    options: dict[str, Any] = {
+        name: values[name].value for name in ("backbone", "batch_size", "repeats", "seconds")
+    }
+    found = {
+        "machine": measuring.describe_machine(("jax",)),
+        "cores": values.cores,
+        **options,
+        "methods": run(values.methods or list(RECIPES), **options),
+    }
+    print(as_text(found))
+    if values.output:
+        Path(values.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line.run(define_flags, main)

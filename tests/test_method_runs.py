@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run of every method, with a tiny network: its batches, its stages, its evaluation."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+import tiny_network
+from test_config import ROOT, get_config
+from test_methods import DISTINCT
+from test_training import final_state, interrupt, rows
+
+from balpoe_jax import experiment, methods
+from balpoe_jax.train import train
+
+# One with a second stage and one that keeps a queue and a moving average; test_methods.py takes the
+# state of every method through a checkpoint.
+RESUMED = ("mislas", "paco")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_experts(monkeypatch) -> None:
+    def create(name: str, *, num_classes: int, num_experts: int, axis_name, classifier, scale, **_):
+        return tiny_network.experts(num_experts, axis_name, classifier, scale, num_classes)
+
+    monkeypatch.setattr(experiment, "create_model", create)
+
+
+def config_of(name: str):
+    """Two epochs of three steps on the digits, and as many of a second stage."""
+    config = get_config("digits_lt", f"method={name},epochs=2")
+    config.batch_size = 140
+    config.log_every_steps = 1
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.keep = 10
+    config.eval.every_epochs = 0
+    config.eval.shift_ratios = (10.0,)
+    config.eval.held_out_per_class = 2
+    if config.get("stage2"):
+        config.stage2.epochs = 2
+        config.stage2.batch_size = 140
+    return config
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_run(name: str, tmp_path: Path) -> None:
+    config, finished, resumed = config_of(name), tmp_path / "finished", tmp_path / "resumed"
+    epochs = 4 if config.get("stage2") else 2
+    results = train(config, str(finished))
+    assert (results["step"], results["epoch"]) == (3 * epochs, epochs)
+    assert 0 < results["test"]["top1"] <= 1 and results["shift"]["forward10"]["prior"] > 0
+    logged = [row for row in rows(finished) if "loss" in row]
+    assert [row["step"] for row in logged] == list(range(1, 3 * epochs + 1))
+    assert all(np.isfinite(row["loss"]) for row in logged)
+    recorded = json.loads((finished / "config.json").read_text())["config"]
+    assert recorded["method"]["name"] == config.method.name
+    if name in RESUMED:
+        interrupt(finished, resumed, epoch=epochs - 1)
+        assert train(config, str(resumed)) == results
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            final_state(config, resumed),
+            final_state(config, finished),
+        )
+
+
+def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
+    """Resumed from the very end of the first stage, where the second one has yet to begin."""
+    config, finished, resumed = config_of("mislas"), tmp_path / "finished", tmp_path / "resumed"
+    config.stage2.learning_rate = 0.025
+    results = train(config, str(finished))
+    interrupt(finished, resumed, epoch=2)
+    assert train(config, str(resumed)) == results
+    rates = [row["learning_rate"] for row in rows(resumed) if "loss" in row]
+    assert rates[6:9] == [0.025] * 3 and rates[9] < 0.025
+    count = final_state(config, finished).opt_state[1][1].count
+    assert int(count) == 6 and results["step"] == 12
+    assert "the stage classifier tuning begins" in (resumed / "train.log").read_text()
+
+
+def test_the_example_of_a_method_of_ones_own(tmp_path: Path, monkeypatch) -> None:
+    """Word for word, but for the file that it stands in."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    module = ModuleType("ramp")
+    # Where the class looks its annotations up.
+    monkeypatch.setitem(sys.modules, "ramp", module)
+    exec(text.split("```python\n")[1].partition("```")[0], module.__dict__)
+    monkeypatch.setitem(methods.RECIPES, "ramp", module.RECIPES["ramp"])
+    monkeypatch.setitem(methods.METHODS, "ramp", module.Ramp)
+    config = config_of("ramp")
+    assert config.method.ramp_epochs == 1  # of 100 in 200
+    results = train(config, str(tmp_path))
+    assert results["experts"][0]["tau"] is None
+    assert [row["loss_tau"] for row in rows(tmp_path) if "loss" in row] == [1.0] * 6
