@@ -68,12 +68,13 @@ def default_config() -> ConfigDict:
         mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
             .first_epoch and .last_epoch (counted from 0, without the last; 0 for the end), .kappa,
             .threshold, .exponent, .partners: see `balpoe_jax.data.mixing.MixSettings`.
-        model.name, .num_experts, .classifier, .scale, .reduce_dimension: see
-            `balpoe_jax.models.create_model`; model.expert_map: "auto" is "vmap" on TPUs for the
-            networks for small images and "loop" otherwise; model.dtype: of the body's computations
-            and of the images, "float32" or "bfloat16" (parameters, statistics, heads and loss are
-            float32 in both); model.remat: compute activations anew for the gradient instead of
-            keeping them, and with them the communication of BatchNorm's statistics.
+        model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
+            the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
+            "auto" is "vmap" on TPUs for the networks for small images and "loop" otherwise;
+            model.dtype: of the body's computations and of the images, "float32" or "bfloat16"
+            (parameters, statistics, heads and loss are float32 in both); model.remat: compute
+            activations anew for the gradient instead of keeping them, and with them the
+            communication of BatchNorm's statistics.
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
         optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
             after the other to save memory; see `balpoe_jax.state.make_train_step`.
@@ -166,6 +167,7 @@ def default_config() -> ConfigDict:
             "classifier": "cosine",
             "scale": 30.0,
             "reduce_dimension": False,
+            "shared_stages": -2,
             "expert_map": "auto",
             "dtype": "float32",
             "remat": False,

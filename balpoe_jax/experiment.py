@@ -296,7 +296,7 @@ def _plan_stages(
         facts = Facts(
             class_counts=class_counts,
             taus=taus,
-            scale=config.model.scale if config.model.classifier == "cosine" else 1.0,
+            scale=1.0 if config.model.classifier == "linear" else config.model.scale,
             batch_size=stage.batch_size,
             total_epochs=stage.total_epochs,
             steps_per_epoch=steps_per_epoch,
@@ -443,6 +443,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         classifier=config.model.classifier,
         scale=config.model.scale,
         reduce_dimension=config.model.reduce_dimension,
+        shared_stages=None if config.model.shared_stages == -2 else config.model.shared_stages,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
     )

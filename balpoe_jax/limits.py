@@ -33,6 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "mixup.exponent": (-10, 10),
     "model.num_experts": (1, 100),
     "model.scale": (1e-6, 1e6),
+    "model.shared_stages": (-2, 4),
     "loss.tau_min": _FINITE,
     "loss.tau_max": _FINITE,
     "optim.learning_rate": (0, 1e30),

@@ -174,6 +174,9 @@ def set_method(
     if args.recipe != "own" and not own_long:
         fields = {name: value for name, value in fields.items() if not _is_of_schedule(name)}
     _set_fields(config, fields)
+    for number in range(2, recipe.method.views + 1):
+        if f"view{number}" not in config:  # which the recipe does not describe: as the first one
+            config[f"view{number}"] = config.augment.copy_and_resolve_references()
     if args.mixup is not None:
         config.mixup.alpha = (config.mixup.alpha or alpha) if args.mixup else 0.0
     _scale_epochs(config, fields, own_epochs, args.epochs or config.total_epochs)

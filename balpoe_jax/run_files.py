@@ -37,6 +37,7 @@ _RESULTS = {
     "experts": [{"tau": _FIGURE, **_SCORES}],
     "remark?": _TEXT,
     "num_bins?": _COUNT,
+    "experts_used?": _NUMBER,
     "settings?": {},
     "group_confusion?": [[_FIGURE]],
     "calibration_groups?": {"ensemble": _BY_GROUP},

@@ -67,7 +67,8 @@ def score(
 
     Returns:
         All of `results.json` but the run's own numbers: `class_counts`, `num_bins`, `test`,
-        `experts`, `group_confusion`, `calibration_groups`, `ensemble`, `bias`, `temperature`,
+        `experts`, `experts_used` (their mean number, where a method does not always take all),
+        `group_confusion`, `calibration_groups`, `ensemble`, `bias`, `temperature`,
         `shift` and `shift_sets`; fractions in [0, 1], nan where undefined.
 
     Raises:
@@ -142,6 +143,8 @@ def _score_test(
         ],
         "group_confusion": confusion,
     }
+    if test.experts_used is not None:
+        scores["experts_used"] = float(np.mean(test.experts_used, dtype=np.float64))
     return scores, ensemble, experts
 
 

@@ -180,6 +180,9 @@ _GROUPS = ("many", "medium", "few")
 
 def _result(results: Mapping[str, Any]) -> Table:
     keys = ("tau", "top1", *_GROUPS, "ece", "mce", "nll", "brier", "adaptive_ece")
+    used = ""
+    if results.get("experts_used") is not None:
+        used = f" It took {results['experts_used']:.2f} experts an example, on average."
     return Table(
         "result",
         "Accuracy and calibration",
@@ -197,7 +200,7 @@ def _result(results: Mapping[str, Any]) -> Table:
         "Percent on the balanced test set; tau, NLL (nats) and Brier score as they are. The figure "
         "of a shot group is the mean over its classes. Each expert is trained with the prior "
         "weighted by its tau, if it has one; the ensemble is the mean of their logits, unless the "
-        "method combines them otherwise.",
+        f"method combines them otherwise.{used}",
     )
 
 

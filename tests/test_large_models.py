@@ -131,6 +131,17 @@ def test_one_expert_has_the_published_number_of_parameters(name: str, parameters
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
+# What each expert has for itself of ResNet-50: all, all but the stem, or the last stage and head.
+@pytest.mark.parametrize(
+    ("shared", "own"), [(-1, 25_557_032), (0, 25_547_496), (3, 14_964_736 + 2_049_000)]
+)
+def test_experts_share_as_much_as_they_are_asked_to(shared: int, own: int) -> None:
+    params = abstract_variables(
+        "resnet50", num_classes=1000, num_experts=3, classifier="linear", shared_stages=shared
+    )["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032 + 2 * own
+
+
 @pytest.mark.parametrize("name", IMAGENET_MODELS)
 def test_shapes(name: str) -> None:
     model = create_model(name, num_experts=3, **SMALL)

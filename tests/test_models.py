@@ -156,6 +156,69 @@ def test_expert_map_and_rematerialisation_give_one_model(options: dict) -> None:
     chex.assert_trees_all_close(updated, other_updated, rtol=1e-4, atol=1e-5)
 
 
+# Of ResNet-8: the stem, three stages of one block, the linear classifier of ten classes.
+PARTS = (27 * 16 + 32, 2 * 9 * 16**2 + 64, 9 * 16 * 32 + 9 * 32**2 + 128, 9 * 32 * 64 + 9 * 64**2)
+PARTS = (*PARTS[:3], PARTS[3] + 256, 64 * 10 + 10)
+
+
+@pytest.mark.parametrize("shared", [None, -1, 0, 1, 2, 3])
+def test_experts_share_as_much_as_they_are_asked_to(shared: int | None) -> None:
+    """By the number of parameters."""
+    model = create_model(
+        "resnet8", num_classes=10, num_experts=3, classifier="linear", shared_stages=shared
+    )
+    variables = jax.eval_shape(
+        lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False), jax.random.key(0)
+    )
+    cut = 1 + (1 if shared is None else shared)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert parameters == sum(PARTS[:cut]) + 3 * sum(PARTS[cut:])
+
+
+@pytest.mark.parametrize("shared", [-1, 3])
+def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
+    """With the same weights: one function, and the same statistics after it."""
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    whole, cut = (
+        create_model("resnet8", num_classes=5, num_experts=1, shared_stages=shared)
+        for shared in (None, shared)
+    )
+    variables = init(whole, images)
+
+    def moved(part: dict) -> dict:
+        """All layers to the expert, or all to the trunk."""
+        trunk, expert = part["trunk"], part["expert"]
+        if shared == -1:
+            stacked = jax.tree.map(lambda x: x[None], trunk)
+            return {"expert": {**expert, "body": {**expert["body"], **stacked}}}
+        own = jax.tree.map(lambda x: x[0], expert["body"])
+        rest = {"expert": {"head": expert["head"]}} if "head" in expert else {}
+        return {"trunk": {**trunk, **own}, **rest}
+
+    same = {name: moved(part) for name, part in variables.items()}
+    chex.assert_trees_all_equal_shapes(same, dict(init(cut, images)))
+    expected, stats = whole.apply(variables, images, train=True, mutable=["batch_stats"])
+    found, new_stats = cut.apply(same, images, train=True, mutable=["batch_stats"])
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(
+        dict(new_stats), {name: moved(part) for name, part in stats.items()}, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_cosine_head_may_have_a_bias() -> None:
+    model = create_model(
+        "resnet8", num_classes=5, num_experts=2, scale=16.0, classifier="cosine_bias"
+    )
+    images = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    variables = init(model, images)
+    bias = variables["params"]["expert"]["head"]["bias"]
+    assert bias.shape == (2, 5) and not bias.any()
+    logits = model.apply(variables, images, train=False).logits
+    variables["params"]["expert"]["head"]["bias"] = bias + 1
+    moved = model.apply(variables, images, train=False).logits
+    np.testing.assert_allclose(moved, logits + 1, rtol=1e-6)
+
+
 def test_experts_start_different_and_the_trunk_is_shared() -> None:
     model = create_model("resnet8", num_classes=5, num_experts=3)
     images = jnp.ones((2, 8, 8, 3))
@@ -206,11 +269,16 @@ def test_a_feature_of_zero_has_a_finite_gradient() -> None:
     ("changes", "message"),
     [
         ({"name": "resnet9"}, "Unknown model 'resnet9'; choose from resnet8"),
-        ({"classifier": "mlp"}, "Unknown classifier 'mlp'; choose from cosine, linear"),
+        (
+            {"classifier": "mlp"},
+            "Unknown classifier 'mlp'; choose from cosine, linear, cosine_bias",
+        ),
         ({"expert_map": "pmap"}, "Unknown expert_map 'pmap'"),
         ({"num_experts": 0}, "num_experts >= 1"),
         ({"stage_sizes": (1, 1)}, "stage_sizes of resnet8 must be three numbers"),
         ({"stage_sizes": (1, 0, 1)}, "three numbers of at least 1"),
+        ({"shared_stages": -2}, r"shared_stages of resnet8 must be from -1 .* to 3, got -2"),
+        ({"shared_stages": 4}, "shared_stages of resnet8 must be"),
         ({"name": "resnet50", "stage_sizes": (1, 1, 1)}, "stage_sizes of resnet50 must be four"),
     ],
 )

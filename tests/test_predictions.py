@@ -33,6 +33,33 @@ def test_what_is_streamed_is_read_back(tmp_path: Path) -> None:
     assert names == {"expert_logits.npy", "labels.npy"}
 
 
+def test_an_ensemble_that_is_no_mean_is_kept_too(tmp_path: Path) -> None:
+    combined, used = LOGITS[0] * 3, np.array([1, 2, 1, 2, 2], np.float32)
+
+    def outputs() -> Iterator[dict[str, np.ndarray]]:
+        for part, batch in zip((slice(0, 3), slice(3, 5)), batches(), strict=True):
+            pad = 3 - len(used[part])
+            rows = {"ensemble": combined[part], "experts_used": used[part]}
+            yield batch | {
+                name: np.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)], constant_values=np.nan)
+                for name, x in rows.items()
+            }
+
+    found = predictions.stream(tmp_path, predictions.TEST, LOGITS.shape, outputs())
+    np.testing.assert_array_equal(found.ensemble, combined)
+    np.testing.assert_array_equal(found.experts_used, used)
+    scores = score(found, np.array([3, 2, 1]), (None, None))
+    assert scores["experts_used"] == pytest.approx(1.6)
+    predicted = combined.argmax(axis=1)
+    assert scores["test"]["top1"] == (predicted == LABELS).mean()
+    assert scores["ensemble"]["subsets"][-1]["mean_tau"] is None
+    assert scores["bias"]["experts"][0] == {"lambda": None, "kl": None}
+    # Another method's evaluation into the same folder leaves none of it.
+    assert predictions.stream(tmp_path, predictions.TEST, LOGITS.shape, batches()).combined is None
+    predictions.remove(tmp_path, predictions.TEST)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_evaluation_leaves_nothing_behind(tmp_path: Path, error) -> None:
     def outputs() -> Iterator[dict[str, np.ndarray]]:

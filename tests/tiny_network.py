@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts small enough to compile in a second, and batches of everything that a method may want."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from balpoe_jax.models.ensemble import Expert, ExpertEnsemble
+from balpoe_jax.models.ensemble import Expert, ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import CosineHead, LinearHead
 from balpoe_jax.models.layers import BatchNorm
 
@@ -68,3 +69,20 @@ def init(network: nn.Module, seed: int = 0) -> dict[str, Any]:
     return jax.jit(lambda key: network.init(key, jnp.zeros((1, *SHAPE)), train=False))(
         jax.random.key(seed)
     )
+
+
+def logits_as_images(images: Any, train: bool = True) -> tuple[Outputs, dict]:
+    """In the place of a `Network`: its logits `[E, B, C]` are the images `[B, E, C]` themselves."""
+    logits = jnp.moveaxis(images, 1, 0)
+    return Outputs(logits, logits), {}
+
+
+def numeric_gradient(function: Callable[[np.ndarray], float], x: np.ndarray) -> np.ndarray:
+    """Of a function of an array, by central differences in double precision."""
+    gradient, step = np.zeros(x.shape), 1e-6
+    for index in np.ndindex(x.shape):
+        shifted = [x.copy(), x.copy()]
+        shifted[0][index] += step
+        shifted[1][index] -= step
+        gradient[index] = (function(shifted[0]) - function(shifted[1])) / (2 * step)
+    return gradient

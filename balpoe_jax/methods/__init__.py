@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import balpoe, lade, mislas, mixing, posthoc, reweighted, ride, sade
+from balpoe_jax.methods import (
+    balpoe,
+    consistency,
+    lade,
+    mislas,
+    mixing,
+    posthoc,
+    reweighted,
+    ride,
+    sade,
+)
 from balpoe_jax.methods.base import Facts, Losses, Method, Network, Prediction, Stage
 from balpoe_jax.methods.recipe import Published, Recipe
 
@@ -29,7 +39,7 @@ __all__ = [
     "settings",
 ]
 
-_MODULES = (balpoe, reweighted, posthoc, mixing, lade, ride, sade, mislas)
+_MODULES = (balpoe, consistency, reweighted, posthoc, mixing, lade, ride, sade, mislas)
 
 # What `method=` of a config file may be.
 RECIPES: dict[str, Recipe] = {

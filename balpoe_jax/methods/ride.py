@@ -290,6 +290,7 @@ _STAGE2 = {
     "stage2.schedule": "cosine",
     "stage2.weight_decay": 5e-4,
     "stage2.nesterov": True,
+    "stage2.sampler": "class_balanced",
 }
 
 RECIPES = {

@@ -62,6 +62,7 @@ def create_model(
     classifier: str = "cosine",
     scale: float = 30.0,
     reduce_dimension: bool = False,
+    shared_stages: int | None = None,
     stage_sizes: Sequence[int] | None = None,
     dtype: Any = None,
     remat: bool = False,
@@ -80,10 +81,12 @@ def create_model(
         axis_name: the mapped axis over which BatchNorm takes its statistics, so that they are
             those of the global batch; None for each device's own.
         expert_map: "loop" or "vmap", see `ExpertEnsemble`; the parameters are the same.
-        classifier: "cosine" (scaled cosine similarity, no bias) or "linear".
+        classifier: "cosine" (scaled cosine similarity, no bias), "cosine_bias" or "linear".
         scale: of the cosine classifier.
         reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64; for
             `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
+        shared_stages: how many stages the experts share: None for one, or two of
+            `IMAGENET_MODELS`; 0 for the stem alone; -1 for nothing, E complete networks.
         stage_sizes: blocks in each stage instead of the model's own: three numbers, four for
             `IMAGENET_MODELS`.
         dtype: of the computations in trunk and bodies, such as `jnp.bfloat16`; None for that of
@@ -95,8 +98,7 @@ def create_model(
         UserError (a `ValueError`): an unknown name or option.
 
     The architecture is the reference repository's, to the initialiser, except that Flax stores
-    the biased batch variance in its running average where PyTorch stores the unbiased one. The
-    reference's options to share further stages are left out: none of its configs uses them.
+    the biased batch variance in its running average where PyTorch stores the unbiased one.
     """
     _check_choice("model", name, tuple(MODELS))
     _check_choice("expert_map", expert_map, EXPERT_MAPS)
@@ -109,48 +111,38 @@ def create_model(
     architecture = MODELS[name]
     if stage_sizes is not None:
         architecture = architecture._replace(stage_sizes=_checked_sizes(name, stage_sizes))
+    sizes = architecture.stage_sizes
+    shared = (1 if small else 2) if shared_stages is None else shared_stages
+    if not -1 <= shared <= len(sizes):
+        raise UserError(
+            f"shared_stages of {name} must be from -1 (nothing is shared) to {len(sizes)}, got "
+            f"{shared_stages}."
+        )
+    family = resnet_cifar if small else resnet_imagenet
+    widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
     options = {"axis_name": axis_name, "dtype": dtype, "remat": remat}
-    parts = _cifar_parts if small else _imagenet_parts
-    trunk, body = parts(architecture, reduce_dimension, **options)
+    if not small:
+        options["block"] = partial(
+            resnet_imagenet.Bottleneck,
+            groups=architecture.groups,
+            group_width=architecture.group_width,
+            axis_name=axis_name,
+            dtype=dtype,
+        )
+    stem, cut = shared >= 0, max(0, shared)
+    trunk = family.Trunk(sizes[:cut], widths[:cut], stem=stem, **options)
+    body = family.ExpertBody(
+        sizes[cut:], widths[cut:], first_stage=cut + 1, stem=not stem, **options
+    )
     # The reference initialises a linear layer itself only in its networks for small images.
     linear_init = heads.he_normal if small else heads.torch_uniform
     head = (
-        heads.CosineHead(num_classes, scale)
-        if classifier == "cosine"
-        else heads.LinearHead(num_classes, linear_init)
+        heads.LinearHead(num_classes, linear_init)
+        if classifier == "linear"
+        else heads.CosineHead(num_classes, scale, use_bias=classifier == "cosine_bias")
     )
     return ExpertEnsemble(
         trunk=trunk, expert=Expert(body, head), num_experts=num_experts, expert_map=expert_map
-    )
-
-
-def _cifar_parts(
-    architecture: Architecture, reduce_dimension: bool, **options: Any
-) -> tuple[resnet_cifar.Trunk, resnet_cifar.ExpertBody]:
-    first, *rest = architecture.stage_sizes
-    widths = (24, 48) if reduce_dimension else (32, 64)
-    return resnet_cifar.Trunk(first, **options), resnet_cifar.ExpertBody(rest, widths, **options)
-
-
-def _imagenet_parts(
-    architecture: Architecture,
-    reduce_dimension: bool,
-    axis_name: str | None,
-    dtype: Any,
-    remat: bool,
-) -> tuple[resnet_imagenet.Trunk, resnet_imagenet.ExpertBody]:
-    block = partial(
-        resnet_imagenet.Bottleneck,
-        groups=architecture.groups,
-        group_width=architecture.group_width,
-        axis_name=axis_name,
-        dtype=dtype,
-    )
-    sizes = architecture.stage_sizes
-    widths = (192, 384) if reduce_dimension else (256, 512)
-    return (
-        resnet_imagenet.Trunk(sizes[:2], block, axis_name, dtype, remat),
-        resnet_imagenet.ExpertBody(sizes[2:], widths, block, remat),
     )
 
 

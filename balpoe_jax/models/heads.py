@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-CLASSIFIERS = ("cosine", "linear")
+# The last one is the cosine head with a bias.
+CLASSIFIERS = ("cosine", "linear", "cosine_bias")
 
 # Initialisers of a linear head: He's, and PyTorch's own, uniform in (-1, 1) / sqrt(D).
 he_normal = initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -31,13 +32,19 @@ def normalize(x: jax.Array, axis: int) -> jax.Array:
 
 
 class CosineHead(nn.Module):
-    """`scale * cos(features, weight_c)` for each class, without bias; the paper's classifier.
+    """`scale * cos(features, weight_c)` for each class; the paper's classifier, without a bias.
 
     Computed in float32 (or wider, if the features are), whatever the body's precision.
+
+    Attributes:
+        num_classes: `C`.
+        scale: of the cosines.
+        use_bias: add one to each class, 0 at first, which is not scaled.
     """
 
     num_classes: int
     scale: float = 30.0
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -50,7 +57,11 @@ class CosineHead(nn.Module):
             normalize(kernel, axis=0),
             precision=jax.lax.Precision.HIGHEST,
         )
-        return self.scale * cosines
+        logits = self.scale * cosines
+        if self.use_bias:
+            bias = self.param("bias", initializers.zeros, (self.num_classes,))
+            logits = logits + bias[None]
+        return logits
 
 
 class LinearHead(nn.Module):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the backbones share: batch normalisation, stages of blocks, and pooling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -40,6 +40,33 @@ class Stage(nn.Module):
         for i in range(self.num_blocks):
             x = apply(self.block(stride=self.stride if i == 0 else 1, name=f"block{i}"), x)
         return x
+
+
+def stages(
+    x: jax.Array,
+    train: bool,
+    first: int,
+    num_blocks: Sequence[int],
+    widths: Sequence[int],
+    block: Callable[..., nn.Module],
+    remat: bool,
+) -> jax.Array:
+    """Stages in a row, as layers `layer1`, ... of the module whose `__call__` calls this.
+
+    All but the very first have stride 2.
+
+    Args:
+        x: float `[B, H, W, in]`.
+        train: use and update batch statistics.
+        first: number of the first of these stages, counted from 1.
+        num_blocks, widths: of each.
+        block: makes a block of its width, stride and name.
+        remat: see `Stage`.
+    """
+    for number, (blocks, width) in enumerate(zip(num_blocks, widths, strict=True), first):
+        stride = 1 if number == 1 else 2
+        x = Stage(partial(block, width), blocks, stride, remat, name=f"layer{number}")(x, train)
+    return x
 
 
 def global_average(x: jax.Array) -> jax.Array:

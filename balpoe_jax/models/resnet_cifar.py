@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ResNets for small images (He et al., CVPR 2016, Section 4.2), cut into trunk and expert.
 
-The trunk is the stem and the first stage; an expert has the other two stages of its own. Widths
-are 16, 32, 64, or 16, 24, 48 reduced. Stage `s` of ResNet-(6n+2) has n basic blocks.
+The trunk is the stem and the first stage unless more or less is shared; an expert has the other
+stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced. Stage `s` of ResNet-(6n+2) has n
+basic blocks.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from balpoe_jax.models.layers import BatchNorm, Stage, global_average
+from balpoe_jax.models.layers import BatchNorm, global_average, stages
 
-TRUNK_WIDTH = 16
+STEM_WIDTH = 16
+WIDTHS = (16, 32, 64)
+REDUCED_WIDTHS = (16, 24, 48)
 
 Conv3x3 = partial(
     nn.Conv,
@@ -59,30 +62,44 @@ class BasicBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Stem and first stage, shared by all experts: `[B, H, W, 3]` -> `[B, H, W, 16]`."""
+    """The stem and the first stages, shared by all experts.
 
-    num_blocks: int
+    Attributes:
+        num_blocks, widths: of the shared stages.
+        stem: whether the stem is shared; if not, the trunk hands on the images.
+    """
+
+    num_blocks: Sequence[int]
+    widths: Sequence[int]
+    stem: bool = True
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 3]` -> `[B, H, W, 16]`; `train` uses and updates batch statistics."""
-        x = Conv3x3(TRUNK_WIDTH, dtype=self.dtype, name="conv1")(images)
-        norm = BatchNorm(
-            use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype, name="bn1"
-        )
-        x = nn.relu(norm(x))
-        block = partial(BasicBlock, TRUNK_WIDTH, axis_name=self.axis_name, dtype=self.dtype)
-        return Stage(block, self.num_blocks, 1, self.remat, name="layer1")(x, train)
+        """Float `[B, H, W, 3]` -> `[B, H, W, 16]`, if the first stage is the last one shared.
+
+        `train` uses and updates batch statistics.
+        """
+        x = _stem(images, train, self.axis_name, self.dtype) if self.stem else images
+        block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype)
+        return stages(x, train, 1, self.num_blocks, self.widths, block, self.remat)
 
 
 class ExpertBody(nn.Module):
-    """Second and third stage and global average pooling: trunk output -> `[B, D]`."""
+    """The other stages and global average pooling: trunk output -> `[B, D]`.
+
+    Attributes:
+        num_blocks, widths: of the expert's own stages.
+        first_stage: counted from 1.
+        stem: whether the expert has a stem of its own, the trunk's output being images.
+    """
 
     num_blocks: Sequence[int]
     widths: Sequence[int]
+    first_stage: int = 2
+    stem: bool = False
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
@@ -90,7 +107,15 @@ class ExpertBody(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics."""
-        for i, (blocks, width) in enumerate(zip(self.num_blocks, self.widths, strict=True)):
-            block = partial(BasicBlock, width, axis_name=self.axis_name, dtype=self.dtype)
-            x = Stage(block, blocks, 2, self.remat, name=f"layer{i + 2}")(x, train)
+        if self.stem:
+            x = _stem(x, train, self.axis_name, self.dtype)
+        block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype)
+        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)
         return global_average(x)
+
+
+def _stem(images: jax.Array, train: bool, axis_name: str | None, dtype: Any) -> jax.Array:
+    """`[B, H, W, 3]` -> `[B, H, W, 16]`, by layers of the module that calls this."""
+    x = Conv3x3(STEM_WIDTH, dtype=dtype, name="conv1")(images)
+    norm = BatchNorm(use_running_average=not train, axis_name=axis_name, dtype=dtype, name="bn1")
+    return nn.relu(norm(x))

@@ -2,9 +2,9 @@
 """ResNets and ResNeXts for large images (He et al., CVPR 2016; Xie et al., CVPR 2017), cut into
 trunk and expert.
 
-The trunk is the stem and the first two stages; an expert has the other two stages of its own. A
-stage of width `w` puts out `4 w` channels: the trunk's widths are 64 and 128, an expert's 256 and
-512, or 192 and 384 reduced. The blocks' stride is on their 3x3 convolution.
+The trunk is the stem and the first two stages unless more or less is shared; an expert has the
+other stages of its own. A stage of width `w` puts out `4 w` channels: the widths are 64, 128, 256
+and 512, or 64, 128, 192 and 384 reduced. The blocks' stride is on their 3x3 convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,11 @@ import jax
 from flax import linen as nn
 from jax.nn import initializers
 
-from balpoe_jax.models.layers import BatchNorm, Stage, global_average
+from balpoe_jax.models.layers import BatchNorm, global_average, stages
 
 STEM_WIDTH = 64
-TRUNK_WIDTHS = (64, 128)
+WIDTHS = (64, 128, 256, 512)
+REDUCED_WIDTHS = (64, 128, 192, 384)
 EXPANSION = 4
 
 Conv = partial(
@@ -71,65 +72,73 @@ class Bottleneck(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Stem and first two stages, shared by all experts.
+    """The stem and the first stages, shared by all experts.
 
     Attributes:
-        num_blocks: in each of the two stages.
+        num_blocks, widths: of the shared stages.
         block: makes a `Bottleneck` of its width and stride.
+        stem: whether the stem is shared; if not, the trunk hands on the images.
     """
 
     num_blocks: Sequence[int]
+    widths: Sequence[int]
     block: Callable[..., nn.Module] = Bottleneck
+    stem: bool = True
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 3]` -> `[B, H / 8, W / 8, 512]`, rounded up.
+        """Float `[B, H, W, 3]` -> `[B, H / 8, W / 8, 512]`, rounded up, if two stages are shared.
 
         `train` uses and updates batch statistics.
         """
-        stem = Conv(
-            STEM_WIDTH,
-            kernel_size=(7, 7),
-            strides=(2, 2),
-            padding=((3, 3), (3, 3)),
-            dtype=self.dtype,
-            name="conv1",
-        )
-        norm = BatchNorm(
-            use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype, name="bn1"
-        )
-        x = nn.relu(norm(stem(images)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for i, (blocks, width) in enumerate(zip(self.num_blocks, TRUNK_WIDTHS, strict=True)):
-            block = partial(self.block, width)
-            stride = 1 if i == 0 else 2  # the pooling came before the first stage
-            x = Stage(block, blocks, stride, self.remat, name=f"layer{i + 1}")(x, train)
-        return x
+        x = _stem(images, train, self.axis_name, self.dtype) if self.stem else images
+        return stages(x, train, 1, self.num_blocks, self.widths, self.block, self.remat)
 
 
 class ExpertBody(nn.Module):
-    """Third and fourth stage and global average pooling: trunk output -> `[B, D]`.
+    """The other stages and global average pooling: trunk output -> `[B, D]`.
 
     The reference's ResNeXt ends in a 7x7 average pool instead, the same for images of 224 pixels,
     the only ones it takes.
 
     Attributes:
-        num_blocks, widths: of each of the two stages.
+        num_blocks, widths: of the expert's own stages.
         block: makes a `Bottleneck` of its width and stride.
+        first_stage: counted from 1.
+        stem: whether the expert has a stem of its own, the trunk's output being images.
     """
 
     num_blocks: Sequence[int]
     widths: Sequence[int]
     block: Callable[..., nn.Module] = Bottleneck
+    first_stage: int = 3
+    stem: bool = False
+    axis_name: str | None = None
+    dtype: Any = None
     remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, 512]` -> `[B, D]`; `train` uses and updates batch statistics."""
-        for i, (blocks, width) in enumerate(zip(self.num_blocks, self.widths, strict=True)):
-            block = partial(self.block, width)
-            x = Stage(block, blocks, 2, self.remat, name=f"layer{i + 3}")(x, train)
+        if self.stem:
+            x = _stem(x, train, self.axis_name, self.dtype)
+        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, self.block, self.remat)
         return global_average(x)
+
+
+def _stem(images: jax.Array, train: bool, axis_name: str | None, dtype: Any) -> jax.Array:
+    """`[B, H, W, 3]` -> `[B, H / 4, W / 4, 64]`, by layers of the module that calls this."""
+    conv = Conv(
+        STEM_WIDTH,
+        kernel_size=(7, 7),
+        strides=(2, 2),
+        padding=((3, 3), (3, 3)),
+        dtype=dtype,
+        name="conv1",
+    )
+    norm = BatchNorm(use_running_average=not train, axis_name=axis_name, dtype=dtype, name="bn1")
+    x = nn.relu(norm(conv(images)))
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

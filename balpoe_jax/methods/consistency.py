@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Consistency self-distillation: MDCS (Zhao et al., ICCV 2023), and BalPoE with it.
+
+Each expert learns on a strongly augmented view of an image what it predicts on a weakly augmented
+one, wherever that prediction is right. Where we differ from MDCS's code on purpose: the prior is in
+shares of a class instead of in counts, which a softmax does not see; the code's unused weighting
+and centring are left out.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.losses import expert_losses, log_prior
+from balpoe_jax.methods.balpoe import BalPoE
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mixed_targets
+from balpoe_jax.methods.recipe import Published, Recipe
+
+
+def adjusted(logits: jax.Array, facts: Facts) -> jax.Array:
+    """Logits `[E, B, C]` plus `tau_e log prior`, in which view and teacher are compared."""
+    bias = jnp.asarray(facts.taus)[:, None] * log_prior(facts.class_counts)[None]
+    return logits + bias[:, None, :]
+
+
+def consistency(weak: jax.Array, strong: jax.Array, labels: jax.Array) -> jax.Array:
+    """How far each expert's predictions on strong views are from its own on weak ones.
+
+    `KL(softmax(weak) || softmax(strong))`, averaged over the images that the expert classifies
+    correctly in the weak view; 0 where there are none. The weak view gets no gradient.
+
+    Args:
+        weak, strong: adjusted logits `[E, B, C]` of the whole batch.
+        labels: int `[B]`.
+
+    Returns:
+        float `[E]`.
+    """
+    weak = jax.lax.stop_gradient(weak)
+    teacher, student = jax.nn.log_softmax(weak), jax.nn.log_softmax(strong)
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    kept = (jnp.argmax(weak, axis=-1) == labels[None]).astype(divergence.dtype)
+    return jnp.sum(kept * divergence, axis=1) / jnp.maximum(1, kept.sum(axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SelfDistilled(Method):
+    """What both methods have.
+
+    Attributes:
+        mu: weight of the consistency.
+        warmup_epochs: over which the weight grows from `mu / warmup_epochs` in the first; 0 for
+            the whole weight from the start.
+    """
+
+    whole_batch = True
+
+    mu: float = 0.6
+    warmup_epochs: int = 20
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.mu < float("inf") and self.warmup_epochs >= 0):
+            raise UserError(
+                "config.method.mu and config.method.warmup_epochs must not be negative, got "
+                f"{self.mu} and {self.warmup_epochs}."
+            )
+
+    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+        """Those of the config."""
+        return taus
+
+    def weight(self, epoch: jax.Array) -> jax.Array:
+        """Of the consistency in a 0-based epoch."""
+        return self.mu * jnp.minimum((epoch + 1) / max(1, self.warmup_epochs), 1)
+
+    def consistency(
+        self, weak: jax.Array, strong: jax.Array, labels: jax.Array, facts: Facts
+    ) -> jax.Array:
+        """`consistency` of raw logits `[E, b, C]` of this device, over the whole batch."""
+        views = jnp.stack([adjusted(weak, facts), adjusted(strong, facts)])
+        rows = facts.gather(jnp.moveaxis(views, 2, 0))  # [B, 2, E, C]
+        weak, strong = jnp.moveaxis(rows, 0, 2)
+        return consistency(weak, strong, facts.gather(labels))
+
+
+class _Views(NamedTuple):
+    """Raw logits `[E, b, C]` by view, and the new statistics."""
+
+    logits: tuple[jax.Array, ...]
+    batch_stats: dict
+
+
+def _apply_to_views(network: Network, batch: Batch, names: tuple[str, ...]) -> _Views:
+    """One pass over all views, whose batch statistics are those of all."""
+    outputs, batch_stats = network(jnp.concatenate([batch[name] for name in names]))
+    return _Views(tuple(jnp.split(outputs.logits, len(names), axis=1)), batch_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class BalPoECS(_SelfDistilled):
+    """BalPoE plus the mean over experts of their consistency; ours, for want of a publication.
+
+    `images` are strongly augmented and mixed, and alone in BalPoE's loss; `images_2` are weakly
+    augmented and `images_3` strongly, neither mixed. With `mu = 0` it is BalPoE, and the other
+    views are not looked at; with any other `mu` BatchNorm's statistics are those of all views.
+    """
+
+    views = 3
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """BalPoE's mean over experts and rows, plus the weighted consistency."""
+        if self.mu == 0:
+            return BalPoE().loss(network, extra, batch, facts, epoch)
+        (mixed, weak, strong), batch_stats = _apply_to_views(
+            network, batch, ("images", "images_2", "images_3")
+        )
+        by_expert = expert_losses(
+            mixed,
+            mixed_targets(batch, facts.num_classes),
+            log_prior(facts.class_counts),
+            jnp.asarray(facts.taus),
+        ).mean(axis=1)
+        added = self.consistency(weak, strong, batch["labels"], facts).mean()
+        total = by_expert.mean() + self.weight(epoch) * added
+        return Losses(total, by_expert, batch_stats, extra, {"consistency": added})
+
+
+@dataclasses.dataclass(frozen=True)
+class MDCS(_SelfDistilled):
+    """MDCS as its code trains: sums over experts, both views in the cross-entropy, no mixing.
+
+    `images` are strongly augmented, `images_2` weakly. Mixed images are none of its recipe, and
+    would be compared with unmixed ones: mix with `BalPoECS`.
+    """
+
+    views = 2
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The sum over experts of the mean cross-entropy of both views and the consistency."""
+        (strong, weak), batch_stats = _apply_to_views(network, batch, ("images", "images_2"))
+        prior, taus = log_prior(facts.class_counts), jnp.asarray(facts.taus)
+        by_expert = jnp.stack(
+            [
+                expert_losses(strong, mixed_targets(batch, facts.num_classes), prior, taus),
+                expert_losses(weak, batch["labels"], prior, taus),
+            ]
+        ).mean(axis=(0, 2))
+        added = self.consistency(weak, strong, batch["labels"], facts).sum()
+        total = by_expert.sum() + self.weight(epoch) * added
+        return Losses(total, by_expert, batch_stats, extra, {"consistency": added})
+
+
+# Views as MDCS has them: weak ones are the data set's usual, which `view2` starts from on CIFAR.
+_CIFAR_STRONG = {"rotation": 0.0, "policy": "autoaugment_cifar"}
+_PHOTO_WEAK = {"crop_padding": 0, "rotation": 0.0, "color_jitter": (0.4, 0.4, 0.4)}
+_PHOTO_STRONG = {**_PHOTO_WEAK, "policy": "randaugment"}
+
+
+def _section(name: str, fields: dict) -> dict:
+    return {f"{name}.{field}": value for field, value in fields.items()}
+
+
+_CIFAR_VIEWS = {"view2.rotation": 15.0, **_section("augment", _CIFAR_STRONG)}
+_PHOTO_VIEWS = _section("view2", _PHOTO_WEAK) | _section("augment", _PHOTO_STRONG)
+_CIFAR_CS = _CIFAR_VIEWS | _section("view3", _CIFAR_STRONG)
+_PHOTO_CS = _PHOTO_VIEWS | _section("view3", _PHOTO_STRONG)
+
+_CIFAR_MDCS = {
+    **_CIFAR_VIEWS,
+    "augment.cutout": 16,
+    "total_epochs": 400,
+    "batch_size": 64,
+    "optim.boundaries": (200, 320, 380),
+    "optim.warmup_epochs": 20,
+    # The published network is narrower than BalPoE's.
+    "model.reduce_dimension": True,
+}
+
+RECIPES = {
+    "balpoe_cs": Recipe(
+        BalPoECS(),
+        "BalPoE + consistency",
+        experts=3,
+        mixup=True,
+        on={
+            "cifar100_lt": _CIFAR_CS,
+            "cifar10_lt": _CIFAR_CS,
+            "imagenet_lt": _PHOTO_CS,
+            "inaturalist2018": _PHOTO_CS,
+        },
+    ),
+    "mdcs": Recipe(
+        MDCS(),
+        "MDCS",
+        experts=3,
+        taus=(-0.5, 2.5),
+        on={
+            "cifar100_lt": _CIFAR_MDCS,
+            "cifar10_lt": _CIFAR_MDCS,
+            "imagenet_lt": {
+                **_PHOTO_VIEWS,
+                "total_epochs": 180,
+                "batch_size": 256,
+                "optim.learning_rate": 0.1,
+            },
+            "imagenet_lt:recipe=long": {"total_epochs": 400},
+            "inaturalist2018": {
+                **_PHOTO_VIEWS,
+                "total_epochs": 400,
+                "batch_size": 512,
+                "optim.schedule": "step",
+                "optim.boundaries": (200, 300, 380),
+                "optim.warmup_epochs": 5,
+            },
+        },
+        epochs=400,
+        published=(Published("cifar100_lt", "ir=100", 56.1, "MDCS's supplement, Table 1"),),
+    ),
+}
