@@ -345,6 +345,11 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             f"The method {config.method.name} takes {method.views} views of an image, and the "
             f"config describes {views}; choose a method by the config file's argument method=..."
         )
+    if config.mixup.alpha > 0 and not method.mixes:
+        raise UserError(
+            f"The method {config.method.name} knows no mixed labels: config.mixup.alpha must be 0, "
+            f"got {config.mixup.alpha:g}."
+        )
     if len(_stage_configs(config)) > len(method.stages()):
         raise UserError(f"The method {config.method.name} has no second stage; remove stage2.")
     if method.whole_batch and config.optim.accumulate > 1:

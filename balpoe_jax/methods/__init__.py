@@ -12,10 +12,12 @@ from typing import Any
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import (
     balpoe,
+    bcl,
     consistency,
     lade,
     mislas,
     mixing,
+    paco,
     posthoc,
     reweighted,
     ride,
@@ -39,7 +41,7 @@ __all__ = [
     "settings",
 ]
 
-_MODULES = (balpoe, consistency, reweighted, posthoc, mixing, lade, ride, sade, mislas)
+_MODULES = (balpoe, consistency, reweighted, posthoc, mixing, lade, ride, sade, mislas, paco, bcl)
 
 # What `method=` of a config file may be.
 RECIPES: dict[str, Recipe] = {

@@ -180,11 +180,13 @@ class Method:
     Attributes:
         views: how many differently augmented views of an image a batch holds: `images`, then
             `images_2`, `images_3`.
+        mixes: whether its loss heeds the second label of a mixed image.
         whole_batch: the loss is not a mean over rows, or the method keeps extra state, so that a
             batch cannot be worked off in microbatches.
     """
 
     views: ClassVar[int] = 1
+    mixes: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
 
     def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:

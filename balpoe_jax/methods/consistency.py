@@ -139,6 +139,7 @@ class MDCS(_SelfDistilled):
     """
 
     views = 2
+    mixes = False
 
     def loss(
         self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BCL: balanced contrastive learning beside balanced softmax (Zhu et al., CVPR 2022).
+
+The contrastive loss averages over each class before it sums over classes, and gives every class a
+prototype, so that a batch contrasts all of them, whatever it holds. Prototypes are projections of
+the classifier's weights, by a head of their own.
+
+Followed is the authors' code (FlamieZhu/Balanced-Contrastive-Learning), as far as it runs: for
+CIFAR none was published, and the recipe is put together from two re-implementations
+(sumyeongahn/CUDA_LTR and YuMJie/ConCutMix). Where we differ: prototypes are made of all rows of the
+classifier on every device, and of a linear classifier too, whose weights the code turns round.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
+from balpoe_jax.methods.checks import check_range
+from balpoe_jax.methods.projection import ProjectedEnsemble, Projection, check_single
+from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.views import views
+from balpoe_jax.models import ExpertEnsemble
+
+
+def balanced_contrastive_loss(
+    features: jax.Array, labels: jax.Array, prototypes: jax.Array, temperature: float
+) -> jax.Array:
+    """The loss of each feature against all others and the prototypes (paper, Eq. 7).
+
+    The positives of a feature are the others of its class and the prototype. In the normaliser each
+    class counts once: the mean exponential of its members, of which the feature itself is none.
+
+    Args:
+        features: float `[N, P]`, of length 1.
+        labels: int `[N]`.
+        prototypes: float `[C, P]`, of length 1.
+        temperature: of the similarities.
+
+    Returns:
+        float `[N]`, in nats.
+    """
+    number, classes = len(features), len(prototypes)
+    one_hot = jax.nn.one_hot(labels, classes, dtype=features.dtype)
+    members = jnp.concatenate([one_hot, jnp.eye(classes, dtype=features.dtype)])  # [N + C, C]
+    everything = jnp.concatenate([features, prototypes])
+    similarities = (
+        jnp.matmul(features, everything.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    )
+    apart = 1.0 - jnp.eye(number, len(everything), dtype=features.dtype)
+    largest = jax.lax.stop_gradient(similarities.max(axis=1, keepdims=True))
+    # Of each class, the number of its members that are not the feature itself.
+    sizes = members.sum(axis=0)[None] - one_hot
+    sums = jnp.matmul(
+        jnp.exp(similarities - largest) * apart, members, precision=jax.lax.Precision.HIGHEST
+    )
+    log_total = jnp.log((sums / sizes).sum(axis=1)) + largest[:, 0]
+    positives = jnp.matmul(one_hot, members.T) * apart
+    count = positives.sum(axis=1)
+    return log_total - (positives * similarities).sum(axis=1) / count
+
+
+@dataclasses.dataclass(frozen=True)
+class BCL(Method):
+    """See the module.
+
+    `images` are classified; `images_2` and `images_3` are contrasted. All go through the network at
+    once.
+
+    Attributes:
+        classification, contrast: weights of the two losses.
+        temperature: of the similarities.
+        hidden, width: of the projections' layers.
+    """
+
+    views = 3
+    whole_batch = True
+    mixes = False
+
+    classification: float = 2.0
+    contrast: float = 0.6
+    temperature: float = 0.1
+    hidden: int = 512
+    width: int = 128
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        for name in ("classification", "contrast"):
+            check_range(name, getattr(self, name), 0, 1e6)
+        check_range("temperature", self.temperature, 1e-6, 1e6)
+        for name in ("hidden", "width"):
+            check_range(name, getattr(self, name), 1, 1e6)
+
+    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+        """The classifier is balanced softmax."""
+        return (1.0,) * len(taus)
+
+    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> ProjectedEnsemble:
+        """The expert with two heads, of features and of classes."""
+        check_single(ensemble, "BCL")
+        axis_name = facts.axis_name if facts.sync_batch_norm else None
+        heads = (Projection((self.hidden,), self.width, True, axis_name) for _ in range(2))
+        return ProjectedEnsemble(ensemble, *heads)
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The weighted sum of both means over the whole batch."""
+        rows = len(batch["labels"])
+        names = ("images", "images_2", "images_3")
+        outputs, batch_stats = network(jnp.concatenate([batch[name] for name in names]))
+        labels = facts.gather(batch["labels"])
+        classified = logit_adjusted_cross_entropy(
+            facts.gather(outputs.logits[0, :rows]), labels, log_prior(facts.class_counts), 1.0
+        ).mean()
+        views = [facts.gather(x) for x in jnp.split(outputs.projections[rows:], 2)]
+        contrasted = balanced_contrastive_loss(
+            jnp.concatenate(views), jnp.tile(labels, 2), outputs.prototypes, self.temperature
+        ).mean()
+        total = self.classification * classified + self.contrast * contrasted
+        terms = {"classification": classified, "contrast": contrasted}
+        return Losses(total, classified[None], batch_stats, extra, terms)
+
+
+_CIFAR = {
+    "batch_size": 256,
+    "optim.learning_rate": 0.15,
+    "model.classifier": "linear",
+    **views("strong", "similar", "similar"),
+}
+_PHOTOS = {
+    "batch_size": 256,
+    "optim.learning_rate": 0.1,
+    "optim.schedule": "cosine_after_warmup",
+    "method.classification": 1.0,
+    "method.contrast": 0.35,
+    "method.temperature": 0.07,
+    "method.hidden": 2048,
+    "method.width": 1024,
+    **views("rand", "photo_similar", "photo_similar"),
+    # Its views for contrast turn colours a little and are not blurred.
+    **{
+        f"{view}.{field}": value
+        for view in ("view2", "view3")
+        for field, value in {"hue": 0.1, "jitter_probability": 0.8, "blur": 0.0}.items()
+    },
+}
+_PAPER = "BalPoE's Table 1"
+
+RECIPES = {
+    "bcl": Recipe(
+        BCL(),
+        "BCL",
+        fields={"optim.nesterov": False},
+        on={
+            "cifar10_lt": _CIFAR,
+            "cifar100_lt": _CIFAR,
+            "cifar100_lt:recipe=long": {
+                "total_epochs": 400,
+                "optim.boundaries": (360, 380),
+                "optim.warmup_epochs": 10,
+            },
+            "imagenet_lt": {**_PHOTOS, "total_epochs": 90},
+            "inaturalist2018": {
+                **_PHOTOS,
+                "total_epochs": 100,
+                "optim.learning_rate": 0.2,
+                "optim.weight_decay": 1e-4,
+            },
+        },
+        published=(
+            Published("cifar100_lt", "ir=10", 64.9, _PAPER),
+            Published("cifar100_lt", "ir=50", 56.6, _PAPER),
+            Published("cifar100_lt", "ir=100", 51.9, _PAPER),
+            Published("cifar100_lt", "ir=100,recipe=long", 53.9, _PAPER),
+            Published("imagenet_lt", "", 56.0, _PAPER),
+            Published("imagenet_lt", "backbone=resnext50", 57.1, _PAPER),
+            Published("inaturalist2018", "", 71.8, _PAPER),
+        ),
+    ),
+}

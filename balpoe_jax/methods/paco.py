@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PaCo: contrast with class centres and with images in one softmax (Cui et al., ICCV 2021).
+
+An image's positives are the classifier's logit of its class, with the training prior, and the
+images of its class among the batch and a queue of earlier ones, which a moving average of the
+network has encoded. GPaCo (Cui et al., TPAMI 2023) does without that second network.
+
+Followed is the authors' code (dvlab-research/Parametric-Contrastive-Learning). Where we differ:
+
+- The queue begins with noise of length 1 that has no label; the code's is normalised along the
+  other axis and has random labels, so that its first steps have wrong positives.
+- Statistics of BatchNorm are those of the global batch, which makes the code's shuffling of images
+  between devices needless.
+- The recipe of GPaCo contrasts the images of both views with each other and has no queue, since no
+  network stays slow enough for old projections to mean the same.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from balpoe_jax.losses import log_prior
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, moving_average
+from balpoe_jax.methods.checks import check_range
+from balpoe_jax.methods.projection import (
+    ProjectedEnsemble,
+    Projection,
+    check_single,
+    equal_labels,
+)
+from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.views import views
+from balpoe_jax.models import ExpertEnsemble
+from balpoe_jax.models.heads import normalize
+
+_EPSILON = 1e-12  # within the logarithm, after the largest term was made 1
+
+
+def paco_loss(
+    logits: jax.Array,
+    similarities: jax.Array,
+    labels: jax.Array,
+    others: jax.Array,
+    log_prior: jax.Array,
+    alpha: float,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+) -> jax.Array:
+    """The parametric contrastive loss of each image.
+
+    With `s` the logits plus log prior, `t` the similarities and `D = sum exp(s) + gamma sum exp(t)`
+    over all classes and all other images, it is minus the weighted mean of `s_y - log D` (weight
+    `beta`) and of `t_a - log D` over the other images of the class (weight `alpha` each).
+
+    Args:
+        logits: float `[B, C]`, raw.
+        similarities: float `[B, A]`, divided by the temperature. The first B of the others are the
+            images themselves, of which each is none of its own others.
+        labels: int `[B]`.
+        others: int `[A]`, labels of the others; -1 for none.
+        log_prior: float `[C]`.
+        alpha, beta, gamma: as above.
+
+    Returns:
+        float `[B]`. With `alpha = gamma = 0` it is the logit-adjusted cross-entropy.
+    """
+    batch = len(logits)
+    adjusted = logits + log_prior.astype(logits.dtype)[None]
+    apart = 1.0 - jnp.eye(batch, len(others), dtype=logits.dtype)
+    largest = jax.lax.stop_gradient(
+        jnp.maximum(adjusted.max(axis=1), jnp.where(apart > 0, similarities, -jnp.inf).max(axis=1))
+    )[:, None]
+    sums = jnp.exp(adjusted - largest).sum(axis=1)
+    # Of oneself no exponential is taken: it might overflow.
+    terms = jnp.exp(jnp.where(apart > 0, similarities - largest, 0.0)) * apart
+    log_total = jnp.log(sums + gamma * terms.sum(axis=1) + _EPSILON) + largest[:, 0]
+    own = jnp.take_along_axis(adjusted, labels[:, None], axis=1)[:, 0]
+    positives = equal_labels(labels, others).astype(logits.dtype) * apart
+    number = positives.sum(axis=1)
+    centre = beta * (own - log_total)
+    images = alpha * ((positives * similarities).sum(axis=1) - number * log_total)
+    return -(centre + images) / (beta + alpha * number)
+
+
+@dataclasses.dataclass(frozen=True)
+class PaCo(Method):
+    """See the module.
+
+    Attributes:
+        alpha: weight of each image of the same class, against 1 for the class centre.
+        temperature: of the similarities.
+        width: of the projections.
+        queue_size: how many earlier images are contrasted; the most recent ones.
+        momentum: of the moving average that encodes them; 0 for none, which makes it GPaCo.
+    """
+
+    views = 2
+    whole_batch = True
+    mixes = False
+
+    alpha: float = 0.01
+    temperature: float = 0.05
+    width: int = 32
+    queue_size: int = 1024
+    momentum: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("alpha", self.alpha, 0, 1e6)
+        check_range("temperature", self.temperature, 1e-6, 1e6)
+        check_range("width", self.width, 1, 1e6)
+        check_range("queue_size", self.queue_size, 1, 1e9)
+        check_range("momentum", self.momentum, 0, 1)
+
+    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+        """The centre is adjusted as by tau 1."""
+        return (1.0,) * len(taus)
+
+    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+        """The expert with a projection: a hidden layer with BatchNorm, or GPaCo's two without."""
+        check_single(ensemble, "PaCo")
+        axis_name = facts.axis_name if facts.sync_batch_norm else None
+        hidden = (0,) if self.momentum else (0, 0)  # as wide as the features
+        return ProjectedEnsemble(
+            ensemble, Projection(hidden, self.width, bool(self.momentum), axis_name)
+        )
+
+    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> Any:
+        """The slow network, a copy of the fast one, and a queue of noise without labels."""
+        if not self.momentum:
+            return {}
+        noise = jax.random.normal(key, (self.queue_size, self.width))
+        return {
+            "params": network.params,
+            "batch_stats": network.batch_stats,
+            "queue": normalize(noise, axis=-1),
+            "labels": jnp.full(self.queue_size, -1, jnp.int32),
+        }
+
+    def refresh(self, extra: Any, params: Any, facts: Facts, epoch: jax.Array) -> Any:
+        """The slow network moves before it encodes a batch."""
+        if not self.momentum:
+            return extra
+        return {**extra, "params": moving_average(extra["params"], params, self.momentum)}
+
+    def loss(
+        self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The mean over the images of the whole batch."""
+        step = self._with_queue if self.momentum else self._with_both_views
+        return step(network, extra, batch, facts)
+
+    def _with_queue(self, network: Network, extra: Any, batch: Batch, facts: Facts) -> Losses:
+        outputs, batch_stats = network(batch["images"])
+        slow = dataclasses.replace(
+            network, params=extra["params"], batch_stats=extra["batch_stats"]
+        )
+        encoded, slow_stats = slow(batch["images_2"])
+        if not facts.sync_batch_norm:
+            slow_stats = facts.mean_over_devices(slow_stats)
+        keys, labels = facts.gather_state(encoded.projections), facts.gather_state(batch["labels"])
+        queries = facts.gather(outputs.projections)
+        others = jnp.concatenate([labels, labels, extra["labels"]])
+        contrasts = jnp.concatenate([queries, keys, extra["queue"]])
+        by_image = self._by_image(
+            facts, facts.gather(outputs.logits[0]), queries, contrasts, others
+        )
+        size = self.queue_size
+        new = {
+            "params": extra["params"],
+            "batch_stats": slow_stats,
+            "queue": jnp.concatenate([keys, extra["queue"]])[:size],
+            "labels": jnp.concatenate([labels, extra["labels"]])[:size],
+        }
+        return _losses(by_image, batch_stats, new)
+
+    def _with_both_views(self, network: Network, extra: Any, batch: Batch, facts: Facts) -> Losses:
+        rows = len(batch["labels"])
+        outputs, batch_stats = network(jnp.concatenate([batch["images"], batch["images_2"]]))
+        both = (outputs.logits[0], outputs.projections)
+        logits, queries = (
+            jnp.concatenate([facts.gather(x[:rows]), facts.gather(x[rows:])]) for x in both
+        )
+        labels = jnp.tile(facts.gather(batch["labels"]), 2)
+        by_image = self._by_image(facts, logits, queries, queries, labels)
+        return _losses(by_image, batch_stats, extra)
+
+    def _by_image(
+        self,
+        facts: Facts,
+        logits: jax.Array,
+        queries: jax.Array,
+        contrasts: jax.Array,
+        others: jax.Array,
+    ) -> jax.Array:
+        similarities = (
+            jnp.matmul(queries, contrasts.T, precision=jax.lax.Precision.HIGHEST) / self.temperature
+        )
+        prior = log_prior(facts.class_counts)
+        return paco_loss(logits, similarities, others[: len(logits)], others, prior, self.alpha)
+
+
+def _losses(by_image: jax.Array, batch_stats: Any, extra: Any) -> Losses:
+    total = by_image.mean()
+    return Losses(total, total[None], batch_stats, extra)
+
+
+_CIFAR = {
+    "total_epochs": 400,
+    "optim.learning_rate": 0.05,
+    "optim.schedule": "cosine_after_warmup",
+    "optim.boundaries": (),
+    "optim.warmup_epochs": 10,
+    **views("strong", "similar"),
+}
+_PHOTOS = {
+    **_CIFAR,
+    "batch_size": 128,
+    "optim.learning_rate": 0.02,
+    "method.alpha": 0.05,
+    "method.temperature": 0.2,
+    "method.width": 128,
+    "method.queue_size": 8192,
+    **views("rand", "photo_similar"),
+}
+_FIELDS = {"model.classifier": "linear", "optim.nesterov": False}
+_PAPER, _CODE = "BalPoE's Table 1", "PaCo's repository"
+
+RECIPES = {
+    "paco": Recipe(
+        PaCo(),
+        "PaCo",
+        fields=_FIELDS,
+        on={
+            "cifar10_lt": _CIFAR,
+            "cifar100_lt": _CIFAR,
+            "imagenet_lt": _PHOTOS,
+            "inaturalist2018": {**_PHOTOS, "optim.weight_decay": 1e-4},
+        },
+        epochs=400,
+        published=(
+            Published("cifar100_lt", "ir=10", 64.2, _PAPER),
+            Published("cifar100_lt", "ir=50", 56.0, _PAPER),
+            Published("cifar100_lt", "ir=100", 52.0, _PAPER),
+            Published("imagenet_lt", "", 57.0, _PAPER),
+            Published("inaturalist2018", "", 73.2, _PAPER),
+        ),
+    ),
+    "gpaco": Recipe(
+        PaCo(momentum=0.0),
+        "GPaCo",
+        fields=_FIELDS,
+        on={
+            "cifar10_lt": _CIFAR,
+            "cifar100_lt": _CIFAR,
+            "imagenet_lt": {
+                **_PHOTOS,
+                "optim.learning_rate": 0.04,
+                **views("rand", "stack"),
+            },
+            "inaturalist2018": {
+                **_PHOTOS,
+                "optim.learning_rate": 0.04,
+                "optim.weight_decay": 1e-4,
+            },
+        },
+        epochs=400,
+        published=(
+            Published("imagenet_lt", "", 58.5, _CODE),
+            Published("inaturalist2018", "", 75.4, _CODE),
+        ),
+    ),
+}

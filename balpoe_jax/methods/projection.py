@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What contrastive methods share: projection heads beside one expert's classifier, and contrast."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.models import ExpertEnsemble
+from balpoe_jax.models.heads import normalize, torch_uniform
+from balpoe_jax.models.layers import BatchNorm
+
+
+class ProjectedOutputs(NamedTuple):
+    """What a network with a projection head returns.
+
+    Attributes:
+        logits: float `[1, B, C]`.
+        features: float `[1, B, D]`.
+        projections: float `[B, P]`, of length 1.
+        prototypes: float `[C, P]`, of length 1; without rows where a method has none.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    projections: jax.Array
+    prototypes: jax.Array
+
+
+class Projection(nn.Module):
+    """A perceptron onto the unit sphere.
+
+    Attributes:
+        hidden: widths of the hidden layers; 0 for that of the layer before.
+        width: of the result.
+        norm: whether BatchNorm follows the hidden layers.
+        axis_name: the mapped axis over which it takes its statistics.
+    """
+
+    hidden: tuple[int, ...]
+    width: int
+    norm: bool = True
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Float `[B, D]` -> `[B, width]`, rows of length 1."""
+        for i, width in enumerate(self.hidden):
+            x = nn.Dense(width or x.shape[-1], kernel_init=torch_uniform, name=f"hidden{i}")(x)
+            if self.norm:
+                norm = BatchNorm(
+                    use_running_average=not train, axis_name=self.axis_name, name=f"bn{i}"
+                )
+                x = norm(x)
+            x = nn.relu(x)
+        return normalize(nn.Dense(self.width, kernel_init=torch_uniform, name="out")(x), axis=-1)
+
+
+class ProjectedEnsemble(nn.Module):
+    """One expert with a projection of its features, and perhaps prototypes of the classes.
+
+    Prototypes are a second head's projections of the rows of the classifier's weights, which learn
+    through it.
+
+    Attributes:
+        ensemble: of one expert.
+        projection: of features.
+        prototype: of classifier weights; None for no prototypes.
+    """
+
+    ensemble: ExpertEnsemble
+    projection: Projection
+    prototype: Projection | None = None
+
+    def __call__(self, images: jax.Array, train: bool) -> ProjectedOutputs:
+        """As the ensemble's, with what the heads make of it."""
+        outputs = self.ensemble(images, train)
+        projections = self.projection(outputs.features[0], train)
+        prototypes = projections[:0]
+        if self.prototype is not None:
+            head = self.ensemble.variables["params"]["expert"]["head"]
+            kernel = head["dense"]["kernel"] if "dense" in head else head["kernel"]
+            prototypes = self.prototype(kernel[0].T, train)
+        return ProjectedOutputs(outputs.logits, outputs.features, projections, prototypes)
+
+
+def check_single(ensemble: ExpertEnsemble, name: str) -> None:
+    """Refuses more than one expert, of which these methods know nothing.
+
+    Raises:
+        UserError (a `ValueError`): several experts.
+    """
+    if ensemble.num_experts != 1:
+        raise UserError(
+            f"{name} trains one expert, got {ensemble.num_experts}; leave experts alone."
+        )
+
+
+def equal_labels(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Whether labels int `[B]` and `[A]` are equal, float `[B, A]`."""
+    return (rows[:, None] == columns[None, :]).astype(jnp.float32)

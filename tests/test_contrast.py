@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PaCo and BCL against slow twins in loops, and what their definitions promise."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_network
+from test_methods import fresh, parts, run
+from tiny_network import COUNTS, numeric_gradient
+
+from balpoe_jax.config import default_config
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import check
+from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
+from balpoe_jax.methods import Facts, Network
+from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss
+from balpoe_jax.methods.paco import PaCo, paco_loss
+from balpoe_jax.parallel import make_parallel
+
+RANDOM = np.random.default_rng(5)
+PRIOR = np.log(COUNTS / COUNTS.sum() + 1e-9)
+LABELS = np.array([0, 1, 0, 2, 1, 0])
+
+
+def unit(*shape: int) -> np.ndarray:
+    rows = RANDOM.normal(size=shape)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+# --- PaCo --------------------------------------------------------------------------------------
+
+
+def paco_twin(logits, similarities, labels, others, alpha, beta=1.0, gamma=1.0) -> float:
+    """The mean loss, by the formula, an image and a term at a time."""
+    total = 0.0
+    for i, label in enumerate(labels):
+        s = logits[i] + PRIOR
+        mine = [a for a in range(len(others)) if a != i]
+        log_d = math.log(
+            sum(math.exp(x) for x in s) + gamma * sum(math.exp(similarities[i, a]) for a in mine)
+        )
+        value, weight = beta * (s[label] - log_d), beta
+        for a in mine:
+            if others[a] == label:
+                value += alpha * (similarities[i, a] - log_d)
+                weight += alpha
+        total -= value / weight
+    return total / len(labels)
+
+
+@pytest.mark.parametrize(("alpha", "beta", "gamma"), [(0.05, 1.0, 1.0), (2.0, 0.5, 3.0)])
+def test_paco_is_its_twin(alpha: float, beta: float, gamma: float, x64) -> None:
+    logits = RANDOM.normal(size=(6, 5), scale=2)
+    similarities = RANDOM.normal(size=(6, 14), scale=4)
+    others = np.concatenate([LABELS, LABELS, [-1, 2]])
+
+    def twin(logits, similarities):
+        return paco_twin(logits, similarities, LABELS, others, alpha, beta, gamma)
+
+    def loss(logits, similarities):
+        return paco_loss(
+            logits, similarities, jnp.asarray(LABELS), jnp.asarray(others), jnp.asarray(PRIOR),
+            alpha, beta, gamma,
+        ).mean()  # fmt: skip
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(logits, similarities)
+    np.testing.assert_allclose(value, twin(logits, similarities), rtol=1e-9)
+    expected = numeric_gradient(lambda x: twin(x, similarities), logits)
+    np.testing.assert_allclose(gradients[0], expected, atol=1e-8)
+    expected = numeric_gradient(lambda x: twin(logits, x), similarities)
+    np.testing.assert_allclose(gradients[1], expected, atol=1e-8)
+    assert not np.diag(gradients[1][:, :6]).any()  # no image is its own contrast
+
+
+def test_without_contrast_paco_is_balanced_softmax(x64) -> None:
+    logits = jnp.asarray(RANDOM.normal(size=(6, 5)))
+    prior, labels = log_prior(COUNTS), jnp.asarray(LABELS)
+    losses = paco_loss(logits, jnp.ones((6, 9)), labels, jnp.zeros(9, int), prior, 0, 1, 0)
+    expected = logit_adjusted_cross_entropy(logits, labels, prior, 1.0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-7)
+
+
+def test_paco_bears_its_sharpest_similarities() -> None:
+    """At temperature 0.05 they reach 20, of an image with itself too."""
+    logits = jnp.array([[80.0, -80, 0, 0, 0]] * 2)
+    similarities = jnp.array([[1e4, -20.0, 20.0], [20.0, 1e4, -20.0]])
+    labels = jnp.array([0, 1])
+    others = jnp.array([0, 1, 0])
+    value, gradient = jax.value_and_grad(
+        lambda s: paco_loss(logits, s, labels, others, jnp.asarray(PRIOR, "f4"), 0.05).sum()
+    )(similarities)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_the_queue_and_the_slow_network_move_as_they_should() -> None:
+    """Keys of a step are those of the network after its own move, and enter at the front."""
+    method, facts, network = parts("paco")
+    state = fresh("paco")
+    (after, _), *_ = run("paco", "pmap", 1)
+    m = method.momentum
+    expected = jax.tree.map(lambda a, b: m * a + (1 - m) * b, state.extra["params"], state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.extra["params"], expected
+    )
+    np.testing.assert_array_equal(state.extra["labels"], -1)
+    lengths = np.linalg.norm(state.extra["queue"], axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+    batch = tiny_network.batch(facts.batch_size, seed=0)
+    slow = Network(network, expected, state.extra["batch_stats"])
+    keys = jax.vmap(lambda images: slow(images)[0].projections, axis_name=facts.axis_name)(
+        batch["images_2"][None]
+    )[0]
+    np.testing.assert_allclose(after.extra["queue"][: facts.batch_size], keys, atol=1e-4)
+    np.testing.assert_array_equal(after.extra["labels"][: facts.batch_size], batch["labels"])
+    kept = method.queue_size - facts.batch_size
+    np.testing.assert_array_equal(
+        after.extra["queue"][facts.batch_size :], state.extra["queue"][:kept]
+    )
+
+
+def test_the_slow_network_gets_no_gradient_and_the_queue_none() -> None:
+    """Only what went through the fast network and the classifier is learnt from."""
+    method, _, network = parts("paco", None)
+    facts = dataclasses.replace(parts("paco", None)[1])
+    variables = tiny_network.init(network)
+    net = Network(network, variables["params"], variables["batch_stats"])
+    extra = method.init_extra(net, facts, jax.random.key(1))
+    batch = {k: jnp.asarray(v) for k, v in tiny_network.batch(8).items()}
+
+    def loss(params, slow):
+        network = dataclasses.replace(net, params=params)
+        return method.loss(network, {**extra, **slow}, batch, facts, jnp.zeros((), int)).total
+
+    slow = {"params": extra["params"], "queue": extra["queue"]}
+    fast, of_slow = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], slow)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(fast) if leaf.ndim > 1)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_slow["params"]))
+
+
+# --- BCL ---------------------------------------------------------------------------------------
+
+
+def bcl_twin(features, labels, prototypes, temperature) -> float:
+    total = 0.0
+    for i, label in enumerate(labels):
+        normaliser = 0.0
+        for c, prototype in enumerate(prototypes):
+            members = [features[j] for j in range(len(labels)) if labels[j] == c and j != i]
+            members.append(prototype)
+            exponentials = [math.exp(features[i] @ a / temperature) for a in members]
+            normaliser += sum(exponentials) / len(members)
+        positives = [features[j] for j in range(len(labels)) if labels[j] == label and j != i]
+        positives.append(prototypes[label])
+        for a in positives:
+            total -= (features[i] @ a / temperature - math.log(normaliser)) / len(positives)
+    return total / len(labels)
+
+
+def test_bcl_is_its_twin(x64) -> None:
+    features, prototypes, temperature = unit(6, 4), unit(5, 4), 0.3
+
+    def loss(features, prototypes):
+        return balanced_contrastive_loss(
+            features, jnp.asarray(LABELS), prototypes, temperature
+        ).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(features, prototypes)
+    np.testing.assert_allclose(
+        value, bcl_twin(features, LABELS, prototypes, temperature), rtol=1e-9
+    )
+    expected = numeric_gradient(lambda x: bcl_twin(x, LABELS, prototypes, temperature), features)
+    np.testing.assert_allclose(gradients[0], expected, atol=1e-7)
+    expected = numeric_gradient(lambda x: bcl_twin(features, LABELS, x, temperature), prototypes)
+    np.testing.assert_allclose(gradients[1], expected, atol=1e-7)
+
+
+def test_copies_of_another_class_with_its_prototype_change_nothing(x64) -> None:
+    """A class counts once, however many members it has."""
+    features, prototypes = unit(4, 4), unit(3, 4)
+    labels = np.array([0, 0, 1, 2])
+    features[2] = prototypes[1]
+    first = balanced_contrastive_loss(features, labels, prototypes, 0.2)[:2]
+    more = np.concatenate([features, features[[2, 2, 2]]])
+    labels = np.concatenate([labels, [1, 1, 1]])
+    again = balanced_contrastive_loss(more, labels, prototypes, 0.2)[:2]
+    np.testing.assert_allclose(again, first, rtol=1e-9)
+
+
+def test_an_absent_class_enters_by_its_prototype_alone(x64) -> None:
+    features, prototypes = unit(3, 4), unit(2, 4)
+    labels = np.zeros(3, int)
+    losses = balanced_contrastive_loss(features, labels, prototypes, 0.5)
+    for i in range(3):
+        own = [features[j] for j in range(3) if j != i] + [prototypes[0]]
+        terms = [math.exp(features[i] @ a / 0.5) for a in own]
+        total = math.log(sum(terms) / 3 + math.exp(features[i] @ prototypes[1] / 0.5))
+        expected = total - np.mean([features[i] @ a / 0.5 for a in own])
+        np.testing.assert_allclose(losses[i], expected, rtol=1e-9)
+
+
+def test_prototypes_learn_through_head_and_classifier() -> None:
+    _, _, network = parts("bcl", None)
+    variables = tiny_network.init(network)
+    images = tiny_network.batch(6)["images"]
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        outputs, _ = Network(network, params, variables["batch_stats"])(images)
+        assert outputs.prototypes.shape == (len(COUNTS), BCL().width)
+        return (outputs.prototypes**3).sum()
+
+    found = gradient(variables["params"])
+    assert np.abs(jax.tree.leaves(found["prototype"])[-1]).max() > 0
+    assert all(
+        np.abs(leaf).max() > 0
+        for leaf in jax.tree.leaves(found["ensemble"]["expert"]["head"])
+        if leaf.ndim > 2
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found["ensemble"]["trunk"]))
+
+
+# --- both --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [PaCo(), BCL()])
+def test_one_expert_it_is(method) -> None:
+    with pytest.raises(UserError, match="trains one expert, got 3; leave experts alone"):
+        method.network(tiny_network.experts(3), Facts(COUNTS))
+
+
+def test_mixed_images_are_refused() -> None:
+    from test_config import get_config
+
+    config = get_config("digits_lt", "method=paco,mixup=true")
+    with pytest.raises(
+        UserError, match=r"paco knows no mixed labels: config.mixup.alpha must be 0"
+    ):
+        check(config, make_parallel())
+    config = get_config("digits_lt", "method=balpoe")
+    config.view2 = default_config().augment
+    with pytest.raises(UserError, match="takes 1 views of an image, and the config describes 2"):
+        check(config, make_parallel())
+    config = get_config("digits_lt", "method=bcl")
+    config.optim.accumulate = 2
+    with pytest.raises(UserError, match="accumulate must be 1 for the method bcl"):
+        check(config, make_parallel())
