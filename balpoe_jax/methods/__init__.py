@@ -17,11 +17,13 @@ from balpoe_jax.methods import (
     lade,
     mislas,
     mixing,
+    ncl,
     paco,
     posthoc,
     reweighted,
     ride,
     sade,
+    tlc,
 )
 from balpoe_jax.methods.base import Facts, Losses, Method, Network, Prediction, Stage
 from balpoe_jax.methods.recipe import Published, Recipe
@@ -41,7 +43,21 @@ __all__ = [
     "settings",
 ]
 
-_MODULES = (balpoe, consistency, reweighted, posthoc, mixing, lade, ride, sade, mislas, paco, bcl)
+_MODULES = (
+    balpoe,
+    consistency,
+    reweighted,
+    posthoc,
+    mixing,
+    lade,
+    ride,
+    sade,
+    mislas,
+    paco,
+    bcl,
+    ncl,
+    tlc,
+)
 
 # What `method=` of a config file may be.
 RECIPES: dict[str, Recipe] = {

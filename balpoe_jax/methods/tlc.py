@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TLC: evidential experts that hand on what they are uncertain of (Li et al., CVPR 2022).
+
+An expert's exponentiated logits are evidence for a Dirichlet distribution. Experts learn one after
+the other: a later one only from the images that those before it are the most uncertain of. Their
+opinions are fused by Dempster's rule.
+
+The authors' code (lblaoke/TLC) is followed in its losses, with these differences:
+
+- The combined output weighs experts by a softmax over the experts of each image. The code's weights
+  are normalised over the batch, so that a prediction depends on the batch it is made in and its
+  softmax is nearly uniform.
+- The prediction is the mean of the fused Dirichlet distribution, whose confidence can be judged;
+  its logarithm stands for the ensemble's logits. The code has no such probability, and the
+  published calibration error cannot be had from it.
+- Evidence is bounded where the divergence from the uniform distribution is computed, which cancels
+  in single precision; and conflicts that leave nothing in common are not divided by.
+- The data are the usual ones: a later version of the code has other class sizes and, from one image
+  too many, labels that slip.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction
+from balpoe_jax.methods.checks import check_range
+from balpoe_jax.methods.opinions import (
+    Opinion,
+    agreement,
+    divergence_from_uniform,
+    fuse,
+    opinion,
+)
+from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.reweighted import class_balanced_weights, cross_entropy, ldam_margins
+from balpoe_jax.methods.ride import class_temperatures
+from balpoe_jax.models import Outputs
+
+# Of an expert's logits, beyond which evidence does not grow where its divergence is computed.
+_LARGEST_LOGIT = 15.0
+
+
+def remaining_uncertainty(opinions: Opinion) -> jax.Array:
+    """How uncertain an image is before each expert sees it, float `[E, B]`, 1 before the first.
+
+    The product of the uncertainties so far, each divided by the agreement of an expert with the one
+    before it.
+
+    Args:
+        opinions: of the experts, belief `[E, B, C]`.
+    """
+    experts = _apart(opinions)
+    remaining = [jnp.ones_like(experts[0].uncertainty)]
+    for e, expert in enumerate(experts[:-1]):
+        common = agreement(experts[e - 1], expert) if e else 1.0
+        remaining.append(remaining[-1] * expert.uncertainty / common)
+    return jnp.stack(remaining)
+
+
+def fused(opinions: Opinion) -> Opinion:
+    """The opinion of all experts together."""
+    return functools.reduce(fuse, _apart(opinions))
+
+
+def _apart(opinions: Opinion) -> list[Opinion]:
+    return [Opinion(*each) for each in zip(*opinions, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TLC(Method):
+    """See the module.
+
+    Attributes:
+        engagement: an expert learns from images whose remaining uncertainty is more than this share
+            of the batch's largest.
+        sharpness: by which the remaining uncertainties are divided before their softmax.
+        kl_epochs: in which the weight of the divergence from uniform would grow to 1; most of it is
+            never reached.
+        diversity: weight of the reward for differing from the combined output.
+        reweight_epoch: the first one with class weights and temperatures, counted from 0.
+        temperature_spread: see `ride.class_temperatures`.
+        beta, max_margin: see `reweighted.Reweighted`.
+    """
+
+    whole_batch = True
+    mixes = False
+
+    engagement: float = 0.54
+    sharpness: float = 0.2
+    kl_epochs: int = 13200
+    diversity: float = 0.01
+    reweight_epoch: int = 160
+    temperature_spread: float = 0.05
+    beta: float = 0.9999
+    max_margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("engagement", self.engagement, 0, 1)
+        check_range("sharpness", self.sharpness, 1e-6, 1e6)
+        check_range("kl_epochs", self.kl_epochs, 1, 1e9)
+        check_range("diversity", self.diversity, 0, 1e6)
+        check_range("reweight_epoch", self.reweight_epoch, 0, 1e6)
+        check_range("temperature_spread", self.temperature_spread, 0, 1)
+        check_range("beta", self.beta, 0, 0.999999)
+        check_range("max_margin", self.max_margin, 0, 100)
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The sum over experts of their means over the images that they learn from."""
+        outputs, batch_stats = network(batch["images"])
+        logits = jnp.moveaxis(facts.gather(jnp.moveaxis(outputs.logits, 1, 0)), 1, 0)
+        labels = facts.gather(batch["labels"])
+        opinions = opinion(jnp.exp(jax.lax.stop_gradient(logits)))
+        remaining = remaining_uncertainty(opinions)
+        learns = remaining > self.engagement * remaining.max(axis=1, keepdims=True)
+        by_row = self.row_losses(logits, labels, remaining, facts, epoch)
+        by_expert = (learns * by_row).sum(axis=1) / jnp.maximum(1, learns.sum(axis=1))
+        shares = {f"engaged_{e + 1}": learns[e].mean() for e in range(1, len(learns))}
+        return Losses(by_expert.sum(), by_expert, batch_stats, extra, shares)
+
+    def row_losses(
+        self,
+        logits: jax.Array,
+        labels: jax.Array,
+        remaining: jax.Array,
+        facts: Facts,
+        epoch: jax.Array,
+    ) -> jax.Array:
+        """Evidential loss, divergence from uniform and reward for diversity, float `[E, B]`."""
+        dtype, counts = logits.dtype, facts.class_counts
+        later = epoch >= self.reweight_epoch
+
+        def from_then_on(values: np.ndarray) -> jax.Array:
+            return jnp.where(later, jnp.asarray(values, dtype), 1.0)
+
+        one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=dtype)
+        margins = jnp.asarray(ldam_margins(counts, self.max_margin) * facts.scale, dtype)
+        lowered = logits - (one_hot * margins[None])[None]
+        weights = from_then_on(class_balanced_weights(counts, self.beta))[labels]
+        # Minus the logarithm of the label's share of the evidence, which is cross-entropy.
+        own = weights[None] * jax.vmap(cross_entropy, (0, None))(lowered, labels)
+        evidence = jnp.exp(jnp.minimum(lowered, _LARGEST_LOGIT))
+        uniform = divergence_from_uniform(1 + (1 - one_hot)[None] * evidence)
+        temperatures = from_then_on(class_temperatures(counts, self.temperature_spread))
+        target = self.combined(jax.lax.stop_gradient(logits), remaining) / temperatures[None]
+        log_target = jax.nn.log_softmax(target)[None]
+        log_own = jax.nn.log_softmax(logits / temperatures[None, None])
+        apart = (jnp.exp(log_target) * (log_target - log_own)).sum(axis=-1)
+        ramp = (epoch + 1) / self.kl_epochs
+        return own + ramp * uniform - self.diversity * temperatures.mean() ** 2 * apart
+
+    def combined(self, logits: jax.Array, remaining: jax.Array) -> jax.Array:
+        """The weighted mean of the experts' logits, float `[B, C]`."""
+        weights = jax.nn.softmax(remaining / self.sharpness, axis=0)
+        return (weights[..., None] * logits).sum(axis=0)
+
+    def predict(self, outputs: Outputs, params: object, facts: Facts) -> Prediction:
+        """Each expert's logits, and the logarithm of the fused distribution's mean."""
+        together = fused(opinion(jnp.exp(outputs.logits)))
+        tiny = jnp.finfo(together.mean.dtype).tiny
+        return Prediction(outputs.logits, jnp.log(jnp.maximum(together.mean, tiny)))
+
+
+_CIFAR: dict[str, Any] = {"optim.factor": 0.01, "model.shared_stages": 0}
+
+RECIPES = {
+    "tlc": Recipe(
+        TLC(),
+        "TLC",
+        experts=3,
+        on={
+            "digits_lt": {"model.shared_stages": 0},
+            "cifar10_lt": {**_CIFAR, "optim.weight_decay": 2e-4},
+            "cifar100_lt": _CIFAR,
+            "imagenet_lt": {
+                "total_epochs": 100,
+                "batch_size": 256,
+                "optim.learning_rate": 0.1,
+                "optim.weight_decay": 2e-4,
+                "optim.schedule": "step",
+                "optim.boundaries": (60, 80),
+                "optim.warmup_epochs": 5,
+                "model.shared_stages": 3,
+                "method.sharpness": 0.5,
+                "method.reweight_epoch": 80,
+                "method.temperature_spread": 0.02,
+                "method.kl_epochs": 29000,
+            },
+        },
+        published=(Published("cifar100_lt", "ir=100", 49.0, "BalPoE's Table 2", ece=22.8),),
+    ),
+}

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NCL against a slow twin in loops, and its limits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_network import COUNTS, numeric_gradient
+
+from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
+from balpoe_jax.methods.ncl import HARD_MASKS, NCL, hard_classes, nested_losses
+
+RANDOM = np.random.default_rng(11)
+LOG_COUNTS = np.log(COUNTS)
+LABELS = np.array([0, 4, 2, 1])
+
+
+def softmax(z: list[float]) -> list[float]:
+    largest = max(z)
+    exponentials = [math.exp(x - largest) for x in z]
+    return [x / sum(exponentials) for x in exponentials]
+
+
+def twin(logits, hard_mask: str, number: int, distillation: float, hard_from=None) -> float:
+    """The mean over images of the sum over networks, a term at a time."""
+    experts, batch, classes = logits.shape
+    total, chooser = 0.0, logits[0] if hard_from is None else hard_from
+    for i, label in enumerate(LABELS):
+        order = sorted(range(classes), key=lambda c: (c != label, -chooser[i, c]))
+        hard = set(order[:number])
+        for e in range(experts):
+            for masked in (False, True):
+
+                def row(k: int, masked=masked, hard=hard, i=i) -> list[float]:
+                    z = list(logits[k, i] + LOG_COUNTS)
+                    if masked:
+                        outside = 0.0 if hard_mask == "zero" else -math.inf
+                        z = [x if c in hard else outside for c, x in enumerate(z)]
+                    return softmax(z)
+
+                own = row(e)
+                total -= math.log(own[label])
+                for k in range(experts):
+                    if k != e:
+                        pairs = zip(row(k), own, strict=True)
+                        kl = sum(a * (math.log(a + 1e-9) - math.log(b + 1e-9)) for a, b in pairs)
+                        total += distillation / (experts - 1) * kl
+    return total / batch
+
+
+@pytest.mark.parametrize("hard_mask", HARD_MASKS)
+def test_ncl_is_its_twin(hard_mask: str, x64) -> None:
+    logits = RANDOM.normal(size=(3, 4, 5), scale=2)
+
+    def loss(logits):
+        own, others = nested_losses(
+            logits, jnp.asarray(LABELS), jnp.asarray(LOG_COUNTS), 2, hard_mask
+        )
+        return (own.sum(axis=0) + 0.6 / 2 * others.sum(axis=0)).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
+    np.testing.assert_allclose(value, twin(logits, hard_mask, 2, 0.6), rtol=1e-9)
+    expected = numeric_gradient(lambda z: twin(z, hard_mask, 2, 0.6, logits[0]), logits)
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+    assert np.isfinite(gradient).all()
+
+
+def test_the_label_is_always_among_the_hard_classes() -> None:
+    logits = jnp.array([[5.0, 4, 3, 2, 1], [5.0, 4, 3, 2, 1]])
+    found = hard_classes(logits, jnp.array([4, 0]), 2)
+    np.testing.assert_array_equal(found, [[1, 0, 0, 0, 1], [1, 1, 0, 0, 0]])
+
+
+def test_one_network_has_nobody_to_learn_from(x64) -> None:
+    """And with all classes hard it learns balanced softmax twice."""
+    logits = jnp.asarray(RANDOM.normal(size=(1, 4, 5)))
+    labels = jnp.asarray(LABELS)
+    own, others = nested_losses(logits, labels, jnp.asarray(LOG_COUNTS), 5, "inf")
+    assert not np.any(others)
+    expected = logit_adjusted_cross_entropy(logits[0], labels, log_prior(COUNTS), 1.0)
+    np.testing.assert_allclose(own[0], 2 * expected, rtol=1e-6)
+
+
+def test_networks_that_agree_are_not_distilled(x64) -> None:
+    logits = jnp.tile(jnp.asarray(RANDOM.normal(size=(1, 4, 5))), (3, 1, 1))
+    _, others = nested_losses(logits, jnp.asarray(LABELS), jnp.asarray(LOG_COUNTS), 2, "zero")
+    np.testing.assert_allclose(others, 0, atol=1e-12)
+
+
+def test_a_mask_of_zeros_tells_counts_from_shares(x64) -> None:
+    """Which the paper's mask does not."""
+    logits, labels = jnp.asarray(RANDOM.normal(size=(2, 4, 5))), jnp.asarray(LABELS)
+    by_mask = {
+        mask: [
+            nested_losses(logits, labels, jnp.asarray(LOG_COUNTS - shift), 2, mask)[0]
+            for shift in (0.0, math.log(COUNTS.sum()))
+        ]
+        for mask in HARD_MASKS
+    }
+    np.testing.assert_allclose(*by_mask["inf"], rtol=1e-9)
+    assert np.abs(by_mask["zero"][0] - by_mask["zero"][1]).max() > 0.1
+
+
+def test_values_that_are_not_valid() -> None:
+    with pytest.raises(ValueError, match=r"config.method.hard_share must be from 0 to 1, got 2"):
+        NCL(hard_share=2.0)
+    with pytest.raises(ValueError, match=r"hard_mask 'one'; choose from zero, inf"):
+        NCL(hard_mask="one")
