@@ -71,8 +71,9 @@ def default_config() -> ConfigDict:
             `balpoe_jax.data.samplers`; data.class_run: so many examples of a class follow each
             other in "class_aware".
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
-            saturation), .policy, .cutout (side in pixels); photographs are cropped at random
-            while they are decoded.
+            saturation), .policy, .cutout (side in pixels), .crop_area, .hue, .jitter_probability,
+            .grayscale, .blur: see `balpoe_jax.data.augment.AugmentSettings`; photographs are
+            cropped at random while they are decoded.
         view2.*, view3.*: of a second and a third view of each training image, the fields of
             augment; only methods that need them have these sections.
         mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
@@ -143,6 +144,11 @@ def default_config() -> ConfigDict:
             "color_jitter": (0.0, 0.0, 0.0),
             "policy": "none",
             "cutout": 0,
+            "crop_area": 0.0,
+            "hue": 0.0,
+            "jitter_probability": 1.0,
+            "grayscale": 0.0,
+            "blur": 0.0,
         }
     )
     config.mixup = ConfigDict(
@@ -352,10 +358,12 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UserError (a `ValueError`): naming the field, its value and what is valid.
     """
-    for field in LIMITS:
-        _check_number(config, field)
-    for field in MEMBERS:
-        _check_members(config, field)
+    for field, limits in LIMITS.items():
+        for named in _with_views(config, field):
+            _check_number(config, named, limits)
+    for field, limits_of_members in MEMBERS.items():
+        for named in _with_views(config, field):
+            _check_members(config, named, limits_of_members)
     if config.model.dtype not in DTYPES:
         raise UserError(
             f"Unknown config.model.dtype {config.model.dtype!r}; choose from {', '.join(DTYPES)}."
@@ -374,16 +382,23 @@ def check_config(config: ConfigDict) -> None:
     resolve_taus(config)
 
 
-def _check_number(config: ConfigDict, field: str) -> None:
-    value, (least, most) = _field(config, field), LIMITS[field]
+def _with_views(config: ConfigDict, field: str) -> list[str]:
+    """The field, and if it is one of augmentation the same one of each further view."""
+    section, _, name = field.partition(".")
+    views = [view for view in VIEWS if view in config] if section == "augment" else []
+    return [field, *(f"{view}.{name}" for view in views)]
+
+
+def _check_number(config: ConfigDict, field: str, limits: tuple[float, float]) -> None:
+    value, (least, most) = _field(config, field), limits
     if not value >= least:
         raise UserError(f"config.{field} must be at least {least:g}, got {_shown(value)}.")
     if not value <= most:
         raise UserError(f"config.{field} must be at most {most:.10g}, got {_shown(value)}.")
 
 
-def _check_members(config: ConfigDict, field: str) -> None:
-    values, (length, least, most) = _field(config, field), MEMBERS[field]
+def _check_members(config: ConfigDict, field: str, limits: tuple[int | None, float, float]) -> None:
+    values, (length, least, most) = _field(config, field), limits
     if not (isinstance(values, tuple | list) and all(map(_is_number, values))) or (
         length is not None and len(values) != length
     ):

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from balpoe_jax.data import pixels
+from balpoe_jax.data.jitter import color_jitter
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
 
@@ -51,7 +52,7 @@ def test_color_jitter_equals_pillow_to_the_bit(shape: str) -> None:
     assert len({tuple(order) for order in orders}) == 6
     for factor, order, expected in zip(factors, orders, fixtures()[f"jitter/{shape}"], strict=True):
         for image, jittered in zip(images, expected, strict=True):
-            output = pixels.color_jitter(
+            output = color_jitter(
                 pixels.pack(tf.constant(image)),
                 tf.constant(factor, tf.float32),
                 tf.constant(order, tf.int32),

@@ -2,17 +2,23 @@
 """The augmentation of a training batch, in the reference's order."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from balpoe_jax.data import image_ops, pixels, randaugment
+from balpoe_jax.data.blur import blur, box_weights
+from balpoe_jax.data.jitter import color_jitter, draw_jitter
+from balpoe_jax.data.photos import random_windows
 from balpoe_jax.data.policies import apply_policy, check_policy
 from balpoe_jax.data.randaugment import IMAGENET_MEAN
 from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.resampling import enlarge_windows
 from balpoe_jax.errors import UserError
+
+BLUR_SIGMA = (0.1, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +26,20 @@ class AugmentSettings:
     """What happens to each image, in this order.
 
     Attributes:
+        crop_area: a window with at least this share of the area is resized to the image's size, by
+            the rule of torchvision's RandomResizedCrop. 0: photographs, which always have such a
+            window, 0.08; of images of one size the whole is kept.
         crop_padding: pixels of black around the image, of which a crop of the old size is taken.
         flip: mirror left and right, half of the images.
         rotation: uniform between minus and plus so many degrees; nearest pixel, black corners.
         color_jitter: brightness, contrast and saturation each change by a factor that is uniform
             within 1 plus or minus so much, in random order.
+        hue: it turns by a share of the circle that is uniform between minus and plus so much; one
+            more of these changes in random order.
+        jitter_probability: of all of these changes together.
+        grayscale: the share of images that lose their colour.
+        blur: the share of images that are blurred, by a Gaussian of a standard deviation that is
+            uniform in `BLUR_SIGMA` pixels; see `blur`.
         policy: one of `policies.POLICIES`.
         fill: colour that the policy randaugment shows outside the image, 0 to 255 by channel.
         cutout: side in pixels of a black square with its centre anywhere; 0 for none.
@@ -40,6 +55,11 @@ class AugmentSettings:
     policy: str = "none"
     fill: tuple[int, int, int] = IMAGENET_MEAN
     cutout: int = 0
+    crop_area: float = 0.0
+    hue: float = 0.0
+    jitter_probability: float = 1.0
+    grayscale: float = 0.0
+    blur: float = 0.0
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -52,6 +72,11 @@ class AugmentSettings:
                 "augment.color_jitter must be three numbers from 0 to 1 (brightness, contrast, "
                 f"saturation), got {self.color_jitter}."
             )
+        if not 0 <= self.hue <= 0.5:
+            raise UserError(f"augment.hue must be 0 to 0.5 of the circle, got {self.hue}.")
+        for name in ("crop_area", "jitter_probability", "grayscale", "blur"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise UserError(f"augment.{name} must be 0 to 1, got {share}.")
         if len(self.fill) != 3 or not all(0 <= x <= 255 for x in self.fill):
             raise UserError(f"augment.fill must be three values from 0 to 255, got {self.fill}.")
         if self.cutout < 0 or self.cutout % 2:
@@ -60,18 +85,25 @@ class AugmentSettings:
     @property
     def moves(self) -> bool:
         """Whether images are cropped, mirrored or rotated."""
-        return bool(self.crop_padding or self.flip or self.rotation)
+        return bool(self.crop_area or self.crop_padding or self.flip or self.rotation)
+
+    @property
+    def jitters(self) -> bool:
+        """Whether colours are changed at random."""
+        return any(self.color_jitter) or self.hue > 0
 
     @property
     def changes(self) -> bool:
         """Whether there is anything for `change_image` to do."""
-        return any(self.color_jitter) or self.policy == "randaugment"
+        gray_or_blurred = self.grayscale > 0 or self.blur > 0
+        return self.jitters or gray_or_blurred or self.policy == "randaugment"
 
     def without_changes(self) -> tuple["AugmentSettings", "AugmentSettings"]:
         """These settings without what `change_image` does, and those of that alone."""
         none = AugmentSettings()
-        rest = dataclasses.replace(self, color_jitter=none.color_jitter)
-        only = AugmentSettings(color_jitter=self.color_jitter, fill=self.fill)
+        changes = ("color_jitter", "hue", "jitter_probability", "grayscale", "blur")
+        rest = dataclasses.replace(self, **{name: getattr(none, name) for name in changes})
+        only = AugmentSettings(fill=self.fill, **{name: getattr(self, name) for name in changes})
         if self.policy == "randaugment":
             rest = dataclasses.replace(rest, policy=none.policy)
             only = dataclasses.replace(only, policy=self.policy)
@@ -114,15 +146,25 @@ Changes = dict[str, Any]
 def draw_changes(random: RowRandom, settings: AugmentSettings) -> Changes:
     """Draws what `change_image` does to each row of `random`."""
     draws: Changes = {}
-    if any(settings.color_jitter):
-        draws["jitter"] = _draw_jitter(random.stream("color_jitter"), settings.color_jitter)
+    if settings.jitters:
+        draws["jitter"] = draw_jitter(
+            random.stream("color_jitter"), settings.color_jitter, settings.hue
+        )
+    # A probability of 1 draws nothing for it.
+    if settings.jitters and settings.jitter_probability < 1:
+        draws["jittered"] = random.uniform("jittered") < settings.jitter_probability
+    if settings.grayscale:
+        draws["grayscale"] = random.uniform("grayscale") < settings.grayscale
+    if settings.blur:
+        draws["blurred"] = random.uniform("blurred") < settings.blur
+        draws["blur"] = box_weights(random.uniform("blur", *BLUR_SIGMA))
     if settings.policy == "randaugment":
         draws["policy"] = randaugment.draw(random.stream("policy"))
     return draws
 
 
 def change_image(image: tf.Tensor, drawn: Changes, settings: AugmentSettings) -> tf.Tensor:
-    """Color jitter and RandAugment: the part of augmentation that is done image by image.
+    """Changes of colour, blur and RandAugment: what is done image by image.
 
     Args:
         image: packed `[H, W]`, see `pixels`.
@@ -133,7 +175,13 @@ def change_image(image: tf.Tensor, drawn: Changes, settings: AugmentSettings) ->
         Packed `[H, W]`.
     """
     if "jitter" in drawn:
-        image = pixels.color_jitter(image, *drawn["jitter"])
+        image = _where(
+            drawn.get("jittered"), lambda image: color_jitter(image, *drawn["jitter"]), image
+        )
+    if "grayscale" in drawn:
+        image = _where(drawn["grayscale"], lambda image: pixels.color(image, 0.0), image)
+    if "blur" in drawn:
+        image = _where(drawn["blurred"], lambda image: blur(image, drawn["blur"]), image)
     if "policy" in drawn:
         image = randaugment.apply(image, drawn["policy"], settings.fill)
     return image
@@ -168,7 +216,12 @@ def _as_pixels(images: tf.Tensor) -> tf.Tensor:
 
 
 def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:
-    """Crop, flip and rotation."""
+    """Crops, flip and rotation."""
+    if settings.crop_area:
+        _, height, width, _ = images.shape
+        shapes = tf.tile([[height, width]], [tf.shape(images)[0], 1])
+        windows = random_windows(shapes, random.stream("window"), (settings.crop_area, 1.0))
+        images = enlarge_windows(images, windows)
     padding = settings.crop_padding
     top = random.uniform("top", 0, 2 * padding + 1, tf.int32)
     left = random.uniform("left", 0, 2 * padding + 1, tf.int32)
@@ -179,13 +232,13 @@ def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf
     return image_ops.crop_flip_rotate(images, top, left, flip, degrees, padding)
 
 
-def _draw_jitter(
-    random: RowRandom, strengths: tuple[float, float, float]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Factors and orders of torchvision's ColorJitter, for `pixels.color_jitter`."""
-    deviation = random.uniform("factors", -1, 1, per_row=(3,))
-    factors = 1 + deviation * tf.constant(strengths, tf.float32)
-    return factors, tf.argsort(random.uniform("order", per_row=(3,)), axis=1)
+def _where(
+    condition: tf.Tensor | None, change: Callable[[tf.Tensor], tf.Tensor], image: tf.Tensor
+) -> tf.Tensor:
+    """The changed image if the condition, a bool scalar, holds or there is none."""
+    if condition is None:
+        return change(image)
+    return tf.cond(condition, lambda: change(image), lambda: image)
 
 
 def _cut_out(images: tf.Tensor, random: RowRandom, size: int) -> tf.Tensor:

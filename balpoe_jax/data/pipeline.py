@@ -15,10 +15,12 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from balpoe_jax.data import photos, samplers, unreadable
-from balpoe_jax.data.augment import normalize
+from balpoe_jax.data.augment import AugmentSettings, normalize
+from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.samplers import steps_per_epoch
 from balpoe_jax.data.sources import RecordSource, Source
-from balpoe_jax.data.stages import Batch, TrainSettings, TrainStages
+from balpoe_jax.data.stages import Batch, TrainSettings, TrainStages, to_input
+from balpoe_jax.data.views import View
 from balpoe_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -151,16 +153,80 @@ def eval_batches(
     Each batch is a dict of NumPy arrays: `images` of `dtype` `[b, H, W, 3]`, normalised, `labels`
     int32 `[b]`, and `mask` bool `[b]`, False for padding.
     """
+
+    def decode(row: Batch) -> Batch:
+        assert isinstance(source, RecordSource)
+        image = photos.decode_central(row["images"], source.resize, source.image_size)
+        return {**row, "images": image}
+
+    def finish(batch: Batch) -> Batch:
+        del batch["positions"]
+        return {**batch, "images": tf.cast(normalize(batch["images"], mean, std), dtype)}
+
+    return _examples_in_order(source, batch_size, host, lambda batch: batch, decode, finish)
+
+
+def view_batches(
+    source: Source,
+    batch_size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    augment: AugmentSettings,
+    seed: int,
+    epoch: int,
+    host: Host = Host(),
+    dtype: str = "float32",
+) -> Iterator[Arrays]:
+    """What `eval_batches` gives, but augmented: of photographs, random windows for central crops.
+
+    The draws are a function of (seed, epoch, position in the source), whatever the batch size and
+    the hosts. Another view of the same examples has another seed or epoch.
+    """
+    view = View(source, augment)
+
+    def random(positions: tf.Tensor) -> RowRandom:
+        return RowRandom(stream_seed(seed, "views", epoch), len(source), positions)
+
+    def draw(batch: Batch) -> Batch:
+        drawn = view.draw(photos.shapes(batch["images"]), random(batch["positions"]))
+        return {**batch, "drawn": drawn}
+
+    def decode(row: Batch) -> Batch:
+        return {**row, "images": view.decode(row["images"], row.pop("drawn"))}
+
+    def finish(batch: Batch) -> Batch:
+        images = view.augment(batch["images"], random(batch.pop("positions")))
+        return {**batch, "images": to_input(images, mean, std, dtype)}
+
+    return _examples_in_order(source, batch_size, host, draw, decode, finish)
+
+
+def _examples_in_order(
+    source: Source,
+    batch_size: int,
+    host: Host,
+    draw: Callable[[Batch], Batch],
+    decode: Callable[[Batch], Batch],
+    finish: Callable[[Batch], Batch],
+) -> Iterator[Arrays]:
+    """Every example once, in order; the last batch is padded by the last example.
+
+    Args:
+        source: of the examples.
+        batch_size: of the global batch.
+        host: whose rows are made.
+        draw, decode: of photographs, what is done to a batch of them, and then to each.
+        finish: makes the images of a batch into the network's; takes `positions` away.
+    """
     rows = host.rows(batch_size)
     reader = source.reader()
 
     def read(step: tf.Tensor) -> Batch:
         positions = (tf.cast(step, tf.int32) * batch_size + tf.range(batch_size))[rows]
-        images, labels = reader.read(tf.minimum(positions, len(source) - 1))
-        return {"images": images, "labels": labels, "mask": positions < len(source)}
-
-    def finish(batch: Batch) -> Batch:
-        return {**batch, "images": tf.cast(normalize(batch["images"], mean, std), dtype)}
+        there = tf.minimum(positions, len(source) - 1)
+        images, labels = reader.read(there)
+        mask = positions < len(source)
+        return {"images": images, "labels": labels, "mask": mask, "positions": there}
 
     def recover(step: int) -> bool:
         positions = step * batch_size + np.arange(batch_size)[rows]
@@ -168,14 +234,10 @@ def eval_batches(
         return False
 
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
-    if not isinstance(source, RecordSource):
+    if not source.encoded:
         return _iterate(steps, lambda step: finish(read(step)), host)
-
-    def decode(row: Batch) -> Batch:
-        image = photos.decode_central(row["images"], source.resize, source.image_size)
-        return {**row, "images": image}
-
-    encoded = _map_rows(steps.map(read, **_parallel(host)), decode, rows.stop - rows.start, host)
+    drawn = steps.map(lambda step: draw(read(step)), **_parallel(host))
+    encoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
     return _guarded(lambda _: _iterate(encoded, finish, host), 0, recover)
 
 

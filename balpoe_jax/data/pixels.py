@@ -113,28 +113,6 @@ def contrast(pixels: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     return _pack(_contrast(_channels(pixels), factor))
 
 
-def color_jitter(pixels: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
-    """Changes brightness, contrast and color in turn, rounding to 8 bits after each.
-
-    Args:
-        pixels: packed `[H, W]`.
-        factors: float32 `[3]` of brightness, contrast and color.
-        order: int32 `[3]`, a permutation of 0, 1 and 2, which count them.
-    """
-    for which in tf.unstack(order):
-        # The loop's variables are bound, since branches are traced at once.
-        pixels = tf.switch_case(
-            which,
-            [
-                lambda pixels=pixels, change=change, factor=factor: change(pixels, factor)
-                for change, factor in zip(
-                    (brightness, contrast, color), tf.unstack(factors), strict=True
-                )
-            ],
-        )
-    return pixels
-
-
 @compiled
 def sharpness(pixels: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blends with the smoothed image: 0 is smooth, 1 the image, 2 sharp, a float scalar."""

@@ -146,27 +146,10 @@ class TrainStages:
                 batch["step"][0], labels, batch.get("read_labels")
             )
         others = images.pop(_OTHERS, None)
-        inputs = {"images": self._to_input(images.pop("images"), others, mix)}
-        inputs |= {name: self._to_input(view) for name, view in images.items()}
+        how = self._settings.mean, self._settings.std, self._settings.dtype
+        inputs = {"images": to_input(images.pop("images"), *how, others, mix)}
+        inputs |= {name: to_input(view, *how) for name, view in images.items()}
         return {**inputs, "labels": labels, "other_labels": other_labels, "weight": weight}
-
-    def _to_input(
-        self, images: tf.Tensor, others: tf.Tensor | None = None, mix: Mix | None = None
-    ) -> tf.Tensor:
-        """What the network gets."""
-        settings = self._settings
-
-        def convert(images: tf.Tensor, others: tf.Tensor | None, mix: Mix | None) -> tf.Tensor:
-            images = normalize(images, settings.mean, settings.std)
-            if mix is not None:
-                if others is not None:
-                    others = normalize(others, settings.mean, settings.std)
-                images = mix_images(images, others, mix)
-            return tf.cast(images, settings.dtype)
-
-        # Of photographs a batch exceeds every cache: compiled, all this is one pass over it.
-        packed = images.dtype == tf.uint32
-        return (pixels.compiled(convert) if packed else convert)(images, others, mix)
 
     def _if_needed(
         self,
@@ -184,6 +167,36 @@ class TrainStages:
     def _random(self, batch: Batch, stream: str) -> RowRandom:
         seed = stream_seed(self._settings.seed, stream, batch["step"][0])
         return RowRandom(seed, self._settings.batch_size, self._rows)
+
+
+def to_input(
+    images: tf.Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: str,
+    others: tf.Tensor | None = None,
+    mix: Mix | None = None,
+) -> tf.Tensor:
+    """What the network gets: `dtype` `[rows, H, W, 3]`.
+
+    Args:
+        images: uint8 or packed, augmented.
+        mean, std: see `normalize`.
+        dtype: to which they are rounded at the end.
+        others: images that they are mixed with, if these are not among them.
+        mix: how; None for no mixing.
+    """
+
+    def convert(images: tf.Tensor, others: tf.Tensor | None, mix: Mix | None) -> tf.Tensor:
+        images = normalize(images, mean, std)
+        if mix is not None:
+            others = None if others is None else normalize(others, mean, std)
+            images = mix_images(images, others, mix)
+        return tf.cast(images, dtype)
+
+    # Of photographs a batch exceeds every cache: compiled, all this is one pass over it.
+    packed = images.dtype == tf.uint32
+    return (pixels.compiled(convert) if packed else convert)(images, others, mix)
 
 
 def _stored(stored: dict[str, tf.Tensor], name: str) -> tf.Tensor:

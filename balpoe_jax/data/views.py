@@ -18,6 +18,9 @@ from balpoe_jax.data.augment import AugmentSettings, augment_batch, change_image
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.sources import Source
 
+# Of a photograph's window, as torchvision has it.
+_LEAST_AREA = 0.08
+
 
 class View:
     """How the images of a source are augmented.
@@ -34,7 +37,7 @@ class View:
         # resized, and to change it unless it is to be cropped or rotated before.
         self._of_batch, self._of_each = settings, AugmentSettings()
         if source.encoded:
-            self._of_batch = dataclasses.replace(self._of_batch, flip=False)
+            self._of_batch = dataclasses.replace(self._of_batch, flip=False, crop_area=0.0)
             if not self._of_batch.moves:
                 self._of_batch, self._of_each = self._of_batch.without_changes()
 
@@ -45,9 +48,10 @@ class View:
             shapes: height and width of the photographs, int32 `[rows, 2]`.
             random: source of the draws.
         """
+        scale = (self._settings.crop_area or _LEAST_AREA, 1.0)
         flips = random.stream("move").uniform("flip") < (0.5 if self._settings.flip else 0)
         return {
-            "windows": photos.random_windows(shapes, random.stream("window")),
+            "windows": photos.random_windows(shapes, random.stream("window"), scale),
             "flips": flips,
             "changes": draw_changes(random, self._of_each),
         }
