@@ -236,3 +236,57 @@ def test_inaturalist_is_tested_on_its_validation_split(tmp_path: Path) -> None:
     assert "validation_49_0" in data.test_names
     batch = next(eval_batches(data.test, 8, (0.5,) * 3, (0.25,) * 3))
     assert batch["images"].shape == (8, SIZE, SIZE, 3)
+
+
+VIEW = AugmentSettings(flip=True, crop_area=0.5)
+CMO = MixSettings(alpha=1.0, rule="cmo", probability=0.5)
+
+
+def view_of(source, encoded, options: TrainSettings, augment, stream: str, step: int) -> np.ndarray:
+    """A view of photographs, by hand: the windows of a batch, decoded and normalised."""
+    random = RowRandom(stream_seed(options.seed, stream, tf.constant(step)), 8, slice(0, 8))
+    scale = (augment.crop_area or 0.08, 1.0)
+    shapes = photos.shapes(encoded)
+    windows = photos.random_windows(shapes, random.stream("window"), scale)
+    flips = random.stream("move").uniform("flip") < 0.5
+    images = pixels.unpack(photos.decode_windows(encoded, windows, flips, SIZE))
+    return normalize(images, options.mean, options.std).numpy()
+
+
+def test_views_and_partners_of_the_sampler_have_windows_of_their_own(data_dir: Path) -> None:
+    source = load(data_dir).train
+    options = settings(augment=AugmentSettings(flip=True), views=(VIEW,), mix=CMO)
+    batches = list(train_batches(source, options, 3, 7))
+    mixer = Mixer(CMO, source.labels, source.image_shape, 8, options.seed, slice(0, 8))
+    reader, mixed = source.reader(), []
+    for step, batch in enumerate(batches, 3):
+        own, labels = reader.read(tf.constant(pipeline.batch_indices(source.labels, options, step)))
+        np.testing.assert_array_equal(batch["labels"], labels)
+        second = view_of(source, own, options, VIEW, "augment_2", step)
+        np.testing.assert_allclose(batch["images_2"], second, atol=1e-5)
+        expected = view_of(source, own, options, options.augment, "augment", step)
+        mixed.append(bool(mixer.mixes(tf.constant(step, tf.int64))))
+        if mixed[-1]:
+            positions = mixer.partners_to_read(tf.constant(step, tf.int64))
+            read, read_labels = reader.read(positions)
+            np.testing.assert_array_equal(batch["other_labels"], read_labels)
+            others = view_of(source, read, options, options.augment, "augment_others", step)
+            mix, _ = mixer.draw(tf.constant(step, tf.int64), labels, read_labels)
+            expected = np.where(mix.share == 1, expected, others)
+        np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
+    assert any(mixed) and not all(mixed)
+
+
+def test_views_for_evaluation_have_windows_by_position(data_dir: Path) -> None:
+    source = load(data_dir).test
+    statistics = (0.5,) * 3, (0.25,) * 3
+    jittered = dataclasses.replace(VIEW, color_jitter=(0.4, 0.4, 0.4))
+    by_size = []
+    for batch_size in (4, 10):
+        made = list(pipeline.view_batches(source, batch_size, *statistics, jittered, 3, 1))
+        by_size.append(np.concatenate([batch["images"][batch["mask"]] for batch in made]))
+        labels = np.concatenate([batch["labels"][batch["mask"]] for batch in made])
+        np.testing.assert_array_equal(labels, source.labels)
+    np.testing.assert_array_equal(*by_size)
+    central = next(eval_batches(source, 10, *statistics))["images"]
+    assert (np.abs(by_size[0] - central).mean(axis=(1, 2, 3)) > 0.01).all()

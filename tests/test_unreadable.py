@@ -18,7 +18,7 @@ from test_tfrecords import write
 from balpoe_jax import bad_images
 from balpoe_jax.data import pipeline, sources, tfrecords, unreadable
 from balpoe_jax.data.augment import AugmentSettings
-from balpoe_jax.data.mixing import MixSettings
+from balpoe_jax.data.mixing import Mixer, MixSettings
 from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
 from balpoe_jax.data.sources import RecordSource
 from balpoe_jax.errors import PassingError, UserError
@@ -277,3 +277,16 @@ def test_pipelines_without_damage_examine_nothing(tmp_path: Path, monkeypatch) -
         list(train_batches(source, SETTINGS, 0, 5, replacements=make_skipping(source)[0])), plain
     )
     assert pipeline.batch_indices(np.zeros(NUM, int), SETTINGS, 4).shape == (BATCH,)
+
+
+def test_a_partner_of_the_second_sampler_is_replaced_too(tmp_path: Path) -> None:
+    cmo = dataclasses.replace(SETTINGS, mix=MixSettings(alpha=1.0, rule="cmo"))
+    labels = np.arange(NUM) % CLASSES
+    mixer = Mixer(cmo.mix, labels, (SIZE, SIZE, 3), BATCH, cmo.seed, slice(0, BATCH))
+    partners = mixer.partners_to_read(tf.constant(0, tf.int64)).numpy()
+    bad = int(np.setdiff1d(partners, pipeline.batch_indices(labels, cmo, 0))[0])
+    source = write_photos(tmp_path, {bad: b""})
+    replacements, found = make_skipping(source)
+    (batch,) = train_batches(source, cmo, 0, 1, replacements=replacements)
+    assert [image.index for image in found] == [bad]
+    np.testing.assert_array_equal(batch["other_labels"], labels[partners])

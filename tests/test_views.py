@@ -71,9 +71,8 @@ def test_a_blur_has_the_deviation_that_it_is_called_by() -> None:
         # Of three passes of boxes.
         assert abs(3 * (weights @ [0, 2, 8]) - sigma**2) < 1e-4
     output = pixels.unpack(blur(packed(image), box_weights(tf.constant(2.0)))).numpy()[..., 0]
-    # Rows first, then columns, each pass rounded.
-    np.testing.assert_allclose(output.astype(int), output.T.astype(int), atol=1)
     np.testing.assert_array_equal(output, output[::-1])
+    np.testing.assert_array_equal(output, output[:, ::-1])
 
 
 def test_windows_are_enlarged_as_pillow_does_to_the_bit() -> None:
@@ -154,7 +153,8 @@ def test_the_stages_of_a_view_come_in_their_order() -> None:
 
 def test_views_of_a_batch_are_independent_and_not_mixed() -> None:
     shown = AugmentSettings(crop_padding=1, flip=True)
-    settings = make_settings(augment=shown, mix=UNIMIX, views=(SIM, shown))
+    windowed = AugmentSettings(crop_area=0.2, flip=True)
+    settings = make_settings(augment=shown, mix=UNIMIX, views=(windowed, shown))
     batches = list(train_batches(make_source(), settings, 2, 5))
     plain = make_settings(augment=shown, mix=UNIMIX)
     first = list(train_batches(make_source(), plain, 2, 5))
@@ -162,7 +162,7 @@ def test_views_of_a_batch_are_independent_and_not_mixed() -> None:
         assert_equal([{name: batch[name] for name in expected}], [expected])
         assert set(batch) - set(expected) == {"images_2", "images_3"}
         assert batch["images_2"].dtype == np.float32
-    unmixed = make_settings(augment=shown, views=(SIM, shown), mix=PLAIN["mix"])
+    unmixed = make_settings(augment=shown, views=(windowed, shown), mix=PLAIN["mix"])
     for batch, alone in zip(batches, train_batches(make_source(), unmixed, 2, 5), strict=True):
         for name in ("images_2", "images_3"):
             np.testing.assert_array_equal(batch[name], alone[name])
@@ -176,7 +176,7 @@ NORMALISATION = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
 def views(batch_size: int, host: Host = Host(), seed: int = 3, epoch: int = 1) -> np.ndarray:  # noqa: B008
-    shown = AugmentSettings(crop_area=0.2, flip=True, blur=0.5)
+    shown = AugmentSettings(crop_area=0.2, flip=True)
     batches = list(
         view_batches(make_source(), batch_size, *NORMALISATION, shown, seed, epoch, host)
     )
