@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RIDE: experts on LDAM losses, rewarded for differing, and a router that skips some of them.
+
+Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021. We
+follow the released code where it differs from the paper: experts are compared with the detached
+mean of all of them instead of pairwise, and the divergence is multiplied by the square of the mean
+temperature. The total is the sum over experts. Where we deliberately differ from that code:
+
+- Without a diversity factor the experts keep their own losses. The code then takes the loss of the
+  mean logits instead, once for each expert.
+- Margins are scaled by the classifier's scale, whatever it is; the code's are always scaled by 30.
+- The router is a second stage of one run, in place of a run of its own: until then it is frozen.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import linen as nn
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction, Stage
+from balpoe_jax.methods.checks import check_range
+from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.reweighted import Reweighted, cross_entropy
+from balpoe_jax.models import ExpertEnsemble, Outputs
+from balpoe_jax.models.heads import LinearHead, normalize
+
+
+def class_temperatures(
+    class_counts: npt.NDArray[np.integer], spread: float
+) -> npt.NDArray[np.float64]:
+    """`u / max(u)` with `u = C pi spread + 1 - spread`: 1 for the largest class, lower for others.
+
+    Args:
+        class_counts: int `[C]`.
+        spread: in [0, 1]; 0 gives ones.
+
+    Returns:
+        float64 `[C]`.
+    """
+    counts = np.asarray(class_counts, np.float64)
+    weights = len(counts) * counts / counts.sum() * spread + 1 - spread
+    return weights / weights.max()
+
+
+def divergence_from_mean(logits: jax.Array, temperatures: jax.Array) -> jax.Array:
+    """`KL(softmax(mean / T) || softmax(expert / T)) * mean(T)^2`, the mean over rows.
+
+    The mean of the experts' logits has no gradient.
+
+    Args:
+        logits: float `[E, B, C]`.
+        temperatures: float `[C]`, one for each class's logit.
+
+    Returns:
+        float `[E]`, in nats.
+    """
+    temperatures = temperatures.astype(logits.dtype)
+    scaled = logits / temperatures[None, None]
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(scaled.mean(axis=0)))
+    difference = target[None] - jax.nn.log_softmax(scaled)
+    divergence = (jnp.exp(target)[None] * difference).sum(axis=-1)
+    return divergence.mean(axis=-1) * temperatures.mean() ** 2
+
+
+def prefix_means(logits: jax.Array) -> jax.Array:
+    """The mean logits of the first `i + 1` experts at position `i`, float `[E, B, C]`."""
+    numbers = jnp.arange(1, len(logits) + 1, dtype=logits.dtype)
+    return jnp.cumsum(logits, axis=0) / numbers[:, None, None]
+
+
+def worth_going_on(prefixes: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether a prefix of experts is wrong while a longer one is right, bool `[E - 1, B]`.
+
+    Args:
+        prefixes: float `[E, B, C]`, see `prefix_means`.
+        labels: int `[B]`.
+    """
+    right = prefixes.argmax(axis=-1) == labels[None]
+    # Whether this prefix or a longer one is right, from the longest to the shortest.
+    later = jax.lax.cummax(right.astype(jnp.int32), axis=0, reverse=True) > 0
+    return ~right[:-1] & later[1:]
+
+
+class RoutedOutputs(NamedTuple):
+    """What a `RoutedEnsemble` returns.
+
+    Attributes:
+        logits: float `[E, B, C]`.
+        features: float `[E, B, D]`.
+        gates: float `[E - 1, B]`; above 0 the next expert is asked.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    gates: jax.Array
+
+
+class Router(nn.Module):
+    """From what the experts so far say to whether the next one is worth asking.
+
+    Attributes:
+        top_k: how many of the largest mean logits it sees.
+        width: of the projected feature.
+    """
+
+    top_k: int
+    width: int
+
+    @nn.compact
+    def __call__(self, logits: jax.Array, features: jax.Array) -> jax.Array:
+        """Logits `[E, B, C]` and features `[E, B, D]` -> gates `[E - 1, B]`."""
+        top, _ = jax.lax.top_k(prefix_means(logits)[:-1], min(self.top_k, logits.shape[-1]))
+        project = nn.vmap(  # each expert's feature by weights of its own
+            lambda layer, features: layer(features),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
+        layer = LinearHead(self.width, name="projection")
+        hidden = nn.relu(project(layer, normalize(features[:-1], axis=-1)))
+        return LinearHead(1, name="gate")(jnp.concatenate([top, hidden], axis=-1))[..., 0]
+
+
+class RoutedEnsemble(nn.Module):
+    """An ensemble and the router beside it; under `jit` all experts are computed either way."""
+
+    ensemble: ExpertEnsemble
+    router: Router
+
+    def __call__(self, images: jax.Array, train: bool) -> RoutedOutputs:
+        """As `ExpertEnsemble` does, with gates."""
+        outputs = self.ensemble(images, train)
+        return RoutedOutputs(*outputs, self.router(*outputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class RIDE(Method):
+    """The sum over experts of deferred LDAM losses plus `diversity` times their divergence.
+
+    Attributes:
+        diversity: factor of the divergence from the experts' mean; negative, a reward.
+        temperature: by which logits are divided before they are compared.
+        temperature_spread: of classes' temperatures from `reweight_epoch` on, see
+            `class_temperatures`.
+        reweight_epoch: the first one with class weights and temperatures, counted from 0; -1 for
+            none.
+        beta: of the class weights' effective number.
+        max_margin: of the rarest class.
+        router: whether a router is trained in the second stage.
+        router_top_k: how many logits it sees; the authors' 30 on CIFAR, 50 on photographs.
+        router_width: of the feature that it sees.
+        router_positive_weight: of rows for which asking on is worth it.
+    """
+
+    diversity: float = -0.45
+    temperature: float = 1.0
+    temperature_spread: float = 0.05
+    reweight_epoch: int = 160
+    beta: float = 0.9999
+    max_margin: float = 0.5
+    router: bool = False
+    router_top_k: int = 30
+    router_width: int = 16
+    router_positive_weight: float = 100.0
+
+    whole_batch = True
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("diversity", self.diversity, -1e3, 1e3)
+        check_range("temperature", self.temperature, 1e-3, 1e3)
+        check_range("temperature_spread", self.temperature_spread, 0, 1)
+        check_range("router_top_k", self.router_top_k, 1, 1e6)
+        check_range("router_width", self.router_width, 1, 1e6)
+        check_range("router_positive_weight", self.router_positive_weight, 0, 1e9)
+        self.expert_loss  # noqa: B018  whose fields it checks
+
+    @property
+    def expert_loss(self) -> Reweighted:
+        """The loss that each expert has for itself."""
+        return Reweighted(
+            "ldam",
+            weights="class_balanced",
+            beta=self.beta,
+            reweight_epoch=self.reweight_epoch,
+            max_margin=self.max_margin,
+        )
+
+    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+        """The ensemble, with a router if there is to be one.
+
+        Raises:
+            UserError (a `ValueError`): a router for a single expert.
+        """
+        if not self.router:
+            return ensemble
+        if ensemble.num_experts < 2:
+            raise UserError(
+                "A router (config.method.router) chooses among experts: it needs at least 2, got "
+                "1; raise config.model.num_experts."
+            )
+        return RoutedEnsemble(ensemble, Router(self.router_top_k, self.router_width))
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The experts, and then the router with everything else frozen."""
+        experts = Stage("experts", self.loss, lambda path: float(not path.startswith("router/")))
+        router = Stage("router", self.router_loss, lambda path: float(path.startswith("router/")))
+        return (experts, router) if self.router else (experts,)
+
+    def loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The sum over experts, of means over rows."""
+        outputs, batch_stats = network(batch["images"])
+        own, divergence = self.parts(outputs.logits, batch, facts, epoch)
+        by_expert = own + self.diversity * divergence
+        terms = {"ldam": own.sum(), "divergence": divergence.sum()}
+        return Losses(by_expert.sum(), by_expert, batch_stats, extra, terms)
+
+    def parts(
+        self, logits: jax.Array, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each expert's own loss and its divergence from the mean, float `[E]`."""
+        own = self.expert_loss.expert_losses(logits, batch, facts, epoch)
+        temperatures = jnp.ones(facts.num_classes)
+        if self.reweight_epoch >= 0:
+            later = jnp.asarray(class_temperatures(facts.class_counts, self.temperature_spread))
+            temperatures = jnp.where(epoch >= self.reweight_epoch, later, temperatures)
+        return own, divergence_from_mean(logits, self.temperature * temperatures)
+
+    def router_loss(
+        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+    ) -> Losses:
+        """The binary cross-entropy of the gates, the mean over rows and gates.
+
+        The experts see the images as in a test, BatchNorm's averages included, and their
+        cross-entropies are shown.
+        """
+        outputs, batch_stats = network(batch["images"], train=False)
+        worth = worth_going_on(prefix_means(outputs.logits), batch["labels"])
+        losses = jnp.where(
+            worth,
+            self.router_positive_weight * jax.nn.softplus(-outputs.gates),
+            jax.nn.softplus(outputs.gates),
+        )
+        by_expert = jax.vmap(lambda z: cross_entropy(z, batch["labels"]).mean())(outputs.logits)
+        return Losses(losses.mean(), by_expert, batch_stats, extra)
+
+    def predict(self, outputs: Outputs | RoutedOutputs, params: object, facts: Facts) -> Prediction:
+        """The mean over the experts that the router asks, or over all."""
+        if not isinstance(outputs, RoutedOutputs):
+            return Prediction(outputs.logits)
+        asked = jnp.cumprod((outputs.gates > 0).astype(jnp.int32), axis=0).sum(axis=0)
+        chosen = jax.nn.one_hot(asked, len(outputs.logits), axis=0)[..., None]
+        ensemble = (chosen * prefix_means(outputs.logits)).sum(axis=0)
+        return Prediction(outputs.logits, ensemble, (asked + 1).astype(jnp.float32))
+
+
+_CIFAR = {"optim.factor": 0.01}
+_PHOTOS = {
+    "total_epochs": 100,
+    "optim.schedule": "step",
+    "optim.boundaries": (60, 80),
+    "optim.warmup_epochs": 5,
+    "optim.weight_decay": 2e-4,
+    "method.diversity": -0.2,
+    "method.reweight_epoch": 80,
+    "method.router_top_k": 50,
+}
+_ON: dict[str, dict[str, Any]] = {
+    "cifar10_lt": _CIFAR,
+    "cifar100_lt": _CIFAR,
+    "imagenet_lt": {
+        **_PHOTOS,
+        "batch_size": 256,
+        "optim.learning_rate": 0.1,
+        "method.temperature_spread": 0.02,
+    },
+    "inaturalist2018": {**_PHOTOS, "method.temperature_spread": 0.015},
+}
+_FIELDS: dict[str, Any] = {"model.reduce_dimension": True}
+_STAGE2 = {
+    "stage2.epochs": 5,
+    "stage2.batch_size": 512,
+    "stage2.learning_rate": 0.01,
+    "stage2.schedule": "cosine",
+    "stage2.weight_decay": 5e-4,
+    "stage2.nesterov": True,
+}
+
+RECIPES = {
+    "ride": Recipe(
+        RIDE(),
+        "RIDE",
+        experts=3,
+        fields=_FIELDS,
+        on=_ON,
+        published=(
+            Published("cifar100_lt", "ir=10", 61.8, "quoted by later papers"),
+            Published("cifar100_lt", "ir=50", 51.7, "quoted by later papers"),
+            Published("cifar100_lt", "ir=100", 48.0, "RIDE's paper"),
+            Published("imagenet_lt", "backbone=resnet50", 54.9, "quoted by later papers"),
+            Published("imagenet_lt", "backbone=resnext50", 56.3, "BalPoE's Table 3"),
+            Published("inaturalist2018", "", 71.2, "RIDE's repository"),
+        ),
+    ),
+    "ride_router": Recipe(
+        RIDE(router=True),
+        "RIDE with router",
+        experts=3,
+        fields=_FIELDS | _STAGE2,
+        on=_ON,
+        published=(Published("cifar100_lt", "ir=100", 48.6, "RIDE's repository"),),
+    ),
+}

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RIDE's loss against the reference, its divergence, and the router."""
+
+import json
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_network
+from golden import cases, golden, max_relative
+from test_methods import fresh, run
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.reweighted import Reweighted
+from balpoe_jax.methods.ride import (
+    RIDE,
+    RoutedOutputs,
+    class_temperatures,
+    divergence_from_mean,
+    prefix_means,
+    worth_going_on,
+)
+
+COUNTS = tiny_network.COUNTS
+
+
+def total(method: RIDE, facts: Facts, labels, epoch: int, logits: jax.Array) -> jax.Array:
+    batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
+    own, divergence = method.parts(logits, batch, facts, jnp.asarray(epoch))
+    return (own + method.diversity * divergence).sum()
+
+
+@pytest.mark.parametrize("name", cases("ride"))
+def test_the_loss_is_the_references(name: str, x64) -> None:
+    case = golden(f"ride/{name}")
+    options = json.loads(str(case["hyper"]))
+    method = RIDE(
+        diversity=options["additional_diversity_factor"],
+        reweight_epoch=options["reweight_epoch"],
+        temperature_spread=options["reweight_factor"],
+    )
+    facts = Facts(case["class_counts"], scale=options["s"])
+    # Epochs of the reference count from 1.
+    loss = partial(total, method, facts, jnp.asarray(case["labels"]), options["epoch"] - 1)
+    logits = jnp.asarray(case["expert_logits"], jnp.float64)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-6)
+    assert max_relative(gradient, case["grad"]) <= 2e-5
+
+
+def test_temperatures_are_the_references() -> None:
+    case = golden("ride/c10_after")
+    found = class_temperatures(case["class_counts"], 0.05)
+    np.testing.assert_allclose(found, case["diversity_temperature_weights"], rtol=1e-6)
+    np.testing.assert_array_equal(class_temperatures(COUNTS, 0.0), np.ones(5))
+
+
+def random_logits(experts: int = 3, rows: int = 8) -> tuple[jax.Array, jax.Array]:
+    random = np.random.default_rng(11)
+    logits = jnp.asarray(2 * random.normal(size=(experts, rows, 5)))
+    return logits, jnp.asarray(random.integers(0, 5, rows))
+
+
+def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None:
+    """The released code would take the loss of the mean logits. Margins have the head's scale."""
+    logits, labels = random_logits()
+    facts = Facts(COUNTS, scale=3.0)
+    batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
+    expected = Reweighted("ldam").expert_losses(logits, batch, facts, jnp.asarray(0)).sum()
+    actual = total(RIDE(diversity=0.0), facts, labels, 159, logits)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    assert abs(total(RIDE(diversity=0.0), facts, labels, 160, logits) - expected) > 0.1
+
+
+def test_experts_that_agree_have_no_divergence_and_the_mean_no_gradient(x64) -> None:
+    temperatures = jnp.asarray(class_temperatures(COUNTS, 0.3))
+    logits, _ = random_logits()
+    same = jnp.broadcast_to(logits[:1], logits.shape)
+    np.testing.assert_allclose(divergence_from_mean(same, temperatures), 0, atol=1e-15)
+    slope = jax.grad(lambda z: divergence_from_mean(z, temperatures).sum())(same)
+    np.testing.assert_allclose(slope, 0, atol=1e-15)
+    # Through the mean, every expert's divergence would have a gradient for the others.
+    jacobian = jax.jacobian(divergence_from_mean)(logits, temperatures)
+    for e in range(3):
+        assert np.abs(jacobian[e, e]).max() > 1e-3
+        np.testing.assert_array_equal(np.delete(jacobian[e], e, axis=0), 0)
+
+
+def test_prefixes_and_what_a_router_learns_in_loops() -> None:
+    logits, labels = random_logits(experts=4, rows=40)
+    prefixes = prefix_means(logits)
+    found, seen = np.asarray(worth_going_on(prefixes, labels)), set()
+    for row, label in enumerate(labels):
+        means = [np.mean(logits[: i + 1, row], axis=0) for i in range(4)]
+        np.testing.assert_allclose(prefixes[:, row], means, rtol=1e-5)
+        right = [mean.argmax() == label for mean in means]
+        for i in range(3):
+            assert found[i, row] == (not right[i] and any(right[i + 1 :]))
+            seen.add(bool(found[i, row]))
+    assert seen == {False, True}
+
+
+def test_prediction_takes_the_experts_up_to_the_first_closed_gate() -> None:
+    logits, _ = random_logits(experts=3, rows=4)
+    gates = jnp.array([[-1.0, 1.0, 1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])
+    outputs = RoutedOutputs(logits, jnp.zeros((3, 4, 2)), gates)
+    predicted = RIDE(router=True).predict(outputs, {}, Facts(COUNTS))
+    np.testing.assert_array_equal(predicted.experts_used, [1, 2, 3, 1])
+    for row, used in enumerate([1, 2, 3, 1]):
+        expected = logits[:used, row].mean(axis=0)
+        np.testing.assert_allclose(predicted.ensemble[row], expected, rtol=1e-5)
+    np.testing.assert_array_equal(predicted.logits, logits)
+
+
+def test_the_stages_train_either_the_experts_or_the_router() -> None:
+    start = fresh("ride_router")
+    experts = run("ride_router", "pmap", 1, 0)[-1][0]
+    router = run("ride_router", "pmap", 1, 1)[-1][0]
+    chex.assert_trees_all_equal(experts.params["router"], start.params["router"])
+    chex.assert_trees_all_equal(router.params["ensemble"], start.params["ensemble"])
+    chex.assert_trees_all_equal(router.batch_stats, start.batch_stats)
+    for state, part in ((experts, "ensemble"), (router, "router")):
+        for before, after in zip(
+            jax.tree.leaves(start.params[part]), jax.tree.leaves(state.params[part]), strict=True
+        ):
+            assert (before != after).any()
+
+
+def test_a_router_needs_experts_to_choose_from() -> None:
+    with pytest.raises(UserError, match="it needs at least 2, got 1"):
+        RIDE(router=True).network(tiny_network.experts(1), Facts(COUNTS))
+    with pytest.raises(UserError, match=r"config.method.beta must be from 0 to"):
+        RIDE(beta=2.0)
