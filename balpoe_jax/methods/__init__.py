@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import balpoe, lade, posthoc, reweighted, ride
+from balpoe_jax.methods import balpoe, lade, posthoc, reweighted, ride, sade
 from balpoe_jax.methods.base import Facts, Losses, Method, Network, Prediction, Stage
 from balpoe_jax.methods.recipe import Published, Recipe
 
@@ -29,7 +29,7 @@ __all__ = [
     "settings",
 ]
 
-_MODULES = (balpoe, reweighted, posthoc, lade, ride)
+_MODULES = (balpoe, reweighted, posthoc, lade, ride, sade)
 
 # What `method=` of a config file may be.
 RECIPES: dict[str, Recipe] = {
