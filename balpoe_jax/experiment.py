@@ -340,7 +340,13 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
             f"one of the whole batch, got {config.optim.accumulate}."
         )
-    for stage in _stage_configs(config):
+    configs = _stage_configs(config)
+    if len(configs) > len(method.stages()):
+        raise UserError(
+            f"config.stage2.epochs asks for a second stage, which the method {config.method.name} "
+            "does not have as it is set; set it to 0 or choose another method."
+        )
+    for stage in configs:
         devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
         num_hosts = devices.num_hosts if stage.mixup.alpha > 0 else 1
         mixing.check_groups(stage.batch_size, stage.mixup.groups, num_hosts)

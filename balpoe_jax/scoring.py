@@ -67,7 +67,8 @@ def score(
     Returns:
         All of `results.json` but the run's own numbers: `class_counts`, `num_bins`, `test`,
         `experts`, `group_confusion`, `calibration_groups`, `ensemble`, `bias`, `temperature`,
-        `shift` and `shift_sets`; fractions in [0, 1], nan where undefined.
+        `shift` and `shift_sets`, and `experts_used`, the mean number, of a method that asks
+        as many as it needs; fractions in [0, 1], nan where undefined.
 
     Raises:
         UserError (a `ValueError`): logits that are not finite.
@@ -112,7 +113,7 @@ def score_test(
     num_bins: int = 15,
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
 ) -> dict[str, Any]:
-    """`class_counts`, `test`, `experts` and `group_confusion` alone, for a look on the way."""
+    """`class_counts`, `test`, `experts`, `group_confusion` and `experts_used`, for a look."""
     return _score_test(test, class_counts, taus, num_bins, thresholds)[0]
 
 
@@ -132,7 +133,7 @@ def _score_test(
     ensemble, experts = summarize_experts(test)
     options = (test.labels, class_counts, num_bins, thresholds)
     confusion = metrics.shot_confusion(ensemble.predicted, test.labels, class_counts, thresholds)
-    scores = {
+    scores: dict[str, Any] = {
         "class_counts": class_counts,
         "test": _score_classifier(ensemble, *options),
         "experts": [
@@ -141,6 +142,8 @@ def _score_test(
         ],
         "group_confusion": confusion,
     }
+    if test.experts_used is not None:
+        scores["experts_used"] = float(np.mean(test.experts_used, dtype=np.float64))
     return scores, ensemble, experts
 
 

@@ -20,7 +20,7 @@ COUNTS = tiny_network.COUNTS
 def test_the_loss_is_the_references(name: str, x64) -> None:
     case = golden(f"sade/{name}")
     targets = jnp.eye(len(case["class_counts"]))[case["labels"]]
-    biases = jnp.asarray(log_biases(case["class_counts"], 2.0))
+    biases = log_biases(case["class_counts"], 2.0)
 
     def loss(logits: jax.Array) -> jax.Array:
         return expert_losses(logits, targets, biases).mean(axis=1).sum()
@@ -42,7 +42,7 @@ def test_the_reversed_prior_swaps_ranks() -> None:
 def test_with_uniform_counts_all_are_cross_entropy(x64) -> None:
     random = np.random.default_rng(1)
     logits, labels = jnp.asarray(random.normal(size=(3, 6, 5))), random.integers(0, 5, 6)
-    actual = expert_losses(logits, jnp.eye(5)[labels], jnp.asarray(log_biases(np.ones(5), 2.0)))
+    actual = expert_losses(logits, jnp.eye(5)[labels], log_biases(np.ones(5), 2.0))
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, np.tile(labels, (3, 1)))
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 

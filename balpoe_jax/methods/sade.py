@@ -43,7 +43,7 @@ def reversed_prior(prior: npt.ArrayLike) -> npt.NDArray[Any]:
     return reverse
 
 
-def log_biases(class_counts: npt.NDArray[np.integer], strength: float) -> npt.NDArray[np.float64]:
+def log_biases(class_counts: npt.NDArray[np.integer], strength: float) -> jax.Array:
     """What is added to the logits of the three experts in training.
 
     Args:
@@ -51,10 +51,11 @@ def log_biases(class_counts: npt.NDArray[np.integer], strength: float) -> npt.ND
         strength: of the third expert's reversed prior (the paper's lambda).
 
     Returns:
-        float64 `[3, C]`.
+        float32 `[3, C]`.
     """
-    prior = np.asarray(log_prior(class_counts), np.float64)
-    return np.stack([np.zeros_like(prior), prior, prior - strength * reversed_prior(prior)])
+    prior = log_prior(class_counts)
+    reverse = log_prior(reversed_prior(class_counts))
+    return jnp.stack([jnp.zeros_like(prior), prior, prior - strength * reverse])
 
 
 def expert_losses(logits: jax.Array, targets: jax.Array, biases: jax.Array) -> jax.Array:
@@ -109,7 +110,7 @@ class SADE(Method):
         """The sum over experts, of means over rows."""
         outputs, batch_stats = network(batch["images"])
         targets = mixed_targets(batch, facts.num_classes)
-        biases = jnp.asarray(log_biases(facts.class_counts, self.strength), jnp.float32)
+        biases = log_biases(facts.class_counts, self.strength)
         by_expert = expert_losses(outputs.logits, targets, biases).mean(axis=1)
         return Losses(by_expert.sum(), by_expert, batch_stats, extra)
 
