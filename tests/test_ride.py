@@ -14,12 +14,13 @@ from golden import cases, golden, max_relative
 from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.reweighted import Reweighted
 from balpoe_jax.methods.ride import (
     RIDE,
     RoutedOutputs,
     class_temperatures,
+    distillation,
     divergence_from_mean,
     prefix_means,
     worth_going_on,
@@ -28,6 +29,7 @@ from balpoe_jax.methods.ride import (
 COUNTS = tiny_network.COUNTS
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def total(method: RIDE, facts: Facts, labels, epoch: int, logits: jax.Array) -> jax.Array:
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
     own, divergence = method.parts(logits, batch, facts, jnp.asarray(epoch))
@@ -70,7 +72,8 @@ def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None
     logits, labels = random_logits()
     facts = Facts(COUNTS, scale=3.0)
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
-    expected = Reweighted("ldam").expert_losses(logits, batch, facts, jnp.asarray(0)).sum()
+    loss = jax.jit(Reweighted("ldam").expert_losses, static_argnums=2)
+    expected = loss(logits, batch, facts, 0).sum()
     actual = total(RIDE(diversity=0.0), facts, labels, 159, logits)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
     assert abs(total(RIDE(diversity=0.0), facts, labels, 160, logits) - expected) > 0.1
@@ -128,6 +131,53 @@ def test_the_stages_train_either_the_experts_or_the_router() -> None:
             jax.tree.leaves(start.params[part]), jax.tree.leaves(state.params[part]), strict=True
         ):
             assert (before != after).any()
+
+
+def test_the_distance_to_a_teacher_in_loops(x64) -> None:
+    (teacher, student), _ = random_logits(experts=2)
+    found = distillation(teacher, student, 1.5)
+    for row in range(8):
+        p, q = (np.exp(z[row] / 1.5) / np.exp(z[row] / 1.5).sum() for z in (teacher, student))
+        np.testing.assert_allclose(found[row], 1.5**2 * (p * np.log(p / q)).sum(), rtol=1e-10)
+    np.testing.assert_allclose(distillation(teacher, teacher, 1.5), 0, atol=1e-14)
+    slopes = jax.grad(lambda *z: distillation(*z, 1.5).sum(), argnums=(0, 1))(teacher, student)
+    assert not slopes[0].any() and slopes[1].any()
+
+
+def mean_logits(network: Network, batch, train: bool) -> jax.Array:
+    return jax.jit(lambda: network(batch["images"], train)[0].logits.mean(axis=0))()
+
+
+def test_a_distilled_run_adds_the_teachers_term() -> None:
+    batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
+    module = tiny_network.experts(3)
+    student, trained = (Network(module, **tiny_network.init(module, seed)) for seed in (0, 1))
+    facts = Facts(COUNTS, scale=30.0, teacher=trained)
+    extra = {"teacher": {"params": trained.params, "batch_stats": trained.batch_stats}}
+
+    distills = partial(RIDE, distill=True, teacher_weight=0.5)
+    methods = RIDE(), distills(), distills(repeat_by_experts=True)
+
+    @jax.jit
+    def losses():
+        found = [method.loss(student, extra, batch, facts, jnp.asarray(0)) for method in methods]
+        return [loss.total for loss in found], found[1].terms["teacher"]
+
+    (plain, distilled, repeated), term = losses()
+    expected = distillation(
+        mean_logits(trained, batch, False), mean_logits(student, batch, True), 1.5
+    ).mean()
+    np.testing.assert_allclose(term, expected, rtol=1e-4)
+    np.testing.assert_allclose(distilled, plain + 0.5 * expected, rtol=1e-4)
+    np.testing.assert_allclose(repeated, 3 * distilled, rtol=1e-5)
+    place = RIDE(distill=True).init_extra(student, facts, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(place, extra)
+    assert RIDE(teacher="x").teacher_run == "" and RIDE(distill=True, teacher="x").teacher_run
+
+
+def test_distillation_needs_a_teacher() -> None:
+    with pytest.raises(UserError, match=r"name its workdir with --config.method.teacher=DIR"):
+        RIDE(distill=True).network(tiny_network.experts(3), Facts(COUNTS))
 
 
 def test_a_router_needs_experts_to_choose_from() -> None:
