@@ -11,6 +11,7 @@ from balpoe_jax import record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
+from balpoe_jax.methods import METHODS, settings
 from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,10 @@ def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
     try:
         saved = json.loads(path.read_text())["config"]
         # What was recorded before there was a field has its default.
-        config = ConfigDict(_merged(default_config().to_dict(), saved))
+        defaults = default_config().to_dict()
+        if (name := saved.get("method", {}).get("name")) in METHODS:
+            defaults["method"] = settings(METHODS[name]())
+        config = ConfigDict(_merged(defaults, saved))
         data = config.data.name
     except FileNotFoundError as error:
         raise UserError(

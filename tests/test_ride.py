@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import tiny_network
 from golden import cases, golden, max_relative
+from test_config import get_config
 from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import check
 from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.reweighted import Reweighted
 from balpoe_jax.methods.ride import (
@@ -25,6 +27,7 @@ from balpoe_jax.methods.ride import (
     prefix_means,
     worth_going_on,
 )
+from balpoe_jax.parallel import make_parallel
 
 COUNTS = tiny_network.COUNTS
 
@@ -185,3 +188,12 @@ def test_a_router_needs_experts_to_choose_from() -> None:
         RIDE(router=True).network(tiny_network.experts(1), Facts(COUNTS))
     with pytest.raises(UserError, match=r"config.method.beta must be from 0 to"):
         RIDE(beta=2.0)
+
+
+def test_a_second_stage_that_is_not_there_is_refused() -> None:
+    config = get_config("digits_lt", "method=ride_router")
+    devices = make_parallel("pmap", jax.devices()[:1])
+    check(config, devices)
+    config.method.router = False
+    with pytest.raises(UserError, match=r"config.stage2.epochs asks for a second stage, which the"):
+        check(config, devices)
