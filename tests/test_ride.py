@@ -122,6 +122,25 @@ def test_prediction_takes_the_experts_up_to_the_first_closed_gate() -> None:
     np.testing.assert_array_equal(predicted.logits, logits)
 
 
+def test_the_routers_loss_in_loops() -> None:
+    logits, labels = random_logits(experts=3, rows=30)
+    gates = np.random.default_rng(4).normal(size=(2, 30))
+    outputs = RoutedOutputs(logits, jnp.zeros((3, 30, 2)), jnp.asarray(gates))
+
+    def network(images: None, train: bool):
+        return outputs, {"train": train}
+
+    batch = {"images": None, "labels": labels}
+    method = RIDE(router=True, router_positive_weight=7.0)
+    found = method.router_loss(network, {}, batch, Facts(COUNTS), jnp.asarray(0))  # type: ignore
+    worth, expected = np.asarray(worth_going_on(prefix_means(logits), labels)), 0.0
+    for i, row in np.ndindex(2, 30):
+        p = 1 / (1 + np.exp(-gates[i, row]))
+        expected -= (7 * np.log(p) if worth[i, row] else np.log(1 - p)) / 60
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
+    assert worth.any() and found.batch_stats == {"train": False}
+
+
 def test_the_stages_train_either_the_experts_or_the_router() -> None:
     start = fresh("ride_router")
     experts = run("ride_router", "pmap", 1, 0)[-1][0]
