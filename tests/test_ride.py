@@ -27,6 +27,7 @@ from balpoe_jax.methods.ride import (
     prefix_means,
     worth_going_on,
 )
+from balpoe_jax.models import Outputs
 from balpoe_jax.parallel import make_parallel
 
 COUNTS = tiny_network.COUNTS
@@ -80,6 +81,23 @@ def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None
     actual = total(RIDE(diversity=0.0), facts, labels, 159, logits)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
     assert abs(total(RIDE(diversity=0.0), facts, labels, 160, logits) - expected) > 0.1
+
+
+def test_the_total_is_the_sum_over_experts() -> None:
+    logits, labels = random_logits()
+    batch = {"images": None, "labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
+    facts, method = Facts(COUNTS, scale=3.0), RIDE(diversity=-0.3)
+
+    @jax.jit
+    def losses():
+        network = lambda images: (Outputs(logits, logits), {})  # noqa: E731
+        return method.loss(network, {}, batch, facts, jnp.asarray(160))  # type: ignore
+
+    found = losses()
+    np.testing.assert_allclose(found.total, total(method, facts, labels, 160, logits), rtol=1e-5)
+    np.testing.assert_allclose(found.total, found.by_expert.sum(), rtol=1e-5)
+    expected = found.terms["ldam"] - 0.3 * found.terms["divergence"]
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
 
 
 def test_experts_that_agree_have_no_divergence_and_the_mean_no_gradient(x64) -> None:

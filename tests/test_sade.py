@@ -12,6 +12,7 @@ from golden import cases, golden, max_relative
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Facts
 from balpoe_jax.methods.sade import SADE, expert_losses, log_biases, reversed_prior
+from balpoe_jax.models import Outputs
 
 COUNTS = tiny_network.COUNTS
 
@@ -45,6 +46,20 @@ def test_with_uniform_counts_all_are_cross_entropy(x64) -> None:
     actual = expert_losses(logits, jnp.eye(5)[labels], log_biases(np.ones(5), 2.0))
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, np.tile(labels, (3, 1)))
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_the_total_is_the_sum_over_experts() -> None:
+    random = np.random.default_rng(1)
+    logits, labels = jnp.asarray(random.normal(size=(3, 6, 5))), jnp.arange(6) % 5
+    batch = {"images": None, "labels": labels, "other_labels": labels, "weight": jnp.ones(6)}
+
+    def network(images: None):
+        return Outputs(logits, logits), {}
+
+    found = SADE().loss(network, {}, batch, Facts(COUNTS), jnp.asarray(0))  # type: ignore
+    expected = expert_losses(logits, jnp.eye(5)[labels], log_biases(COUNTS, 2.0)).mean(axis=1)
+    np.testing.assert_allclose(found.by_expert, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.total, expected.sum(), rtol=1e-5)
 
 
 def test_it_has_three_experts() -> None:
