@@ -116,7 +116,7 @@ def learn_weights(
         cosines.append(cosine)
         shown = ", ".join(f"{weight:.3f}" for weight in weights)
         log.info("Aggregation, epoch %d: weights %s, cosine %.4f", len(history), shown, cosine)
-        if np.round(weights, 2).min() < least_weight:
+        if has_collapsed(weights, least_weight):
             collapsed = True
             break
     if not history:
@@ -126,6 +126,11 @@ def learn_weights(
         log.info("The weights have collapsed: uniform ones are used.")
         chosen = np.full_like(chosen, 1 / len(chosen))
     return Aggregation(chosen, np.stack(history), np.array(cosines), collapsed)
+
+
+def has_collapsed(weights: npt.NDArray[np.floating], least_weight: float) -> bool:
+    """Whether one of `[E]` weights, rounded to two decimals, is below the least one."""
+    return bool(np.round(weights, 2).min() < least_weight)
 
 
 def weighted_logits(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from balpoe_jax.aggregation import learn_weights, stability, weighted_logits
+from balpoe_jax.aggregation import has_collapsed, learn_weights, stability, weighted_logits
 from balpoe_jax.errors import UserError
 
 IMAGES, CLASSES = 300, 6
@@ -107,6 +107,11 @@ def test_collapsed_weights_are_refused_unless_asked_for(caplog) -> None:
     kept = learn_weights(views, 5.0, keep_collapsed=True)
     np.testing.assert_array_equal(kept.weights, kept.history[-1])
     assert not learn_weights(views, 5.0, least_weight=0.0).collapsed
+
+
+def test_weights_are_rounded_before_they_are_judged() -> None:
+    assert has_collapsed(np.array([0.044, 0.956]), 0.05)
+    assert not has_collapsed(np.array([0.046, 0.954]), 0.05)
 
 
 def test_weighted_logits() -> None:
