@@ -15,14 +15,14 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax import metrics, optim, parallel, processes, stages
+from balpoe_jax import metrics, optim, parallel, processes, stages, teachers
 from balpoe_jax.data import datasets, pipeline, shift
 from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import Facts, Method, make_method
+from balpoe_jax.methods import Facts, Method, Network, make_method
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, create_model
 from balpoe_jax.stages import StagePlan
 from balpoe_jax.state import TrainState, create_state, make_eval_step, make_train_step
@@ -46,6 +46,7 @@ class Program:
         network: what is trained, the model or more; to be applied within `parallel`'s mapped steps.
         stages: of the training.
         taus: one for each expert, None where the method's loss has none.
+        teacher: of the method's `teacher_run`; None without one.
     """
 
     config: dict[str, Any]
@@ -56,6 +57,7 @@ class Program:
     network: nn.Module
     stages: tuple[StagePlan, ...]
     taus: tuple[float | None, ...]
+    teacher: "Program | None"
 
     @property
     def facts(self) -> Facts:
@@ -81,7 +83,11 @@ class Program:
             out_shardings=self.parallel.replicated,
         )
         # A NumPy value: an array of one process's device could not be spread over all processes.
-        return create(np.int32(self.config["seed"]))
+        state = create(np.int32(self.config["seed"]))
+        if self.teacher is None:
+            return state
+        variables = teachers.load(self.method.teacher_run, self.teacher.abstract_state())
+        return state.replace(extra={**state.extra, "teacher": variables})
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and placement of the state, without computing one."""
@@ -268,7 +274,11 @@ def build_program(
     check(config, devices)
     method = make_method(config.method.to_dict())
     taus = config_lib.resolve_taus(config)
-    plans = _plan_stages(config, method, taus, class_counts)
+    teacher = None
+    if method.teacher_run:
+        teacher_config = teachers.read_config(method.teacher_run, config)
+        teacher = build_program(teacher_config, devices, class_counts, image_shape)
+    plans = _plan_stages(config, method, taus, class_counts, teacher)
     model = _make_model(config, len(class_counts), devices)
     return Program(
         config=config.to_dict(),
@@ -279,6 +289,7 @@ def build_program(
         network=method.network(model, plans[0].facts),
         stages=plans,
         taus=method.target_taus(taus),
+        teacher=teacher,
     )
 
 
@@ -287,7 +298,11 @@ def _plan_stages(
     method: Method,
     taus: tuple[float, ...],
     class_counts: npt.NDArray[np.int64],
+    teacher: Program | None,
 ) -> tuple[StagePlan, ...]:
+    known = None
+    if teacher is not None:
+        known = Network(teacher.network, **teacher.abstract_state().variables)
     plans: list[StagePlan] = []
     first_step = first_epoch = 0
     for index, stage in enumerate(_stage_configs(config)):
@@ -303,6 +318,7 @@ def _plan_stages(
             first_step=first_step,
             axis_name=parallel.AXIS_NAME,
             sync_batch_norm=config.parallel.sync_batch_norm,
+            teacher=known,
         )
         optimizer = optim.make_optimizer(
             optim.rate_of_step(rates, steps_per_epoch),
@@ -350,14 +366,18 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             f"The method {config.method.name} knows no mixed labels: config.mixup.alpha must be 0, "
             f"got {config.mixup.alpha:g}."
         )
-    if len(_stage_configs(config)) > len(method.stages()):
-        raise UserError(f"The method {config.method.name} has no second stage; remove stage2.")
     if method.whole_batch and config.optim.accumulate > 1:
         raise UserError(
             f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
             f"one of the whole batch, got {config.optim.accumulate}."
         )
-    for stage in _stage_configs(config):
+    configs = _stage_configs(config)
+    if len(configs) > len(method.stages()):
+        raise UserError(
+            f"config.stage2.epochs asks for a second stage, which the method {config.method.name} "
+            "does not have as it is set; set it to 0 or choose another method."
+        )
+    for stage in configs:
         devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
         settings = _train_settings(stage, 0)
         settings.mix.check_groups(stage.batch_size, devices.num_hosts)

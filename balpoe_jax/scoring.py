@@ -114,7 +114,7 @@ def score_test(
     num_bins: int = 15,
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
 ) -> dict[str, Any]:
-    """`class_counts`, `test`, `experts` and `group_confusion` alone, for a look on the way."""
+    """`class_counts`, `test`, `experts`, `group_confusion` and `experts_used`, for a look."""
     return _score_test(test, class_counts, taus, num_bins, thresholds)[0]
 
 
@@ -134,7 +134,7 @@ def _score_test(
     ensemble, experts = summarize_experts(test)
     options = (test.labels, class_counts, num_bins, thresholds)
     confusion = metrics.shot_confusion(ensemble.predicted, test.labels, class_counts, thresholds)
-    scores = {
+    scores: dict[str, Any] = {
         "class_counts": class_counts,
         "test": _score_classifier(ensemble, *options),
         "experts": [

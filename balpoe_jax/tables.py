@@ -435,6 +435,14 @@ def _experts(results: Mapping[str, Any]) -> Table:
         best = max(subsets, key=lambda subset: subset["top1"])
         which = "+".join(str(expert) for expert in best["experts"])
         rows.append((f"{size} of {len(results['experts'])}", [*means, best["top1"], which]))
+    routed = ""
+    if results.get("experts_used"):
+        scores = [results["test"][key] for key in ("top1", *_GROUPS)]
+        rows.append((f"{results['experts_used']:.2f} asked", [*scores, None, ""]))
+        routed = (
+            " The last row is the ensemble that the method asks: as many experts for each image as "
+            "it needs, so many on average."
+        )
     return Table(
         "experts",
         "Accuracy by number of experts used",
@@ -446,7 +454,8 @@ def _experts(results: Mapping[str, Any]) -> Table:
         ),
         rows,
         "Means over all subsets of that many of this run's experts, without training anew; a "
-        "subset whose mean tau is not 1 is biased. Best: the subset of the highest accuracy.",
+        "subset whose mean tau is not 1 is biased. Best: the subset of the highest accuracy."
+        f"{routed}",
     )
 
 

@@ -79,7 +79,11 @@ def stages(name: str) -> range:
 
 
 # Of which another recipe has all that devices share: compiling them would teach nothing new.
-COVERED = {"cross_entropy_cb", "ce_drw", "ldam"}
+COVERED = {
+    *("cross_entropy_cb", "ce_drw", "focal", "ldam"),  # by ldam_drw
+    *("logit_adjustment", "pc_softmax"),  # by cross_entropy
+    *("ride", "ride_distill"),  # by ride_router
+}
 
 
 def distinct() -> list[str]:

@@ -11,23 +11,29 @@ import numpy as np
 import pytest
 import tiny_network
 from golden import cases, golden, max_relative
+from test_config import get_config
 from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import Facts
+from balpoe_jax.experiment import check
+from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.reweighted import Reweighted
 from balpoe_jax.methods.ride import (
     RIDE,
     RoutedOutputs,
     class_temperatures,
+    distillation,
     divergence_from_mean,
     prefix_means,
     worth_going_on,
 )
+from balpoe_jax.models import Outputs
+from balpoe_jax.parallel import make_parallel
 
 COUNTS = tiny_network.COUNTS
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def total(method: RIDE, facts: Facts, labels, epoch: int, logits: jax.Array) -> jax.Array:
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
     own, divergence = method.parts(logits, batch, facts, jnp.asarray(epoch))
@@ -70,10 +76,28 @@ def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None
     logits, labels = random_logits()
     facts = Facts(COUNTS, scale=3.0)
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
-    expected = Reweighted("ldam").expert_losses(logits, batch, facts, jnp.asarray(0)).sum()
+    loss = jax.jit(Reweighted("ldam").expert_losses, static_argnums=2)
+    expected = loss(logits, batch, facts, 0).sum()
     actual = total(RIDE(diversity=0.0), facts, labels, 159, logits)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
     assert abs(total(RIDE(diversity=0.0), facts, labels, 160, logits) - expected) > 0.1
+
+
+def test_the_total_is_the_sum_over_experts() -> None:
+    logits, labels = random_logits()
+    batch = {"images": None, "labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
+    facts, method = Facts(COUNTS, scale=3.0), RIDE(diversity=-0.3)
+
+    @jax.jit
+    def losses():
+        network = lambda images: (Outputs(logits, logits), {})  # noqa: E731
+        return method.loss(network, {}, batch, facts, jnp.asarray(160))  # type: ignore
+
+    found = losses()
+    np.testing.assert_allclose(found.total, total(method, facts, labels, 160, logits), rtol=1e-5)
+    np.testing.assert_allclose(found.total, found.by_expert.sum(), rtol=1e-5)
+    expected = found.terms["ldam"] - 0.3 * found.terms["divergence"]
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
 
 
 def test_experts_that_agree_have_no_divergence_and_the_mean_no_gradient(x64) -> None:
@@ -116,6 +140,25 @@ def test_prediction_takes_the_experts_up_to_the_first_closed_gate() -> None:
     np.testing.assert_array_equal(predicted.logits, logits)
 
 
+def test_the_routers_loss_in_loops() -> None:
+    logits, labels = random_logits(experts=3, rows=30)
+    gates = np.random.default_rng(4).normal(size=(2, 30))
+    outputs = RoutedOutputs(logits, jnp.zeros((3, 30, 2)), jnp.asarray(gates))
+
+    def network(images: None, train: bool):
+        return outputs, {"train": train}
+
+    batch = {"images": None, "labels": labels}
+    method = RIDE(router=True, router_positive_weight=7.0)
+    found = method.router_loss(network, {}, batch, Facts(COUNTS), jnp.asarray(0))  # type: ignore
+    worth, expected = np.asarray(worth_going_on(prefix_means(logits), labels)), 0.0
+    for i, row in np.ndindex(2, 30):
+        p = 1 / (1 + np.exp(-gates[i, row]))
+        expected -= (7 * np.log(p) if worth[i, row] else np.log(1 - p)) / 60
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
+    assert worth.any() and found.batch_stats == {"train": False}
+
+
 def test_the_stages_train_either_the_experts_or_the_router() -> None:
     start = fresh("ride_router")
     experts = run("ride_router", "pmap", 1, 0)[-1][0]
@@ -130,8 +173,64 @@ def test_the_stages_train_either_the_experts_or_the_router() -> None:
             assert (before != after).any()
 
 
+def test_the_distance_to_a_teacher_in_loops(x64) -> None:
+    (teacher, student), _ = random_logits(experts=2)
+    found = distillation(teacher, student, 1.5)
+    for row in range(8):
+        p, q = (np.exp(z[row] / 1.5) / np.exp(z[row] / 1.5).sum() for z in (teacher, student))
+        np.testing.assert_allclose(found[row], 1.5**2 * (p * np.log(p / q)).sum(), rtol=1e-10)
+    np.testing.assert_allclose(distillation(teacher, teacher, 1.5), 0, atol=1e-14)
+    slopes = jax.grad(lambda *z: distillation(*z, 1.5).sum(), argnums=(0, 1))(teacher, student)
+    assert not slopes[0].any() and slopes[1].any()
+
+
+def mean_logits(network: Network, batch, train: bool) -> jax.Array:
+    return jax.jit(lambda: network(batch["images"], train)[0].logits.mean(axis=0))()
+
+
+def test_a_distilled_run_adds_the_teachers_term() -> None:
+    batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
+    module = tiny_network.experts(3)
+    student, trained = (Network(module, **tiny_network.init(module, seed)) for seed in (0, 1))
+    facts = Facts(COUNTS, scale=30.0, teacher=trained)
+    extra = {"teacher": {"params": trained.params, "batch_stats": trained.batch_stats}}
+
+    distills = partial(RIDE, distill=True, teacher_weight=0.5)
+    methods = RIDE(), distills(), distills(repeat_by_experts=True)
+
+    @jax.jit
+    def losses():
+        found = [method.loss(student, extra, batch, facts, jnp.asarray(0)) for method in methods]
+        return [loss.total for loss in found], found[1].terms["teacher"]
+
+    (plain, distilled, repeated), term = losses()
+    expected = distillation(
+        mean_logits(trained, batch, False), mean_logits(student, batch, True), 1.5
+    ).mean()
+    np.testing.assert_allclose(term, expected, rtol=1e-4)
+    np.testing.assert_allclose(distilled, plain + 0.5 * expected, rtol=1e-4)
+    np.testing.assert_allclose(repeated, 3 * distilled, rtol=1e-5)
+    place = RIDE(distill=True).init_extra(student, facts, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(place, extra)
+    assert RIDE(teacher="x").teacher_run == "" and RIDE(distill=True, teacher="x").teacher_run
+
+
+def test_distillation_needs_a_teacher() -> None:
+    with pytest.raises(UserError, match=r"name its workdir with --config.method.teacher=DIR"):
+        RIDE(distill=True).network(tiny_network.experts(3), Facts(COUNTS))
+
+
 def test_a_router_needs_experts_to_choose_from() -> None:
     with pytest.raises(UserError, match="it needs at least 2, got 1"):
         RIDE(router=True).network(tiny_network.experts(1), Facts(COUNTS))
     with pytest.raises(UserError, match=r"config.method.beta must be from 0 to"):
         RIDE(beta=2.0)
+
+
+def test_a_second_stage_that_is_not_there_is_refused() -> None:
+    config = get_config("digits_lt", "method=ride_router")
+    devices = make_parallel("pmap", jax.devices()[:1])
+    check(config, devices)
+    config.method.router = False
+    with pytest.raises(UserError, match=r"config.stage2.epochs asks for a second stage, which the"):
+        check(config, devices)

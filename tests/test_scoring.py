@@ -20,6 +20,8 @@ from balpoe_jax.metrics import (
 from balpoe_jax.metrics import predictions as blocks
 from balpoe_jax.predictions import Predictions
 from balpoe_jax.priors import estimate_prior
+from balpoe_jax.record import plain
+from balpoe_jax.tables import result_tables
 
 COUNTS = np.array([300, 120, 50, 8])
 TAUS = (0.0, 1.0, 2.0)
@@ -285,3 +287,19 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     test_set.expert_logits[1, 7, 2] = np.nan
     with pytest.raises(UserError, match="logits of 1 of 200 examples are not finite"):
         scoring.score(test_set, COUNTS, TAUS)
+
+
+def test_how_many_experts_were_asked_is_told(test_set: Predictions, scores: dict) -> None:
+    """By a method that asks as many as it needs, with the accuracy of what they say together."""
+    used = np.tile(np.array([1, 3], np.float32), len(test_set.labels) // 2)
+    combined = np.where(used[:, None] == 1, test_set.expert_logits[0], test_set.ensemble[:])
+    routed = Predictions(*test_set[:2], combined.astype(np.float32), used)
+    found = scoring.score(routed, COUNTS, TAUS)
+    assert found["experts_used"] == 2.0
+    assert "experts_used" not in scores
+    expected = (combined.argmax(axis=1) == test_set.labels).mean()
+    assert found["test"]["top1"] == expected != scores["test"]["top1"]
+    table = {table.name: table for table in result_tables(plain(found))}["experts"]
+    name, values = table.rows[-1]
+    assert (name, values[0]) == ("2.00 asked", expected)
+    assert "as many experts for each image as it needs" in table.note

@@ -37,6 +37,8 @@ class Facts:
         first_step: updates made before this stage.
         axis_name: the mapped axis over which a batch is shared; None outside of one.
         sync_batch_norm: whether BatchNorm takes its statistics over that axis.
+        teacher: the network of `Method.teacher_run` with the shapes of its variables; None without
+            one. What they are is in the extra state, under "teacher".
     """
 
     class_counts: npt.NDArray[np.int64]
@@ -48,6 +50,7 @@ class Facts:
     first_step: int = 0
     axis_name: str | None = None
     sync_batch_norm: bool = True
+    teacher: "Network | None" = None
 
     @property
     def num_classes(self) -> int:
@@ -188,6 +191,15 @@ class Method:
     views: ClassVar[int] = 1
     mixes: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
+
+    @property
+    def teacher_run(self) -> str:
+        """The workdir of a trained run to learn from; empty for none.
+
+        Its variables are put into the extra state as "teacher", a dictionary of `params` and
+        `batch_stats`, when a training begins; `init_extra` must hold their place.
+        """
+        return ""
 
     def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """The tau that each expert's loss has, to be shown; None where its loss is another.

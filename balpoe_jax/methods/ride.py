@@ -10,6 +10,7 @@ temperature. The total is the sum over experts. Where we deliberately differ fro
   mean logits instead, once for each expert.
 - Margins are scaled by the classifier's scale, whatever it is; the code's are always scaled by 30.
 - The router is a second stage of one run, in place of a run of its own: until then it is frozen.
+- A distilled run adds the teacher's term once; the code repeats the whole loss for each expert.
 """
 
 import dataclasses
@@ -65,6 +66,22 @@ def divergence_from_mean(logits: jax.Array, temperatures: jax.Array) -> jax.Arra
     difference = target[None] - jax.nn.log_softmax(scaled)
     divergence = (jnp.exp(target)[None] * difference).sum(axis=-1)
     return divergence.mean(axis=-1) * temperatures.mean() ** 2
+
+
+def distillation(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:
+    """`KL(softmax(teacher / T) || softmax(student / T)) * T^2`; the teacher has no gradient.
+
+    Args:
+        teacher: float `[B, C]`, mean logits of its experts.
+        student: likewise.
+        temperature: T.
+
+    Returns:
+        float `[B]`, in nats.
+    """
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+    difference = target - jax.nn.log_softmax(student / temperature)
+    return (jnp.exp(target) * difference).sum(axis=-1) * temperature**2
 
 
 def prefix_means(logits: jax.Array) -> jax.Array:
@@ -154,6 +171,12 @@ class RIDE(Method):
         router_top_k: how many logits it sees; the authors' 30 on CIFAR, 50 on photographs.
         router_width: of the feature that it sees.
         router_positive_weight: of rows for which asking on is worth it.
+        distill: whether to learn from a teacher too.
+        teacher: workdir of the run that trained it, such as one of `ride` with `experts=6`.
+        teacher_weight: of the divergence from the teacher, see `distillation`.
+        teacher_temperature: of it.
+        repeat_by_experts: multiply all by the number of experts, as the released code does when it
+            distills; at the same weight decay that is a higher learning rate.
     """
 
     diversity: float = -0.45
@@ -166,6 +189,11 @@ class RIDE(Method):
     router_top_k: int = 30
     router_width: int = 16
     router_positive_weight: float = 100.0
+    distill: bool = False
+    teacher: str = ""
+    teacher_weight: float = 1.0
+    teacher_temperature: float = 1.5
+    repeat_by_experts: bool = False
 
     whole_batch = True
 
@@ -177,7 +205,14 @@ class RIDE(Method):
         check_range("router_top_k", self.router_top_k, 1, 1e6)
         check_range("router_width", self.router_width, 1, 1e6)
         check_range("router_positive_weight", self.router_positive_weight, 0, 1e9)
+        check_range("teacher_weight", self.teacher_weight, 0, 1e6)
+        check_range("teacher_temperature", self.teacher_temperature, 1e-3, 1e3)
         self.expert_loss  # noqa: B018  whose fields it checks
+
+    @property
+    def teacher_run(self) -> str:
+        """Of the teacher, if there is one."""
+        return self.teacher if self.distill else ""
 
     @property
     def expert_loss(self) -> Reweighted:
@@ -194,8 +229,13 @@ class RIDE(Method):
         """The ensemble, with a router if there is to be one.
 
         Raises:
-            UserError (a `ValueError`): a router for a single expert.
+            UserError (a `ValueError`): a router for a single expert, or no teacher to learn from.
         """
+        if self.distill and facts.teacher is None:
+            raise UserError(
+                "Distillation needs a teacher: train one, such as method=ride,experts=6, and name "
+                "its workdir with --config.method.teacher=DIR."
+            )
         if not self.router:
             return ensemble
         if ensemble.num_experts < 2:
@@ -218,8 +258,29 @@ class RIDE(Method):
         outputs, batch_stats = network(batch["images"])
         own, divergence = self.parts(outputs.logits, batch, facts, epoch)
         by_expert = own + self.diversity * divergence
-        terms = {"ldam": own.sum(), "divergence": divergence.sum()}
-        return Losses(by_expert.sum(), by_expert, batch_stats, extra, terms)
+        total, terms = by_expert.sum(), {"ldam": own.sum(), "divergence": divergence.sum()}
+        if self.distill:
+            terms["teacher"] = self.teachers_part(outputs.logits, extra, batch, facts)
+            total += self.teacher_weight * terms["teacher"]
+            total *= len(by_expert) if self.repeat_by_experts else 1
+        return Losses(total, by_expert, batch_stats, extra, terms)
+
+    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> dict[str, Any]:
+        """The place of the teacher's variables."""
+        if facts.teacher is None:
+            return {}
+        shapes = {"params": facts.teacher.params, "batch_stats": facts.teacher.batch_stats}
+        return {"teacher": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
+
+    def teachers_part(
+        self, logits: jax.Array, extra: dict[str, Any], batch: Batch, facts: Facts
+    ) -> jax.Array:
+        """The mean over rows of the divergence from the teacher, which sees them as in a test."""
+        assert facts.teacher is not None  # `network` has seen to it
+        teacher = Network(facts.teacher.module, **extra["teacher"])
+        outputs, _ = teacher(batch["images"], train=False)
+        means = outputs.logits.mean(axis=0), logits.mean(axis=0)
+        return distillation(*means, self.teacher_temperature).mean()
 
     def parts(
         self, logits: jax.Array, batch: Batch, facts: Facts, epoch: jax.Array
@@ -314,7 +375,24 @@ RECIPES = {
         "RIDE with router",
         experts=3,
         fields=_FIELDS | _STAGE2,
-        on=_ON,
+        on={**_ON, "digits_lt": {"stage2.batch_size": 32}},
         published=(Published("cifar100_lt", "ir=100", 48.6, "RIDE's repository"),),
+    ),
+    "ride_distill": Recipe(
+        RIDE(distill=True),
+        "RIDE, distilled",
+        experts=3,
+        fields=_FIELDS,
+        on={
+            **_ON,
+            "cifar10_lt": {**_CIFAR, "optim.warmup_epochs": 20},
+            "cifar100_lt": {**_CIFAR, "optim.warmup_epochs": 20},
+        },
+        published=(
+            Published("cifar100_lt", "ir=100", 49.0, "RIDE's repository"),
+            Published("cifar100_lt", "ir=100,experts=4", 49.4, "RIDE's repository"),
+            Published("imagenet_lt", "backbone=resnext50,experts=4", 56.8, "RIDE's repository"),
+            Published("inaturalist2018", "experts=4", 72.6, "RIDE's repository"),
+        ),
     ),
 }

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs to learn from: their configs, their variables, their place in the state."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_network
+from test_config import get_config
+
+from balpoe_jax import teachers
+from balpoe_jax.checkpoint import Checkpoints
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import Program, build_program
+from balpoe_jax.optim import make_optimizer
+from balpoe_jax.parallel import make_parallel
+from balpoe_jax.record import plain
+from balpoe_jax.state import TrainState, create_state
+
+COUNTS = np.array([130, 94, 68, 49, 35, 26, 18, 13, 9, 5])
+
+
+def write_config(workdir: Path, arguments: str = "method=ride,experts=2") -> Path:
+    """The record of a run on digits, without fields that came later."""
+    config = get_config("digits_lt", arguments).to_dict()
+    del config["cache_dir"], config["method"]["distill"]
+    config["batch_size"] = 30
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps({"config": plain(config)}))
+    return workdir
+
+
+def student(workdir: Path):
+    config = get_config("digits_lt", "method=ride_distill")
+    config.method.teacher = str(workdir)
+    return config
+
+
+def test_a_teachers_config_is_its_record_with_the_students_batches(tmp_path: Path) -> None:
+    found = teachers.read_config(str(write_config(tmp_path)), student(tmp_path))
+    expected = get_config("digits_lt", "method=ride,experts=2")
+    assert found.to_dict() == expected.to_dict()
+    assert found.batch_size == 32 and isinstance(found.optim.boundaries, tuple)
+
+
+def test_runs_that_cannot_teach_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run \(there is no config.json\); train it"):
+        teachers.read_config(str(tmp_path), student(tmp_path))
+    write_config(tmp_path)
+    other = get_config("cifar100_lt", "method=ride_distill")
+    with pytest.raises(UserError, match="was trained on digits, not on cifar100; name another"):
+        teachers.read_config(str(tmp_path), other)
+    for damaged in ("{", "[]", '{"config": 3}', '{"config": {"data": 1}}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"config.json cannot be read \("):
+            teachers.read_config(str(tmp_path), student(tmp_path))
+
+
+def test_a_teachers_variables_are_those_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    network, optimizer = tiny_network.experts(2), make_optimizer(0.1)
+    create = jax.jit(partial(create_state, network, optimizer, image_shape=tiny_network.SHAPE))
+    state = make_parallel("pmap", jax.devices()[:1]).replicate(create(jax.random.key(0)))
+    with pytest.raises(UserError, match="There is no checkpoint of the teacher in"):
+        teachers.load(str(tmp_path), state)
+    with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(state.replace(step=state.step + 7))
+    blank = jax.tree.map(jnp.zeros_like, state)
+    chex.assert_trees_all_equal(teachers.load(str(tmp_path), blank), state.variables)
+
+
+def test_the_state_has_a_place_for_the_teacher_that_is_filled_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(tmp_path)
+    devices = make_parallel("pmap", jax.devices()[:1])
+    program = build_program(student(tmp_path), devices, COUNTS, (8, 8, 3))
+    teacher = program.facts.teacher
+    assert program.teacher is not None and teacher is not None
+    assert program.teacher.config["model"]["num_experts"] == 2
+    place = program.abstract_state().extra["teacher"]
+    expected = program.teacher.abstract_state().variables
+    chex.assert_trees_all_equal_shapes_and_dtypes(place, expected)
+
+    def create(self: Program, key: jax.Array) -> TrainState:
+        extra = {"teacher": jnp.zeros(1), "other": jnp.ones(1)}
+        return TrainState(jnp.zeros((), jnp.int32), {}, {}, {}, extra)
+
+    monkeypatch.setattr(Program, "_create_state", create)
+    monkeypatch.setattr(teachers, "load", lambda workdir, like: {"params": workdir})
+    state = program.init_state()
+    assert state.extra["teacher"] == {"params": str(tmp_path)} and state.extra["other"] == 1
+    alone = dataclasses.replace(program, teacher=None).init_state()
+    assert alone.extra["teacher"] == 0
