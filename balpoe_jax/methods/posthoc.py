@@ -93,7 +93,6 @@ RECIPES = {
         fields=lade.TRAINING,
         on=lade.ON,
         published=(
-            Published("cifar100_lt", "ir=10", 61.2, "LADE's paper"),
             Published("cifar100_lt", "ir=50", 49.5, "LADE's paper"),
             Published("cifar100_lt", "ir=100", 45.3, "LADE's paper"),
         ),
