@@ -74,10 +74,12 @@ def test_text_and_json_of_the_figures(found: dict) -> None:
     assert rows["all-gather"][0] == "0"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_abstract_batches_are_those_of_the_pipeline(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("balpoe", "float32"), ("balpoe", "bfloat16"), ("bcl", "float32")]
+)
+def test_abstract_batches_are_those_of_the_pipeline(method: str, dtype: str) -> None:
     """Otherwise another step would be compiled than the one that runs."""
-    config = tiny_config()
+    config = get_config("digits_lt", f"method={method}")
     config.model.dtype = dtype
     experiment = build(config)
     train, evaluation = aot.abstract_batches(experiment)

@@ -26,6 +26,7 @@ def published(recipe: Recipe, dataset: str, arguments: str) -> str:
         for p in recipe.published
         if p.dataset == dataset
         and (p.arguments == arguments or (not arguments and p.arguments.startswith("backbone=")))
+        and "recipe=" not in p.arguments
     ]
     return ", ".join(text.removesuffix(" ()") for text in found) or "-"
 

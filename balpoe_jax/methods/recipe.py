@@ -45,6 +45,7 @@ class Recipe:
         epochs: of the training that the method's own fields are for, where a data set's recipe
             does not say how long it is.
         published: results.
+        needs_teacher: it cannot run without `config.method.teacher`, so that no table runs it.
 
     Fields whose names end in `epoch`, `epochs` or `boundaries` are scaled with the training.
     """
@@ -58,6 +59,7 @@ class Recipe:
     on: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     epochs: int = 200
     published: tuple[Published, ...] = ()
+    needs_teacher: bool = False
 
     def own(self, dataset: str, *arguments: str) -> dict[str, Any]:
         """The fields on a data set under arguments such as "ir=50" and "recipe=long"."""

@@ -381,6 +381,7 @@ RECIPES = {
     "ride_distill": Recipe(
         RIDE(distill=True),
         "RIDE, distilled",
+        needs_teacher=True,
         experts=3,
         fields=_FIELDS,
         on={
