@@ -21,7 +21,7 @@ demo: $(VENV)/.run
 	$(BIN)/python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -106,25 +106,29 @@ def test_devices_and_modes_change_nothing(name: str, stage: int, x64) -> None:
     expected = run(name, "pmap", 1, stage, np.float64)
     state, metrics = expected[-1]
     assert metrics["finite"] and int(state.step) == len(expected)
-    for mode in ("pmap", "shard_map"):
+    # The two differentiate communication differently, and the others' losses have none.
+    whole_batch = parts(name)[0].whole_batch
+    for mode in ("pmap", "shard_map") if whole_batch else ("shard_map",):
         found = run(name, mode, 4, stage, np.float64)
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) -> None:
     """Through a checkpoint in the middle, with whatever state the method keeps."""
-    history = run(name, "pmap", 1)
+    fresh(name)
+    history = run(name, "pmap", 1, 0, np.float64)
     middle = len(history) // 2
     devices = make_parallel("pmap", jax.devices()[:1])
     with Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(devices.replicate(history[middle - 1][0]))
-        restored = checkpoints.restore_latest(devices.replicate(fresh(name)))
+        restored = checkpoints.restore_latest(devices.replicate(history[0][0]))
     method, facts, network = parts(name)
     step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, facts))
     state = restored
     for i in range(middle, len(history)):
-        state, _ = step(state, devices.shard(tiny_network.batch(BATCH, seed=i)))
+        batch = tiny_network.batch(BATCH, seed=i, dtype=np.float64)
+        state, _ = step(state, devices.shard(batch))
     chex.assert_trees_all_equal(jax.device_get(state), history[-1][0])
 
 

@@ -169,7 +169,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     assert after["remark"] == "again"
     assert after["settings"] == before["settings"] == {
         "num_bins": 15, "held_out_per_class": 20, "shift_lists": "", "prior_strength": 0.3,
-        "prior_significance": 0.01,
+        "prior_significance": 0.01, "aggregation_epochs": 0, "aggregation_rate": 0.1,
     }  # fmt: skip
     assert "; again</p>" in (workdir / "report" / "index.html").read_text()
     for name, value in before["test"].items():
