@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 LOCKED ?= yes
 KIND := $(if $(filter no,$(LOCKED)),txt,lock)
 
-.PHONY: help demo test lint format types lock audit clean
+.PHONY: help demo test test-all lint format types lock audit clean
 
 help:
 	@echo "make demo    train BalPoE on long-tailed digits and write a report (about a minute)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests;  make test-all: also those that take long"
 	@echo "make lint    check style and format;  make format: mend them;  make types: check types"
 	@echo "make lock    pin everything anew, with hashes;  make audit: ask for known vulnerabilities"
 	@echo "make clean   remove the virtual environment and the demo's run"
@@ -21,7 +21,10 @@ demo: $(VENV)/.run
 	$(BIN)/python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile --all
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -218,7 +218,10 @@ def _bias(groups: Sequence[Group]) -> Table:
 
 def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
     """Over the runs that have this classifier; infinite as soon as one is."""
-    values = [bias["kl"] for bias in group.values("bias", *keys) if bias]
+    found = [bias for bias in group.values("bias", *keys) if bias]
+    if any(bias.get("lambda", 0) is None for bias in found):
+        return None  # of experts without a tau
+    values = [bias["kl"] for bias in found]
     return tables.divergence(None) if None in values else spread(values).mean
 
 

@@ -25,6 +25,9 @@ _LONGEST = 2**31
 # Sections of further views of the training images, which not every config has.
 VIEWS = ("view2", "view3")
 
+# And of the views that test images have where weights of experts are learnt from them.
+TEST_VIEW = "test_view"
+
 BAD_IMAGE_POLICIES = ("fail", "skip")
 
 
@@ -314,7 +317,8 @@ def check_config(config: ConfigDict) -> None:
 def _with_views(config: ConfigDict, field: str) -> list[str]:
     """The field, and if it is one of augmentation the same one of each further view."""
     section, _, name = field.partition(".")
-    views = [view for view in VIEWS if view in config] if section == "augment" else []
+    sections = (*VIEWS, TEST_VIEW) if section == "augment" else ()
+    views = [view for view in sections if view in config]
     return [field, *(f"{view}.{name}" for view in views)]
 
 

@@ -249,7 +249,7 @@ def build(config: ConfigDict) -> Experiment:
             data.test_names,
             config.eval.shift_lists,
         ),
-        test_view=_augmentation(config.get("test_view") or config.augment),
+        test_view=_test_view(config),
         settings=settings,
     )
 
@@ -371,6 +371,7 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
             f"one of the whole batch, got {config.optim.accumulate}."
         )
+    _test_view(config)
     configs = _stage_configs(config)
     if len(configs) > len(method.stages()):
         raise UserError(
@@ -403,18 +404,26 @@ def _train_settings(config: ConfigDict, stage: int) -> pipeline.TrainSettings:
         seed=config.seed + stage * _STAGE_SEED,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
-        augment=_augmentation(config.augment),
+        augment=_augmentation(config, "augment"),
         mix=MixSettings(**config.mixup.to_dict()),
         # The network would round them first of all; here that halves what is copied and sent.
         dtype=config.model.dtype,
-        views=tuple(_augmentation(config[name]) for name in config_lib.VIEWS if name in config),
+        views=tuple(_augmentation(config, name) for name in config_lib.VIEWS if name in config),
         sampler=config.data.sampler,
         class_run=config.data.class_run,
     )
 
 
-def _augmentation(section: ConfigDict) -> AugmentSettings:
-    return AugmentSettings(**section.to_dict())
+def _augmentation(config: ConfigDict, section: str) -> AugmentSettings:
+    try:
+        return AugmentSettings(**config[section].to_dict())
+    except UserError as error:
+        raise UserError(str(error).replace("augment.", f"config.{section}.", 1)) from error
+
+
+def _test_view(config: ConfigDict) -> AugmentSettings:
+    name = config_lib.TEST_VIEW
+    return _augmentation(config, name if name in config else "augment")
 
 
 def _load_data(config: ConfigDict) -> LongTailed:

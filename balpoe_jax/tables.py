@@ -405,7 +405,7 @@ def _bias(results: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 f"expert {i + 1}",
-                [scores["tau"], expert["lambda"], divergence(expert["kl"]), disagreement],
+                [scores["tau"], expert["lambda"], expert_divergence(expert), disagreement],
             )
         )
     kl = divergence(bias["ensemble"]["kl"])
@@ -474,6 +474,15 @@ def divergence(kl: float | None) -> float | str:
         kl: of `results.json`, in nats; None for an infinite one.
     """
     return "infinite" if kl is None else kl
+
+
+def expert_divergence(bias: Mapping[str, Any]) -> float | str | None:
+    """The same of an expert; None where it has no tau, and so no prior to be apart from.
+
+    Args:
+        bias: of an expert in `results.json`, `lambda` and `kl`.
+    """
+    return None if bias["lambda"] is None else divergence(bias["kl"])
 
 
 def short_name(target: str) -> str:

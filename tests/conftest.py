@@ -24,3 +24,46 @@ def x64() -> Iterator[None]:
     """Runs one test in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+# Tests that repeat others in another setting, at such a cost that `make test` leaves them out.
+_COSTLY = (
+    "test_models.py::test_logits_are_the_references[experts7]",
+    "test_models.py::test_logits_are_the_references[experts2]",
+    "test_models.py::test_logits_are_the_references[nonorm]",
+    "test_models.py::test_logits_are_the_references[reduce]",
+    "test_models.py::test_gradients_are_the_references[True]",
+    "test_models.py::test_one_expert_is_one_network_however_it_is_cut[-1]",
+    "test_models.py::test_expert_map_and_rematerialisation_give_one_model[options0]",
+    "test_large_models.py::test_expert_map_and_rematerialisation_change_nothing[loop]",
+    "test_large_models.py::test_logits_are_the_references[resnet50/nonsquare-loop-options2]",
+    "test_large_models.py::test_logits_are_the_references[resnet50/nonorm-vmap-options1]",
+    "test_methods.py::test_devices_and_modes_change_nothing[mdcs-0]",
+    "test_methods.py::test_devices_and_modes_change_nothing[sade-0]",
+    "test_methods.py::test_devices_and_modes_change_nothing[gpaco-0]",
+    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[mdcs]",
+    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[sade]",
+    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[gpaco]",
+    "test_mixing.py::test_two_hosts_and_a_resumed_run_make_the_same_batches[mix1]",
+    "test_unreadable.py::test_skipping_goes_on_after_a_resume_and_on_any_hosts",
+    "test_unreadable.py::test_too_many_bad_images_are_refused",
+    "test_parallel.py::test_rematerialisation_changes_nothing[shard_map-loop]",
+    "test_pipeline.py::test_hosts_make_the_same_global_batches[autoaugment_cifar]",
+    "test_randaugment.py::test_threads_change_nothing",
+    "test_benchmarks.py::test_input_pipeline",
+    "test_benchmarks.py::test_both_sides_make_the_same_distribution_of_images[photos long]",
+    "test_tpu_step.py::test_the_example_learns",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="Also run the costly tests.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    skip = pytest.mark.skip(reason="costly; make test-all runs it")
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in _COSTLY:
+            item.add_marker(skip)

@@ -18,6 +18,7 @@ from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import check
 from balpoe_jax.methods import RECIPES, Facts, make_method, settings
+from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.state import create_state, make_eval_step, make_train_step
@@ -180,3 +181,34 @@ def test_hyper_parameters_of_another_method_are_refused() -> None:
 def test_methods_are_data() -> None:
     for recipe in RECIPES.values():
         assert dataclasses.is_dataclass(recipe.method) and hash(recipe.method)
+
+
+def test_losses_are_mixed_by_rows_whatever_their_rank() -> None:
+    batch = {
+        "labels": np.array([0, 1]),
+        "other_labels": np.array([2, 3]),
+        "weight": np.array([0.25, 1.0]),
+    }
+    rows = mix_losses(batch, lambda labels: jax.numpy.asarray(10.0 * labels))
+    np.testing.assert_allclose(rows, [15.0, 10.0])
+    experts = mix_losses(batch, lambda labels: jax.numpy.stack([10.0 * labels, 20.0 * labels]))
+    np.testing.assert_allclose(experts, [[15.0, 10.0], [30.0, 20.0]])
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "message"),
+    [
+        ("sade", "test_view.blur", 2.0, "config.test_view.blur must be at most 1, got 2"),
+        ("sade", "test_view.color_jitter", ("a",) * 3, "config.test_view.color_jitter must be 3"),
+        ("bcl", "view2.rotation", 400.0, "config.view2.rotation must be 0 to 180 degrees, got 400"),
+        ("bcl", "view3.cutout", 3, "config.view3.cutout must be even and not negative, got 3"),
+        ("sade", "test_view.cutout", 3, "config.test_view.cutout must be even"),
+    ],
+)
+def test_views_that_are_not_valid(method: str, field: str, value, message: str) -> None:
+    config = get_config("digits_lt", f"method={method}")
+    config.unlock()
+    section, _, name = field.partition(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        check(config, make_parallel())

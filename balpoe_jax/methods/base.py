@@ -245,8 +245,9 @@ def mix_losses(batch: Batch, loss: Callable[[jax.Array], jax.Array]) -> jax.Arra
         batch: with `labels`, `other_labels` int `[B]` and `weight` float `[B]`.
         loss: from labels `[B]` to losses `[..., B]`.
     """
-    weight = batch["weight"]
-    return weight * loss(batch["labels"]) + (1 - weight) * loss(batch["other_labels"])
+    first, second = loss(batch["labels"]), loss(batch["other_labels"])
+    weight = batch["weight"].reshape((1,) * (first.ndim - 1) + batch["weight"].shape)
+    return weight * first + (1 - weight) * second
 
 
 def mixed_targets(batch: Batch, num_classes: int) -> jax.Array:

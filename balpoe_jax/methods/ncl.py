@@ -34,6 +34,8 @@ _EPSILON = 1e-9  # within the logarithms of the divergence
 def hard_classes(logits: jax.Array, labels: jax.Array, number: int) -> jax.Array:
     """The classes of the largest logits, the label's among them, bool `[B, C]`.
 
+    The label's counts as one of `number`, also where its logit is not among the largest.
+
     Args:
         logits: float `[B, C]`.
         labels: int `[B]`.
