@@ -53,6 +53,21 @@ _COSTLY = (
     "test_benchmarks.py::test_input_pipeline",
     "test_benchmarks.py::test_both_sides_make_the_same_distribution_of_images[photos long]",
     "test_tpu_step.py::test_the_example_learns",
+    "test_torch_import.py::test_evaluation_sees_the_imported_network",
+    "test_processes.py::test_a_process_that_is_lost_ends_the_other[1-19]",
+    "test_processes.py::test_the_twin_mode_trains_what_one_process_does",
+    "test_processes.py::test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage[save]",
+    "test_models.py::test_logits_are_the_references[experts1]",
+    "test_large_models.py::test_expert_map_and_rematerialisation_change_nothing[vmap]",
+    "test_methods.py::test_devices_and_modes_change_nothing[ldam_drw-0]",
+    "test_methods.py::test_devices_and_modes_change_nothing[ride_router-1]",
+    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[ldam_drw]",
+    "test_unreadable.py::test_skipped_images_are_replaced_by_the_next_of_their_class",
+    "test_parallel.py::test_rematerialisation_changes_nothing[pmap-vmap]",
+    "test_non_finite.py::test_a_resumed_run_counts_as_an_undisturbed_one[1]",
+    "test_losses.py::test_gradients[False]",
+    "test_communication.py::test_global_statistics_add_two_small_ones_an_application[2]",
+    "test_communication.py::test_statistics_per_device_leave_one_all_reduce_a_step[2]",
 )
 
 
