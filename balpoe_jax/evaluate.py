@@ -136,20 +136,24 @@ class Evaluator:
         evaluation = experiment.config["eval"]
         learnt = [aggregation.start(len(experiment.taus)) for _ in experiment.targets]
         for epoch in range(evaluation["aggregation_epochs"] if len(experiment.taus) > 1 else 0):
-            views = [
-                self._predict(state, experiment.data.test, folder, f"view{i}_", view=2 * epoch + i)
-                for i in range(2)
-            ]
-            if views[0] is None or views[1] is None:
-                continue
-            first, second = (view.expert_logits for view in views if view is not None)
-            learnt = [
-                aggregation.learn_epoch(
-                    before, first, second, evaluation["aggregation_rate"], epoch, target.indices
-                )
-                for before, target in zip(learnt, experiment.targets, strict=True)
-            ]
-            predictions.remove(folder, *(f"view{i}_" for i in range(2)))
+            prefixes = [f"view{i}_" for i in range(2)]
+            try:
+                views = [
+                    self._predict(state, experiment.data.test, folder, prefix, view=2 * epoch + i)
+                    for i, prefix in enumerate(prefixes)
+                ]
+                if not processes.is_first():
+                    continue
+                first, second = (view.expert_logits for view in views if view is not None)
+                learnt = [
+                    aggregation.learn_epoch(
+                        before, first, second, evaluation["aggregation_rate"], epoch, target.indices
+                    )
+                    for before, target in zip(learnt, experiment.targets, strict=True)
+                ]
+            finally:
+                if processes.is_first():
+                    predictions.remove(folder, *prefixes)
         return learnt if learnt and len(learnt[0].history) > 1 else []
 
     def _predict(

@@ -313,7 +313,6 @@ def _plan_stages(
             taus=taus,
             scale=1.0 if config.model.classifier == "linear" else config.model.scale,
             batch_size=stage.batch_size,
-            total_epochs=stage.total_epochs,
             steps_per_epoch=steps_per_epoch,
             first_step=first_step,
             axis_name=parallel.AXIS_NAME,

@@ -329,7 +329,10 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             if (run.get("data") or {}).get("counts_as_published")
             else "not as they should be for this data set",
             "taus": ", ".join(_tau(expert) for expert in results["experts"]),
-            "mixup": f"alpha {config['mixup']['alpha']:g}" if config["mixup"]["alpha"] else "none",
+            "method": config.get("method", {}).get("name", "balpoe"),
+            "mixing": f"{config['mixup'].get('rule', 'mixup')}, alpha {config['mixup']['alpha']:g}"
+            if config["mixup"]["alpha"]
+            else "none",
             "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
             f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "
             f"{optim['weight_decay']:g}",

@@ -264,7 +264,8 @@ def _shift(results: Mapping[str, Any]) -> Table:
     listed = sorted({s["origin"] for s in sets.values()} - {"rule", "whole test set"})
     taus = [expert["tau"] for expert in results["experts"] if expert["tau"] is not None]
     caution = ""
-    if taus and abs((mean_tau := float(np.mean(taus))) - 1) > 0.01:
+    known = len(taus) == len(results["experts"])
+    if known and abs((mean_tau := float(np.mean(taus))) - 1) > 0.01:
         caution = (
             f" The mean tau of this run is {mean_tau:.4g}, not 1: its logits are biased, so that a "
             "prior added to them is not what theory asks for."

@@ -339,7 +339,8 @@ def _announce(experiment: Experiment) -> None:
     if config["remark"]:
         log.info("Remark: %s", config["remark"])
     taus = [tau for tau in experiment.taus if tau is not None]
-    if taus and not np.isclose(mean_tau := float(np.mean(taus)), 1):
+    known = len(taus) == len(experiment.taus)
+    if known and not np.isclose(mean_tau := float(np.mean(taus)), 1):
         leaning = "frequent" if mean_tau < 1 else "rare"
         log.info(
             "The mean tau is %g, not 1: on a balanced test set the ensemble leans to %s classes",

@@ -9,6 +9,7 @@ programs on the same cores take little from.
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -44,6 +45,16 @@ def pin(cores: int) -> None:
     if not 1 <= cores <= len(available):
         raise UserError(f"--cores must be 1 to {len(available)}, got {cores}.")
     os.sched_setaffinity(0, available[-cores:])
+
+
+def measure(step: Callable[[], Any], seconds: float) -> Sample:
+    """Runs a step again and again for so many seconds, at least once."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    count = 0
+    while count == 0 or time.perf_counter() < start + seconds:
+        step()
+        count += 1
+    return Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
 
 
 def take_turns(

@@ -10,7 +10,6 @@ does other things as well.
 
 import functools
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ def run(
         step, num_parameters = _make_step(method, backbone, batch_size)
         samples = measuring.take_turns(
             {
-                "ours": functools.partial(_measure, step, seconds),
-                "theirs": functools.partial(_measure, base, seconds),
+                "ours": functools.partial(measuring.measure, step, seconds),
+                "theirs": functools.partial(measuring.measure, base, seconds),
             },
             repeats,
         )
@@ -87,15 +86,6 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
     step()
     return step, number
-
-
-def _measure(step: Callable[[], None], seconds: float) -> measuring.Sample:
-    start, start_cpu = time.perf_counter(), time.process_time()
-    count = 0
-    while count == 0 or time.perf_counter() < start + seconds:
-        step()
-        count += 1
-    return measuring.Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -9,8 +9,7 @@ second checks the gradients. Needs the extra `torch`. `benchmarks/README.md` exp
 
 import importlib.util
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,10 @@ def run(
     losses = [(ours(), theirs()) for _ in range(2)]
     _check_equal(losses)
     samples = measuring.take_turns(
-        {"ours": lambda: _measure(ours, seconds), "theirs": lambda: _measure(theirs, seconds)},
+        {
+            "ours": lambda: measuring.measure(ours, seconds),
+            "theirs": lambda: measuring.measure(theirs, seconds),
+        },
         repeats,
     )
     parameters = num_parameters(state.params), sum(p.numel() for p in model.parameters())
@@ -110,15 +112,6 @@ def _check_equal(losses: Sequence[tuple[float, float]]) -> None:
                 f"The losses of step {number} should be equal, but are {ours:.6f} with JAX and "
                 f"{theirs:.6f} with PyTorch: the two do not do the same."
             )
-
-
-def _measure(step: Callable[[], float], seconds: float) -> measuring.Sample:
-    start, start_cpu = time.perf_counter(), time.process_time()
-    count = 0
-    while count == 0 or time.perf_counter() < start + seconds:
-        step()
-        count += 1
-    return measuring.Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
 
 
 def as_text(found: dict[str, Any]) -> str:

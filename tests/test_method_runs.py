@@ -94,7 +94,11 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path) -> None:
     results.pop("settings"), without.pop("settings")
     assert results == without
     assert not list((tmp_path / "with" / "predictions").glob("view*"))
-    assert "weight of 3" in (tmp_path / "with" / "report" / "tables.md").read_text()
+    tables = (tmp_path / "with" / "report" / "tables.md").read_text()
+    assert "weight of 3" in tables
+    # Its third expert has no tau, so that of the mean nothing can be said.
+    assert "mean tau of this run" not in tables
+    assert "mean tau is" not in (tmp_path / "with" / "train.log").read_text()
 
 
 def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:

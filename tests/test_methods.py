@@ -39,7 +39,6 @@ def parts(name: str, axis_name: str | None = AXIS_NAME):
         resolve_taus(config),
         scale=config.model.scale if cosine else 1.0,
         batch_size=BATCH,
-        total_epochs=EPOCHS,
         steps_per_epoch=STEPS_PER_EPOCH,
         axis_name=axis_name,
     )

@@ -96,9 +96,12 @@ def test_scales_of_one_change_nothing_and_scale_the_bias_too() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"smooth_head": 1.5}, "smooth_head and smooth_tail must be from 0 to 1, got 1.5"),
+        ({"smooth_head": 1.5}, "config.method.smooth_head must be from 0 to 1, got 1.5"),
         ({"smooth_shape": "round"}, "'round'; choose from concave, linear, convex"),
-        ({"classifier_rate": -1.0}, "classifier_rate must not be negative, got -1"),
+        (
+            {"classifier_rate": -1.0},
+            "classifier_rate must be from 0 to 1e.06, got -1",
+        ),
     ],
 )
 def test_values_that_are_not_valid(fields: dict, message: str) -> None:

@@ -32,7 +32,6 @@ class Facts:
         taus: of the experts, for methods whose experts have any.
         scale: of the cosine classifier; 1 for a linear one.
         batch_size: of the global batch.
-        total_epochs: of this stage.
         steps_per_epoch: in updates, of this stage.
         first_step: updates made before this stage.
         axis_name: the mapped axis over which a batch is shared; None outside of one.
@@ -45,7 +44,6 @@ class Facts:
     taus: tuple[float, ...] = ()
     scale: float = 1.0
     batch_size: int = 1
-    total_epochs: int = 1
     steps_per_epoch: int = 1
     first_step: int = 0
     axis_name: str | None = None
@@ -84,15 +82,6 @@ class Facts:
         """Of what has no gradient, such as statistics that each device took by itself."""
         return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
 
-    def sum_over_devices(self, x: jax.Array) -> jax.Array:
-        """Of what has no gradient, such as counts of labels."""
-        return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
-
-    @property
-    def num_devices(self) -> jax.Array | int:
-        """That share a batch."""
-        return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
-
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -115,10 +104,6 @@ class Network:
             return self.module.apply(variables, images, train=False), self.batch_stats
         outputs, updated = self.module.apply(variables, images, train=True, mutable=["batch_stats"])
         return outputs, updated["batch_stats"]
-
-    def with_stats(self, batch_stats: Any) -> "Network":
-        """The same parameters with other statistics, for a second pass within a step."""
-        return dataclasses.replace(self, batch_stats=batch_stats)
 
 
 class Losses(NamedTuple):

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from balpoe_jax.errors import UserError
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mixed_targets
+from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.recipe import Published, Recipe
 
 
@@ -62,11 +62,9 @@ class _SelfDistilled(Method):
     warmup_epochs: int = 20
 
     def __post_init__(self) -> None:
-        if not (0 <= self.mu < float("inf") and self.warmup_epochs >= 0):
-            raise UserError(
-                "config.method.mu and config.method.warmup_epochs must not be negative, got "
-                f"{self.mu} and {self.warmup_epochs}."
-            )
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("mu", self.mu, 0, 1e6)
+        check_range("warmup_epochs", self.warmup_epochs, 0, 1e6)
 
     def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of the config."""

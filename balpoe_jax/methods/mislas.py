@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from flax import linen as nn
 
-from balpoe_jax.errors import UserError
 from balpoe_jax.methods.base import (
     Batch,
     Facts,
@@ -29,6 +28,7 @@ from balpoe_jax.methods.base import (
     Stage,
     mixed_targets,
 )
+from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.recipe import Published, Recipe
 from balpoe_jax.models import ExpertEnsemble, Outputs
 
@@ -103,20 +103,11 @@ class Mislas(Method):
     classifier_rate: float = 0.2
 
     def __post_init__(self) -> None:
-        if not (0 <= self.smooth_tail <= 1 and 0 <= self.smooth_head <= 1):
-            raise UserError(
-                "config.method.smooth_head and smooth_tail must be from 0 to 1, got "
-                f"{self.smooth_head} and {self.smooth_tail}."
-            )
-        if self.smooth_shape not in SHAPES:
-            raise UserError(
-                f"Unknown config.method.smooth_shape {self.smooth_shape!r}; choose from "
-                f"{', '.join(SHAPES)}."
-            )
-        if not 0 <= self.classifier_rate < float("inf"):
-            raise UserError(
-                f"config.method.classifier_rate must not be negative, got {self.classifier_rate}."
-            )
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("smooth_head", self.smooth_head, 0, 1)
+        check_range("smooth_tail", self.smooth_tail, 0, 1)
+        check_choice("smooth_shape", self.smooth_shape, SHAPES)
+        check_range("classifier_rate", self.classifier_rate, 0, 1e6)
 
     def network(self, ensemble: ExpertEnsemble, facts: Facts) -> ScaledEnsemble:
         """The ensemble with a scale for each class."""
