@@ -276,7 +276,8 @@ def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
         warmup_epochs=0,
     )
     config.checkpoint.every_epochs = 1
-    set_method(config, recipe.argument, args, balpoe_taus=recipe.taus)
+    backbone = f"backbone={args.backbone}"
+    set_method(config, recipe.argument, args, backbone, balpoe_taus=recipe.taus)
     if args.batch_size:  # with the linear scaling rule
         config.optim.learning_rate *= args.batch_size / config.batch_size
         config.batch_size = args.batch_size

@@ -169,6 +169,17 @@ def test_what_a_recipe_publishes_it_can_run() -> None:
             assert 0 < published.accuracy < 100 and published.source
 
 
+def test_a_recipe_may_depend_on_the_backbone() -> None:
+    """PaCo's authors train ResNeXt-50 with other views and another temperature."""
+    plain, wide = (
+        get_config("imagenet_lt", f"method=paco{backbone}")
+        for backbone in ("", ",backbone=resnext50")
+    )
+    assert (plain.method.temperature, wide.method.temperature) == (0.2, 0.07)
+    assert (plain.augment.blur, wide.augment.blur) == (0.0, 0.5)
+    assert plain.method.queue_size == wide.method.queue_size == 8192
+
+
 def test_hyper_parameters_of_another_method_are_refused() -> None:
     section = settings(RECIPES["balpoe"].method)
     assert make_method(section) == RECIPES["balpoe"].method

@@ -212,6 +212,7 @@ RECIPES = {
             Published("cifar100_lt", "ir=50", 52.3, _SOURCE, ece=2.47),
             Published("cifar100_lt", "ir=100", 47.0, _SOURCE, ece=4.83),
             Published("imagenet_lt", "", 52.7, _SOURCE, ece=1.78),
+            Published("imagenet_lt", "backbone=resnext50", 51.4, "BalPoE's Table 3"),
             Published("inaturalist2018", "", 71.6, _SOURCE, ece=7.67),
         ),
     ),

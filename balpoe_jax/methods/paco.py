@@ -238,6 +238,10 @@ RECIPES = {
             "cifar10_lt": _CIFAR,
             "cifar100_lt": _CIFAR,
             "imagenet_lt": _PHOTOS,
+            "imagenet_lt:backbone=resnext50": {
+                "method.temperature": 0.07,
+                **views("stack", "photo_similar"),
+            },
             "inaturalist2018": {**_PHOTOS, "optim.weight_decay": 1e-4},
         },
         epochs=400,
@@ -246,6 +250,7 @@ RECIPES = {
             Published("cifar100_lt", "ir=50", 56.0, _PAPER),
             Published("cifar100_lt", "ir=100", 52.0, _PAPER),
             Published("imagenet_lt", "", 57.0, _PAPER),
+            Published("imagenet_lt", "backbone=resnext50", 58.2, _PAPER),
             Published("inaturalist2018", "", 73.2, _PAPER),
         ),
     ),

@@ -41,7 +41,8 @@ class Recipe:
         fields: of the config, by dotted name, on every data set; `stage2.*` asks for a second
             stage and `view2.*`, `view3.*` for further views of an image.
         on: further fields by data set, "cifar100_lt", or data set and argument,
-            "cifar100_lt:ir=50"; "cifar100_lt:recipe=long" is the authors' long training.
+            "cifar100_lt:ir=50" or "imagenet_lt:backbone=resnext50"; "cifar100_lt:recipe=long" is
+            the authors' long training.
         epochs: of the training that the method's own fields are for, where a data set's recipe
             does not say how long it is.
         published: results.
