@@ -17,7 +17,7 @@ from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import check
-from balpoe_jax.methods import RECIPES, Facts, make_method, settings
+from balpoe_jax.methods import RECIPES, Facts, Network, make_method, settings
 from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
@@ -45,6 +45,11 @@ def parts(name: str, axis_name: str | None = AXIS_NAME):
     experts = tiny_network.experts(
         config.model.num_experts, axis_name, config.model.classifier, facts.scale
     )
+    if RECIPES[name].needs_teacher:
+        module = tiny_network.experts(2, axis_name)
+        with jax.enable_x64(False):
+            variables = tiny_network.init(module, seed=1)
+        facts = dataclasses.replace(facts, teacher=Network(module, **variables))
     return method, facts, method.network(experts, facts)
 
 
@@ -56,7 +61,11 @@ def fresh(name: str):
     extra = lambda network, key: method.init_extra(network, facts, key)  # noqa: E731
     with jax.enable_x64(False):
         make = jax.jit(lambda key: create(key, init_extra=extra))
-        return jax.device_get(make(jax.random.key(0)))
+        state = make(jax.random.key(0))
+        if (teacher := facts.teacher) is not None:
+            trained = {"params": teacher.params, "batch_stats": teacher.batch_stats}
+            state = state.replace(extra={**state.extra, "teacher": trained})
+        return jax.device_get(state)
 
 
 @cache
@@ -85,7 +94,7 @@ def stages(name: str) -> range:
 COVERED = {
     *("cross_entropy_cb", "ce_drw", "focal", "ldam"),  # by ldam_drw
     *("logit_adjustment", "pc_softmax"),  # by cross_entropy
-    *("ride", "ride_distill"),  # by ride_router
+    "ride",  # by ride_distill
 }
 
 
