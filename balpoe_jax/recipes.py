@@ -211,7 +211,10 @@ def _scale_epochs(
     # Each once: a recipe may set a method's field for a data set.
     for field in {**{f"method.{name}": None for name in config.method}, **fields}:
         section, _, name = field.rpartition(".")
-        if section not in ("", "optim") and name.endswith(("epoch", "epochs", "boundaries")):
+        # What a trained model is evaluated with does not depend on how long it was trained.
+        if section not in ("", "optim", "eval") and name.endswith(
+            ("epoch", "epochs", "boundaries")
+        ):
             config[section][name] = _scaled(config[section][name], epochs / own_epochs)
 
 

@@ -48,7 +48,8 @@ class Recipe:
         published: results.
         needs_teacher: it cannot run without `config.method.teacher`, so that no table runs it.
 
-    Fields whose names end in `epoch`, `epochs` or `boundaries` are scaled with the training.
+    Fields whose names end in `epoch`, `epochs` or `boundaries` are scaled with the training, except
+    those of `eval`.
     """
 
     method: Method
