@@ -10,7 +10,7 @@ does other things as well.
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,14 @@ _BASE = "cross_entropy"
 
 def run(
     methods: Sequence[str], backbone: str, batch_size: int, repeats: int, seconds: float
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measures the methods' steps, each in turns with cross-entropy's.
 
-    Returns:
-        By method: `num_parameters`, and what `measuring.compare` finds, cross-entropy being the
+    Yields:
+        A method, with `num_parameters` and what `measuring.compare` finds, cross-entropy being the
         other side.
     """
     base, _ = _make_step(_BASE, backbone, batch_size)
-    found = {}
     for method in methods:
         step, num_parameters = _make_step(method, backbone, batch_size)
         samples = measuring.take_turns(
@@ -45,8 +44,7 @@ def run(
             repeats,
         )
         compared = measuring.compare(samples["ours"], samples["theirs"], cores=1)
-        found[method] = {"num_parameters": num_parameters, **compared}
-    return found
+        yield method, {"num_parameters": num_parameters, **compared}
 
 
 def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[], None], int]:
@@ -116,7 +114,9 @@ def as_text(found: dict[str, Any]) -> str:
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_list("methods", [], "As in a config file's arguments; all by default.")
+    flags.DEFINE_list(
+        "methods", [], "As in a config file's arguments; by default all that need no teacher."
+    )
     flags.DEFINE_string("backbone", "resnet8", "Of the networks for small images.")
     flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=2)
     flags.DEFINE_integer("cores", 2, "To measure on.", lower_bound=1)
@@ -133,9 +133,10 @@ def main(arguments: Sequence[str]) -> None:
     measuring.pin(values.cores)
     from balpoe_jax.methods import RECIPES
 
-    unknown = [name for name in values.methods if name not in RECIPES]
+    known = [name for name, recipe in RECIPES.items() if not recipe.needs_teacher]
+    unknown = [name for name in values.methods if name not in known]
     if unknown:
-        raise UserError(f"Unknown method {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
+        raise UserError(f"Cannot measure method {unknown[0]!r}; choose from {', '.join(known)}.")
     options: dict[str, Any] = {
         name: values[name].value for name in ("backbone", "batch_size", "repeats", "seconds")
     }
@@ -143,11 +144,14 @@ def main(arguments: Sequence[str]) -> None:
         "machine": measuring.describe_machine(("jax",)),
         "cores": values.cores,
         **options,
-        "methods": run(values.methods or list(RECIPES), **options),
+        "methods": {},
     }
+    for name, figures in run(values.methods or known, **options):
+        found["methods"][name] = figures
+        print(f"{name}: {1 / figures['cpu_ratio']:.2f}", flush=True)
+        if values.output:  # each time, for all of them take long
+            Path(values.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(as_text(found))
-    if values.output:
-        Path(values.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,6 @@ def test_more_cores_than_there_are_are_refused() -> None:
 
 
 def test_method_steps() -> None:
-    found = method_steps.run(["cross_entropy"], "resnet8", 4, repeats=1, seconds=0)
+    found = dict(method_steps.run(["cross_entropy"], "resnet8", 4, repeats=1, seconds=0))
     assert_compared(found["cross_entropy"])
     assert found["cross_entropy"]["num_parameters"] == 81040
