@@ -78,12 +78,10 @@ class Program:
 
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
-        create = jax.jit(
-            lambda seed: self._create_state(jax.random.key(seed)),
-            out_shardings=self.parallel.replicated,
-        )
-        # A NumPy value: an array of one process's device could not be spread over all processes.
-        state = create(np.int32(self.config["seed"]))
+        create = jax.jit(lambda seed: self._create_state(jax.random.key(seed)))
+        # Made on one device: XLA takes 6 to 9 times as long to compile this for four of a CPU. And
+        # copied by the host: an array of one process's device could not be spread over all.
+        state = self.parallel.replicate(jax.device_get(create(self.config["seed"])))
         if self.teacher is None:
             return state
         variables = teachers.load(self.method.teacher_run, self.teacher.abstract_state())

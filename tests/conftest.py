@@ -74,11 +74,40 @@ _COSTLY = (
     "test_losses.py::test_gradients[False]",
     "test_communication.py::test_global_statistics_add_two_small_ones_an_application[2]",
     "test_communication.py::test_statistics_per_device_leave_one_all_reduce_a_step[2]",
+    "test_kill.py::test_killed_runs_end_as_an_undisturbed_one",
+    "test_method_runs.py::test_a_run[bcl]",
+    "test_method_runs.py::test_a_run[tlc]",
+    "test_method_runs.py::test_a_run[balpoe_cs]",
+    "test_tpu_step.py::test_both_steps_do_the_same_work",
+    "test_benchmarks.py::test_both_sides_make_the_same_distribution_of_images[cifar long]",
+    "test_training.py::test_another_run_ends_with_the_same_bits",
+    "test_photo_datasets.py::test_a_training_batch_is_what_its_stages_make[augment0]",
+    "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-4-False]",
+    "test_parallel.py::test_all_shards_stay_equal[False-pmap]",
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="Also run the costly tests.")
+
+
+# Files whose networks are of the reference's sizes, and run for longer than they are compiled.
+_OPTIMISED = ("test_trajectory.py", "test_large_models.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--all"):  # For processes that tests start: this one has its JAX.
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request: pytest.FixtureRequest) -> None:
+    """Programs that run a few steps on tiny images take longer to compile than to run.
+
+    `make test-all` compiles everything as users do.
+    """
+    optimised = request.path.name in _OPTIMISED or request.config.getoption("--all")
+    jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
