@@ -13,6 +13,7 @@ from balpoe_jax.data import long_tail, unreadable
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.data.tfds_folder import prepared_builder
+from balpoe_jax.data.tracing import as_written
 from balpoe_jax.errors import UserError
 
 
@@ -156,11 +157,13 @@ def _read_cifar(builder: Any, split: str) -> ArraySource:
         split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()}
     )
     decoded = records.map(
-        lambda record: {
-            "id": record["id"],
-            "label": record["label"],
-            "image": tf.io.decode_image(record["image"], channels=3, expand_animations=False),
-        },
+        as_written(
+            lambda record: {
+                "id": record["id"],
+                "label": record["label"],
+                "image": tf.io.decode_image(record["image"], channels=3, expand_animations=False),
+            }
+        ),
         num_parallel_calls=tf.data.AUTOTUNE,
     )
     try:

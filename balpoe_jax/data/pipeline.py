@@ -20,6 +20,7 @@ from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.samplers import steps_per_epoch
 from balpoe_jax.data.sources import RecordSource, Source
 from balpoe_jax.data.stages import Batch, TrainSettings, TrainStages, to_input
+from balpoe_jax.data.tracing import as_written
 from balpoe_jax.data.views import View
 from balpoe_jax.errors import UserError
 
@@ -79,13 +80,15 @@ def train_batches(
     stages = TrainStages(source, settings, rows)
 
     def make(step: int) -> Iterator[Arrays]:
-        chosen = _order(source.labels, settings, step, last_step).map(stages.choose)
+        chosen = _order(source.labels, settings, step, last_step).map(as_written(stages.choose))
         if replacements is not None:
             table = tf.constant(replacements.table, tf.int32)
-            chosen = chosen.map(lambda batch: _replace(batch, table))
+            chosen = chosen.map(as_written(lambda batch: _replace(batch, table)))
         if not source.encoded:
             return _iterate(chosen, lambda batch: stages.finish(stages.read(batch)), host)
-        read = chosen.map(lambda batch: stages.draw_windows(stages.read(batch)), **_parallel(host))
+        read = chosen.map(
+            as_written(lambda batch: stages.draw_windows(stages.read(batch))), **_parallel(host)
+        )
         images = _map_rows(read, stages.decode, rows.stop - rows.start, host)
         return _iterate(images, stages.finish, host)
 
@@ -236,7 +239,7 @@ def _examples_in_order(
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
     if not source.encoded:
         return _iterate(steps, lambda step: finish(read(step)), host)
-    drawn = steps.map(lambda step: draw(read(step)), **_parallel(host))
+    drawn = steps.map(as_written(lambda step: draw(read(step))), **_parallel(host))
     encoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
     return _guarded(lambda _: _iterate(encoded, finish, host), 0, recover)
 
@@ -245,7 +248,8 @@ def _map_rows(
     batches: tf.data.Dataset, function: Callable[[Batch], Batch], rows: int, host: Host
 ) -> tf.data.Dataset:
     """Maps a function of one row over batches: the rows of several batches run in parallel."""
-    mapped = batches.unbatch().map(function, **_parallel(host, at_most=_threads(host)))
+    parallel = _parallel(host, at_most=_threads(host))
+    mapped = batches.unbatch().map(as_written(function), **parallel)
     return mapped.batch(rows, drop_remainder=True)
 
 
@@ -259,7 +263,7 @@ def _iterate(
     options.autotune.enabled = False
     if host.threads:
         options.threading.private_threadpool_size = host.threads
-    batches = dataset.map(make_batch, **_parallel(host))
+    batches = dataset.map(as_written(make_batch), **_parallel(host))
     return batches.prefetch(2).with_options(options).as_numpy_iterator()
 
 
