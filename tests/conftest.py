@@ -26,6 +26,27 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_experts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whole runs of a network that is compiled in a second; `make test-all` takes the config's."""
+    import tiny_network
+
+    from balpoe_jax import experiment
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.getoption("--all"):
+            patch.setattr(experiment, "create_model", tiny_network.create_model)
+        yield
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations without the page, which takes as long to draw as the rest of a tiny run."""
+    from balpoe_jax import evaluate
+
+    monkeypatch.setattr(evaluate.report, "write_report", lambda workdir: "no page")
+
+
 # Tests that repeat others in another setting, at such a cost that `make test` leaves them out.
 _COSTLY = (
     "test_models.py::test_logits_are_the_references[experts7]",

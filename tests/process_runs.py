@@ -201,8 +201,8 @@ def agree(folder: Path) -> None:
         # As if it had been prepared in another way: the counts stay the same.
         return train.select(order if processes.is_first() else order[::-1]), test
 
-    balanced.BALANCED["digits"] = (profile, load_own)
     refusals = []
+    balanced.BALANCED["digits"] = (profile, load_own)
     for attempt in (
         lambda: record.open_workdir(str(own)),
         lambda: record.check_same_config({"seed": jax.process_index()}),
@@ -214,13 +214,14 @@ def agree(folder: Path) -> None:
             attempt()
         except UserError as error:
             refusals.append(str(error))
+    balanced.BALANCED["digits"] = (profile, load)
     record.check_same_config({"seed": 1})
     record.open_workdir(str(folder / "shared"))
     (folder / f"refusals-{jax.process_index()}.json").write_text(json.dumps(refusals))
 
 
-def whole(folder: Path, reference: Path) -> None:
-    """Trains the digits; then steps, and the evaluation of a reference of one process."""
+def whole(folder: Path, reference: Path, twin: bool = False) -> None:
+    """Refuses, trains the digits and evaluates a reference of one process; perhaps twin steps."""
     from balpoe_jax import record
     from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.evaluate import Evaluator
@@ -228,9 +229,12 @@ def whole(folder: Path, reference: Path) -> None:
     from balpoe_jax.train import train
 
     who = jax.process_index()
+    with record.log_to_file(folder):
+        agree(folder)
     results = train(digits_config(), str(folder / "run"))
     assert bool(results) == (who == 0)
-    dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
+    if twin:
+        dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
     with record.log_to_file(folder):
         experiment = build(digits_config(parallel__mode="shard_map"))
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
@@ -295,7 +299,12 @@ def main() -> None:
     package.setLevel(logging.INFO)
     package.addHandler(logging.StreamHandler(sys.stdout))
     paths = [Path(folder) for folder in folders]
-    tasks = {"agree": agree, "whole": whole, "save": save, "restore": partial(save, restore=True)}
+    tasks = {
+        "whole": whole,
+        "whole, twin": partial(whole, twin=True),
+        "save": save,
+        "restore": partial(save, restore=True),
+    }
     with processes.group(
         f"127.0.0.1:{port}",
         2,

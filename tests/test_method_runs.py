@@ -29,13 +29,8 @@ COVERED = {
 
 
 @pytest.fixture(autouse=True)
-def _tiny_experts(monkeypatch, request) -> None:
-    def create(name: str, *, num_classes: int, num_experts: int, axis_name, classifier, scale, **_):
-        return tiny_network.experts(num_experts, axis_name, classifier, scale, num_classes)
-
-    monkeypatch.setattr(experiment, "create_model", create)
-    if not request.node.name.startswith("test_weights"):  # which looks at the report
-        monkeypatch.setattr(evaluate.report, "write_report", lambda workdir: "no page")
+def _tiny_experts(monkeypatch) -> None:
+    monkeypatch.setattr(experiment, "create_model", tiny_network.create_model)
 
 
 def config_of(name: str):
@@ -54,6 +49,7 @@ def config_of(name: str):
     return config
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in COVERED])
 def test_a_run(name: str, tmp_path: Path) -> None:
     config, finished, resumed = config_of(name), tmp_path / "finished", tmp_path / "resumed"
@@ -76,11 +72,12 @@ def test_a_run(name: str, tmp_path: Path) -> None:
         )
 
 
-def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path) -> None:
+def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, monkeypatch) -> None:
     """From views of the test images: every target has a history, and nothing else is touched."""
     config = config_of("sade")
     config.eval.aggregation_epochs = 2
     results = train(config, str(tmp_path / "with"))
+    monkeypatch.setattr(evaluate.report, "write_report", lambda workdir: "no page")
     config.eval.aggregation_epochs = 0
     without = train(config, str(tmp_path / "without"))
     found = results.pop("aggregation")
@@ -101,6 +98,7 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path) -> None:
     assert "mean tau is" not in (tmp_path / "with" / "train.log").read_text()
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
     """Resumed from the very end of the first stage, where the second one has yet to begin."""
     config, finished, resumed = config_of("mislas"), tmp_path / "finished", tmp_path / "resumed"
@@ -115,6 +113,7 @@ def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
     assert "the stage classifier tuning begins" in (resumed / "train.log").read_text()
 
 
+@pytest.mark.usefixtures("no_page")
 def test_the_example_of_a_method_of_ones_own(tmp_path: Path, monkeypatch) -> None:
     """Word for word, but for the file that it stands in."""
     text = (ROOT / "docs" / "methods.md").read_text()

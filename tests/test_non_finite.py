@@ -25,6 +25,8 @@ from balpoe_jax.state import all_finite as state_is_finite
 from balpoe_jax.state import create_state, make_train_step
 from balpoe_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("tiny_experts", "no_page")
+
 BAD_STEP = 5  # in the second epoch
 make_batches = pipeline.train_batches
 

@@ -15,7 +15,7 @@ import optax
 import process_runs
 import pytest
 
-from balpoe_jax import processes
+from balpoe_jax import processes, report
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
@@ -37,15 +37,18 @@ GRADIENTS = {"rtol": 1e-3, "atol": 1e-3}
 def reference(tmp_path_factory) -> Path:
     """The digits, trained by one process on four devices."""
     workdir = tmp_path_factory.mktemp("reference")
-    train(process_runs.digits_config(), str(workdir))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda workdir: "no page")
+        train(process_runs.digits_config(), str(workdir))
     return workdir
 
 
 @pytest.fixture(scope="module")
-def two(reference: Path, tmp_path_factory) -> Path:
-    """What two processes made of everything."""
+def two(reference: Path, tmp_path_factory, request) -> Path:
+    """What two processes made of everything; of the twin mode's training for `make test-all`."""
     folder = tmp_path_factory.mktemp("two")
-    commands = process_runs.task_commands("whole", folder, reference)
+    task = "whole, twin" if request.config.getoption("--all") else "whole"
+    commands = process_runs.task_commands(task, folder, reference)
     with process_runs.start(commands, folder / "log") as pair:
         assert pair.wait() == [0, 0], pair.everything()
     return folder
@@ -159,11 +162,8 @@ def test_only_the_first_process_logs(two: Path) -> None:
     assert (environment["process_count"], environment["device_count"]) == (2, 4)
 
 
-def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
-    commands = process_runs.task_commands("agree", tmp_path)
-    with process_runs.start(commands, tmp_path / "log") as pair:
-        assert pair.wait() == [0, 0], pair.everything()
-    first, second = (json.loads((tmp_path / f"refusals-{i}.json").read_text()) for i in range(2))
+def test_what_one_process_refuses_all_refuse(two: Path) -> None:
+    first, second = (json.loads((two / f"refusals-{i}.json").read_text()) for i in range(2))
     # Each names its own folder in the first.
     assert first[1:] == second[1:]
     assert [message[:50] for message in first] == [message[:50] for message in second]
@@ -175,8 +175,8 @@ def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
         "All processes must have the same data set, and that of process 0"[:50],
     ]
     assert "is not seen by process 1; choose another --workdir" in first[0]
-    assert list((tmp_path / "shared").iterdir()) == []
-    assert not (tmp_path / "only-1").exists()
+    assert list((two / "shared").iterdir()) == []
+    assert not (two / "only-1").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_config import get_config
 
-from balpoe_jax import record
+from balpoe_jax import record, report
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import PassingError, Preempted, UserError
 from balpoe_jax.evaluate import evaluate
@@ -24,11 +24,13 @@ from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.state import TrainState
 from balpoe_jax.train import Progress, lacks_test, train
 
+pytestmark = pytest.mark.usefixtures("tiny_experts")
+
 STEPS_PER_EPOCH = 3
 
 
 def tiny_config(total_epochs: int = 2, **changes):
-    """ResNet-8 on 413 digits, three steps an epoch."""
+    """413 digits, three steps an epoch."""
     config = get_config("digits_lt")
     config.batch_size = 140
     config.total_epochs = total_epochs
@@ -66,6 +68,7 @@ def interrupt(finished: Path, workdir: Path, epoch: int) -> None:
     (workdir / "results.json").unlink()
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     finished: Path, tmp_path: Path, epoch: int
@@ -86,6 +89,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     assert [row["step"] for row in discarded] == [*range(epoch * STEPS_PER_EPOCH + 1, 7), 6]
 
 
+@pytest.mark.usefixtures("no_page")
 def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """Whatever the threads of its input, and however often it looks."""
     config = tiny_config(data__threads=1, log_every_steps=4, checkpoint__every_epochs=2)
@@ -195,6 +199,7 @@ def test_what_is_in_the_way_of_an_evaluation_is_named(
     assert not list(workdir.glob(".*"))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> None:
     """A training may be writing one at that moment, and keeps as many as its config says."""
     workdir = tmp_path / "run"
@@ -205,6 +210,7 @@ def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -214,6 +220,7 @@ def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) 
     assert not (workdir / "metrics.discarded.jsonl").exists()
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_run_that_stopped_in_its_last_evaluation_gets_its_row(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +233,7 @@ def test_a_run_that_stopped_in_its_last_evaluation_gets_its_row(
     assert rows(workdir) == rows(finished)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_run_that_stopped_in_an_evaluation_on_its_way_makes_it_up(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -265,6 +273,7 @@ def test_another_config_is_refused_with_the_fields(finished: Path) -> None:
             start(tiny_config(mixup__alpha=0.2, seed=5), str(finished))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_reading_more_often_is_the_same_run(finished: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -311,6 +320,7 @@ def traced(tmp_path_factory) -> tuple[Path, list[int]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "add", add)
+        patch.setattr(report, "write_report", lambda workdir: "no page")
         train(config, str(workdir))
     jax.monitoring.unregister_event_duration_listener(listen)
     return workdir, by_step
@@ -399,9 +409,9 @@ def test_a_remark_is_announced_as_training_starts(diverged: Path, finished: Path
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
-    other = build(tiny_config(model__reduce_dimension=True))
+    other = build(tiny_config(model__num_experts=2))
     message = (
-        r"another model.*bn1/mean \(3, 32\) instead of \(3, 24\).* and 30 more; use the config"
+        r"another model.*expert/.*/mean \(3, \d+\) instead of \(2, \d+\).* more; use the config"
     )
     with (
         Checkpoints(str(finished / "checkpoints")) as checkpoints,
@@ -410,6 +420,7 @@ def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
         checkpoints.restore_latest(other.abstract_state())
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_damaged_checkpoint_is_passed_over_and_left_alone(
     finished: Path, tmp_path: Path, caplog
 ) -> None:

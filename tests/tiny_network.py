@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from balpoe_jax.models.ensemble import Expert, ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import CosineHead, LinearHead
-from balpoe_jax.models.layers import BatchNorm
+from balpoe_jax.models.layers import BatchNorm, global_average
 
 COUNTS = np.array([50, 20, 10, 5, 2])
 SHAPE = (4, 4, 3)
@@ -22,22 +22,24 @@ class Trunk(nn.Module):
     """A layer on every pixel, normalised."""
 
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        norm = BatchNorm(use_running_average=not train, axis_name=self.axis_name)
-        return nn.relu(norm(nn.Dense(6)(images)))
+        norm = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)
+        return nn.relu(norm(nn.Dense(6, dtype=self.dtype)(images)))
 
 
 class Body(nn.Module):
     """Another one, pooled."""
 
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = BatchNorm(use_running_average=not train, axis_name=self.axis_name)
-        return nn.relu(norm(nn.Dense(8)(x))).mean(axis=(1, 2))
+        norm = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)
+        return global_average(nn.relu(norm(nn.Dense(8, dtype=self.dtype)(x))))
 
 
 def experts(
@@ -46,10 +48,27 @@ def experts(
     classifier: str = "cosine",
     scale: float = 30.0,
     classes: int = len(COUNTS),
+    dtype: Any = None,
 ) -> ExpertEnsemble:
     """Experts with a feature of 8 numbers, for `COUNTS`' classes if not told otherwise."""
     head = CosineHead(classes, scale) if classifier == "cosine" else LinearHead(classes)
-    return ExpertEnsemble(Trunk(axis_name), Expert(Body(axis_name), head), number, "loop")
+    expert = Expert(Body(axis_name, dtype), head)
+    return ExpertEnsemble(Trunk(axis_name, dtype), expert, number, "loop")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    num_experts: int,
+    axis_name: str | None,
+    classifier: str,
+    scale: float,
+    dtype: Any,
+    **_: Any,
+) -> ExpertEnsemble:
+    """In the place of `models.create_model`, whatever the backbone."""
+    return experts(num_experts, axis_name, classifier, scale, num_classes, dtype)
 
 
 def batch(size: int = 16, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
