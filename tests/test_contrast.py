@@ -19,6 +19,7 @@ from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss
 from balpoe_jax.methods.paco import PaCo, paco_loss
+from balpoe_jax.methods.projection import ProjectedOutputs
 from balpoe_jax.parallel import make_parallel
 
 RANDOM = np.random.default_rng(5)
@@ -29,6 +30,25 @@ LABELS = np.array([0, 1, 0, 2, 1, 0])
 def unit(*shape: int) -> np.ndarray:
     rows = RANDOM.normal(size=shape)
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+class Linear:
+    """In the place of a module: images `[B, C + P]` are logits and, times a factor, projections."""
+
+    @staticmethod
+    def apply(variables, images, train: bool, mutable: list[str]):
+        logits, projections = images[None, :, :5], images[:, 5:] * variables["params"]
+        outputs = ProjectedOutputs(logits, logits, projections, jnp.asarray(PROTOTYPES))
+        return outputs, {"batch_stats": images.mean()}
+
+
+PROTOTYPES = unit(5, 4)
+TWO_VIEWS = {
+    **{
+        name: np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)]) for name in ("images", "images_2")
+    },
+    "labels": LABELS,
+}
 
 
 # --- PaCo --------------------------------------------------------------------------------------
@@ -74,6 +94,41 @@ def test_paco_is_its_twin(alpha: float, beta: float, gamma: float, x64) -> None:
     expected = numeric_gradient(lambda x: twin(logits, x), similarities)
     np.testing.assert_allclose(gradients[1], expected, atol=1e-8)
     assert not np.diag(gradients[1][:, :6]).any()  # no image is its own contrast
+
+
+def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
+    """The keys are the slow network's, which is twice the fast one here."""
+    method = PaCo(alpha=0.3, temperature=0.5, width=4, queue_size=8)
+    queue, queue_labels = unit(8, 4), np.array([0, 1, 2, -1, -1, 4, 0, 3])
+    extra = {"params": 2.0, "batch_stats": 0.0, "queue": queue, "labels": queue_labels}
+    found = method.loss(
+        Network(Linear(), 1.0, 0.0),
+        jax.tree.map(jnp.asarray, extra),
+        jax.tree.map(jnp.asarray, TWO_VIEWS),
+        Facts(COUNTS),
+        jnp.asarray(0),
+    )
+    first, second = TWO_VIEWS["images"], TWO_VIEWS["images_2"]
+    keys = 2 * second[:, 5:]
+    contrasts = np.concatenate([first[:, 5:], keys, queue])
+    others = np.concatenate([LABELS, LABELS, queue_labels])
+    similarities = first[:, 5:] @ contrasts.T / 0.5
+    expected = paco_twin(first[:, :5], similarities, LABELS, others, 0.3)
+    np.testing.assert_allclose(found.total, expected, rtol=1e-6)
+    np.testing.assert_allclose(found.extra["queue"], np.concatenate([keys, queue[:2]]))
+    np.testing.assert_array_equal(found.extra["labels"], [*LABELS, *queue_labels[:2]])
+    assert found.batch_stats == pytest.approx(first.mean())
+    assert found.extra["batch_stats"] == pytest.approx(second.mean())
+
+
+def test_the_whole_loss_of_gpaco_contrasts_both_views(x64) -> None:
+    method = PaCo(alpha=0.3, temperature=0.5, width=4, momentum=0.0)
+    batch = jax.tree.map(jnp.asarray, TWO_VIEWS)
+    found = method.loss(Network(Linear(), 1.0, 0.0), {}, batch, Facts(COUNTS), jnp.asarray(0))
+    both = np.concatenate([TWO_VIEWS["images"], TWO_VIEWS["images_2"]])
+    labels, similarities = np.tile(LABELS, 2), both[:, 5:] @ both[:, 5:].T / 0.5
+    expected = paco_twin(both[:, :5], similarities, labels, labels, 0.3)
+    np.testing.assert_allclose(found.total, expected, rtol=1e-6)
 
 
 def test_without_contrast_paco_is_balanced_softmax(x64) -> None:
@@ -176,6 +231,19 @@ def test_bcl_is_its_twin(x64) -> None:
     np.testing.assert_allclose(gradients[0], expected, atol=1e-7)
     expected = numeric_gradient(lambda x: bcl_twin(features, LABELS, x, temperature), prototypes)
     np.testing.assert_allclose(gradients[1], expected, atol=1e-7)
+
+
+def test_the_whole_loss_of_bcl_classifies_one_view_and_contrasts_two(x64) -> None:
+    method = BCL(classification=1.5, contrast=0.4, temperature=0.5)
+    batch = {**TWO_VIEWS, "images_3": np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)])}
+    placed = jax.tree.map(jnp.asarray, batch)
+    found = method.loss(Network(Linear(), 1.0, 0.0), {}, placed, Facts(COUNTS), jnp.asarray(0))
+    features = np.concatenate([batch["images_2"][:, 5:], batch["images_3"][:, 5:]])
+    contrasted = bcl_twin(features, np.tile(LABELS, 2), PROTOTYPES, 0.5)
+    rows = zip(batch["images"][:, :5] + PRIOR, LABELS, strict=True)
+    classified = np.mean([math.log(sum(np.exp(z))) - z[y] for z, y in rows])
+    np.testing.assert_allclose(found.total, 1.5 * classified + 0.4 * contrasted, rtol=1e-6)
+    np.testing.assert_allclose(found.by_expert, [classified], rtol=1e-6)
 
 
 def test_copies_of_another_class_with_its_prototype_change_nothing(x64) -> None:

@@ -158,6 +158,23 @@ def test_something_is_predicted(name: str) -> None:
     np.testing.assert_array_equal(found["mask"], batch["mask"])
 
 
+@pytest.mark.parametrize(
+    ("names", "taus"),
+    [
+        ("balpoe balpoe_cs mdcs", (0, 1, 2)),
+        ("balanced_softmax lade bayias paco gpaco bcl ncl logit_adjustment", (1, 1, 1)),
+        ("cross_entropy cutmix cmo_ce", (0, 0, 0)),
+        ("sade", (0, 1, None)),
+        ("cross_entropy_cb ce_drw focal ldam ride mislas tlc", (None, None, None)),
+    ],
+)
+def test_the_taus_that_are_shown(names: str, taus: tuple) -> None:
+    for name in names.split():
+        config = get_config("cifar100_lt", f"method={name}")
+        config_taus = (0.0, 1.0, 2.0) if config.model.num_experts > 1 else resolve_taus(config) * 3
+        assert RECIPES[name].method.target_taus(config_taus) == taus, name
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("data", ["digits_lt", "cifar100_lt", "imagenet_lt", "inaturalist2018"])
 def test_recipes_make_valid_configs(name: str, data: str) -> None:

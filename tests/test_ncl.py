@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_network import COUNTS, numeric_gradient
+from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods.ncl import HARD_MASKS, NCL, hard_classes, nested_losses
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.ncl import HARD_MASKS, NCL, hard_classes, mutual_divergences, nested_losses
 
 RANDOM = np.random.default_rng(11)
 LOG_COUNTS = np.log(COUNTS)
@@ -65,6 +66,25 @@ def test_ncl_is_its_twin(hard_mask: str, x64) -> None:
     expected = numeric_gradient(lambda z: twin(z, hard_mask, 2, 0.6, logits[0]), logits)
     np.testing.assert_allclose(gradient, expected, atol=1e-7)
     assert np.isfinite(gradient).all()
+
+
+def test_the_whole_loss_is_the_twin_with_its_weights(x64) -> None:
+    logits = RANDOM.normal(size=(3, 4, 5), scale=2)
+    batch = {"images": jnp.asarray(np.moveaxis(logits, 0, 1)), "labels": jnp.asarray(LABELS)}
+    method = NCL(distillation=0.7, hard_share=0.5)  # two of five classes
+    found = method.loss(logits_as_images, {}, batch, Facts(COUNTS), jnp.asarray(0))
+    np.testing.assert_allclose(found.total, twin(logits, "zero", 2, 0.7), rtol=1e-6)
+    parts = found.by_expert.sum() + found.terms["distillation"]
+    np.testing.assert_allclose(found.total, parts, rtol=1e-9)
+
+
+def test_each_network_has_its_divergences_from_the_others(x64) -> None:
+    logits = RANDOM.normal(size=(3, 2, 5))
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    found = mutual_divergences(jnp.asarray(logits))
+    for e in range(3):
+        expected = sum((p[k] * np.log(p[k] / p[e])).sum(axis=-1) for k in range(3) if k != e)
+        np.testing.assert_allclose(found[e], expected, rtol=1e-6)
 
 
 def test_the_label_is_always_among_the_hard_classes() -> None:
