@@ -20,11 +20,17 @@ class Experiment:
         name: of its folder.
         config: file in `configs/`.
         arguments: what stands after the colon.
+        teacher: whose run of the same seed it learns from.
     """
 
     name: str
     config: str
     arguments: str
+    teacher: "Experiment | None" = None
+
+    def with_teacher(self) -> tuple["Experiment", ...]:
+        """What is to be trained for it, in this order."""
+        return (*self.teacher.with_teacher(), self) if self.teacher else (self,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +191,11 @@ def _by_group() -> tuple[Score, ...]:
     return tuple(Score(name, ("test", key)) for name, key in groups.items())
 
 
-# Those that the paper's tables have no rows for already, and that run by themselves.
+# Those that the paper's tables have no rows for already.
 _OTHERS = {
     name: recipe
     for name, recipe in RECIPES.items()
-    if name not in ("balpoe", "balanced_softmax", "cross_entropy") and not recipe.needs_teacher
+    if name not in ("balpoe", "balanced_softmax", "cross_entropy")
 }
 
 _DATASETS = {
@@ -201,10 +207,15 @@ _DATASETS = {
 
 
 def _of_method(name: str, dataset: str, arguments: str) -> Experiment:
-    """The training of a recipe on a data set."""
-    parts = [part for part in (arguments, f"method={name}") if part]
-    label = "_".join([dataset, *filter(None, [arguments.replace("=", "").replace(",", "_")]), name])
-    return Experiment(label, _DATASETS[dataset][0], ",".join(parts))
+    """The training of a recipe on a data set, after that of its teacher."""
+    parts = [part for part in arguments.split(",") if part]
+    label = "_".join([dataset, *(part.replace("=", "") for part in parts), name])
+    recipe, teacher = RECIPES[name], None
+    if recipe.teacher:
+        other, own = recipe.teacher
+        shared = [part for part in parts if not part.startswith("experts=")]
+        teacher = _of_method(other, dataset, ",".join([*shared, own]))
+    return Experiment(label, _DATASETS[dataset][0], ",".join([*parts, f"method={name}"]), teacher)
 
 
 def _method_scores(published: Published | None) -> tuple[Score, ...]:

@@ -39,6 +39,7 @@ class Job:
         workdir: of the run.
         config: `FILE:arguments` for `--config`.
         options: further ones.
+        teacher: workdir of the run that it learns from.
     """
 
     experiment: Experiment
@@ -46,15 +47,18 @@ class Job:
     workdir: Path
     config: str
     options: tuple[str, ...] = ()
+    teacher: Path | None = None
 
     def command(self) -> list[str]:
         """What `python` is to be called with."""
+        teacher = [f"--config.method.teacher={self.teacher}"] if self.teacher else []
         return [
             "-m",
             "balpoe_jax.main",
             f"--config={self.config}",
             f"--config.seed={self.seed}",
             f"--workdir={self.workdir}",
+            *teacher,
             *self.options,
         ]
 
@@ -77,6 +81,8 @@ class Job:
         file, _, arguments = self.config.partition(":")
         config = runpy.run_path(file)["get_config"](arguments)
         config.seed = self.seed
+        if self.teacher:
+            config.method.teacher = str(self.teacher)
         return config.to_dict()
 
 
@@ -91,7 +97,8 @@ def define_flags() -> None:
         "run",
         ["run", "eval", "print", "collect"],
         "Run what is missing here, one after the other, and collect; evaluate anew what is done, "
-        "and collect; print the commands of what is missing, for a cluster; or only collect.",
+        "and collect; print the commands of what is missing, for a cluster, where one that names a "
+        "teacher has to wait for that run; or only collect.",
     )
     flags.DEFINE_string("workdir", "runs/reproduce", "Folder of all runs and tables.")
     flags.DEFINE_string("data_dir", "", "TFDS folder of the data set; empty for TFDS's own.")
@@ -132,7 +139,7 @@ def main(arguments: Sequence[str]) -> None:
 def plan(
     table: PaperTable, scale: Scale, seeds: Sequence[int], root: Path, data_dir: str = ""
 ) -> list[Job]:
-    """Every training that a table needs, each once, seed by seed.
+    """Every training that a table needs, each once, seed by seed, teachers before their students.
 
     Args:
         table: of the paper.
@@ -149,15 +156,20 @@ def plan(
         raise UserError(
             f"There are no config files in {_CONFIGS}; run this from a checkout of the repository."
         )
-    experiments = dict.fromkeys(row.experiment for row in table.rows)
+    experiments = dict.fromkeys(one for row in table.rows for one in row.experiment.with_teacher())
     options = {"data.data_dir": data_dir, "remark": scale.remark}
+
+    def workdir(experiment: Experiment, seed: int) -> Path:
+        return root / experiment.name / f"seed{seed}"
+
     return [
         Job(
             experiment,
             seed,
-            root / experiment.name / f"seed{seed}",
+            workdir(experiment, seed),
             f"{_CONFIGS / experiment.config}:{_arguments(experiment, scale)}",
             tuple(f"--config.{field}={value}" for field, value in options.items() if value),
+            workdir(experiment.teacher, seed) if experiment.teacher else None,
         )
         for seed in seeds
         for experiment in experiments
@@ -338,12 +350,13 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], rema
 
 
 def _only(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
-    """Those of the experiments that are named, or all if none is."""
-    known = dict.fromkeys(job.experiment.name for job in jobs)
+    """Those of the experiments that are named, with their teachers, or all if none is."""
+    known = {job.experiment.name: job.experiment for job in jobs}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"The table has no row {unknown[0]!r}; choose from {', '.join(known)}.")
-    return [job for job in jobs if not names or job.experiment.name in names]
+    chosen = {one for name in names or known for one in known[name].with_teacher()}
+    return [job for job in jobs if job.experiment in chosen]
 
 
 def _parse_seeds(texts: Sequence[str]) -> list[int]:

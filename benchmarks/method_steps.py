@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> None:
     measuring.pin(values.cores)
     from balpoe_jax.methods import RECIPES
 
-    known = [name for name, recipe in RECIPES.items() if not recipe.needs_teacher]
+    known = [name for name, recipe in RECIPES.items() if not recipe.teacher]
     unknown = [name for name in values.methods if name not in known]
     if unknown:
         raise UserError(f"Cannot measure method {unknown[0]!r}; choose from {', '.join(known)}.")

@@ -45,7 +45,7 @@ def parts(name: str, axis_name: str | None = AXIS_NAME):
     experts = tiny_network.experts(
         config.model.num_experts, axis_name, config.model.classifier, facts.scale
     )
-    if RECIPES[name].needs_teacher:
+    if RECIPES[name].teacher:
         module = tiny_network.experts(2, axis_name)
         with jax.enable_x64(False):
             variables = tiny_network.init(module, seed=1)

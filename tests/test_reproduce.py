@@ -15,7 +15,9 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Row, Score
 from balpoe_jax.tables import as_csv, as_text
 
-EXPERIMENTS = {row.experiment for table in TABLES.values() for row in table.rows}
+EXPERIMENTS = {
+    one for table in TABLES.values() for row in table.rows for one in row.experiment.with_teacher()
+}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,37 @@ class _Recorder:
     def run(self, command: list[str]) -> subprocess.CompletedProcess:
         self._started.append(command)
         return subprocess.CompletedProcess(command, 1)
+
+
+def test_a_teacher_is_trained_before_its_student_and_named(tmp_path: Path) -> None:
+    teacher = Experiment("digits_teacher", "digits_lt.py", "method=ride,experts=4")
+    student = Experiment("digits_student", "digits_lt.py", "method=ride_distill", teacher)
+    table = PaperTable("A table", (Row("student", student, (Score("ACC", ("test", "top1")),)),))
+    jobs = reproduce.plan(table, SCALES["full"], [1, 2], tmp_path)
+    assert [job.workdir.relative_to(tmp_path).as_posix() for job in jobs] == [
+        "digits_teacher/seed1", "digits_student/seed1",
+        "digits_teacher/seed2", "digits_student/seed2",
+    ]  # fmt: skip
+    option = f"--config.method.teacher={tmp_path}/digits_teacher/seed"
+    named = [[x for x in job.command() if x.startswith("--config.method")] for job in jobs]
+    assert named == [[], [f"{option}1"], [], [f"{option}2"]]
+    assert reproduce._only(jobs, ["digits_student"]) == jobs
+    assert reproduce._only(jobs, ["digits_teacher"]) == jobs[::2]
+    pretend(jobs[1], 0.5)
+    assert [job.state() for job in jobs[:2]] == ["to do", "done"]
+    (entry,) = reproduce.collect(table, jobs)
+    assert entry.ours.mean == 0.5
+
+
+def test_the_rows_of_ride_have_a_teacher_of_six_experts_on_the_same_data() -> None:
+    rows = [e for e in EXPERIMENTS if e.teacher]
+    assert len(rows) == 4 and all("method=ride_distill" in e.arguments for e in rows)
+    found = {e.name: e.teacher.arguments for e in rows}
+    assert found["cifar100_lt_ir100_ride_distill"] == "ir=100,experts=6,method=ride"
+    assert found["cifar100_lt_ir100_experts4_ride_distill"] == "ir=100,experts=6,method=ride"
+    assert found["imagenet_lt_backboneresnext50_experts4_ride_distill"] == (
+        "backbone=resnext50,experts=6,method=ride"
+    )
 
 
 def test_scores_are_collected_over_the_seeds_that_are_done(tmp_path: Path) -> None:

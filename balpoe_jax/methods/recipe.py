@@ -46,7 +46,8 @@ class Recipe:
         epochs: of the training that the method's own fields are for, where a data set's recipe
             does not say how long it is.
         published: results.
-        needs_teacher: it cannot run without `config.method.teacher`, so that no table runs it.
+        teacher: recipe and arguments of the run that it learns from, such as ("ride", "experts=6"),
+            which tables train before it; None for a method that learns from the labels alone.
 
     Fields whose names end in `epoch`, `epochs` or `boundaries` are scaled with the training, except
     those of `eval`.
@@ -61,7 +62,7 @@ class Recipe:
     on: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     epochs: int = 200
     published: tuple[Published, ...] = ()
-    needs_teacher: bool = False
+    teacher: tuple[str, str] | None = None
 
     def own(self, dataset: str, *arguments: str) -> dict[str, Any]:
         """The fields on a data set under arguments such as "ir=50" and "recipe=long"."""

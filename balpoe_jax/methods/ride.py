@@ -381,7 +381,7 @@ RECIPES = {
     "ride_distill": Recipe(
         RIDE(distill=True),
         "RIDE, distilled",
-        needs_teacher=True,
+        teacher=("ride", "experts=6"),
         experts=3,
         fields=_FIELDS,
         on={
