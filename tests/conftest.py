@@ -102,6 +102,7 @@ _COSTLY = (
     "test_tpu_step.py::test_both_steps_do_the_same_work",
     "test_benchmarks.py::test_both_sides_make_the_same_distribution_of_images[cifar long]",
     "test_training.py::test_another_run_ends_with_the_same_bits",
+    "test_training.py::test_a_quickly_compiled_state_has_the_usual_bits",
     "test_photo_datasets.py::test_a_training_batch_is_what_its_stages_make[augment0]",
     "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-4-False]",
     "test_parallel.py::test_all_shards_stay_equal[False-pmap]",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_config import get_config
 
-from balpoe_jax import record, report
+from balpoe_jax import experiment, record, report
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import PassingError, Preempted, UserError
 from balpoe_jax.evaluate import evaluate
@@ -98,6 +98,13 @@ def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> 
     jax.tree.map(np.testing.assert_array_equal, *states)
     for name in ("results.json", "predictions/expert_logits.npy"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_quickly_compiled_state_has_the_usual_bits(monkeypatch) -> None:
+    quick = jax.device_get(build(tiny_config()).init_state())
+    monkeypatch.setattr(experiment, "_QUICK", None)
+    usual = jax.device_get(build(tiny_config()).init_state())
+    jax.tree.map(np.testing.assert_array_equal, quick, usual)
 
 
 def test_the_record_of_a_run(finished: Path) -> None:
