@@ -118,7 +118,7 @@ def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_module('balpoe_jax.main', run_name='__main__', alter_sys=True)"
     )
-    options = ["--config.checkpoint.every_epochs=1", "--config.log_every_steps=13"]
+    options = ["--config.checkpoint.every_epochs=1", "--config.log_every_steps=5"]
     process = subprocess.Popen(
         [
             *(sys.executable, "-c", code, "--config=configs/digits_lt.py:experts=1"),
@@ -131,13 +131,13 @@ def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         text=True,
     )
     assert process.stdout is not None
-    while "step 26/" not in process.stdout.readline():
+    while "step 15/" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert step >= 26
+    assert step >= 15
     assert errors == f"Interrupted: step {step} is saved; start again to go on from there.\n"
     assert f'"step": {step}' in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
     assert not (tmp_path / "run.lock").exists()

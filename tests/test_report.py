@@ -86,6 +86,7 @@ def test_what_is_undefined_is_a_dash(tmp_path: Path) -> None:
     assert text_tables(results)["Accuracy and calibration"][-1].split()[4] == "-"
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_files_hold_the_tables(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run")
     folder = write_report(str(tmp_path / "run")).parent
@@ -138,6 +139,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     assert write_report(str(tmp_path / "run")).read_bytes() == first
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     make_run(tmp_path / "run", name='<b>"x"</b>')
     page = write_report(str(tmp_path / "run"))
@@ -145,6 +147,7 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     assert '<b>"x"</b>, resnet8' in parse(page).text
 
 
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
@@ -159,6 +162,7 @@ def test_a_missing_file_leaves_its_part_out(tmp_path: Path, missing: str, senten
     assert sentence in parse(write_report(str(tmp_path / "run"))).text
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_a_torn_last_row_does_not_lose_the_curves(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
@@ -183,6 +187,7 @@ def test_a_class_that_is_never_predicted_has_an_infinite_divergence(tmp_path: Pa
     assert "-" not in (page.parent / "bias.csv").read_text().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_every_output_of_a_run_has_its_remark(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run", remark="a small version")
     assert result_text(results).startswith("Remark: a small version\n\n")
@@ -203,6 +208,7 @@ def test_the_terminal_says_how_far_estimates_and_marginals_are_off(tmp_path: Pat
     assert printed["Bias"][1].split()[4] == f"{results['bias']['experts'][0]['kl']:.3f}"
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_files_have_the_accuracy_and_calibration_of_every_kind_of_prior(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run")
     folder = write_report(str(tmp_path / "run")).parent
@@ -221,6 +227,7 @@ def test_files_have_the_accuracy_and_calibration_of_every_kind_of_prior(tmp_path
         ]
 
 
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
