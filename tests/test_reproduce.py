@@ -131,6 +131,8 @@ def test_a_teacher_is_trained_before_its_student_and_named(tmp_path: Path) -> No
     option = f"--config.method.teacher={tmp_path}/digits_teacher/seed"
     named = [[x for x in job.command() if x.startswith("--config.method")] for job in jobs]
     assert named == [[], [f"{option}1"], [], [f"{option}2"]]
+    # As the command sets it, so that a run is known again.
+    assert jobs[1]._fields()["method"]["teacher"] == f"{tmp_path}/digits_teacher/seed1"
     assert reproduce._only(jobs, ["digits_student"]) == jobs
     assert reproduce._only(jobs, ["digits_teacher"]) == jobs[::2]
     pretend(jobs[1], 0.5)

@@ -14,6 +14,7 @@ def as_written(function: _Function) -> _Function:
 
     AutoGraph rewrites the source of whatever is called, so that `if` and `for` may depend on
     tensors. Nothing here does: such choices are a `tf.cond` or a `tf.switch_case`. What is spared
-    are seconds of every start, and the files of rewritten source that it leaves behind.
+    are seconds of every start, and files of rewritten source, which a run that is killed leaves
+    behind.
     """
     return tf.autograph.experimental.do_not_convert(function)
