@@ -135,7 +135,7 @@ def test_shapes(name: str, num_experts: int) -> None:
 
     variables, outputs = jax.eval_shape(run, jax.random.key(0))
     assert outputs.logits.shape == (num_experts, 2, 10)
-    assert outputs.features.shape == (num_experts, 2, 64)
+    assert outputs.features.shape == (num_experts, 2, 128 if name.endswith("bbn") else 64)
     assert all(x.shape[0] == num_experts for x in jax.tree.leaves(variables["params"]["expert"]))
 
 
@@ -203,6 +203,37 @@ def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
     chex.assert_trees_all_close(
         dict(new_stats), {name: moved(part) for name, part in stats.items()}, rtol=1e-5, atol=1e-6
     )
+
+
+def test_bbns_network_ends_in_two_last_blocks_of_another_network() -> None:
+    """ResNet-14's last stage has one block more than two: either of them is its last one."""
+    options = {"num_classes": 10, "num_experts": 1, "classifier": "linear"}
+    branched = create_model("resnet32_bbn", stage_sizes=(1, 1, 1), **options)
+    plain = create_model("resnet20", stage_sizes=(1, 1, 2), **options)
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    variables, like = init(branched, images), init(plain, images)
+    outputs = jax.jit(partial(branched.apply, train=False))(variables, images)
+    assert outputs.features.shape == (1, 4, 128) and outputs.logits.shape == (1, 4, 10)
+    for branch, half in ((1, slice(64)), (2, slice(64, None))):
+        moved = {}
+        for kind in ("params", "batch_stats"):
+            body = dict(variables[kind]["expert"]["body"])
+            last = body.pop(f"branch{branch}")["block0"]
+            body.pop(f"branch{3 - branch}")
+            body["layer3"] = {**body["layer3"], "block1": last}
+            expert = {**like[kind].get("expert", {}), "body": body}
+            moved[kind] = {**variables[kind], "expert": expert}
+        expected = jax.jit(partial(plain.apply, train=False))(moved, images).features
+        np.testing.assert_allclose(outputs.features[..., half], expected, rtol=1e-5, atol=1e-6)
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(init, model), images)["params"]))
+        for model in (
+            create_model("resnet32_bbn", **options),
+            create_model("resnet32", **options),
+        )
+    ]
+    block = 2 * (9 * 64 * 64 + 2 * 64)
+    assert sizes[0] - sizes[1] == block + 64 * 10
 
 
 def test_a_cosine_head_may_have_a_bias() -> None:

@@ -93,8 +93,8 @@ RECIPES = {
         fields=lade.TRAINING,
         on=lade.ON,
         published=(
-            Published("cifar100_lt", "ir=50", 49.5, "LADE's paper"),
-            Published("cifar100_lt", "ir=100", 45.3, "LADE's paper"),
+            Published("cifar100_lt", "ir=50,backbone=resnet32_bbn", 49.5, "LADE's paper"),
+            Published("cifar100_lt", "ir=100,backbone=resnet32_bbn", 45.3, "LADE's paper"),
         ),
     ),
 }

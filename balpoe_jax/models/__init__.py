@@ -25,11 +25,13 @@ class Architecture(NamedTuple):
     Attributes:
         stage_sizes: blocks in each stage.
         groups, group_width: see `resnet_imagenet.Bottleneck`.
+        branches: whether it ends in two blocks side by side, see `resnet_cifar`.
     """
 
     stage_sizes: tuple[int, ...]
     groups: int = 1
     group_width: int = 64
+    branches: bool = False
 
 
 # For small images: see `resnet_cifar`.
@@ -39,6 +41,7 @@ CIFAR_MODELS = {
     "resnet32": Architecture((5, 5, 5)),
     "resnet44": Architecture((7, 7, 7)),
     "resnet56": Architecture((9, 9, 9)),
+    "resnet32_bbn": Architecture((5, 5, 4), branches=True),
 }
 
 # For large images: see `resnet_imagenet`. ResNeXt-50 is the one of 32 groups of 4 channels.
@@ -121,6 +124,7 @@ def create_model(
     family = resnet_cifar if small else resnet_imagenet
     widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
     options = {"axis_name": axis_name, "dtype": dtype, "remat": remat}
+    ending = {"last_width": widths[-1]} if architecture.branches else {}
     if not small:
         options["block"] = partial(
             resnet_imagenet.Bottleneck,
@@ -132,7 +136,7 @@ def create_model(
     stem, cut = shared >= 0, max(0, shared)
     trunk = family.Trunk(sizes[:cut], widths[:cut], stem=stem, **options)
     body = family.ExpertBody(
-        sizes[cut:], widths[cut:], first_stage=cut + 1, stem=not stem, **options
+        sizes[cut:], widths[cut:], first_stage=cut + 1, stem=not stem, **ending, **options
     )
     # The reference initialises a linear layer itself only in its networks for small images.
     linear_init = heads.he_normal if small else heads.torch_uniform

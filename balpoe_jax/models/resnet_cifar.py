@@ -4,6 +4,9 @@
 The trunk is the stem and the first stage unless more or less is shared; an expert has the other
 stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced. Stage `s` of ResNet-(6n+2) has n
 basic blocks.
+
+The variant of BBN (Zhou et al., CVPR 2020), on which LADE's figures are, ends in two blocks side by
+side in place of the last one, so that it has twice as many features.
 """
 
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from balpoe_jax.models.layers import BatchNorm, global_average, stages
+from balpoe_jax.models.layers import BatchNorm, Stage, global_average, stages
 
 STEM_WIDTH = 16
 WIDTHS = (16, 32, 64)
@@ -94,12 +97,14 @@ class ExpertBody(nn.Module):
         num_blocks, widths: of the expert's own stages.
         first_stage: counted from 1.
         stem: whether the expert has a stem of its own, the trunk's output being images.
+        last_width: of each of the two blocks that end BBN's variant; 0 for none.
     """
 
     num_blocks: Sequence[int]
     widths: Sequence[int]
     first_stage: int = 2
     stem: bool = False
+    last_width: int = 0
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
@@ -111,6 +116,9 @@ class ExpertBody(nn.Module):
             x = _stem(x, train, self.axis_name, self.dtype)
         block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype)
         x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)
+        if self.last_width:
+            last = partial(Stage, partial(block, self.last_width), 1, 1, self.remat)
+            x = jnp.concatenate([last(name=f"branch{i}")(x, train) for i in (1, 2)], axis=-1)
         return global_average(x)
 
 
