@@ -6,6 +6,7 @@ what its data set needs, and returns it; `--config=FILE:key=value,...` passes th
 `--config.field=value` overrides any field afterwards.
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from balpoe_jax.errors import UserError
 from balpoe_jax.limits import LIMITS, MEMBERS
 from balpoe_jax.losses import equidistant_taus
-from balpoe_jax.methods import make_method
+from balpoe_jax.methods import METHODS, make_method, settings
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
@@ -27,6 +28,10 @@ VIEWS = ("view2", "view3")
 
 # And of the views that test images have where weights of experts are learnt from them.
 TEST_VIEW = "test_view"
+# What happens to half of the images of the first view.
+OTHER_AUGMENT = "other_augment"
+# Sections that a config may have, with the fields of augment.
+AUGMENTATIONS = (*VIEWS, TEST_VIEW, OTHER_AUGMENT)
 
 BAD_IMAGE_POLICIES = ("fail", "skip")
 
@@ -60,12 +65,15 @@ def default_config() -> ConfigDict:
             other in "class_aware".
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
             saturation), .policy, .cutout (side in pixels), .crop_area, .hue, .jitter_probability,
-            .grayscale, .blur: see `balpoe_jax.data.augment.AugmentSettings`; photographs are
-            cropped at random while they are decoded.
+            .grayscale, .blur, .randaugment_layers, .randaugment_magnitude: see
+            `balpoe_jax.data.augment.AugmentSettings`; photographs are cropped at random while they
+            are decoded.
         method.name: the class of the method, see `balpoe_jax.methods`, and as method.* its
             hyper-parameters; a config file's argument `method=` sets them all.
         stage2.*: of a method with a second stage: `epochs` (0 for none), `batch_size` (0 for the
             first stage's) and what takes the place of fields of `optim` and `data`.
+        other_augment.*: with this section, half of the images (of the first view), drawn one by
+            one, are augmented by it instead, whose fields are those of augment.
         view2.*, view3.*: of a second and a third view of each training image, the fields of
             augment; only methods that need them have these sections.
         mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
@@ -105,7 +113,8 @@ def default_config() -> ConfigDict:
             folder `profile`; empty for none.
 
     A field that is added later must have the default that does what was done before there was the
-    field: the record of an older run, which lacks it, is read as if it had the default.
+    field: the record of an older run, which lacks it, is read as if it had the default (see
+    `with_defaults`).
     """
     config = ConfigDict()
     config.seed = 1
@@ -146,6 +155,8 @@ def default_config() -> ConfigDict:
             "jitter_probability": 1.0,
             "grayscale": 0.0,
             "blur": 0.0,
+            "randaugment_layers": 2,
+            "randaugment_magnitude": 10.0,
         }
     )
     config.mixup = ConfigDict(
@@ -210,6 +221,32 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
     config.profile = ConfigDict({"steps": ()})
     return config
+
+
+def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config's values, and the defaults of the fields that it was recorded before.
+
+    Args:
+        recorded: as nested dictionaries; lists, which tuples become in JSON, become tuples again.
+    """
+    defaults = default_config().to_dict()
+    method = recorded.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if isinstance(name, str) and name in METHODS:
+        defaults["method"] = settings(METHODS[name]())
+    for section in AUGMENTATIONS:
+        if section in recorded:
+            defaults[section] = dict(defaults["augment"])
+    return _merged(defaults, recorded)
+
+
+def _merged(default: Any, recorded: Any) -> Any:
+    """Recorded values over defaults, section by section."""
+    if isinstance(recorded, Mapping):
+        default = default if isinstance(default, Mapping) else {}
+        merged = {name: _merged(default.get(name), value) for name, value in recorded.items()}
+        return {**default, **merged}
+    return tuple(_merged(None, x) for x in recorded) if isinstance(recorded, list) else recorded
 
 
 def resolve_taus(config: ConfigDict) -> tuple[float, ...]:
@@ -317,7 +354,7 @@ def check_config(config: ConfigDict) -> None:
 def _with_views(config: ConfigDict, field: str) -> list[str]:
     """The field, and if it is one of augmentation the same one of each further view."""
     section, _, name = field.partition(".")
-    sections = (*VIEWS, TEST_VIEW) if section == "augment" else ()
+    sections = AUGMENTATIONS if section == "augment" else ()
     views = [view for view in sections if view in config]
     return [field, *(f"{view}.{name}" for view in views)]
 

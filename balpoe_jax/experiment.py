@@ -415,6 +415,11 @@ def _train_settings(config: ConfigDict, stage: int) -> pipeline.TrainSettings:
         views=tuple(_augmentation(config, name) for name in config_lib.VIEWS if name in config),
         sampler=config.data.sampler,
         class_run=config.data.class_run,
+        other_augment=(
+            _augmentation(config, config_lib.OTHER_AUGMENT)
+            if config_lib.OTHER_AUGMENT in config
+            else None
+        ),
     )
 
 

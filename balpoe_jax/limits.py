@@ -23,6 +23,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "augment.jitter_probability": (0, 1),
     "augment.grayscale": (0, 1),
     "augment.blur": (0, 1),
+    "augment.randaugment_layers": (1, 100),
+    "augment.randaugment_magnitude": (0, 10),
     "mixup.alpha": (0, 1e6),
     "mixup.groups": (1, 2**20),
     "mixup.probability": (0, 1),

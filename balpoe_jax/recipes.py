@@ -184,7 +184,9 @@ def set_method(
 
 def _is_of_schedule(field: str) -> bool:
     """Whether a field is one of those that BalPoE's recipes set for all methods."""
-    return field in ("total_epochs", "batch_size") or field.startswith(("optim.", "augment."))
+    return field in ("total_epochs", "batch_size") or field.startswith(
+        ("optim.", "augment.", f"{config_lib.OTHER_AUGMENT}.")
+    )
 
 
 def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
@@ -192,7 +194,7 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
         section, _, name = field.rpartition(".")
         if section == "stage2" and section not in config:
             config.stage2 = ConfigDict(_STAGE2)
-        if section in ("view2", "view3", "test_view") and section not in config:
+        if section in config_lib.AUGMENTATIONS and section not in config:
             config[section] = ConfigDict(config_lib.default_config().augment)
         part = config[section] if section else config
         if name not in part:

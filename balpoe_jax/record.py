@@ -24,7 +24,7 @@ import jax
 
 import balpoe_jax
 from balpoe_jax import leftovers, processes
-from balpoe_jax.config import default_config
+from balpoe_jax.config import with_defaults
 from balpoe_jax.errors import PassingError, UserError, passes, writing
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
@@ -150,7 +150,7 @@ def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A field that `config` lacks, since it was recorded before there was the field, has its default.
     """
-    fields = _flatten(plain(default_config().to_dict())) | _flatten(plain(config))
+    fields = _flatten(plain(with_defaults(config)))
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 

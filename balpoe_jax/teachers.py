@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import record
 from balpoe_jax.checkpoint import Checkpoints
-from balpoe_jax.config import default_config
+from balpoe_jax.config import with_defaults
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import METHODS, settings
 from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -30,11 +29,7 @@ def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
     path = record.locate(workdir) / record.CONFIG
     try:
         saved = json.loads(path.read_text())["config"]
-        # What was recorded before there was a field has its default.
-        defaults = default_config().to_dict()
-        if (name := saved.get("method", {}).get("name")) in METHODS:
-            defaults["method"] = settings(METHODS[name]())
-        config = ConfigDict(_merged(defaults, saved))
+        config = ConfigDict(with_defaults(saved))
         data = config.data.name
     except FileNotFoundError as error:
         raise UserError(
@@ -78,12 +73,3 @@ def load(workdir: str, like: TrainState) -> dict[str, Any]:
         )
     log.info("The teacher is the checkpoint of step %d in %s", int(state.step), path)
     return state.variables
-
-
-def _merged(default: Any, saved: Any) -> Any:
-    """Saved values over defaults, section by section; JSON's lists were tuples."""
-    if isinstance(saved, dict):
-        default = default if isinstance(default, dict) else {}
-        merged = {name: _merged(default.get(name), value) for name, value in saved.items()}
-        return {**default, **merged}
-    return tuple(_merged(None, value) for value in saved) if isinstance(saved, list) else saved

@@ -2,11 +2,13 @@
 """Config files, their arguments, and the checks before anything starts."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from balpoe_jax import config as config_lib
+from balpoe_jax import record
 from balpoe_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,22 @@ def test_epochs_scale_the_schedule() -> None:
     assert config.optim.warmup_epochs == 1
     assert get_config("cifar100_lt", "method=mislas,epochs=60").stage2.epochs == 3
     assert get_config("cifar100_lt", "method=sade,epochs=60").eval.aggregation_epochs == 5
+
+
+def test_a_record_from_before_a_field_has_the_fields_default() -> None:
+    """Also in sections that not every config has, and in those of methods."""
+    config = get_config("cifar100_lt", "method=ncl_contrast")
+    with config.unlocked():
+        config.other_augment = config.view2.copy_and_resolve_references()
+    older = json.loads(config.to_json())
+    for section in ("augment", "view2", "other_augment"):
+        del older[section]["randaugment_layers"], older[section]["randaugment_magnitude"]
+    del older["method"]["momentum"], older["optim"]["accumulate"]
+    assert older != json.loads(config.to_json())
+    assert record.experiment_fields(older) == record.experiment_fields(config.to_dict())
+    older["view2"]["blur"] = 0.25
+    found = record.experiment_fields(older)
+    assert found["view2.blur"] == 0.25 and found["view2.randaugment_layers"] == 2
 
 
 @pytest.mark.parametrize(

@@ -144,5 +144,5 @@ def test_the_weight_grows_with_the_epoch() -> None:
 
 @pytest.mark.parametrize("field", ["mu", "warmup_epochs"])
 def test_refuses_negative_weights(field: str) -> None:
-    with pytest.raises(UserError, match=f"config.method.{field} must be from 0 to 1e"):
+    with pytest.raises(UserError, match=f"config.method.{field} must be from 0 to 1000000"):
         dataclasses.replace(MDCS(), **{field: -1})

@@ -100,7 +100,7 @@ def test_scales_of_one_change_nothing_and_scale_the_bias_too() -> None:
         ({"smooth_shape": "round"}, "'round'; choose from concave, linear, convex"),
         (
             {"classifier_rate": -1.0},
-            "classifier_rate must be from 0 to 1e.06, got -1",
+            "classifier_rate must be from 0 to 1000000, got -1",
         ),
     ],
 )

@@ -87,6 +87,28 @@ def test_draws() -> None:
     assert set(np.unique(sign)) == {-1.0, 1.0}
 
 
+def test_number_and_strength_of_the_operations_may_be_others() -> None:
+    draws = 20_000
+    which, level, *_ = (x.numpy() for x in randaugment.draw(source(draws), 3, 4.0))
+    assert which.shape == level.shape == (draws, 3)
+    runs = (which > 0).mean(axis=0)
+    assert (np.abs(runs - 0.5) < 4 * 0.5 / np.sqrt(draws)).all()
+    assert abs(10 * level.mean() - 4) < 4 * 0.5 / np.sqrt(level.size)
+    assert abs(10 * level.std() - 0.5) < 0.02
+    images = tf.constant(np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)), tf.uint8)
+    settings = AugmentSettings(
+        policy="randaugment", randaugment_layers=3, randaugment_magnitude=4.0, fill=(1, 2, 3)
+    )
+    augmented = augment_batch(images, source(4), settings)
+    drawn = randaugment.draw(source(4).stream("policy"), 3, 4.0)
+    for i, image in enumerate(images):
+        row = randaugment.Draw(*(x[i] for x in drawn))
+        one = randaugment.apply(pixels.pack(image), row, (1, 2, 3))
+        np.testing.assert_array_equal(augmented[i], pixels.unpack(one))
+    rest, only = settings.without_changes()
+    assert (rest.policy, only) == ("none", settings)
+
+
 def test_only_the_drawn_operations_run(monkeypatch) -> None:
     """Each operation adds its own power of two, so that a pixel tells which ran, and how often."""
     batch = 400

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from test_augment import noise, source, within_four_sigma
+from test_config import get_config
 from test_mixing import UNIMIX
 from test_photos import windows_by_hand
 from test_pipeline import PLAIN, assert_equal, make_settings, make_source
@@ -21,6 +22,8 @@ from balpoe_jax.data.hue import change_hue
 from balpoe_jax.data.jitter import color_jitter
 from balpoe_jax.data.pipeline import Host, eval_batches, train_batches, view_batches
 from balpoe_jax.data.resampling import enlarge_windows
+from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.data.views import View, make_view
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import _train_settings
 
@@ -199,6 +202,59 @@ def test_views_for_evaluation_without_augmentation_are_the_examples() -> None:
     assert_equal(list(view_batches(*given, AugmentSettings(), 3, 0)), list(eval_batches(*given)))
 
 
+def test_each_image_is_augmented_in_one_of_two_ways() -> None:
+    """With even odds; the ways are those of batches that are augmented in one way alone."""
+    images, random = noise(100), source(100)
+    one, other = AugmentSettings(crop_padding=2, flip=True), SIM
+    array = ArraySource(images.numpy(), np.zeros(100, int), np.arange(100))
+    view = make_view(array, one, other)
+    output = view.augment(images, random).numpy()
+    first = augment_batch(images, random, one).numpy()
+    second = augment_batch(images, random.stream("second"), other).numpy()
+    as_first, as_second = ((output == x).all(axis=(1, 2, 3)) for x in (first, second))
+    assert (as_first | as_second).all() and within_four_sigma(as_second, 0.5)
+    assert isinstance(make_view(array, one), View)
+
+
+def test_batches_of_two_ways_are_the_same_on_any_hosts() -> None:
+    """And only the first view has two."""
+    settings = make_settings(
+        augment=AugmentSettings(flip=True),
+        other_augment=AugmentSettings(crop_padding=2, cutout=2),
+        views=(AugmentSettings(flip=True),),
+        mix=PLAIN["mix"],
+    )
+    batches = list(train_batches(make_source(), settings, 2, 4))
+    for i in range(2):
+        part = slice(4 * i, 4 * i + 4)
+        assert_equal(
+            list(train_batches(make_source(), settings, 2, 4, Host(i, 2))),
+            [{name: array[part] for name, array in batch.items()} for batch in batches],
+        )
+    one_way = dataclasses.replace(settings, other_augment=None)
+    changed = []
+    for batch, plain in zip(batches, train_batches(make_source(), one_way, 2, 4), strict=True):
+        np.testing.assert_array_equal(batch["images_2"], plain["images_2"])
+        changed += [*(batch["images"] != plain["images"]).any(axis=(1, 2, 3))]
+    assert 0 < np.mean(changed) < 1
+
+
+def test_a_config_may_describe_a_second_way() -> None:
+    config = get_config("cifar100_lt", "method=cmo_bs,recipe=long")
+    settings = _train_settings(config, 0)
+    assert settings.augment.policy == "autoaugment_cifar" and settings.augment.cutout == 16
+    assert settings.other_augment == SIM
+    for recipe in ("own", "strong"):
+        config = get_config("cifar100_lt", f"method=cmo_bs,recipe={recipe}")
+        assert _train_settings(config, 0).other_augment is None
+    photos = get_config("imagenet_lt", "method=cmo_bs,recipe=long")
+    other = _train_settings(photos, 0).other_augment
+    assert other is not None and (other.policy, other.blur) == ("none", 0.5)
+    photos.other_augment.blur = 2.0
+    with pytest.raises(UserError, match=r"config\.other_augment\.blur must be at most 1, got 2\.0"):
+        check_config(photos)
+
+
 def test_a_config_describes_its_views() -> None:
     config = default_config()
     assert _train_settings(config, 0).views == ()
@@ -223,8 +279,14 @@ def test_a_config_describes_its_views() -> None:
         ("jitter_probability", 1.1),
         ("grayscale", 2.0),
         ("blur", -1.0),
+        ("randaugment_magnitude", 11.0),
     ],
 )
 def test_refuses_what_is_not_valid(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"augment.{field} must be 0 to"):
         AugmentSettings(**{field: value})
+
+
+def test_randaugment_has_an_operation_at_least() -> None:
+    with pytest.raises(UserError, match=r"layers must be at least 1, got 0; augment.policy"):
+        AugmentSettings(randaugment_layers=0)

@@ -42,6 +42,7 @@ class AugmentSettings:
             uniform in `BLUR_SIGMA` pixels; see `blur`.
         policy: one of `policies.POLICIES`.
         fill: colour that the policy randaugment shows outside the image, 0 to 255 by channel.
+        randaugment_layers, randaugment_magnitude: of that policy, see `randaugment.draw`.
         cutout: side in pixels of a black square with its centre anywhere; 0 for none.
 
     Raises:
@@ -60,6 +61,8 @@ class AugmentSettings:
     jitter_probability: float = 1.0
     grayscale: float = 0.0
     blur: float = 0.0
+    randaugment_layers: int = randaugment.LAYERS
+    randaugment_magnitude: float = randaugment.MAGNITUDE
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -79,6 +82,16 @@ class AugmentSettings:
                 raise UserError(f"augment.{name} must be 0 to 1, got {share}.")
         if len(self.fill) != 3 or not all(0 <= x <= 255 for x in self.fill):
             raise UserError(f"augment.fill must be three values from 0 to 255, got {self.fill}.")
+        if self.randaugment_layers < 1:
+            raise UserError(
+                f"augment.randaugment_layers must be at least 1, got {self.randaugment_layers}; "
+                "augment.policy=none turns RandAugment off."
+            )
+        if not 0 <= self.randaugment_magnitude <= randaugment.GREATEST:
+            raise UserError(
+                f"augment.randaugment_magnitude must be 0 to {randaugment.GREATEST:g}, got "
+                f"{self.randaugment_magnitude}."
+            )
         if self.cutout < 0 or self.cutout % 2:
             raise UserError(f"augment.cutout must be even and not negative, got {self.cutout}.")
 
@@ -103,10 +116,11 @@ class AugmentSettings:
         none = AugmentSettings()
         changes = ("color_jitter", "hue", "jitter_probability", "grayscale", "blur")
         rest = dataclasses.replace(self, **{name: getattr(none, name) for name in changes})
-        only = AugmentSettings(fill=self.fill, **{name: getattr(self, name) for name in changes})
+        only = dataclasses.replace(none, **{name: getattr(self, name) for name in changes})
         if self.policy == "randaugment":
             rest = dataclasses.replace(rest, policy=none.policy)
-            only = dataclasses.replace(only, policy=self.policy)
+            its_own = ("policy", "fill", "randaugment_layers", "randaugment_magnitude")
+            only = dataclasses.replace(only, **{name: getattr(self, name) for name in its_own})
         return rest, only
 
 
@@ -159,7 +173,9 @@ def draw_changes(random: RowRandom, settings: AugmentSettings) -> Changes:
         draws["blurred"] = random.uniform("blurred") < settings.blur
         draws["blur"] = box_weights(random.uniform("blur", *BLUR_SIGMA))
     if settings.policy == "randaugment":
-        draws["policy"] = randaugment.draw(random.stream("policy"))
+        draws["policy"] = randaugment.draw(
+            random.stream("policy"), settings.randaugment_layers, settings.randaugment_magnitude
+        )
     return draws
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment as timm's `rand-n2-m10-mstd0.5`, which the reference's long recipes use.
 
-Two of fifteen operations are drawn for each image, with replacement, and each is applied with
-probability 1/2. The magnitude is normal around 10 with deviation 0.5, clipped to [0, 10]: exactly
-10 in half of the cases. Geometric operations go either way, and interpolate linearly or cubically
-with even odds; rotation is linear here always, where the reference draws for it too.
+Two of fifteen operations, or another number, are drawn for each image, with replacement, and each
+is applied with probability 1/2. The magnitude is normal around 10, or another one, with deviation
+0.5, clipped to [0, 10]: exactly 10 in half of the cases. Geometric operations go either way, and
+interpolate linearly or cubically with even odds; rotation is linear here always, where the
+reference draws for it too.
 """
 
 import functools
@@ -18,21 +19,21 @@ from balpoe_jax.data.randomness import RowRandom
 
 IMAGENET_MEAN = (124, 116, 104)
 
-_LAYERS = 2
+LAYERS = 2
+MAGNITUDE = GREATEST = 10.0
+
 _PROBABILITY = 0.5
-_MAGNITUDE = 10.0
 _DEVIATION = 0.5
-_GREATEST = 10.0
 
 
 class Draw(NamedTuple):
-    """What is drawn for each image, one value for each of the two operations, in turn.
+    """What is drawn for each image, one value for each of its operations, in turn.
 
     Attributes:
-        which: int32 `[rows, 2]`, the operation's number from 1; 0 for none.
-        level: float32 `[rows, 2]` in [0, 1], the magnitude over its greatest.
-        sign: float32 `[rows, 2]`, 1 or -1.
-        cubic: bool `[rows, 2]`, how geometric operations interpolate.
+        which: int32 `[rows, layers]`, the operation's number from 1; 0 for none.
+        level: float32 `[rows, layers]` in [0, 1], the magnitude over its greatest.
+        sign: float32 `[rows, layers]`, 1 or -1.
+        cubic: bool `[rows, layers]`, how geometric operations interpolate.
     """
 
     which: tf.Tensor
@@ -44,15 +45,21 @@ class Draw(NamedTuple):
 Operation = Callable[[tf.Tensor, Draw], tf.Tensor]
 
 
-def draw(random: RowRandom) -> Draw:
-    """Draws for all rows of `random`."""
-    layers = (_LAYERS,)
-    which = 1 + random.uniform("operation", 0, len(_operations(IMAGENET_MEAN)), tf.int32, layers)
-    runs = random.uniform("gate", per_row=layers) < _PROBABILITY
-    magnitude = _MAGNITUDE + _DEVIATION * random.normal("magnitude", layers)
-    level = tf.clip_by_value(magnitude, 0, _GREATEST) / _GREATEST
-    sign = tf.where(random.uniform("sign", per_row=layers) < 0.5, -1.0, 1.0)
-    cubic = random.uniform("interpolation", per_row=layers) < 0.5
+def draw(random: RowRandom, layers: int = LAYERS, magnitude: float = MAGNITUDE) -> Draw:
+    """Draws for all rows of `random`.
+
+    Args:
+        random: source of the draws.
+        layers: how many operations an image gets, of which half are applied in the mean.
+        magnitude: around which those of the operations are drawn, 0 to `GREATEST`.
+    """
+    shape = (layers,)
+    which = 1 + random.uniform("operation", 0, len(_operations(IMAGENET_MEAN)), tf.int32, shape)
+    runs = random.uniform("gate", per_row=shape) < _PROBABILITY
+    drawn = magnitude + _DEVIATION * random.normal("magnitude", shape)
+    level = tf.clip_by_value(drawn, 0, GREATEST) / GREATEST
+    sign = tf.where(random.uniform("sign", per_row=shape) < 0.5, -1.0, 1.0)
+    cubic = random.uniform("interpolation", per_row=shape) < 0.5
     return Draw(tf.where(runs, which, 0), level, sign, cubic)
 
 
@@ -69,7 +76,7 @@ def apply(image: tf.Tensor, drawn: Draw, fill: Sequence[int] = IMAGENET_MEAN) ->
         Packed `[H, W]`.
     """
     operations: list[Operation] = [lambda image, _: image, *_operations(fill).values()]
-    for layer in range(_LAYERS):
+    for layer in range(drawn.which.shape[-1]):
         one = Draw(*(x[layer] for x in drawn))
         branches = [functools.partial(operation, image, one) for operation in operations]
         image = tf.switch_case(one.which, branches)

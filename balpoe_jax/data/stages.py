@@ -13,7 +13,7 @@ from balpoe_jax.data.mixing import NO_MIXING, Mix, Mixer, MixSettings, mix_image
 from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.samplers import check_sampler
 from balpoe_jax.data.sources import Source
-from balpoe_jax.data.views import View
+from balpoe_jax.data.views import EitherView, View, make_view
 
 Batch = dict[str, Any]  # of tensors
 
@@ -30,6 +30,7 @@ class TrainSettings:
         seed: of order, augmentation and mixing.
         mean, std: of the normalisation, by channel, for images in [0, 1].
         augment: what happens to the uint8 images.
+        other_augment: what happens to half of them, drawn one by one, instead; None for none.
         mix: how they are mixed then.
         dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
         views: of further views of the same images, what happens to each; they are not mixed.
@@ -49,6 +50,7 @@ class TrainSettings:
     views: tuple[AugmentSettings, ...] = ()
     sampler: str = "shuffle"
     class_run: int = 1
+    other_augment: AugmentSettings | None = None
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.class_run)
@@ -69,7 +71,8 @@ class TrainStages:
         self._rows = rows
         self._image_size = source.image_shape[:2]
         # Each with the stream of random numbers that it draws from.
-        self._views = {"images": ("augment", View(source, settings.augment))}
+        first = make_view(source, settings.augment, settings.other_augment)
+        self._views: dict[str, tuple[str, View | EitherView]] = {"images": ("augment", first)}
         for number, augment in enumerate(settings.views, 2):
             self._views[f"images_{number}"] = f"augment_{number}", View(source, augment)
         self._mixer = None
@@ -83,7 +86,7 @@ class TrainStages:
                 rows,
             )
         if settings.mix.from_sampler:
-            self._views[_OTHERS] = "augment_others", View(source, settings.augment)
+            self._views[_OTHERS] = "augment_others", first
 
     def choose(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
         """This host's part in a batch: positions in the training set, int32 `[rows]`."""
@@ -115,7 +118,7 @@ class TrainStages:
         """A window for each view of one photograph, resized and changed; packed."""
         stored, drawn = row.pop("stored"), row.pop("drawn")
 
-        def decode(name: str, view: View) -> tf.Tensor:
+        def decode(name: str, view: View | EitherView) -> tf.Tensor:
             return self._if_needed(
                 name,
                 row["step"],
@@ -130,7 +133,7 @@ class TrainStages:
         """Augments, normalises and mixes images."""
         labels = batch["labels"]
 
-        def augment(name: str, stream: str, view: View) -> tf.Tensor:
+        def augment(name: str, stream: str, view: View | EitherView) -> tf.Tensor:
             images = _stored(batch["stored"], name)
             return self._if_needed(
                 name,

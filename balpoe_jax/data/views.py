@@ -6,6 +6,8 @@ Images in memory need `augment` alone. Photographs are decoded one by one in bet
     drawn = view.draw(shapes, random)
     images = [view.decode(encoded, row) for each row]
     images = view.augment(images, random)
+
+A view may augment images in one of two ways, drawn for each.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ _LEAST_AREA = 0.08
 
 
 class View:
-    """How the images of a source are augmented.
+    """How the images of a source are augmented, all in one way.
 
     Args:
         source: of the images.
@@ -64,3 +66,50 @@ class View:
     def augment(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
         """The rest: of uint8 or packed images of one size, in the form in which they came."""
         return augment_batch(images, random, self._of_batch)
+
+
+class EitherView:
+    """Of each image one of two views, with even odds; used as a `View` is.
+
+    Args:
+        source: of the images.
+        first, second: what happens to an image in either case.
+    """
+
+    def __init__(self, source: Source, first: AugmentSettings, second: AugmentSettings) -> None:
+        self._first, self._second = View(source, first), View(source, second)
+
+    def draw(self, shapes: tf.Tensor, random: RowRandom) -> dict[str, Any]:
+        """What `decode` needs of each row, of both views."""
+        return {
+            "first": self._first.draw(shapes, random),
+            "second": self._second.draw(shapes, random.stream("second")),
+            "takes_second": _takes_second(random),
+        }
+
+    def decode(self, encoded: tf.Tensor, drawn: dict[str, Any]) -> tf.Tensor:
+        """One photograph by the view that was drawn for it; packed `[H, W]`."""
+        return tf.cond(
+            drawn["takes_second"],
+            lambda: self._second.decode(encoded, drawn["second"]),
+            lambda: self._first.decode(encoded, drawn["first"]),
+        )
+
+    def augment(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
+        """The rest, each image by the view that was drawn for it."""
+        takes_second = _takes_second(random)
+        first = self._first.augment(images, random)
+        second = self._second.augment(images, random.stream("second"))
+        shape = [-1, *[1] * (len(images.shape) - 1)]
+        return tf.where(tf.reshape(takes_second, shape), second, first)
+
+
+def _takes_second(random: RowRandom) -> tf.Tensor:
+    return random.uniform("takes second") < 0.5
+
+
+def make_view(
+    source: Source, settings: AugmentSettings, other: AugmentSettings | None = None
+) -> View | EitherView:
+    """The view of some settings, or of either these or others."""
+    return View(source, settings) if other is None else EitherView(source, settings, other)

@@ -25,4 +25,6 @@ def check_range(field: str, value: float, least: float, most: float) -> None:
         UserError (a `ValueError`): naming the field, its value and the range.
     """
     if not least <= value <= most:
-        raise UserError(f"config.method.{field} must be from {least:g} to {most:g}, got {value:g}.")
+        raise UserError(
+            f"config.method.{field} must be from {least:g} to {most:.9g}, got {value:.9g}."
+        )

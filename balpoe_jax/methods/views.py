@@ -22,6 +22,7 @@ _NOTHING: dict[str, Any] = {
     "jitter_probability": 1.0,
     "grayscale": 0.0,
     "blur": 0.0,
+    "randaugment_layers": 2,
 }
 _BASIC = {**_NOTHING, "crop_padding": 4}
 _REGULAR = {**_NOTHING, "color_jitter": _JITTER}
@@ -51,7 +52,16 @@ def views(*names: str) -> dict[str, Any]:
     """The fields of a recipe whose first, second and third view are these."""
     sections = ("augment", "view2", "view3")
     return {
-        f"{section}.{field}": value
+        field: value
         for section, name in zip(sections, names, strict=False)
-        for field, value in VIEWS[name].items()
+        for field, value in _section(section, name).items()
     }
+
+
+def halves(first: str, second: str) -> dict[str, Any]:
+    """The fields of a recipe that augments each image in one of these two ways."""
+    return {**_section("augment", first), **_section("other_augment", second)}
+
+
+def _section(section: str, name: str) -> dict[str, Any]:
+    return {f"{section}.{field}": value for field, value in VIEWS[name].items()}
