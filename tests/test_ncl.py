@@ -7,11 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_network import COUNTS, logits_as_images, numeric_gradient
+from test_methods import fresh, parts, run
+from tiny_network import COUNTS, batch, logits_as_images, numeric_gradient
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods import Facts
-from balpoe_jax.methods.ncl import HARD_MASKS, NCL, hard_classes, mutual_divergences, nested_losses
+from balpoe_jax.methods import Facts, Network
+from balpoe_jax.methods.ncl import (
+    HARD_MASKS,
+    NCL,
+    contrastive_losses,
+    hard_classes,
+    mutual_divergences,
+    nested_losses,
+)
+from balpoe_jax.methods.projection import ProjectedExpertsOutputs
 
 RANDOM = np.random.default_rng(11)
 LOG_COUNTS = np.log(COUNTS)
@@ -123,7 +132,94 @@ def test_a_mask_of_zeros_tells_counts_from_shares(x64) -> None:
     assert np.abs(by_mask["zero"][0] - by_mask["zero"][1]).max() > 0.1
 
 
+def contrast_twin(queries, keys, queue, temperature: float) -> float:
+    """The mean over images of the sum over networks, a similarity at a time."""
+    total = 0.0
+    for own, key, others in zip(queries, keys, queue.swapaxes(0, 1), strict=True):
+        for q, k in zip(own, key, strict=True):
+            similarities = [sum(a * b for a, b in zip(q, x, strict=True)) for x in (k, *others)]
+            total -= math.log(softmax([x / temperature for x in similarities])[0])
+    return total / queries.shape[1]
+
+
+def test_contrast_is_its_twin(x64) -> None:
+    queries, keys = RANDOM.normal(size=(2, 3, 4, 6))
+    queue = RANDOM.normal(size=(5, 3, 6))
+
+    def loss(queries):
+        return contrastive_losses(queries, keys, queue, 0.5).mean(axis=1).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(queries)
+    np.testing.assert_allclose(value, contrast_twin(queries, keys, queue, 0.5), rtol=1e-9)
+    expected = numeric_gradient(lambda q: contrast_twin(q, keys, queue, 0.5), queries)
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+
+
+class Scaled:
+    """Of images `[B, 3, 5 + 6]` logits and projections, which a network scales by its parameter."""
+
+    def apply(self, variables, images, train: bool, mutable: list[str]):
+        scaled = variables["params"] * jnp.moveaxis(images, 1, 0)
+        outputs = ProjectedExpertsOutputs(scaled[..., :5], scaled, scaled[..., 5:])
+        return outputs, {"batch_stats": images.mean()}
+
+
+def test_the_whole_loss_with_contrast(x64) -> None:
+    """The keys are those of the slow network, which is twice the fast one here."""
+    method = NCL(distillation=0.7, hard_share=0.5, contrast=0.4, temperature=0.5, queue_size=5)
+    first, second = RANDOM.normal(size=(2, 4, 3, 11))
+    queue = RANDOM.normal(size=(5, 3, 6))
+    rows = {"images": first, "images_2": second, "labels": LABELS}
+    extra = {"params": 2.0, "batch_stats": 0.0, "queue": queue}
+    found = method.loss(
+        Network(Scaled(), 1.0, 0.0),
+        jax.tree.map(jnp.asarray, extra),
+        jax.tree.map(jnp.asarray, rows),
+        Facts(COUNTS),
+        jnp.asarray(0),
+    )
+    logits, queries = np.split(first.swapaxes(0, 1), [5], axis=-1)
+    keys = 2 * second.swapaxes(0, 1)[..., 5:]
+    contrast = contrast_twin(queries, keys, queue, 0.5)
+    np.testing.assert_allclose(
+        found.total, twin(logits, "zero", 2, 0.7) + 0.4 * contrast, rtol=1e-6
+    )
+    np.testing.assert_allclose(found.terms["contrast"], 0.4 * contrast, rtol=1e-6)
+    np.testing.assert_allclose(found.extra["queue"], [*keys.swapaxes(0, 1), queue[0]])
+    assert found.batch_stats == pytest.approx(first.mean())
+    assert found.extra["batch_stats"] == pytest.approx(second.mean())
+
+
+def test_slow_networks_and_queue_move_as_they_should() -> None:
+    """Keys of a step are those of the networks after their own move, and enter at the front."""
+    method, facts, network = parts("ncl_contrast")
+    state = fresh("ncl_contrast")
+    assert method.views == 2 and method.whole_batch
+    (after, _), *_ = run("ncl_contrast", "pmap", 1)
+    m = method.momentum
+    expected = jax.tree.map(lambda a, b: m * a + (1 - m) * b, state.extra["params"], state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.extra["params"], expected
+    )
+    assert state.extra["queue"].shape == (method.queue_size, 3, method.width)
+    np.testing.assert_allclose(np.linalg.norm(state.extra["queue"], axis=-1), 1, rtol=1e-5)
+    slow = Network(network, expected, state.extra["batch_stats"])
+    keys = jax.vmap(lambda images: slow(images)[0].projections, axis_name=facts.axis_name)(
+        batch(facts.batch_size, seed=0)["images_2"][None]
+    )[0]
+    size = facts.batch_size
+    np.testing.assert_allclose(after.extra["queue"][:size], keys.swapaxes(0, 1), atol=1e-4)
+    np.testing.assert_array_equal(after.extra["queue"][size:], state.extra["queue"][:-size])
+
+
+def test_without_contrast_there_is_one_view_and_no_state() -> None:
+    method, _, _ = parts("ncl")
+    assert method.views == 1 and not method.whole_batch and fresh("ncl").extra == {}
+
+
 def test_values_that_are_not_valid() -> None:
+    with pytest.raises(ValueError, match=r"config.method.contrast must be from 0 to 1000000, got"):
+        NCL(contrast=-1.0)
     with pytest.raises(ValueError, match=r"config.method.hard_share must be from 0 to 1, got 2"):
         NCL(hard_share=2.0)
     with pytest.raises(ValueError, match=r"hard_mask 'one'; choose from zero, inf"):

@@ -24,14 +24,13 @@ def test_the_library_example_runs(request) -> None:
 
 def published(recipe: Recipe, dataset: str, arguments: str) -> str:
     """The accuracy that is published under the method's own training, or a dash."""
-    found = [
-        f"{p.accuracy:g}" + (f" ({p.arguments.partition('=')[2]})" if not arguments else "")
-        for p in recipe.published
-        if p.dataset == dataset
-        and (p.arguments == arguments or (not arguments and p.arguments.startswith("backbone=")))
-        and "recipe=" not in p.arguments
-    ]
-    return ", ".join(text.removesuffix(" ()") for text in found) or "-"
+    found = []
+    for p in recipe.published:
+        rest = p.arguments.removeprefix(arguments).removeprefix(",")
+        is_own = p.dataset == dataset and p.arguments.startswith(arguments)
+        if is_own and (not rest or (rest.startswith("backbone=") and "recipe=" not in rest)):
+            found.append(f"{p.accuracy:g} ({rest.partition('=')[2]})".removesuffix(" ()"))
+    return ", ".join(found) or "-"
 
 
 def table_of_methods() -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from golden import cases, golden, max_relative
+from test_config import get_config
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Facts
@@ -149,7 +150,7 @@ def test_rows_of_two_labels_count_by_their_shares(x64) -> None:
     ("field", "value", "message"),
     [
         ("base", "hinge", "Unknown config.method.base 'hinge'; choose from cross_entropy"),
-        ("beta", 1.0, "config.method.beta must be from 0 to 0.999999, got 1"),
+        ("beta", 1.0, "config.method.beta must be from 0 to 0.999999999, got 1"),
         ("gamma", -1.0, "config.method.gamma must be from 0 to 100, got -1"),
     ],
 )
@@ -164,3 +165,14 @@ def test_a_class_without_examples_is_refused() -> None:
         Reweighted("ldam").expert_losses(
             logits, whole(labels), Facts(np.array([5, 0, 1, 1, 1])), jnp.asarray(0)
         )
+
+
+def test_remix_begins_to_weigh_with_the_last_drop_of_its_rate() -> None:
+    config = get_config("cifar100_lt", "method=remix_drw")
+    assert config.mixup.rule == "remix" and config.method.weight_norm == "batch"
+    assert config.method.reweight_epoch == config.optim.boundaries[-1] == 250
+    photos = get_config("inaturalist2018", "method=remix_drw")
+    assert photos.method.reweight_epoch == photos.optim.boundaries[-1] == 150
+    # With a beta so near to 1, weights are nearly in inverse proportion to the counts.
+    weights = class_balanced_weights(np.array([1000, 10, 2]), photos.method.beta)
+    np.testing.assert_allclose(weights[1:] / weights[0], [100, 500], rtol=2e-3)

@@ -6,7 +6,9 @@ losses are BalPoE's for one expert, so that these need no method of their own.
 
 - CutMix (Yun et al., ICCV 2019), and mixup or CutMix by turns.
 - Remix (Chou et al., ECCV workshops 2020): the rarer class takes the whole label where it owns more
-  than half of the image. There is no official code; followed is the paper.
+  than half of the image; with deferred class weights (DRW) the weighted losses are divided by the
+  number of rows, as in a later implementation (ntucllab/imbalanced-DL). There is no official code;
+  followed is the paper.
 - Bayias (Xu et al., NeurIPS 2021) compensates the training prior in the logits, the uniform test
   prior being a constant there: it is balanced softmax under another name. UniMix, of the same
   paper, is a mixup whose coefficients and partners favour rare classes. As in the authors' code
@@ -15,15 +17,17 @@ losses are BalPoE's for one expert, so that these need no method of their own.
   for photographs: those here are ours.
 - CMO (Park et al., CVPR 2022) pastes images from a sampler of rare classes into those of the
   ordinary one. As in the authors' code (naver-ai/cmo) images are drawn in inverse proportion to
-  their class, which makes classes uniform; the paper reads as if classes were drawn that way. Of
-  the two augmentations that the long recipe chooses from for each image, the one with AutoAugment
-  (or RandAugment) is used.
+  their class, which makes classes uniform; the paper reads as if classes were drawn that way. In
+  the long recipe each image is augmented in one of two ways, by AutoAugment (or RandAugment) or as
+  a view of contrastive learning.
 """
 
 from typing import Any
 
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.reweighted import Reweighted
+from balpoe_jax.methods.views import halves
 
 _CROSS_ENTROPY, _BALANCED = (0.0, 0.0), (1.0, 1.0)
 
@@ -54,9 +58,27 @@ _REMIX_INATURALIST = {
 _REMIX = "Remix's paper"
 
 
-def _remix(rule: str, about: str, published: tuple[Published, ...] = ()) -> Recipe:
+# Weights begin with the last drop of the learning rate. They are those of the effective numbers, by
+# a beta of (N - 1) / N for N training images; on CIFAR that is nearly the usual 0.9999.
+_DRW = Reweighted(weights="class_balanced", reweight_epoch=250, weight_norm="batch")
+_DRW_INATURALIST = {
+    **_REMIX_INATURALIST,
+    "total_epochs": 200,
+    "optim.boundaries": (75, 150),
+    "method.reweight_epoch": 150,
+    "method.beta": 1 - 1 / 437_513,
+}
+
+
+def _remix(
+    rule: str,
+    about: str,
+    published: tuple[Published, ...] = (),
+    method: BalPoE | Reweighted | None = None,
+    on_inaturalist: dict[str, Any] | None = None,
+) -> Recipe:
     return Recipe(
-        BalPoE(),
+        method or BalPoE(),
         about,
         taus=_CROSS_ENTROPY,
         fields={**_PLAIN, "mixup.rule": rule, "mixup.alpha": 1.0},
@@ -64,7 +86,7 @@ def _remix(rule: str, about: str, published: tuple[Published, ...] = ()) -> Reci
             "cifar100_lt": _REMIX_CIFAR,
             "cifar10_lt": _REMIX_CIFAR,
             "imagenet_lt": {"mixup.alpha": 0.4},
-            "inaturalist2018": _REMIX_INATURALIST,
+            "inaturalist2018": on_inaturalist or _REMIX_INATURALIST,
         },
         epochs=300,
         published=published,
@@ -105,8 +127,7 @@ _CMO_LONG_PHOTOS = {
     "optim.learning_rate": 0.02,
     "optim.schedule": "cosine",
     "optim.boundaries": (),
-    "augment.policy": "randaugment",
-    "augment.color_jitter": (0.4, 0.4, 0.4),
+    **halves("rand", "photo_similar"),
 }
 
 
@@ -137,8 +158,7 @@ def _cmo(about: str, taus: tuple[float, float], *published: Published) -> Recipe
                 **_CMO_LONG,
                 "optim.factor": 0.1,
                 "optim.boundaries": (320, 360),
-                "augment.policy": "autoaugment_cifar",
-                "augment.cutout": 16,
+                **halves("strong", "similar"),
             },
             "imagenet_lt": {
                 **photos,
@@ -164,6 +184,13 @@ RECIPES = {
         "remix",
         "Remix",
         (*_on_cifar100(41.94, 59.36), Published("inaturalist2018", "", 61.3, _REMIX)),
+    ),
+    "remix_drw": _remix(
+        "remix",
+        "Remix-DRW",
+        (*_on_cifar100(46.77, 61.23), Published("inaturalist2018", "", 70.5, _REMIX)),
+        _DRW,
+        _DRW_INATURALIST,
     ),
     "remix_cutmix": _remix("remix_cutmix", "Remix with CutMix", _on_cifar100(43.55, 60.15)),
     "bayias": _prior_lt(

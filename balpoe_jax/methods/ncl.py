@@ -9,22 +9,37 @@ times one.
 Followed is the authors' code (Bazinga699/NCL): losses are summed over networks, hard classes are
 those of the first network's raw logits, gradients flow to both sides of a divergence, and the
 logits of other classes are multiplied by 0, so that they stay in the softmax; `hard_mask="inf"`
-removes them, as the paper says. Left out is the contrastive branch, which only one of the published
-trainings on CIFAR uses.
+removes them, as the paper says. One of the published trainings on CIFAR has a contrastive branch as
+well, without labels: a network tells the image that it sees by another view of it from earlier
+images, by projections that a moving average of the network has made (MoCo, He et al., CVPR 2020).
+There the average begins as a copy of the network and moves as a whole; in the code it begins at
+random, and its projection head stays there.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 from balpoe_jax.methods.checks import check_choice, check_range
+from balpoe_jax.methods.projection import (
+    ProjectedExperts,
+    Projection,
+    encode_slowly,
+    move_slowly,
+    newest,
+    slow_copy,
+)
 from balpoe_jax.methods.recipe import Published, Recipe
 from balpoe_jax.methods.reweighted import cross_entropy
 from balpoe_jax.methods.views import views
+from balpoe_jax.models import ExpertEnsemble
+from balpoe_jax.models.heads import normalize
 
 HARD_MASKS = ("zero", "inf")
 
@@ -81,6 +96,23 @@ def nested_losses(
     return jnp.asarray(own), mutual_divergences(adjusted) + mutual_divergences(masked)
 
 
+def contrastive_losses(
+    queries: jax.Array, keys: jax.Array, queue: jax.Array, temperature: float
+) -> jax.Array:
+    """Of telling each image's own key from the queue: cross-entropies of similarities, `[E, B]`.
+
+    Args:
+        queries, keys: float `[E, B, P]`, projections of two views of the same images.
+        queue: float `[K, E, P]`, of earlier images.
+        temperature: that similarities are divided by.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    own = (queries * keys).sum(axis=-1, keepdims=True)
+    others = jnp.einsum("ebp,kep->ebk", queries, queue, precision=highest)
+    similarities = jnp.concatenate([own, others], axis=-1) / temperature
+    return jax.nn.logsumexp(similarities, axis=-1) - similarities[..., 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class NCL(Method):
     """See the module.
@@ -89,6 +121,11 @@ class NCL(Method):
         distillation: weight of the divergences, of which each network has the mean over the others.
         hard_share: of the classes that are hard for an image.
         hard_mask: "zero" or "inf".
+        contrast: weight of the contrastive branch; 0 for none.
+        temperature: of its similarities.
+        width: of its projections.
+        queue_size: how many earlier images it contrasts; the most recent ones.
+        momentum: of the moving average of the networks that encodes them.
     """
 
     mixes = False
@@ -96,19 +133,57 @@ class NCL(Method):
     distillation: float = 0.6
     hard_share: float = 0.3
     hard_mask: str = "zero"
+    contrast: float = 0.0
+    temperature: float = 0.2
+    width: int = 64
+    queue_size: int = 1024
+    momentum: float = 0.999
 
     def __post_init__(self) -> None:
         """Raises a `UserError` for a value that is not valid."""
         check_range("distillation", self.distillation, 0, 1e6)
         check_range("hard_share", self.hard_share, 0, 1)
         check_choice("hard_mask", self.hard_mask, HARD_MASKS)
+        check_range("contrast", self.contrast, 0, 1e6)
+        check_range("temperature", self.temperature, 1e-6, 1e6)
+        check_range("width", self.width, 1, 1e6)
+        check_range("queue_size", self.queue_size, 1, 1e9)
+        check_range("momentum", self.momentum, 0, 1)
+
+    @property
+    def views(self) -> int:  # type: ignore[override]
+        """The second one is for contrast."""
+        return 2 if self.contrast else 1
+
+    @property
+    def whole_batch(self) -> bool:  # type: ignore[override]
+        """With contrast it keeps state."""
+        return self.contrast > 0
+
+    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+        """The networks, for contrast each with a projection of a hidden layer."""
+        if not self.contrast:
+            return ensemble
+        return ProjectedExperts(ensemble, Projection((0,), self.width, norm=False))
+
+    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> Any:
+        """For contrast slow networks, copies of the fast ones, and a queue of noise."""
+        if not self.contrast:
+            return {}
+        experts = len(jax.tree.leaves(network.params["projection"])[0])
+        noise = jax.random.normal(key, (self.queue_size, experts, self.width))
+        return {**slow_copy(network), "queue": normalize(noise, axis=-1)}
+
+    def refresh(self, extra: Any, params: Any, facts: Facts, epoch: jax.Array) -> Any:
+        """The slow networks move before they encode a batch."""
+        return move_slowly(extra, params, self.momentum) if self.contrast else extra
 
     def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Each network is balanced softmax."""
         return (1.0,) * len(taus)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
     ) -> Losses:
         """The sum over networks of their means over rows."""
         outputs, batch_stats = network(batch["images"])
@@ -123,8 +198,22 @@ class NCL(Method):
         )
         others = max(1, len(own) - 1)
         distilled = self.distillation / others * divergences.sum()
-        total = own.sum() + distilled
-        return Losses(total, own, batch_stats, extra, {"distillation": distilled})
+        total, terms = own.sum() + distilled, {"distillation": distilled}
+        if self.contrast:
+            by_network, extra = self._contrast(outputs, network, extra, batch, facts)
+            terms["contrast"] = self.contrast * by_network.sum()
+            total += terms["contrast"]
+        return Losses(total, own, batch_stats, extra, terms)
+
+    def _contrast(
+        self, outputs: Any, network: Network, extra: Any, batch: Batch, facts: Facts
+    ) -> tuple[jax.Array, Any]:
+        """Each network's mean over rows `[E]`, and the extra state after the step."""
+        encoded, slow_stats = encode_slowly(network, extra, batch["images_2"], facts)
+        keys = jax.lax.stop_gradient(encoded.projections)
+        losses = contrastive_losses(outputs.projections, keys, extra["queue"], self.temperature)
+        queue = newest(facts.gather_state(keys.swapaxes(0, 1)), extra["queue"])
+        return losses.mean(axis=1), {**extra, "batch_stats": slow_stats, "queue": queue}
 
 
 _CIFAR = {
@@ -140,6 +229,14 @@ _PHOTOS = {
     "model.classifier": "cosine_bias",
     **views("rand"),
 }
+_ON: dict[str, dict[str, Any]] = {
+    "cifar10_lt": _CIFAR,
+    "cifar100_lt": _CIFAR,
+    "imagenet_lt": {**_PHOTOS, "total_epochs": 200, "batch_size": 256, "model.scale": 16.0},
+    "inaturalist2018": {**_PHOTOS, "total_epochs": 400, "batch_size": 512, "model.scale": 32.0},
+}
+_CIFAR_VIEWS, _PHOTO_VIEWS = views("strong", "similar"), views("rand", "photo_similar")
+_FIELDS = {"model.shared_stages": -1, "optim.weight_decay": 2e-4}
 _PAPER = "BalPoE's Table 1"
 
 RECIPES = {
@@ -147,23 +244,8 @@ RECIPES = {
         NCL(),
         "NCL",
         experts=3,
-        fields={"model.shared_stages": -1, "optim.weight_decay": 2e-4},
-        on={
-            "cifar10_lt": _CIFAR,
-            "cifar100_lt": _CIFAR,
-            "imagenet_lt": {
-                **_PHOTOS,
-                "total_epochs": 200,
-                "batch_size": 256,
-                "model.scale": 16.0,
-            },
-            "inaturalist2018": {
-                **_PHOTOS,
-                "total_epochs": 400,
-                "batch_size": 512,
-                "model.scale": 32.0,
-            },
-        },
+        fields=_FIELDS,
+        on=_ON,
         epochs=400,
         published=(
             Published("cifar100_lt", "ir=50", 58.2, _PAPER),
@@ -172,5 +254,17 @@ RECIPES = {
             Published("imagenet_lt", "backbone=resnext50", 60.5, _PAPER),
             Published("inaturalist2018", "", 74.9, _PAPER),
         ),
+    ),
+    "ncl_contrast": Recipe(
+        NCL(contrast=1.0),
+        "NCL with its contrastive branch",
+        experts=3,
+        fields=_FIELDS,
+        # For photographs none is published: the views are PaCo's.
+        on={
+            name: {**fields, **(_CIFAR_VIEWS if "cifar" in name else _PHOTO_VIEWS)}
+            for name, fields in _ON.items()
+        },
+        epochs=400,
     ),
 }

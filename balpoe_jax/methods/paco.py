@@ -23,13 +23,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from balpoe_jax.losses import log_prior
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, moving_average
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.projection import (
     ProjectedEnsemble,
     Projection,
     check_single,
+    encode_slowly,
     equal_labels,
+    move_slowly,
+    newest,
+    slow_copy,
 )
 from balpoe_jax.methods.recipe import Published, Recipe
 from balpoe_jax.methods.views import views
@@ -134,8 +138,7 @@ class PaCo(Method):
             return {}
         noise = jax.random.normal(key, (self.queue_size, self.width))
         return {
-            "params": network.params,
-            "batch_stats": network.batch_stats,
+            **slow_copy(network),
             "queue": normalize(noise, axis=-1),
             "labels": jnp.full(self.queue_size, -1, jnp.int32),
         }
@@ -144,7 +147,7 @@ class PaCo(Method):
         """The slow network moves before it encodes a batch."""
         if not self.momentum:
             return extra
-        return {**extra, "params": moving_average(extra["params"], params, self.momentum)}
+        return move_slowly(extra, params, self.momentum)
 
     def loss(
         self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
@@ -155,12 +158,7 @@ class PaCo(Method):
 
     def _with_queue(self, network: Network, extra: Any, batch: Batch, facts: Facts) -> Losses:
         outputs, batch_stats = network(batch["images"])
-        slow = dataclasses.replace(
-            network, params=extra["params"], batch_stats=extra["batch_stats"]
-        )
-        encoded, slow_stats = slow(batch["images_2"])
-        if not facts.sync_batch_norm:
-            slow_stats = facts.mean_over_devices(slow_stats)
+        encoded, slow_stats = encode_slowly(network, extra, batch["images_2"], facts)
         keys, labels = facts.gather_state(encoded.projections), facts.gather_state(batch["labels"])
         queries = facts.gather(outputs.projections)
         others = jnp.concatenate([labels, labels, extra["labels"]])
@@ -168,12 +166,11 @@ class PaCo(Method):
         by_image = self._by_image(
             facts, facts.gather(outputs.logits[0]), queries, contrasts, others
         )
-        size = self.queue_size
         new = {
             "params": extra["params"],
             "batch_stats": slow_stats,
-            "queue": jnp.concatenate([keys, extra["queue"]])[:size],
-            "labels": jnp.concatenate([labels, extra["labels"]])[:size],
+            "queue": newest(keys, extra["queue"]),
+            "labels": newest(labels, extra["labels"]),
         }
         return _losses(by_image, batch_stats, new)
 
@@ -259,12 +256,19 @@ RECIPES = {
         "GPaCo",
         fields=_FIELDS,
         on={
-            "cifar10_lt": _CIFAR,
-            "cifar100_lt": _CIFAR,
+            "cifar10_lt": {**_CIFAR, "optim.learning_rate": 0.1},
+            "cifar100_lt": {**_CIFAR, "optim.learning_rate": 0.1},
             "imagenet_lt": {
                 **_PHOTOS,
                 "optim.learning_rate": 0.04,
+                "method.alpha": 0.045,
                 **views("rand", "stack"),
+            },
+            "imagenet_lt:backbone=resnext50": {
+                "optim.learning_rate": 0.06,
+                "method.alpha": 0.05,
+                "augment.randaugment_layers": 3,
+                "view2.randaugment_layers": 3,
             },
             "inaturalist2018": {
                 **_PHOTOS,
@@ -275,6 +279,7 @@ RECIPES = {
         epochs=400,
         published=(
             Published("imagenet_lt", "", 58.5, _CODE),
+            Published("imagenet_lt", "backbone=resnext50", 58.9, _CODE),
             Published("inaturalist2018", "", 75.4, _CODE),
         ),
     ),

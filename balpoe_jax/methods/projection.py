@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What contrastive methods share: projection heads beside one expert's classifier, and contrast."""
+"""What contrastive methods share: projection heads beside classifiers, a slow network, a queue."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.methods.base import Facts, Network, moving_average
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize, torch_uniform
 from balpoe_jax.models.layers import BatchNorm
@@ -84,6 +86,73 @@ class ProjectedEnsemble(nn.Module):
             kernel = head["dense"]["kernel"] if "dense" in head else head["kernel"]
             prototypes = self.prototype(kernel[0].T, train)
         return ProjectedOutputs(outputs.logits, outputs.features, projections, prototypes)
+
+
+class ProjectedExpertsOutputs(NamedTuple):
+    """What a network with a projection head for each expert returns.
+
+    Attributes:
+        logits: float `[E, B, C]`.
+        features: float `[E, B, D]`.
+        projections: float `[E, B, P]`, of length 1.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    projections: jax.Array
+
+
+class ProjectedExperts(nn.Module):
+    """Experts, each with a projection of its features.
+
+    Attributes:
+        ensemble: of the experts.
+        projection: of one expert's features, without BatchNorm; its parameters are stacked as the
+            experts' are.
+    """
+
+    ensemble: ExpertEnsemble
+    projection: Projection
+
+    def __call__(self, images: jax.Array, train: bool) -> ProjectedExpertsOutputs:
+        """As the ensemble's, with what the heads make of it."""
+        outputs = self.ensemble(images, train)
+        project = nn.vmap(
+            lambda head, features: head(features, train),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
+        return ProjectedExpertsOutputs(
+            outputs.logits, outputs.features, project(self.projection, outputs.features)
+        )
+
+
+# The slow network, a moving average that encodes images to contrast, is in the extra state as
+# `params` and `batch_stats`.
+
+
+def slow_copy(network: Network) -> dict[str, Any]:
+    """The slow network's variables at the start, those of the fast one."""
+    return {"params": network.params, "batch_stats": network.batch_stats}
+
+
+def move_slowly(extra: Any, params: Any, momentum: float) -> Any:
+    """The extra state with the slow network a step nearer to the fast one's `params`."""
+    return {**extra, "params": moving_average(extra["params"], params, momentum)}
+
+
+def encode_slowly(network: Network, extra: Any, images: jax.Array, facts: Facts) -> tuple[Any, Any]:
+    """The slow network's outputs for images, and its statistics, equal on all devices."""
+    slow = dataclasses.replace(network, params=extra["params"], batch_stats=extra["batch_stats"])
+    outputs, batch_stats = slow(images)
+    if not facts.sync_batch_norm:
+        batch_stats = facts.mean_over_devices(batch_stats)
+    return outputs, batch_stats
+
+
+def newest(rows: jax.Array, queue: jax.Array) -> jax.Array:
+    """A queue of the same length with these rows in front; its oldest ones are gone."""
+    return jnp.concatenate([rows, queue])[: len(queue)]
 
 
 def check_single(ensemble: ExpertEnsemble, name: str) -> None:

@@ -139,7 +139,7 @@ class Reweighted(Method):
         check_choice("weights", self.weights, WEIGHTS)
         check_choice("weight_norm", self.weight_norm, WEIGHT_NORMS)
         check_choice("focal_p", self.focal_p, FOCAL_PS)
-        check_range("beta", self.beta, 0, 0.999999)
+        check_range("beta", self.beta, 0, 1 - 1e-9)
         check_range("reweight_epoch", self.reweight_epoch, -1, 1e6)
         check_range("gamma", self.gamma, 0, 100)
         check_range("max_margin", self.max_margin, 0, 100)
@@ -274,6 +274,12 @@ RECIPES = {
             Published("cifar100_lt", "ir=10", 55.8, "quoted by later papers"),
             Published("inaturalist2018", "", 66.6, "quoted by later papers"),
         ),
+    ),
+    "focal_cb": Recipe(
+        Reweighted("focal", weights="class_balanced"),
+        "class-balanced focal loss",
+        fields=_LINEAR,
+        on=ON,
     ),
     "ldam": Recipe(
         Reweighted("ldam"),
