@@ -4,12 +4,14 @@
     python -m benchmarks.method_steps --backbone=resnet8 --output=steps.json
 
 All methods get batches of one size, of as many views as they ask for, on one CPU device; what a
-batch costs to make is not in it. Ratios of processor time are those to look at on a machine that
-does other things as well.
+batch costs to make is not in it. What learns from a teacher gets an untrained one. After a colon
+stand further arguments of a method, as in `--methods=ride:experts=6`. Ratios of processor time are
+those to look at on a machine that does other things as well.
 """
 
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,14 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
     from balpoe_jax import parallel
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
-    from balpoe_jax.recipes import cifar_config
 
-    config = cifar_config("cifar100", 0.4, f"method={method},backbone={backbone}")
+    config = _config(method, backbone)
     config.batch_size = batch_size
     counts, image_shape = published("cifar100", 100.0)
     devices = parallel.make_parallel(devices=jax.devices("cpu")[:1])
-    program = build_program(config, devices, counts, image_shape)
+    with tempfile.TemporaryDirectory() as teacher:
+        _record_teacher(config, method, backbone, Path(teacher))
+        program = build_program(config, devices, counts, image_shape)
     random = np.random.default_rng(0)
     names = ["images", *(f"images_{view}" for view in range(2, program.method.views + 1))]
     labels = random.integers(0, len(counts), (2, batch_size)).astype(np.int32)
@@ -74,6 +77,9 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
         }
     )
     state: Any = program.init_state()
+    if program.teacher is not None:
+        variables = program.teacher.init_state().variables
+        state = state.replace(extra={**state.extra, "teacher": variables})
     number = num_parameters(state.params)
     update = program.map_train_step()
 
@@ -84,6 +90,26 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
     step()
     return step, number
+
+
+def _config(method: str, backbone: str) -> Any:
+    from balpoe_jax.recipes import cifar_config
+
+    name, _, arguments = method.partition(":")
+    further = f",{arguments}" if arguments else ""
+    return cifar_config("cifar100", 0.4, f"method={name},backbone={backbone}{further}")
+
+
+def _record_teacher(config: Any, method: str, backbone: str, folder: Path) -> None:
+    """Lets a config that needs a teacher have its recipe's, recorded in `folder`."""
+    from balpoe_jax import record
+    from balpoe_jax.methods import RECIPES
+
+    if (teacher := RECIPES[method.partition(":")[0]].teacher) is not None:
+        config.method.teacher = str(folder)
+        taught_by = _config(":".join(teacher), backbone).to_dict()
+        text = json.dumps({"config": record.plain(taught_by)})
+        (folder / record.CONFIG).write_text(text, encoding="utf-8")
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -115,7 +141,7 @@ def as_text(found: dict[str, Any]) -> str:
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_list(
-        "methods", [], "As in a config file's arguments; by default all that need no teacher."
+        "methods", [], "As in a config file's arguments, such as ride:experts=6; by default all."
     )
     flags.DEFINE_string("backbone", "resnet8", "Of the networks for small images.")
     flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=2)
@@ -133,10 +159,9 @@ def main(arguments: Sequence[str]) -> None:
     measuring.pin(values.cores)
     from balpoe_jax.methods import RECIPES
 
-    known = [name for name, recipe in RECIPES.items() if not recipe.teacher]
-    unknown = [name for name in values.methods if name not in known]
+    unknown = [name for name in values.methods if name.partition(":")[0] not in RECIPES]
     if unknown:
-        raise UserError(f"Cannot measure method {unknown[0]!r}; choose from {', '.join(known)}.")
+        raise UserError(f"Unknown method {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
     options: dict[str, Any] = {
         name: values[name].value for name in ("backbone", "batch_size", "repeats", "seconds")
     }
@@ -146,7 +171,7 @@ def main(arguments: Sequence[str]) -> None:
         **options,
         "methods": {},
     }
-    for name, figures in run(values.methods or known, **options):
+    for name, figures in run(values.methods or list(RECIPES), **options):
         found["methods"][name] = figures
         print(f"{name}: {1 / figures['cpu_ratio']:.2f}", flush=True)
         if values.output:  # each time, for all of them take long

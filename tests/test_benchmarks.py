@@ -135,6 +135,10 @@ def test_more_cores_than_there_are_are_refused() -> None:
 
 
 def test_method_steps() -> None:
-    found = dict(method_steps.run(["cross_entropy"], "resnet8", 4, repeats=1, seconds=0))
-    assert_compared(found["cross_entropy"])
+    """Also of one that has a teacher, and of one with arguments."""
+    methods = ["cross_entropy", "ride_distill", "ride:experts=2"]
+    found = dict(method_steps.run(methods, "resnet8", 4, repeats=1, seconds=0))
+    assert list(found) == methods
+    for figures in found.values():
+        assert_compared(figures)
     assert found["cross_entropy"]["num_parameters"] == 81040
