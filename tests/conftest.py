@@ -13,6 +13,7 @@ os.environ.setdefault(
 )
 
 import jax
+import jaxlib
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -63,6 +64,7 @@ _COSTLY = (
     "test_models.py::test_logits_are_the_references[reduce]",
     "test_models.py::test_gradients_are_the_references[False]",
     "test_models.py::test_gradients_are_the_references[True]",
+    "test_large_models.py::test_gradients_are_the_references",
     "test_large_models.py::test_half_precision_rounds_a_little",
     "test_unreadable.py::test_a_partner_of_the_second_sampler_is_replaced_too",
     "test_models.py::test_one_expert_is_one_network_however_it_is_cut[-1]",
@@ -129,8 +131,31 @@ _OPTIMISED = ("test_trajectory.py", "test_large_models.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("--all"):  # For processes that tests start: this one has its JAX.
-        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    if config.getoption("--all"):
+        return
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # for processes of tests
+    _set_flags_of_jax(quick_flags(config))
+
+
+def quick_flags(config: pytest.Config) -> str:
+    """Flags of XLA with which small programs are compiled twice as fast, and large ones as fast."""
+    # Other versions may end at a flag that they do not know.
+    known = jaxlib.__version__.startswith("0.10.") and not config.getoption("--all")
+    return "--xla_cpu_use_fusion_emitters=false" if known else ""
+
+
+def _set_flags_of_jax(flags: str) -> None:
+    """Makes JAX's XLA read these flags, and not TensorFlow's.
+
+    That one reads the same variable, but later, and would compile augmentations for minutes.
+    """
+    before = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{before or ''} {flags}"
+    jax.block_until_ready(jax.jit(lambda: 0)())
+    if before is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = before
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -103,7 +103,7 @@ def task_commands(task: str, *folders: Path) -> list[list[str]]:
 
 
 def digits_config(**changes):
-    """ResNet-8 on 413 digits for three steps, mixed in two groups."""
+    """413 digits for three steps, mixed in two groups."""
     from test_config import get_config
 
     config = get_config("digits_lt", "experts=1")
@@ -221,14 +221,21 @@ def agree(folder: Path) -> None:
 
 
 def whole(folder: Path, reference: Path, twin: bool = False) -> None:
-    """Refuses, trains the digits and evaluates a reference of one process; perhaps twin steps."""
-    from balpoe_jax import record
+    """Refuses, trains the digits and evaluates a reference of one process; perhaps twin steps.
+
+    With these the network is the config's, otherwise a tiny one, and no page is drawn.
+    """
+    import tiny_network
+
+    from balpoe_jax import experiment, record, report
     from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.evaluate import Evaluator
-    from balpoe_jax.experiment import build
     from balpoe_jax.train import train
 
     who = jax.process_index()
+    if not twin:
+        experiment.create_model = tiny_network.create_model
+        report.write_report = lambda workdir: "no page"
     with record.log_to_file(folder):
         agree(folder)
     results = train(digits_config(), str(folder / "run"))
@@ -236,10 +243,10 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     if twin:
         dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
     with record.log_to_file(folder):
-        experiment = build(digits_config(parallel__mode="shard_map"))
+        program = experiment.build(digits_config(parallel__mode="shard_map"))
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
-        state = checkpoints.restore_latest(experiment.abstract_state())
-    scores = Evaluator(experiment).score_test(state, folder / "predictions")
+        state = checkpoints.restore_latest(program.abstract_state())
+    scores = Evaluator(program).score_test(state, folder / "predictions")
     assert bool(scores) == (who == 0)
     dump(folder / f"restored-{who}.npz", [], state)
 

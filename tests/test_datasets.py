@@ -2,6 +2,7 @@
 """Data sets: what is kept, in which order, and which ones are refused. CIFAR is generated here."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import build
 
 PER_CLASS = {"train": 500, "test": 100}
+FEW_PER_CLASS = {"train": 40, "test": 10}
 
 
 class Builder:
@@ -61,17 +63,19 @@ def test_cifar_keeps_the_images_that_the_archives_order_selects(monkeypatch) -> 
 
 
 def test_held_out_images_are_neither_trained_on_nor_tested_on(monkeypatch) -> None:
-    builder = use(monkeypatch, Builder(PER_CLASS))
-    data = datasets.load("cifar100", 100.0, held_out_per_class=20)
+    builder = use(monkeypatch, Builder(FEW_PER_CLASS))
+    load = partial(datasets.load, "cifar100", 10.0, check_counts=False)
+    data = load(held_out_per_class=20)
     assert data.held_out is not None
     assert not set(data.held_out.keys) & set(data.train.keys)
     np.testing.assert_array_equal(data.held_out.labels, builder.labels["train"][data.held_out.keys])
     held_out = np.bincount(data.held_out.labels, minlength=100)
-    np.testing.assert_array_equal(held_out, np.minimum(500 - data.class_counts, 20))
+    np.testing.assert_array_equal(held_out, np.minimum(40 - data.class_counts, 20))
     assert held_out[0] == 0  # the largest class is kept whole
-    assert "1,980 training images" in data.held_out_description
-    assert "1 of 100 classes have none" in data.held_out_description
-    np.testing.assert_array_equal(data.train.keys, datasets.load("cifar100", 100.0).train.keys)
+    assert f"{held_out.sum():,} training images" in data.held_out_description
+    none = (held_out == 0).sum()
+    assert f"{none} of 100 classes have none" in data.held_out_description
+    np.testing.assert_array_equal(data.train.keys, load().train.keys)
 
 
 def test_a_balanced_set_holds_nothing_out() -> None:
@@ -80,13 +84,13 @@ def test_a_balanced_set_holds_nothing_out() -> None:
 
 
 def test_test_examples_have_names(monkeypatch) -> None:
-    use(monkeypatch, Builder(PER_CLASS))
-    names = datasets.load("cifar100", 100.0).test_names
-    assert (names[0], names[-1], len(names)) == ("test_00000", "test_09999", 10_000)
+    use(monkeypatch, Builder(FEW_PER_CLASS))
+    names = datasets.load("cifar100", 10.0, check_counts=False).test_names
+    assert (names[0], names[-1], len(names)) == ("test_00000", "test_00999", 1000)
 
 
 def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None:
-    use(monkeypatch, Builder({"train": 40, "test": 10}))
+    use(monkeypatch, Builder(FEW_PER_CLASS))
     with pytest.raises(UserError, match=r"should have 500 training and 100 test .* has 40 to 40"):
         datasets.load("cifar100", 10.0)
     data = datasets.load("cifar100", 10.0, check_counts=False)
@@ -95,7 +99,7 @@ def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None
 
 
 def test_unchecked_counts_are_announced_and_recorded(monkeypatch, caplog) -> None:
-    use(monkeypatch, Builder({"train": 40, "test": 10}))
+    use(monkeypatch, Builder(FEW_PER_CLASS))
     config = get_config("cifar100_lt", "ir=10,backbone=resnet8")
     config.data.check_counts = False
     with caplog.at_level(logging.INFO, logger="balpoe_jax"):
@@ -115,10 +119,10 @@ def test_an_empty_class_is_refused(monkeypatch) -> None:
 
 
 def test_a_label_out_of_range_is_refused(monkeypatch) -> None:
-    builder = use(monkeypatch, Builder(PER_CLASS))
+    builder = use(monkeypatch, Builder(FEW_PER_CLASS))
     builder.labels["train"][7] = 100
     with pytest.raises(UserError, match=r"Labels must lie in 0..99, but 1 do not"):
-        datasets.load("cifar100", 10.0)
+        datasets.load("cifar100", 10.0, check_counts=False)
 
 
 def test_digits_are_long_tailed_for_training_and_balanced_for_test() -> None:

@@ -2,6 +2,7 @@
 """Two processes with two devices each, over loopback, against one process with four devices."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import process_runs
 import pytest
+from conftest import quick_flags
 
 from balpoe_jax import processes, report
 from balpoe_jax.checkpoint import Checkpoints
@@ -22,6 +24,9 @@ from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import build
 from balpoe_jax.parallel import Parallel, make_parallel
 from balpoe_jax.train import train
+
+# Here as in the processes that `process_runs` starts.
+pytestmark = pytest.mark.usefixtures("tiny_experts")
 
 STEPS = process_runs.STEPS
 # A device computes its part alike in both layouts, but the sums over devices are made in another
@@ -34,7 +39,7 @@ GRADIENTS = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
+def reference(tiny_experts, tmp_path_factory) -> Path:
     """The digits, trained by one process on four devices."""
     workdir = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +54,8 @@ def two(reference: Path, tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("two")
     task = "whole, twin" if request.config.getoption("--all") else "whole"
     commands = process_runs.task_commands(task, folder, reference)
-    with process_runs.start(commands, folder / "log") as pair:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags(request.config)}"
+    with process_runs.start(commands, folder / "log", XLA_FLAGS=flags) as pair:
         assert pair.wait() == [0, 0], pair.everything()
     return folder
 
