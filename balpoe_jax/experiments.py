@@ -78,7 +78,8 @@ class Scale:
     """A size at which experiments are run.
 
     Attributes:
-        arguments: added to those of an experiment, by config file; None leaves all as they are.
+        arguments: added to those of an experiment, or in their place, by config file; None leaves
+            all as they are.
             Experiments of other files have no such size.
         remark: marks every output; empty for the paper's own setting.
     """

@@ -184,7 +184,14 @@ def _arguments(experiment: Experiment, scale: Scale) -> str:
             f"There is no small version of {experiment.config}; choose --scale=full, or another "
             "--table."
         )
-    return f"{experiment.arguments},{scale.arguments[experiment.config]}"
+    added = scale.arguments[experiment.config]
+    theirs = {argument.partition("=")[0] for argument in added.split(",")}
+    own = [
+        argument
+        for argument in experiment.arguments.split(",")
+        if argument.partition("=")[0] not in theirs
+    ]
+    return ",".join([*own, added])
 
 
 def run(jobs: Sequence[Job], again: bool = False) -> list[Job]:

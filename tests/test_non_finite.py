@@ -108,11 +108,13 @@ def test_a_state_that_overflowed_is_never_saved(tmp_path: Path, monkeypatch) -> 
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
-def test_a_sound_step_is_made_as_ever() -> None:
+def test_a_sound_step_is_made_as_ever(request) -> None:
+    """To the bit as users compile it; what is compiled quickly, for tests, rounds otherwise."""
     _, plain, _ = take_step(0.1, skip=False, pixel=0.0)
     _, guarded, metrics = take_step(0.1, skip=True, pixel=0.0)
     assert metrics["finite"]
-    jax.tree.map(np.testing.assert_array_equal, guarded, plain)
+    tolerance = {} if request.config.getoption("--all") else {"rtol": 1e-5, "atol": 1e-7}
+    jax.tree.map(partial(np.testing.assert_allclose, **{"rtol": 0, **tolerance}), guarded, plain)
 
 
 def test_the_batch_of_a_step_can_be_told_afterwards() -> None:
