@@ -26,6 +26,7 @@ from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.views import View, make_view
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import _train_settings
+from balpoe_jax.methods import RECIPES
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_views.npz"
 # c_sim of the contrastive methods.
@@ -253,6 +254,16 @@ def test_a_config_may_describe_a_second_way() -> None:
     photos.other_augment.blur = 2.0
     with pytest.raises(UserError, match=r"config\.other_augment\.blur must be at most 1, got 2\.0"):
         check_config(photos)
+
+
+def test_another_methods_training_has_no_second_way(monkeypatch) -> None:
+    """Where a method's own one has: it belongs to the augmentation."""
+    recipe = RECIPES["cmo_bs"]
+    own = {"cifar100_lt": recipe.on["cifar100_lt:recipe=long"]}
+    monkeypatch.setitem(RECIPES, "cmo_bs", dataclasses.replace(recipe, on=own))
+    for training, has in (("own", True), ("strong", False)):
+        config = get_config("cifar100_lt", f"method=cmo_bs,recipe={training}")
+        assert (_train_settings(config, 0).other_augment is not None) is has
 
 
 def test_a_config_describes_its_views() -> None:
