@@ -57,14 +57,22 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
     from balpoe_jax import parallel
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
+    from balpoe_jax.methods import RECIPES
 
     config = _config(method, backbone)
     config.batch_size = batch_size
     counts, image_shape = published("cifar100", 100.0)
     devices = parallel.make_parallel(devices=jax.devices("cpu")[:1])
-    with tempfile.TemporaryDirectory() as teacher:
-        _record_teacher(config, method, backbone, Path(teacher))
-        program = build_program(config, devices, counts, image_shape)
+    build = functools.partial(
+        build_program, devices=devices, class_counts=counts, image_shape=image_shape
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if teacher := RECIPES[method.partition(":")[0]].teacher:
+            taught_by = _config(":".join(teacher), backbone)
+            _pretend_to_have_trained(taught_by, build(taught_by).init_state(), Path(folder))
+            config.method.teacher = folder
+        program = build(config)
+        state: Any = program.init_state()
     random = np.random.default_rng(0)
     names = ["images", *(f"images_{view}" for view in range(2, program.method.views + 1))]
     labels = random.integers(0, len(counts), (2, batch_size)).astype(np.int32)
@@ -76,10 +84,6 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
             "weight": np.full(batch_size, 0.7, np.float32),
         }
     )
-    state: Any = program.init_state()
-    if program.teacher is not None:
-        variables = program.teacher.init_state().variables
-        state = state.replace(extra={**state.extra, "teacher": variables})
     number = num_parameters(state.params)
     update = program.map_train_step()
 
@@ -100,16 +104,15 @@ def _config(method: str, backbone: str) -> Any:
     return cifar_config("cifar100", 0.4, f"method={name},backbone={backbone}{further}")
 
 
-def _record_teacher(config: Any, method: str, backbone: str, folder: Path) -> None:
-    """Lets a config that needs a teacher have its recipe's, recorded in `folder`."""
+def _pretend_to_have_trained(config: Any, state: Any, workdir: Path) -> None:
+    """Makes a folder the run of a config whose newest checkpoint is this state."""
     from balpoe_jax import record
-    from balpoe_jax.methods import RECIPES
+    from balpoe_jax.checkpoint import Checkpoints
 
-    if (teacher := RECIPES[method.partition(":")[0]].teacher) is not None:
-        config.method.teacher = str(folder)
-        taught_by = _config(":".join(teacher), backbone).to_dict()
-        text = json.dumps({"config": record.plain(taught_by)})
-        (folder / record.CONFIG).write_text(text, encoding="utf-8")
+    text = json.dumps({"config": record.plain(config.to_dict())})
+    (workdir / record.CONFIG).write_text(text, encoding="utf-8")
+    with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
+        checkpoints.save(state)
 
 
 def as_text(found: dict[str, Any]) -> str:
