@@ -92,7 +92,8 @@ def stages(name: str) -> range:
 
 # Of which another recipe has all that devices share: compiling them would teach nothing new.
 COVERED = {
-    *("cross_entropy_cb", "ce_drw", "focal", "ldam"),  # by ldam_drw
+    *("cross_entropy_cb", "ce_drw", "focal", "ldam"),  # by focal_cb and ldam_drw
+    "remix_drw",  # whose mean is that over rows, as most are
     *("logit_adjustment", "pc_softmax"),  # by cross_entropy
     "ride",  # by ride_distill
 }

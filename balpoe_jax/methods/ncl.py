@@ -10,10 +10,10 @@ Followed is the authors' code (Bazinga699/NCL): losses are summed over networks,
 those of the first network's raw logits, gradients flow to both sides of a divergence, and the
 logits of other classes are multiplied by 0, so that they stay in the softmax; `hard_mask="inf"`
 removes them, as the paper says. One of the published trainings on CIFAR has a contrastive branch as
-well, without labels: a network tells the image that it sees by another view of it from earlier
-images, by projections that a moving average of the network has made (MoCo, He et al., CVPR 2020).
-There the average begins as a copy of the network and moves as a whole; in the code it begins at
-random, and its projection head stays there.
+well, which heeds no labels: each network learns to tell another view of an image from earlier
+images, all as a moving average of the network projects them (MoCo, He et al., CVPR 2020). Here the
+average begins as a copy of the network and moves as a whole; in the code it begins at random, and
+its projection head stays there.
 """
 
 import dataclasses

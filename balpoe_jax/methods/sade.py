@@ -9,7 +9,8 @@ test images, which is an option of every evaluation (`eval.aggregation_epochs`, 
 Followed is the authors' code (Vanint/SADE-AgnosticLT): the sum of the three losses, not their mean,
 and for the inverse distribution the training prior with its ranks reversed, which is proportional
 to `1 / n` only where class sizes fall exponentially. Classes of one size are ranked in their order,
-where the authors' sort leaves it open.
+where the authors' sort leaves it open. Their longer training is in no configuration that they
+published; `recipe=long`, which is BalPoE's, stands for it beside their figures.
 """
 
 import dataclasses
