@@ -24,7 +24,7 @@ RESUMED = ("mislas", "paco")
 # Whose batches, stages and evaluation are another one's, or are tested by themselves below.
 COVERED = {
     *("balpoe", "balanced_softmax", "lade", "focal_cb", "ldam_drw", "ncl", "ride_distill"),
-    *("mdcs", "gpaco", "sade"),
+    *("mdcs", "gpaco", "sade", "ncl_contrast"),
 }
 
 

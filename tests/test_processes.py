@@ -161,7 +161,8 @@ def test_only_the_first_process_logs(two: Path) -> None:
     assert "3 steps, 3 an epoch, learning rate 0.01" in output
     assert "step 3/3" in output
     silent = (two / "log" / "1.out").read_text().splitlines()
-    assert [line for line in silent if not line.startswith("[Gloo]")] == []
+    # Gloo itself writes a line for each group, in pieces.
+    assert [x for x in silent if not x.startswith("[Gloo]") and "peer ranks" not in x] == []
     assert (two / "log" / "1.err").read_text() == ""
     assert (two / "run" / "train.log").read_text().count("step 3/3") == 1
     environment = json.loads((two / "run" / "config.json").read_text())["environment"]
