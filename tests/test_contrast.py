@@ -151,14 +151,17 @@ def test_paco_bears_its_sharpest_similarities() -> None:
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-def test_the_queue_and_the_slow_network_move_as_they_should(x64) -> None:
-    """Keys of a step are those of the network after its own move, and enter at the front."""
-    method, facts, network = parts("paco")
-    start = fresh("paco").extra
-    np.testing.assert_array_equal(start["labels"], -1)
-    np.testing.assert_allclose(np.linalg.norm(start["queue"], axis=1), 1, rtol=1e-5)
-    # In the second step, in which the slow network is not yet that of the first one.
-    (state, _), (after, _), *_ = run("paco", "pmap", 1, 0, np.float64)
+@pytest.mark.parametrize("name", ["paco", "ncl_contrast"])
+def test_the_queue_and_the_slow_network_move_as_they_should(name: str, x64) -> None:
+    """Keys of a step are those of the network after its own move, and enter at the front.
+
+    Looked at in the second step, in which the slow network is not yet that of the first one.
+    """
+    method, facts, network = parts(name)
+    start = fresh(name).extra
+    np.testing.assert_array_equal(start.get("labels", -1), -1)
+    np.testing.assert_allclose(np.linalg.norm(start["queue"], axis=-1), 1, rtol=1e-5)
+    (state, _), (after, _), *_ = run(name, "pmap", 1, 0, np.float64)
     m = method.momentum
     expected = jax.tree.map(lambda a, b: m * a + (1 - m) * b, state.extra["params"], state.params)
     jax.tree.map(
@@ -166,17 +169,17 @@ def test_the_queue_and_the_slow_network_move_as_they_should(x64) -> None:
         after.extra["params"],
         expected,
     )
-    batch = tiny_network.batch(facts.batch_size, seed=1, dtype=np.float64)
+    size = facts.batch_size
+    batch = tiny_network.batch(size, seed=1, dtype=np.float64)
     slow = Network(network, expected, state.extra["batch_stats"])
-    keys = jax.vmap(lambda images: slow(images)[0].projections, axis_name=facts.axis_name)(
+    projected = jax.vmap(lambda images: slow(images)[0].projections, axis_name=facts.axis_name)(
         batch["images_2"][None]
     )[0]
-    np.testing.assert_allclose(after.extra["queue"][: facts.batch_size], keys, atol=1e-9)
-    np.testing.assert_array_equal(after.extra["labels"][: facts.batch_size], batch["labels"])
-    kept = method.queue_size - facts.batch_size
-    np.testing.assert_array_equal(
-        after.extra["queue"][facts.batch_size :], state.extra["queue"][:kept]
-    )
+    keys = np.moveaxis(projected, -2, 0)  # rows first, where there are several networks
+    new = {"queue": keys, "labels": batch["labels"]}
+    for kept in sorted(new.keys() & after.extra.keys()):
+        np.testing.assert_allclose(after.extra[kept][:size], new[kept], atol=1e-9)
+        np.testing.assert_array_equal(after.extra[kept][size:], state.extra[kept][:-size])
 
 
 def test_the_slow_network_gets_no_gradient_and_the_queue_none() -> None:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import fresh, parts, run
-from tiny_network import COUNTS, batch, logits_as_images, numeric_gradient
+from test_methods import fresh, parts
+from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Facts, Network
@@ -190,34 +190,13 @@ def test_the_whole_loss_with_contrast(x64) -> None:
     assert found.extra["batch_stats"] == pytest.approx(second.mean())
 
 
-def test_slow_networks_and_queue_move_as_they_should(x64) -> None:
-    """Keys of a step are those of the networks after their own move, and enter at the front."""
-    method, facts, network = parts("ncl_contrast")
+def test_contrast_takes_a_view_and_keeps_state() -> None:
+    """A queue with a projection of each network; NCL without it has none of this."""
+    method, plain = parts("ncl_contrast")[0], parts("ncl")[0]
+    assert (method.views, method.whole_batch) == (2, True)
     queue = fresh("ncl_contrast").extra["queue"]
-    assert method.views == 2 and method.whole_batch
     assert queue.shape == (method.queue_size, 3, method.width)
-    np.testing.assert_allclose(np.linalg.norm(queue, axis=-1), 1, rtol=1e-5)
-    # In the second step, in which the slow networks are not yet those of the first one.
-    (state, _), (after, _), *_ = run("ncl_contrast", "pmap", 1, 0, np.float64)
-    m = method.momentum
-    expected = jax.tree.map(lambda a, b: m * a + (1 - m) * b, state.extra["params"], state.params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13),
-        after.extra["params"],
-        expected,
-    )
-    slow = Network(network, expected, state.extra["batch_stats"])
-    keys = jax.vmap(lambda images: slow(images)[0].projections, axis_name=facts.axis_name)(
-        batch(facts.batch_size, seed=1, dtype=np.float64)["images_2"][None]
-    )[0]
-    size = facts.batch_size
-    np.testing.assert_allclose(after.extra["queue"][:size], keys.swapaxes(0, 1), atol=1e-9)
-    np.testing.assert_array_equal(after.extra["queue"][size:], state.extra["queue"][:-size])
-
-
-def test_without_contrast_there_is_one_view_and_no_state() -> None:
-    method, _, _ = parts("ncl")
-    assert method.views == 1 and not method.whole_batch and fresh("ncl").extra == {}
+    assert (plain.views, plain.whole_batch, fresh("ncl").extra) == (1, False, {})
 
 
 def test_values_that_are_not_valid() -> None:

@@ -15,6 +15,7 @@ from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
 from balpoe_jax.data.mixing import Mixer, MixSettings
 from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
 from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.views import EitherView, View
 from balpoe_jax.errors import UserError
 
 SIZE, RESIZE = 16, 18
@@ -275,6 +276,28 @@ def test_views_and_partners_of_the_sampler_have_windows_of_their_own(data_dir: P
             expected = np.where(mix.share == 1, expected, others)
         np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
     assert any(mixed) and not all(mixed)
+
+
+def test_each_photograph_is_made_in_one_of_two_ways(data_dir: Path) -> None:
+    """Decoded, and what is left to do with the whole batch, in the same way of the two."""
+    source = load(data_dir).train
+    either = EitherView(source, VIEW, AugmentSettings(cutout=8))
+    ways = View(source, VIEW), View(source, AugmentSettings(cutout=8))
+    encoded, _ = source.reader().read(tf.range(8))
+    random = RowRandom(stream_seed(1, "either", tf.constant(3, tf.int64)), 8, slice(0, 8))
+
+    def make(view, random: RowRandom) -> np.ndarray:
+        drawn = view.draw(photos.shapes(encoded), random)
+        rows = [
+            view.decode(x, tf.nest.map_structure(lambda y, i=i: y[i], drawn))
+            for i, x in enumerate(encoded)
+        ]
+        return pixels.unpack(view.augment(tf.stack(rows), random)).numpy()
+
+    found = make(either, random)
+    first, second = make(ways[0], random), make(ways[1], random.stream("second"))
+    as_first, as_second = ((found == x).all(axis=(1, 2, 3)) for x in (first, second))
+    assert (as_first ^ as_second).all() and 0 < as_second.sum() < 8
 
 
 def test_views_for_evaluation_have_windows_by_position(data_dir: Path) -> None:
