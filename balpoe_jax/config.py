@@ -66,7 +66,7 @@ def default_config() -> ConfigDict:
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
             saturation), .policy, .cutout (side in pixels), .crop_area, .hue, .jitter_probability,
             .grayscale, .blur, .randaugment_layers, .randaugment_magnitude: see
-            `balpoe_jax.data.augment.AugmentSettings`; photographs are cropped at random while they
+            `balpoe_jax.data.settings.AugmentSettings`; photographs are cropped at random while they
             are decoded.
         method.name: the class of the method, see `balpoe_jax.methods`, and as method.* its
             hyper-parameters; a config file's argument `method=` sets them all.
@@ -78,7 +78,7 @@ def default_config() -> ConfigDict:
             augment; only methods that need them have these sections.
         mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
             .first_epoch and .last_epoch (counted from 0, without the last; 0 for the end), .kappa,
-            .threshold, .exponent, .partners: see `balpoe_jax.data.mixing.MixSettings`.
+            .threshold, .exponent, .partners: see `balpoe_jax.data.settings.MixSettings`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
             the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
             "auto" is "vmap" on TPUs for the networks for small images and "loop" otherwise;

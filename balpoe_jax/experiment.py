@@ -17,8 +17,13 @@ from ml_collections import ConfigDict
 from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel, processes, stages, teachers
 from balpoe_jax.data import datasets, pipeline, shift
-from balpoe_jax.data.augment import AugmentSettings
-from balpoe_jax.data.mixing import MixSettings
+from balpoe_jax.data.settings import (
+    AugmentSettings,
+    Host,
+    MixSettings,
+    TrainSettings,
+    steps_per_epoch,
+)
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.errors import UserError
@@ -74,11 +79,9 @@ class Program:
         return self.stages[-1].last_step
 
     @property
-    def host(self) -> pipeline.Host:
+    def host(self) -> Host:
         """This process's part in making the batches."""
-        return pipeline.Host(
-            jax.process_index(), self.parallel.num_hosts, self.config["data"]["threads"]
-        )
+        return Host(jax.process_index(), self.parallel.num_hosts, self.config["data"]["threads"])
 
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
@@ -173,10 +176,10 @@ class Experiment(Program):
     data: LongTailed
     targets: list[shift.Target]
     test_view: AugmentSettings
-    settings: tuple[pipeline.TrainSettings, ...]
+    settings: tuple[TrainSettings, ...]
 
     @property
-    def train_settings(self) -> pipeline.TrainSettings:
+    def train_settings(self) -> TrainSettings:
         """How batches are made in the first stage."""
         return self.settings[0]
 
@@ -312,20 +315,20 @@ def _plan_stages(
     first_step = first_epoch = 0
     for index, stage in enumerate(_stage_configs(config)):
         rates = _learning_rates(stage)
-        steps_per_epoch = pipeline.steps_per_epoch(int(class_counts.sum()), stage.batch_size)
+        per_epoch = steps_per_epoch(int(class_counts.sum()), stage.batch_size)
         facts = Facts(
             class_counts=class_counts,
             taus=taus,
             scale=1.0 if config.model.classifier == "linear" else config.model.scale,
             batch_size=stage.batch_size,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=per_epoch,
             first_step=first_step,
             axis_name=parallel.AXIS_NAME,
             sync_batch_norm=config.parallel.sync_batch_norm,
             teacher=known,
         )
         optimizer = optim.make_optimizer(
-            optim.rate_of_step(rates, steps_per_epoch),
+            optim.rate_of_step(rates, per_epoch),
             stage.optim.momentum,
             stage.optim.nesterov,
             stage.optim.weight_decay,
@@ -401,8 +404,8 @@ def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
     )
 
 
-def _train_settings(config: ConfigDict, stage: int) -> pipeline.TrainSettings:
-    return pipeline.TrainSettings(
+def _train_settings(config: ConfigDict, stage: int) -> TrainSettings:
+    return TrainSettings(
         batch_size=config.batch_size,
         # Another stage is not to begin with the batches that the first one began with.
         seed=config.seed + stage * _STAGE_SEED,

@@ -15,10 +15,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from balpoe_jax.data import datasets, mixing, photos, pipeline, pixels, tfrecords
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
-from balpoe_jax.data.policies import AUTOAUGMENT_CIFAR
+from balpoe_jax.data.augment import (
+    augment_batch,
+    normalize,
+)
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.resampling import resize
+from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings, MixSettings, TrainSettings
 from balpoe_jax.data.sources import ArraySource, RecordSource, Source
 from balpoe_jax.recipes import IMAGENET_LT, cifar_config, photo_config
 from benchmarks.measuring import Sample
@@ -42,7 +45,7 @@ class Case:
 
     source: Source
     description: str
-    settings: pipeline.TrainSettings
+    settings: TrainSettings
     transform: Transform
 
     def pil_examples(self) -> list[npt.NDArray[np.uint8]] | list[bytes]:
@@ -120,7 +123,7 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
     settings = case.settings
     as_compiled = pixels.compiled if case.source.encoded else lambda function: function
     mixer = mixing.Mixer(
-        mixing.MixSettings(alpha=mixup_alpha),
+        MixSettings(alpha=mixup_alpha),
         case.source.labels,
         case.source.image_shape,
         batch_size,
@@ -201,8 +204,8 @@ def _cpu_seconds(function: Callable[[], tf.Tensor], seconds: float) -> float:
     return float(np.median(times))
 
 
-def _settings(config: ConfigDict, batch_size: int) -> pipeline.TrainSettings:
-    return pipeline.TrainSettings(
+def _settings(config: ConfigDict, batch_size: int) -> TrainSettings:
+    return TrainSettings(
         batch_size=batch_size,
         seed=config.seed,
         mean=tuple(config.data.mean),
@@ -211,7 +214,7 @@ def _settings(config: ConfigDict, batch_size: int) -> pipeline.TrainSettings:
     )
 
 
-def _pil_transform(settings: pipeline.TrainSettings, size: int) -> Transform:
+def _pil_transform(settings: TrainSettings, size: int) -> Transform:
     augment = settings.augment
     return Transform(
         size=size,

@@ -122,9 +122,10 @@ def digits_config(**changes):
 
 def cifar_steps(mode: str):
     """Three steps at CIFAR's size, cropped, flipped and mixed in two groups: losses and state."""
-    from balpoe_jax.data.augment import AugmentSettings
-    from balpoe_jax.data.mixing import MixSettings
-    from balpoe_jax.data.pipeline import Host, TrainSettings, train_batches
+    from balpoe_jax.data.pipeline import (
+        train_batches,
+    )
+    from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
     from balpoe_jax.data.sources import ArraySource
     from balpoe_jax.methods import Facts
     from balpoe_jax.methods.balpoe import BalPoE

@@ -6,8 +6,13 @@ import pytest
 import tensorflow as tf
 
 from balpoe_jax.data import pixels, policies
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, draw_changes, normalize
+from balpoe_jax.data.augment import (
+    augment_batch,
+    draw_changes,
+    normalize,
+)
 from balpoe_jax.data.randomness import RowRandom, fold_in
+from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings
 from balpoe_jax.errors import UserError
 
 EVERYTHING = AugmentSettings(
@@ -119,7 +124,7 @@ def test_every_rule_runs_as_often_and_as_strongly_as_it_says(monkeypatch) -> Non
     monkeypatch.setattr(policies, "_operations", operations)
     policies.apply_policy(tf.zeros([draws, 2, 2, 3], tf.uint8), source(draws), "autoaugment_cifar")
 
-    rules = [rule for pair in policies.AUTOAUGMENT_CIFAR for rule in pair]
+    rules = [rule for pair in AUTOAUGMENT_CIFAR for rule in pair]
     for name in {name for name, _, _ in rules}:
         expected = sum(probability for other, probability, _ in rules if other == name) / 25
         runs = sum(len(parameters) for parameters in noted[name])
@@ -154,12 +159,12 @@ def test_the_policy_is_the_published_one() -> None:
         words = text.split()
         rules = [words[:3], words[3:]]
         pairs.append(tuple((name, int(tenths) / 10, int(index)) for name, tenths, index in rules))
-    assert tuple(pairs) == policies.AUTOAUGMENT_CIFAR
+    assert tuple(pairs) == AUTOAUGMENT_CIFAR
 
 
 def test_every_pair_is_equally_likely() -> None:
     chosen = source(50_000).uniform("pair", 0, 25, tf.int32).numpy()
-    assert len(policies.AUTOAUGMENT_CIFAR) == 25
+    assert len(AUTOAUGMENT_CIFAR) == 25
     assert all(within_four_sigma(chosen == pair, 1 / 25) for pair in range(25))
 
 

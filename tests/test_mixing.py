@@ -8,17 +8,23 @@ import pytest
 import tensorflow as tf
 from test_pipeline import assert_equal, make_settings
 
-from balpoe_jax.data.augment import AugmentSettings
 from balpoe_jax.data.mixing import (
-    NO_MIXING,
-    RULES,
     Mixer,
-    MixSettings,
     box_mask,
     mix_images,
     relabel,
 )
-from balpoe_jax.data.pipeline import Host, TrainSettings, train_batches
+from balpoe_jax.data.pipeline import (
+    train_batches,
+)
+from balpoe_jax.data.settings import (
+    NO_MIXING,
+    RULES,
+    AugmentSettings,
+    Host,
+    MixSettings,
+    TrainSettings,
+)
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError
 

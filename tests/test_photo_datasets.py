@@ -11,10 +11,19 @@ import tensorflow as tf
 from small_photos import jpeg, prepare
 
 from balpoe_jax.data import datasets, natural, photos, pipeline, pixels, sources
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, normalize
-from balpoe_jax.data.mixing import Mixer, MixSettings
-from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
+from balpoe_jax.data.augment import (
+    augment_batch,
+    normalize,
+)
+from balpoe_jax.data.mixing import (
+    Mixer,
+)
+from balpoe_jax.data.pipeline import (
+    eval_batches,
+    train_batches,
+)
 from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
 from balpoe_jax.data.views import EitherView, View
 from balpoe_jax.errors import UserError
 

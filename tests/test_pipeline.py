@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data.augment import AugmentSettings
-from balpoe_jax.data.mixing import MixSettings
 from balpoe_jax.data.pipeline import (
-    Host,
-    TrainSettings,
     eval_batches,
-    steps_per_epoch,
     train_batches,
+)
+from balpoe_jax.data.settings import (
+    AugmentSettings,
+    Host,
+    MixSettings,
+    TrainSettings,
+    steps_per_epoch,
 )
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError

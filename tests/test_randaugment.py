@@ -9,9 +9,14 @@ import pytest
 import tensorflow as tf
 
 from balpoe_jax.data import pixels, randaugment
-from balpoe_jax.data.augment import AugmentSettings, augment_batch
-from balpoe_jax.data.randaugment import IMAGENET_MEAN, Draw
+from balpoe_jax.data.augment import (
+    augment_batch,
+)
+from balpoe_jax.data.randaugment import (
+    Draw,
+)
 from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.settings import IMAGENET_MEAN, AugmentSettings
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
 

@@ -4,7 +4,7 @@
 import pytest
 
 from balpoe_jax.config import check_config, resolve_taus
-from balpoe_jax.data.augment import AugmentSettings
+from balpoe_jax.data.settings import AugmentSettings
 from balpoe_jax.errors import UserError
 from balpoe_jax.recipes import IMAGENET_LT, INATURALIST2018, photo_config
 

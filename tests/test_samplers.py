@@ -7,8 +7,12 @@ import tensorflow as tf
 from test_pipeline import PLAIN, assert_equal, make_settings, numbered_source, positions_of
 
 from balpoe_jax.data import samplers
-from balpoe_jax.data.pipeline import Host, batch_indices, train_batches
+from balpoe_jax.data.pipeline import (
+    batch_indices,
+    train_batches,
+)
 from balpoe_jax.data.randomness import RowRandom, fold_in
+from balpoe_jax.data.settings import SAMPLERS, Host, steps_per_epoch
 from balpoe_jax.errors import UserError
 
 LABELS = np.array([3, 1, 0, 1, 0, 0, 1, 0, 0, 3, 0, 1, 0, 0, 0])  # 9, 4, none and 2
@@ -50,7 +54,7 @@ def test_class_balanced_epochs_draw_every_class_as_often() -> None:
 
 @pytest.mark.parametrize("run", [1, 4])
 def test_class_aware_epochs_give_every_class_its_turn(run: int) -> None:
-    per_epoch = samplers.steps_per_epoch(len(LABELS), BATCH)
+    per_epoch = steps_per_epoch(len(LABELS), BATCH)
     seen = {label: [] for label in (0, 1, 3)}
     for order in orders("class_aware", range(30 * per_epoch), class_run=run).reshape(30, -1):
         turns = LABELS[order].reshape(-1, run)
@@ -80,14 +84,14 @@ def test_every_order_of_classes_and_examples_is_as_likely() -> None:
     assert len(counts) == 6 and chi_squared(counts, np.ones(6)) < 20.5
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_orders_are_a_function_of_the_step(sampler: str) -> None:
     whole = orders(sampler, range(9))
     np.testing.assert_array_equal(orders(sampler, range(5, 9)), whole[5:])
     assert not np.array_equal(whole[0], whole[2])
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS[1:])
+@pytest.mark.parametrize("sampler", SAMPLERS[1:])
 def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:
     source = numbered_source(21)
     settings = make_settings(**PLAIN, sampler=sampler, class_run=2)

@@ -17,9 +17,14 @@ from test_tfrecords import write
 
 from balpoe_jax import bad_images
 from balpoe_jax.data import pipeline, sources, tfrecords, unreadable
-from balpoe_jax.data.augment import AugmentSettings
-from balpoe_jax.data.mixing import Mixer, MixSettings
-from balpoe_jax.data.pipeline import Host, TrainSettings, eval_batches, train_batches
+from balpoe_jax.data.mixing import (
+    Mixer,
+)
+from balpoe_jax.data.pipeline import (
+    eval_batches,
+    train_batches,
+)
+from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
 from balpoe_jax.data.sources import RecordSource
 from balpoe_jax.errors import PassingError, UserError
 

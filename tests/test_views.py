@@ -15,13 +15,21 @@ from test_photos import windows_by_hand
 from test_pipeline import PLAIN, assert_equal, make_settings, make_source
 
 from balpoe_jax.config import check_config, default_config
-from balpoe_jax.data import augment, pixels
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, draw_changes
+from balpoe_jax.data import pixels
+from balpoe_jax.data.augment import (
+    augment_batch,
+    draw_changes,
+)
 from balpoe_jax.data.blur import GREATEST_SIGMA, blur, box_weights
 from balpoe_jax.data.hue import change_hue
 from balpoe_jax.data.jitter import color_jitter
-from balpoe_jax.data.pipeline import Host, eval_batches, train_batches, view_batches
+from balpoe_jax.data.pipeline import (
+    eval_batches,
+    train_batches,
+    view_batches,
+)
 from balpoe_jax.data.resampling import enlarge_windows
+from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings, Host
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.views import View, make_view
 from balpoe_jax.errors import UserError
@@ -112,7 +120,7 @@ def test_views_are_drawn_as_often_and_as_strongly_as_they_say() -> None:
         assert within_four_sigma(np.abs(deviation) < reach / 2, 0.5)
     codes, counts = np.unique(order @ [64, 16, 4, 1], return_counts=True)
     assert len(codes) == 24 and ((counts - 833) ** 2 / 833).sum() < 49.7  # 99.9 %, 23 degrees
-    low, high = augment.BLUR_SIGMA
+    low, high = BLUR_SIGMA
     half = box_weights(tf.constant((low + high) / 2)).numpy()[0]
     assert within_four_sigma(draws["blur"].numpy()[:, 0] < half, 0.5)
     assert box_weights(tf.constant([low, high])).numpy()[::-1, 0].tolist() == pytest.approx(

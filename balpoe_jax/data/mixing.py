@@ -7,110 +7,14 @@ come from. Beside mixup (Zhang et al., ICLR 2018) there are CutMix (Yun et al., 
 2022). All draws are functions of (seed, step).
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from balpoe_jax.data.randomness import RowRandom, fold_in, stream_id, stream_seed
-from balpoe_jax.data.samplers import Labels, WeightedSampler, steps_per_epoch
-from balpoe_jax.errors import UserError
-
-RULES = ("mixup", "cutmix", "mixup_or_cutmix", "remix", "remix_cutmix", "unimix", "cmo")
-PARTNERS = ("batch", "sampler")
-
-_BOX_RULES = ("cutmix", "remix_cutmix", "cmo")
-_REMIX_RULES = ("remix", "remix_cutmix")
-
-
-@dataclasses.dataclass(frozen=True)
-class MixSettings:
-    """How the images of a batch are mixed with others.
-
-    Attributes:
-        alpha: of the Beta distribution `Beta(alpha, alpha)` of coefficients; 0 for no mixing.
-        groups: partners in the batch are within this many equal groups of neighbours; 1 is the
-            reference, several keep the partners of a row on its host.
-        rule: one of `RULES`.
-            mixup: a weighted mean, one coefficient a batch.
-            cutmix: a box of the partner's pixels, one box a batch; the label's share is that of the
-                pixels.
-            mixup_or_cutmix: one of these two, with even odds for each batch.
-            remix, remix_cutmix: mixup or cutmix, but the whole label is the rarer one's where its
-                class is `kappa` times as rare and the other's share of the image is less than
-                `threshold`.
-            unimix: a weighted mean with a coefficient for each image, which favours the rarer.
-            cmo: cutmix with partners from the second sampler.
-        probability: the share of batches that are mixed.
-        first_epoch, last_epoch: batches are mixed from the first of these epochs, counted from 0,
-            until before the last one; 0 for the last one means to the end.
-        kappa, threshold: of Remix.
-        exponent: partners are drawn, where they are not a permutation of the batch, with
-            probability proportional to a class's number of examples to the power of so much: for
-            each class by the second sampler, for each image of the batch by unimix.
-        partners: "batch" (a permutation; of unimix with replacement) or "sampler" (the second one,
-            over the whole training set with replacement; its images are augmented by draws of
-            their own). Of cmo it is always the sampler.
-
-    Raises:
-        UserError (a `ValueError`): a value that is not valid.
-    """
-
-    alpha: float = 0.0
-    groups: int = 1
-    rule: str = "mixup"
-    probability: float = 1.0
-    first_epoch: int = 0
-    last_epoch: int = 0
-    kappa: float = 3.0
-    threshold: float = 0.5
-    exponent: float = 0.0
-    partners: str = "batch"
-
-    def __post_init__(self) -> None:
-        for name, valid in (("rule", RULES), ("partners", PARTNERS)):
-            if (value := getattr(self, name)) not in valid:
-                raise UserError(
-                    f"config.mixup.{name} must be one of {', '.join(valid)}; got {value!r}."
-                )
-        if not self.alpha >= 0:
-            raise UserError(f"config.mixup.alpha must not be negative, got {self.alpha}.")
-        if not 0 <= self.probability <= 1:
-            raise UserError(f"config.mixup.probability must be 0 to 1, got {self.probability}.")
-        if self.first_epoch < 0 or 0 < self.last_epoch <= self.first_epoch or self.last_epoch < 0:
-            raise UserError(
-                "config.mixup.first_epoch must not be negative and .last_epoch be later, or 0 for "
-                f"the end; got {self.first_epoch} and {self.last_epoch}."
-            )
-        if not self.kappa >= 1 or not 0 <= self.threshold <= 1:
-            raise UserError(
-                "config.mixup.kappa must be at least 1 and .threshold 0 to 1, got "
-                f"{self.kappa} and {self.threshold}."
-            )
-
-    @property
-    def from_sampler(self) -> bool:
-        """Whether partners are read from the training set rather than found in the batch."""
-        return self.alpha > 0 and (self.rule == "cmo" or self.partners == "sampler")
-
-    @property
-    def always(self) -> bool:
-        """Whether every batch is mixed."""
-        return self.probability == 1 and not self.first_epoch and not self.last_epoch
-
-    def check_groups(self, batch_size: int, num_hosts: int) -> None:
-        """Refuses groups within which rows of one host could not find all their partners."""
-        if self.alpha == 0 or self.from_sampler:
-            num_hosts = 1
-        if self.groups < 1 or batch_size % self.groups or self.groups % num_hosts:
-            raise UserError(
-                f"mixup.groups must divide the batch size {batch_size} and be a multiple of the "
-                f"number of hosts, {num_hosts}; got {self.groups}."
-            )
-
-
-NO_MIXING = MixSettings()
+from balpoe_jax.data.samplers import Labels, WeightedSampler
+from balpoe_jax.data.settings import BOX_RULES, REMIX_RULES, MixSettings, steps_per_epoch
 
 
 class Mix(NamedTuple):
@@ -203,7 +107,7 @@ class Mixer:
         else:
             coefficient = self._coefficients(step)
             share, weight = self._shares(step, coefficient)
-            if rule in _REMIX_RULES:
+            if rule in REMIX_RULES:
                 weight = relabel(
                     weight, counts, other_counts, self._settings.kappa, self._settings.threshold
                 )
@@ -217,7 +121,7 @@ class Mixer:
     def _shares(self, step: tf.Tensor, coefficient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The share of each pixel, for `Mix`, and the share of the image, a float32 scalar."""
         mean = tf.cast(coefficient, tf.float32)
-        if self._settings.rule not in (*_BOX_RULES, "mixup_or_cutmix"):
+        if self._settings.rule not in (*BOX_RULES, "mixup_or_cutmix"):
             return mean, mean
         box = self._box(step, coefficient)
         area = tf.reduce_sum(tf.cast(box, tf.float64)) / (self._height * self._width)

@@ -5,7 +5,6 @@ No iterator state needs to be saved, a resumed run reads batch k at step k, and 
 or threads makes the same global batches.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +14,11 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from balpoe_jax.data import photos, samplers, unreadable
-from balpoe_jax.data.augment import AugmentSettings, normalize
+from balpoe_jax.data.augment import normalize
 from balpoe_jax.data.randomness import RowRandom, stream_seed
-from balpoe_jax.data.samplers import steps_per_epoch
+from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
 from balpoe_jax.data.sources import RecordSource, Source
-from balpoe_jax.data.stages import Batch, TrainSettings, TrainStages, to_input
+from balpoe_jax.data.stages import Batch, TrainStages, to_input
 from balpoe_jax.data.tracing import as_written
 from balpoe_jax.data.views import View
 from balpoe_jax.errors import UserError
@@ -33,30 +32,12 @@ _INDICES = ("indices", "other_indices")
 _BATCHES_AT_ONCE = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """Which part of each global batch to make, and with how many threads (0: all cores)."""
-
-    index: int = 0
-    count: int = 1
-    threads: int = 0
-
-    def rows(self, batch_size: int) -> slice:
-        """This host's rows of a global batch."""
-        if batch_size % self.count:
-            raise UserError(
-                f"The batch size must be a multiple of the {self.count} hosts, got {batch_size}."
-            )
-        share = batch_size // self.count
-        return slice(self.index * share, (self.index + 1) * share)
-
-
 def train_batches(
     source: Source,
     settings: TrainSettings,
     first_step: int,
     last_step: int,
-    host: Host = Host(),
+    host: Host = ONE_HOST,
     replacements: unreadable.Replacements | None = None,
 ) -> Iterator[Arrays]:
     """The batches of steps `first_step` to `last_step - 1`.
@@ -148,7 +129,7 @@ def eval_batches(
     batch_size: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    host: Host = Host(),
+    host: Host = ONE_HOST,
     dtype: str = "float32",
 ) -> Iterator[Arrays]:
     """Every example once, in order; the last batch is padded.
@@ -177,7 +158,7 @@ def view_batches(
     augment: AugmentSettings,
     seed: int,
     epoch: int,
-    host: Host = Host(),
+    host: Host = ONE_HOST,
     dtype: str = "float32",
 ) -> Iterator[Arrays]:
     """What `eval_batches` gives, but augmented: of photographs, random windows for central crops.

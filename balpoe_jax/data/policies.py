@@ -13,41 +13,7 @@ import tensorflow as tf
 
 from balpoe_jax.data import image_ops
 from balpoe_jax.data.randomness import RowRandom
-from balpoe_jax.errors import UserError
-
-Rule = tuple[str, float, int]  # operation, probability, magnitude index 0..9
-
-# AutoAugment for CIFAR-10 (Cubuk et al., CVPR 2019, table 7): one pair is drawn for each image.
-AUTOAUGMENT_CIFAR: tuple[tuple[Rule, Rule], ...] = (
-    (("invert", 0.1, 7), ("contrast", 0.2, 6)),
-    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
-    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
-    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
-    (("color", 0.4, 3), ("brightness", 0.6, 7)),
-    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
-    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
-    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
-    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
-    (("brightness", 0.9, 6), ("color", 0.2, 8)),
-    (("solarize", 0.5, 2), ("invert", 0.0, 3)),
-    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
-    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
-    (("color", 0.9, 9), ("equalize", 0.6, 6)),
-    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
-    (("brightness", 0.1, 3), ("color", 0.7, 0)),
-    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
-    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
-    (("equalize", 0.8, 8), ("invert", 0.1, 3)),
-    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
-)
-
-_TABLES = {"none": (), "autoaugment_cifar": AUTOAUGMENT_CIFAR}
-POLICIES = (*_TABLES, "randaugment")
+from balpoe_jax.data.settings import POLICY_TABLES, Rule
 
 
 class _Operation(NamedTuple):
@@ -99,16 +65,6 @@ def _operations(height: int, width: int) -> dict[str, _Operation]:
     }
 
 
-def check_policy(name: str) -> None:
-    """Refuses an unknown policy.
-
-    Raises:
-        UserError (a `ValueError`): listing the valid names.
-    """
-    if name not in POLICIES:
-        raise UserError(f"augment.policy must be one of {', '.join(POLICIES)}; got {name!r}.")
-
-
 def apply_policy(images: tf.Tensor, random: RowRandom, name: str) -> tf.Tensor:
     """Draws a sequence of the policy for each image and applies it.
 
@@ -120,7 +76,7 @@ def apply_policy(images: tf.Tensor, random: RowRandom, name: str) -> tf.Tensor:
     Returns:
         uint8 `[rows, H, W, 3]`.
     """
-    policy = _TABLES[name]
+    policy = POLICY_TABLES[name]
     if not policy:
         return images
     _, height, width, _ = images.shape

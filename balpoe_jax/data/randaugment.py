@@ -16,11 +16,12 @@ import tensorflow as tf
 
 from balpoe_jax.data import pixels
 from balpoe_jax.data.randomness import RowRandom
-
-IMAGENET_MEAN = (124, 116, 104)
-
-LAYERS = 2
-MAGNITUDE = GREATEST = 10.0
+from balpoe_jax.data.settings import (
+    IMAGENET_MEAN,
+    RANDAUGMENT_GREATEST,
+    RANDAUGMENT_LAYERS,
+    RANDAUGMENT_MAGNITUDE,
+)
 
 _PROBABILITY = 0.5
 _DEVIATION = 0.5
@@ -45,19 +46,21 @@ class Draw(NamedTuple):
 Operation = Callable[[tf.Tensor, Draw], tf.Tensor]
 
 
-def draw(random: RowRandom, layers: int = LAYERS, magnitude: float = MAGNITUDE) -> Draw:
+def draw(
+    random: RowRandom, layers: int = RANDAUGMENT_LAYERS, magnitude: float = RANDAUGMENT_MAGNITUDE
+) -> Draw:
     """Draws for all rows of `random`.
 
     Args:
         random: source of the draws.
         layers: how many operations an image gets, of which half are applied in the mean.
-        magnitude: around which those of the operations are drawn, 0 to `GREATEST`.
+        magnitude: around which those of the operations are drawn, 0 to `RANDAUGMENT_GREATEST`.
     """
     shape = (layers,)
     which = 1 + random.uniform("operation", 0, len(_operations(IMAGENET_MEAN)), tf.int32, shape)
     runs = random.uniform("gate", per_row=shape) < _PROBABILITY
     drawn = magnitude + _DEVIATION * random.normal("magnitude", shape)
-    level = tf.clip_by_value(drawn, 0, GREATEST) / GREATEST
+    level = tf.clip_by_value(drawn, 0, RANDAUGMENT_GREATEST) / RANDAUGMENT_GREATEST
     sign = tf.where(random.uniform("sign", per_row=shape) < 0.5, -1.0, 1.0)
     cubic = random.uniform("interpolation", per_row=shape) < 0.5
     return Draw(tf.where(runs, which, 0), level, sign, cubic)

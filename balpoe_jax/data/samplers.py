@@ -8,35 +8,10 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from balpoe_jax.data.randomness import RowRandom, fold_in, stream_id, stream_seed
+from balpoe_jax.data.settings import steps_per_epoch
 from balpoe_jax.data.tracing import as_written
-from balpoe_jax.errors import UserError
-
-# How the training set is gone through:
-#   shuffle         every epoch is a permutation of all examples
-#   class_balanced  a class with even odds, then one of its examples with even odds
-#   class_aware     the classes in turn, in a new order each time round, and of each class some of
-#                   its examples in turn, in a new order each time round (MiSLAS, stage 2)
-SAMPLERS = ("shuffle", "class_balanced", "class_aware")
 
 Labels = npt.NDArray[np.integer]
-
-
-def check_sampler(sampler: str, class_run: int) -> None:
-    """Refuses a sampler that there is not."""
-    if sampler not in SAMPLERS:
-        raise UserError(
-            f"config.data.sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}."
-        )
-    if class_run < 1:
-        raise UserError(f"config.data.class_run must be at least 1, got {class_run}.")
-
-
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """`ceil(N / B)`: the last batch of an epoch wraps to the start of the epoch's permutation.
-
-    The reference makes as many steps, the last of them with the smaller rest as a batch.
-    """
-    return -(-num_examples // batch_size)
 
 
 def batches(

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages in which a training batch is made, and the settings that they follow."""
+"""The stages in which a training batch is made."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from balpoe_jax.data import photos, pixels
-from balpoe_jax.data.augment import AugmentSettings, normalize
-from balpoe_jax.data.mixing import NO_MIXING, Mix, Mixer, MixSettings, mix_images
+from balpoe_jax.data.augment import normalize
+from balpoe_jax.data.mixing import Mix, Mixer, mix_images
 from balpoe_jax.data.randomness import RowRandom, stream_seed
-from balpoe_jax.data.samplers import check_sampler
+from balpoe_jax.data.settings import TrainSettings
 from balpoe_jax.data.sources import Source
 from balpoe_jax.data.views import EitherView, View, make_view
 
@@ -19,41 +18,6 @@ Batch = dict[str, Any]  # of tensors
 
 # The images that others are mixed with, where these are not the batch's own.
 _OTHERS = "others"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How training batches are made.
-
-    Attributes:
-        batch_size: of the global batch.
-        seed: of order, augmentation and mixing.
-        mean, std: of the normalisation, by channel, for images in [0, 1].
-        augment: what happens to the uint8 images.
-        other_augment: what happens to half of them, drawn one by one, instead; None for none.
-        mix: how they are mixed then.
-        dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
-        views: of further views of the same images, what happens to each; they are not mixed.
-        sampler, class_run: see `samplers.batches`.
-
-    Raises:
-        UserError (a `ValueError`): a sampler that there is not.
-    """
-
-    batch_size: int
-    seed: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    augment: AugmentSettings
-    mix: MixSettings = NO_MIXING
-    dtype: str = "float32"
-    views: tuple[AugmentSettings, ...] = ()
-    sampler: str = "shuffle"
-    class_run: int = 1
-    other_augment: AugmentSettings | None = None
-
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.class_run)
 
 
 class TrainStages:

@@ -16,8 +16,9 @@ from typing import Any
 import tensorflow as tf
 
 from balpoe_jax.data import photos
-from balpoe_jax.data.augment import AugmentSettings, augment_batch, change_image, draw_changes
+from balpoe_jax.data.augment import augment_batch, change_image, draw_changes
 from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.settings import AugmentSettings
 from balpoe_jax.data.sources import Source
 
 # Of a photograph's window, as torchvision has it.
