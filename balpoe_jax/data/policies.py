@@ -8,22 +8,20 @@ RandAugment, which is no table, has a module of its own.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from balpoe_jax.data import image_ops
+from balpoe_jax.data.magnitudes import autoaugment_magnitudes
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.settings import POLICY_TABLES, Rule
 
 
 class _Operation(NamedTuple):
-    """How an operation turns magnitudes into parameters.
+    """What an operation does, and how it turns magnitudes into parameters.
 
     Attributes:
-        apply: from images and float32 `[n]` parameters to images.
-        origin: the parameter from which strengths count.
-        strengths: distance from `origin` for each magnitude index.
-        signed: whether the distance goes either way, with even odds.
+        apply: Function of images and float32 `[n]` parameters that returns images.
+        origin, strengths, signed: Those of `Magnitudes`.
     """
 
     apply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -35,33 +33,26 @@ class _Operation(NamedTuple):
 def _operations(height: int, width: int) -> dict[str, _Operation]:
     """The operations with the magnitudes of the reference, for images of one size."""
 
-    def up_to(strongest: float) -> tuple[float, ...]:
-        return tuple(np.linspace(0, strongest, 10))
+    def without_parameter(
+        operation: Callable[[tf.Tensor], tf.Tensor],
+    ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+        return lambda images, _: operation(images)
 
-    def without_parameter(operation: Callable[[tf.Tensor], tf.Tensor]) -> _Operation:
-        return _Operation(lambda images, _: operation(images), 0, up_to(0), False)
-
-    posterize_bits = (8, 8, 7, 7, 6, 6, 5, 5, 4, 4)
+    functions = {
+        name: getattr(image_ops, name)
+        for name in (
+            "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "color", "contrast",
+            "sharpness", "brightness", "solarize",
+        )
+    }  # fmt: skip
+    functions["posterize"] = lambda images, bits: image_ops.posterize(
+        images, tf.cast(bits, tf.int32)
+    )
+    for name in ("invert", "autocontrast", "equalize"):
+        functions[name] = without_parameter(getattr(image_ops, name))
     return {
-        "shear_x": _Operation(image_ops.shear_x, 0, up_to(0.3), True),
-        "shear_y": _Operation(image_ops.shear_y, 0, up_to(0.3), True),
-        "translate_x": _Operation(image_ops.translate_x, 0, up_to(150 / 331 * width), True),
-        "translate_y": _Operation(image_ops.translate_y, 0, up_to(150 / 331 * height), True),
-        "rotate": _Operation(image_ops.rotate, 0, up_to(30), False),
-        "color": _Operation(image_ops.color, 1, up_to(0.9), True),
-        "contrast": _Operation(image_ops.contrast, 1, up_to(0.9), True),
-        "sharpness": _Operation(image_ops.sharpness, 1, up_to(0.9), True),
-        "brightness": _Operation(image_ops.brightness, 1, up_to(0.9), True),
-        "posterize": _Operation(
-            lambda images, bits: image_ops.posterize(images, tf.cast(bits, tf.int32)),
-            0,
-            posterize_bits,
-            False,
-        ),
-        "solarize": _Operation(image_ops.solarize, 256, up_to(-256), False),
-        "invert": without_parameter(image_ops.invert),
-        "autocontrast": without_parameter(image_ops.autocontrast),
-        "equalize": without_parameter(image_ops.equalize),
+        name: _Operation(functions[name], *magnitudes)
+        for name, magnitudes in autoaugment_magnitudes(height, width).items()
     }
 
 

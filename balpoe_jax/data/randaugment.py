@@ -15,6 +15,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from balpoe_jax.data import pixels
+from balpoe_jax.data.magnitudes import RANDAUGMENT_DEVIATION, RANDAUGMENT_PROBABILITY
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.settings import (
     IMAGENET_MEAN,
@@ -22,9 +23,6 @@ from balpoe_jax.data.settings import (
     RANDAUGMENT_LAYERS,
     RANDAUGMENT_MAGNITUDE,
 )
-
-_PROBABILITY = 0.5
-_DEVIATION = 0.5
 
 
 class Draw(NamedTuple):
@@ -58,8 +56,8 @@ def draw(
     """
     shape = (layers,)
     which = 1 + random.uniform("operation", 0, len(_operations(IMAGENET_MEAN)), tf.int32, shape)
-    runs = random.uniform("gate", per_row=shape) < _PROBABILITY
-    drawn = magnitude + _DEVIATION * random.normal("magnitude", shape)
+    runs = random.uniform("gate", per_row=shape) < RANDAUGMENT_PROBABILITY
+    drawn = magnitude + RANDAUGMENT_DEVIATION * random.normal("magnitude", shape)
     level = tf.clip_by_value(drawn, 0, RANDAUGMENT_GREATEST) / RANDAUGMENT_GREATEST
     sign = tf.where(random.uniform("sign", per_row=shape) < 0.5, -1.0, 1.0)
     cubic = random.uniform("interpolation", per_row=shape) < 0.5

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed pixels: uint32 with red in the lowest byte, then green and blue. JAX only.
+
+One read brings all channels of a pixel. Arithmetic takes them out by shifts, within one kernel.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+SHIFTS = (0, 8, 16)
+
+
+def pack(images: jax.Array) -> jax.Array:
+    """Bytes `[..., 3]` to packed `[...]`."""
+    return join([images[..., i] for i in range(3)])
+
+
+def unpack(pixels: jax.Array) -> jax.Array:
+    """Packed `[...]` to uint8 `[..., 3]`."""
+    return jnp.stack([channel.astype(jnp.uint8) for channel in channels(pixels)], axis=-1)
+
+
+def channels(pixels: jax.Array) -> list[jax.Array]:
+    """Red, green and blue, int32 in the shape of `pixels`."""
+    return [((pixels >> shift) & 0xFF).astype(jnp.int32) for shift in SHIFTS]
+
+
+def join(parts: Sequence[jax.Array]) -> jax.Array:
+    """Packs red, green and blue, whole numbers from 0 to 255 of any integer type."""
+    red, green, blue = (
+        part.astype(jnp.uint32) << shift for part, shift in zip(parts, SHIFTS, strict=True)
+    )
+    return red | green | blue
+
+
+def packed_colour(colour: Sequence[int]) -> int:
+    """A colour, three values from 0 to 255, as one number."""
+    return sum(value << shift for value, shift in zip(colour, SHIFTS, strict=True))

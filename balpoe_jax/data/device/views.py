@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A view of images on a device: drawn by NumPy, read and augmented within a compiled program.
+
+    view = DeviceView(settings, (32, 32, 3))
+    tables = view.tables()  # once, to the device
+    drawn = view.draw(generator(seed, "augment", step), batch_size)
+    batch = view.augment(images, index, drawn, tables)  # compiled
+
+The same operations in the same order as `augment.augment_batch`; the draws are others.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balpoe_jax.data.device import autoaugment, moves, tones
+from balpoe_jax.data.device.autoaugment import TablePolicy
+from balpoe_jax.data.device.packing import pack, unpack
+from balpoe_jax.data.device.randomness import RowUniforms, whole
+from balpoe_jax.data.settings import AugmentSettings
+
+# The numbers that a row needs: always the same, so that an image is cropped in one way whatever
+# else happens to it.
+_WIDTHS = {**moves.WIDTHS, **autoaugment.WIDTHS, "cutout": 2}
+
+Drawn = dict[str, Any]
+
+
+class DeviceView:
+    """How images in device memory are augmented.
+
+    Args:
+        settings: What happens to the images.
+        image_shape: Height, width and channels of all images.
+        other: What happens instead to half of the images, drawn one by one; None for none.
+    """
+
+    def __init__(
+        self,
+        settings: AugmentSettings,
+        image_shape: tuple[int, int, int],
+        other: AugmentSettings | None = None,
+    ) -> None:
+        self._ways = [_Way(settings, image_shape)]
+        if other is not None:
+            self._ways.append(_Way(other, image_shape))
+
+    def draw(self, random: np.random.Generator, rows: int) -> Drawn:
+        """Draws what happens to each row of a batch.
+
+        Args:
+            random: Source of the draws, of which nothing else is read.
+            rows: Number of rows.
+
+        Returns:
+            Arrays `[rows, ...]`, in nested dictionaries. A row's draws do not depend on `rows`.
+        """
+        widths = [way.width for way in self._ways]
+        numbers = random.random((rows, sum(widths) + len(widths) - 1))
+        first = self._ways[0].draw(numbers[:, : widths[0]])
+        if len(self._ways) == 1:
+            return first
+        second = self._ways[1].draw(numbers[:, widths[0] : -1])
+        return {"first": first, "second": second, "takes_second": numbers[:, -1] < 0.5}
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Constants that should lie in device memory, for `augment`; empty when it needs none."""
+        tables: dict[str, np.ndarray] = {}
+        for way in self._ways:
+            tables |= way.tables()
+        return tables
+
+    def augment(
+        self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
+        """Reads images from the data set and augments them.
+
+        Args:
+            images: uint8 `[N, H, W, 3]`, the data set.
+            index: int32 `[B]`, positions within it.
+            drawn: The draws of these rows.
+            tables: Those of `tables`.
+
+        Returns:
+            uint8 `[B, H, W, 3]`.
+        """
+        if len(self._ways) == 1:
+            (way,) = self._ways
+            moved = moves.read_moved(images, index, drawn["moves"])
+            if not way.changes:
+                return moved
+            rows = (pack(moved), way.numbers(drawn))
+            return unpack(_by_image(lambda image, own: way.change(image, own, tables), *rows))
+        return self._augment_either(images, index, drawn, tables)
+
+    def _augment_either(
+        self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
+        first, second = self._ways
+        rows = [
+            (pack(moves.read_moved(images, index, own["moves"])), way.numbers(own))
+            for way, own in zip(self._ways, (drawn["first"], drawn["second"]), strict=True)
+        ]
+
+        def change(takes_second: jax.Array, one: Any, other: Any) -> jax.Array:
+            return jax.lax.cond(
+                takes_second,
+                lambda: second.change(*other, tables),
+                lambda: first.change(*one, tables),
+            )
+
+        return unpack(_by_image(change, drawn["takes_second"], *rows))
+
+
+class _Way:
+    """One of the ways of a view."""
+
+    def __init__(self, settings: AugmentSettings, image_shape: tuple[int, int, int]) -> None:
+        self._settings = settings
+        self._height, self._width = image_shape[:2]
+        self._policy = None
+        if settings.policy not in ("none", "randaugment"):
+            self._policy = TablePolicy(settings.policy, self._height, self._width)
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do to an image after its crop, flip and rotation."""
+        return self._policy is not None or self._settings.cutout > 0
+
+    @property
+    def width(self) -> int:
+        """How many uniform numbers a row needs."""
+        return sum(_WIDTHS.values())
+
+    def draw(self, numbers: np.ndarray) -> Drawn:
+        """Draws for all rows of uniform numbers `[rows, width]`."""
+        uniforms = RowUniforms(numbers, _WIDTHS)
+        drawn: Drawn = {
+            "moves": moves.draw_moves(uniforms, self._settings, self._height, self._width)
+        }
+        if self._policy is not None:
+            drawn["policy"] = self._policy.draw(uniforms)
+        if self._settings.cutout:
+            corner = whole(uniforms.many("cutout"), np.array([self._height, self._width]))
+            drawn["cutout"] = corner.astype(np.int16)
+        return drawn
+
+    def tables(self) -> dict[str, np.ndarray]:
+        if self._policy is not None and self._policy.needs_autocontrast:
+            return {"autocontrast": tones.autocontrast_table()}
+        return {}
+
+    def numbers(self, drawn: Drawn) -> Drawn:
+        """What `change` needs of each row."""
+        numbers = {name: leaf for name, leaf in drawn.items() if name != "moves"}
+        if self._policy is not None:
+            numbers["policy"] = self._policy.numbers(drawn["policy"])
+        return numbers
+
+    def change(self, pixels: jax.Array, numbers: Drawn, tables: dict[str, Any]) -> jax.Array:
+        """Changes one image, packed `[H, W]`, with its row of `numbers`."""
+        if self._policy is not None:
+            pixels = self._policy.apply(pixels, numbers["policy"], tables)
+        if self._settings.cutout:
+            pixels = _cut_out(pixels, numbers["cutout"], self._settings.cutout)
+        return pixels
+
+
+def _cut_out(pixels: jax.Array, center: jax.Array, size: int) -> jax.Array:
+    """Blackens a square about int `[2]` row and column, clipped at the border."""
+    height, width = pixels.shape
+    row, column = center.astype(jnp.int32)
+    rows = jnp.arange(height, dtype=jnp.int32)[:, None] - row
+    columns = jnp.arange(width, dtype=jnp.int32)[None, :] - column
+    half = size // 2
+    inside = (rows >= -half) & (rows < half) & (columns >= -half) & (columns < half)
+    return jnp.where(inside, jnp.uint32(0), pixels)
+
+
+def _by_image(function: Callable[..., jax.Array], *rows: Any) -> jax.Array:
+    """Maps a function over images: one by one on CPUs, all at once elsewhere.
+
+    A CPU then computes of each image what was drawn for it; an accelerator needs few kernels.
+    """
+    return jax.lax.platform_dependent(
+        *rows,
+        cpu=lambda *rows: jax.lax.map(lambda row: function(*row), rows),
+        default=jax.vmap(function),
+    )
