@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.limits import LIMITS, MEMBERS
 from balpoe_jax.losses import equidistant_taus
 from balpoe_jax.methods import METHODS, make_method, settings
+
+# In one call of a compiled program, whose plan is made on the host and sent to the devices.
+_MOST_STEPS = 10_000
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
@@ -56,7 +59,14 @@ def default_config() -> ConfigDict:
         data.image_size: height and width in pixels of photographs; 0 where images have one size.
         data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
             of the image size, 256 for 224.
-        data.threads: of the input pipeline; 0 for all cores.
+        data.threads: of the host's input pipeline; 0 for all cores.
+        data.pipeline: Place where batches are made: "device" (the data set lies in device memory
+            and the compiled step makes them) or "host" (tf.data); None for the device where the
+            set fits and the platform is an accelerator, or where TensorFlow is not installed. A
+            run goes on in the pipeline that it began in.
+        data.steps_per_dispatch: Number of steps that the device pipeline makes in one call of a
+            compiled program, which ends early at a checkpoint, an evaluation or a change of stage;
+            None for an epoch on an accelerator and 1 on a CPU, where loops are slow.
         data.on_bad_image: what a photograph does that cannot be read in training: "fail" ends the
             run and names it, "skip" trains on the next one of its class, and records it. In
             testing it ends the evaluation, since the figures would be of another test set.
@@ -137,6 +147,8 @@ def default_config() -> ConfigDict:
             "image_size": 0,
             "resize": 0,
             "threads": 0,
+            "pipeline": config_dict.placeholder(str),
+            "steps_per_dispatch": config_dict.placeholder(int),
             "on_bad_image": "fail",
             "sampler": "shuffle",
             "class_run": 1,
@@ -340,6 +352,12 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(
             f"Unknown config.data.on_bad_image {config.data.on_bad_image!r}; choose from "
             f"{', '.join(BAD_IMAGE_POLICIES)}."
+        )
+    dispatched = config.data.steps_per_dispatch
+    if dispatched is not None and not 1 <= dispatched <= _MOST_STEPS:
+        raise UserError(
+            f"config.data.steps_per_dispatch must be 1 to {_MOST_STEPS}, or None for the default; "
+            f"got {_shown(dispatched)}."
         )
     steps = tuple(config.profile.steps)
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):

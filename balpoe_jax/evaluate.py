@@ -22,11 +22,9 @@ from balpoe_jax import (
     scoring,
 )
 from balpoe_jax.checkpoint import Checkpoints
-from balpoe_jax.data import pipeline
 from balpoe_jax.data.sources import Source
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import Experiment, build_together, num_parameters
-from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -75,7 +73,7 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._step = experiment.map_eval_step()
+        self._step = experiment.inputs.map_eval_step(experiment.eval_step())
 
     def score_test(
         self, state: TrainState, folder: Path, interrupted: Callable[[], bool] = lambda: False
@@ -172,17 +170,10 @@ class Evaluator:
         """
         experiment = self._experiment
         shape = (len(experiment.taus), len(source), experiment.data.num_classes)
-        settings = experiment.train_settings
-        options = (source, experiment.eval_batch_size, settings.mean, settings.std)
-        if view is None:
-            batches = pipeline.eval_batches(*options, experiment.host, settings.dtype)
-        else:
-            seed = experiment.config["seed"]
-            batches = pipeline.view_batches(
-                *options, experiment.test_view, seed, view, experiment.host, settings.dtype
-            )
-        placed = Prefetcher(batches, experiment.parallel)
-        outputs = (self._step(state.variables, batch) for batch in _unless(interrupted, placed))
+        batches = experiment.inputs.predict(source, experiment.eval_batch_size, view)
+        outputs = (
+            self._step(state.variables, batch, source) for batch in _unless(interrupted, batches)
+        )
         if not processes.is_first():
             for output in outputs:
                 jax.block_until_ready(output)  # so that it does not run ahead of the first

@@ -16,10 +16,9 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
 from balpoe_jax import metrics, optim, parallel, processes, stages, teachers
-from balpoe_jax.data import datasets, pipeline, shift
+from balpoe_jax.data import datasets, shift
 from balpoe_jax.data.settings import (
     AugmentSettings,
-    Host,
     MixSettings,
     TrainSettings,
     steps_per_epoch,
@@ -27,6 +26,7 @@ from balpoe_jax.data.settings import (
 from balpoe_jax.data.sources import ArraySource, Source
 from balpoe_jax.data.splits import LongTailed
 from balpoe_jax.errors import UserError
+from balpoe_jax.inputs import DeviceInputs, HostInputs, Inputs, choose_pipeline
 from balpoe_jax.methods import Facts, Method, Network, make_method
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, create_model
 from balpoe_jax.stages import StagePlan
@@ -78,11 +78,6 @@ class Program:
         """Updates of the whole training."""
         return self.stages[-1].last_step
 
-    @property
-    def host(self) -> Host:
-        """This process's part in making the batches."""
-        return Host(jax.process_index(), self.parallel.num_hosts, self.config["data"]["threads"])
-
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
         create = jax.jit(
@@ -119,10 +114,10 @@ class Program:
         init = jax.jit(self.stages[stage].optimizer.init, out_shardings=self.parallel.replicated)
         return state.replace(opt_state=init(state.params))
 
-    def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
-        """The update on all devices, which takes a state and gives its memory to the new one."""
+    def train_step(self, stage: int = 0) -> Callable[..., Any]:
+        """The update of one device."""
         plan = self.stages[stage]
-        step = make_train_step(
+        return make_train_step(
             self.network,
             plan.optimizer,
             self.method,
@@ -131,12 +126,18 @@ class Program:
             self.config["optim"]["accumulate"],
             self.config["optim"]["skip_non_finite"] > 0,
         )
-        return self.parallel.map_step(step, donate=True)
+
+    def eval_step(self) -> Callable[..., Any]:
+        """The prediction of one device, which takes the network's variables."""
+        return make_eval_step(self.network, self.method, self.stages[-1].facts)
+
+    def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
+        """The update on all devices of a batch, which gives the state's memory to the new one."""
+        return self.parallel.map_step(self.train_step(stage), donate=True)
 
     def map_eval_step(self) -> Callable[..., Any]:
-        """The prediction on all devices, which takes the network's variables."""
-        step = make_eval_step(self.network, self.method, self.stages[-1].facts)
-        return self.parallel.map_step(step)
+        """The prediction on all devices of a batch."""
+        return self.parallel.map_step(self.eval_step())
 
     @property
     def eval_batch_size(self) -> int:
@@ -169,14 +170,14 @@ class Experiment(Program):
     Attributes:
         data: the long-tailed training set and the test set.
         targets: the class distributions that the test set is scored on.
-        test_view: how test images are augmented where random views of them are asked for.
         settings: how training batches are made in each stage.
+        inputs: where batches are made, of training and of evaluation.
     """
 
     data: LongTailed
     targets: list[shift.Target]
-    test_view: AugmentSettings
     settings: tuple[TrainSettings, ...]
+    inputs: Inputs
 
     @property
     def train_settings(self) -> TrainSettings:
@@ -186,9 +187,15 @@ class Experiment(Program):
     def batch_before(self, step: int) -> npt.NDArray[np.int64]:
         """Which training examples the update that leads to `step` is made from."""
         plan = stages.before(self.stages, step)
-        return pipeline.batch_indices(
-            self.data.train.labels, self.settings[plan.index], step - 1 - plan.first_step
-        )
+        return self.inputs.positions(plan.index, step - 1 - plan.first_step)
+
+    def resolved(self) -> dict[str, Any]:
+        """As of the program, and where batches are made."""
+        return {
+            **super().resolved(),
+            "pipeline": self.inputs.pipeline,
+            "steps_per_dispatch": self.inputs.steps_per_dispatch(0),
+        }
 
     def data_record(self) -> dict[str, Any]:
         """What the data set turned out to be."""
@@ -221,13 +228,17 @@ def _digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def build_together(config: ConfigDict) -> Experiment:
+def build_together(config: ConfigDict, pipeline: str | None = None) -> Experiment:
     """Builds an experiment in every process, as `build` does.
+
+    Args:
+        config: of the experiment.
+        pipeline: as for `build`.
 
     Raises:
         UserError (a `ValueError`): as `build` does, or data that are not the same in all processes.
     """
-    experiment = build(config)
+    experiment = build(config, pipeline)
     if processes.count() > 1:
         processes.check_same(
             experiment.shared_data(), "data set", "prepare the same one, in one way, on every host"
@@ -235,8 +246,13 @@ def build_together(config: ConfigDict) -> Experiment:
     return experiment
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, pipeline: str | None = None) -> Experiment:
     """Builds the parts of an experiment and announces its data.
+
+    Args:
+        config: of the experiment.
+        pipeline: The one in which a run's batches are made already, where the config leaves it
+            open; None for a new run.
 
     Raises:
         UserError (a `ValueError`): a value of the config that is not valid, data that is not there
@@ -257,8 +273,8 @@ def build(config: ConfigDict) -> Experiment:
             data.test_names,
             config.eval.shift_lists,
         ),
-        test_view=_test_view(config),
         settings=settings,
+        inputs=_make_inputs(config, pipeline, devices, data, settings),
     )
 
 
@@ -436,6 +452,27 @@ def _augmentation(config: ConfigDict, section: str) -> AugmentSettings:
 def _test_view(config: ConfigDict) -> AugmentSettings:
     name = config_lib.TEST_VIEW
     return _augmentation(config, name if name in config else "augment")
+
+
+def _make_inputs(
+    config: ConfigDict,
+    pipeline: str | None,
+    devices: parallel.Parallel,
+    data: LongTailed,
+    settings: tuple[TrainSettings, ...],
+) -> Inputs:
+    chosen = choose_pipeline(config.data.pipeline or pipeline, data, devices)
+    arguments = (settings, _test_view(config), config.seed)
+    steps = config.data.steps_per_dispatch
+    if chosen == "device":
+        assert isinstance(data.train, ArraySource)
+        return DeviceInputs(devices, data.train, *arguments, steps)
+    if steps not in (None, 1):
+        raise UserError(
+            f"config.data.steps_per_dispatch={steps} needs the device pipeline, and batches are "
+            "made on the host; set config.data.pipeline=device or leave it out."
+        )
+    return HostInputs(devices, data, *arguments, config.data.threads)
 
 
 def _load_data(config: ConfigDict) -> LongTailed:

@@ -77,13 +77,10 @@ def _processes() -> contextlib.AbstractContextManager[None]:
 
 
 def _start(notice: PreemptionNotice) -> None:
-    # Here and not above: TensorFlow reads its environment when it is imported.
-    import tensorflow as tf
-
+    # Here and not above, so that --help and wrong flags need not wait for JAX.
     from balpoe_jax.evaluate import evaluate
     from balpoe_jax.train import train
 
-    tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds; the GPUs are JAX's
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     command_line.use_compilation_cache(config.cache_dir)
     if flags.FLAGS.mode == "train":

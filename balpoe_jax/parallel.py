@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -76,44 +77,63 @@ class Parallel:
         """A copy of `tree` on every device."""
         return jax.device_put(tree, self.replicated)
 
-    def shard(self, batch: Any) -> Any:
-        """Cuts arrays `[b, ...]` along their first axis and places the parts on the devices.
+    def shard(self, batch: Any, axis: int = 0) -> Any:
+        """Cuts arrays along the axis of their rows and places the parts on the devices.
 
         Args:
-            batch: this process's rows of the global batch.
+            batch: This process's rows of the global batch, arrays `[b, ...]`; with axis 1 of
+                several, `[K, b, ...]`.
+            axis: The axis of the rows, 0 or 1.
         """
-        if self.mode == "pmap":  # which wants the device axis as an axis of its own
-            local = self._placement.size
-            batch = jax.tree.map(
-                lambda x: x.reshape(local, x.shape[0] // local, *x.shape[1:]), batch
-            )
-        elif self.num_hosts > 1:
-            return jax.make_array_from_process_local_data(self.sharded, batch)
-        return jax.device_put(batch, self.sharded)
+        if self.mode == "pmap":  # which wants the device axis as an axis of its own, the first
+            cut = partial(_split, parts=self._placement.size, axis=axis)
+            return jax.device_put(jax.tree.map(cut, batch), self.sharded)
+        placement = NamedSharding(self._placement, _rows(axis))
+        if self.num_hosts > 1:
+            return jax.make_array_from_process_local_data(placement, batch)
+        return jax.device_put(batch, placement)
 
-    def map_step(self, step: Callable[..., Any], donate: bool = False) -> Callable[..., Any]:
-        """Maps `step(replicated, batch_part) -> replicated` over the devices, compiled.
+    def map_step(
+        self, step: Callable[..., Any], donate: bool = False, constants: int = 0, axis: int = 0
+    ) -> Callable[..., Any]:
+        """Maps `step(replicated, batch_part, *constants) -> replicated` over the devices, compiled.
 
         Args:
-            step: pure; its results must be equal on all devices. Under `shard_map` that is
-                proved at compilation, under `pmap` nothing checks it.
-            donate: the memory of the first argument may be reused: do not touch it afterwards.
+            step: Pure function; its results must be equal on all devices. Under `shard_map` that
+                is proved at compilation, under `pmap` nothing checks it.
+            donate: Whether the memory of the first argument may be reused: do not touch it then.
+            constants: Number of further arguments, which each device has a whole copy of.
+            axis: The axis of the batch's rows, as `shard` was told.
         """
         donated = (0,) if donate else ()
         if self.mode == "pmap":
             return jax.pmap(
                 step,
                 axis_name=AXIS_NAME,
-                in_axes=(None, 0),
+                in_axes=(None, 0, *[None] * constants),
                 out_axes=None,
                 donate_argnums=donated,
                 devices=list(self.mesh.devices.flat),
             )
-        replicated, cut = PartitionSpec(), PartitionSpec(AXIS_NAME)
+        replicated = PartitionSpec()
         mapped = jax.shard_map(
-            step, mesh=self.mesh, in_specs=(replicated, cut), out_specs=replicated
+            step,
+            mesh=self.mesh,
+            in_specs=(replicated, _rows(axis), *[replicated] * constants),
+            out_specs=replicated,
         )
         return jax.jit(mapped, donate_argnums=donated)
+
+
+def _rows(axis: int) -> PartitionSpec:
+    """Rows along an axis are shared between the devices."""
+    return PartitionSpec(*[None] * axis, AXIS_NAME)
+
+
+def _split(x: Any, parts: int, axis: int) -> Any:
+    """`[..., parts * b, ...]` to `[parts, ..., b, ...]`."""
+    x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    return np.moveaxis(x, axis, 0)
 
 
 def make_parallel(mode: str = "pmap", devices: Iterable[jax.Device] | None = None) -> Parallel:
@@ -170,14 +190,22 @@ def rewrap(state: Any, like: Any) -> Any:
 class Prefetcher:
     """Iterates over batches that are on the devices before they are asked for.
 
+    Args:
+        batches: NumPy batches, this process's rows.
+        parallel: The devices.
+        depth: Number of batches that are placed ahead.
+        axis: The axis of the rows, see `Parallel.shard`.
+
     Attributes:
         waited: seconds that the caller has waited for input so far.
     """
 
-    def __init__(self, batches: Iterable[Any], parallel: Parallel, depth: int = 2) -> None:
+    def __init__(
+        self, batches: Iterable[Any], parallel: Parallel, depth: int = 2, axis: int = 0
+    ) -> None:
         self.waited = 0.0
         self._batches = iter(batches)
-        self._parallel = parallel
+        self._shard = partial(parallel.shard, axis=axis)
         self._depth = depth
         self._ready: collections.deque[Any] = collections.deque()
 
@@ -188,7 +216,7 @@ class Prefetcher:
         start = time.perf_counter()
         while len(self._ready) < self._depth:
             try:
-                self._ready.append(self._parallel.shard(next(self._batches)))
+                self._ready.append(self._shard(next(self._batches)))
             except StopIteration:
                 break
         self.waited += time.perf_counter() - start

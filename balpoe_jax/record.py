@@ -40,6 +40,9 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
 _OPERATIONAL = (
     "data.data_dir",
     "data.threads",
+    # What a run began with is kept, see `train`.
+    "data.pipeline",
+    "data.steps_per_dispatch",
     "data.on_bad_image",
     "optim.skip_non_finite",
     "log_every_steps",
@@ -116,6 +119,15 @@ def claim(
     """
     content = {"config": config, "resolved": resolved, "data": data, "environment": environment()}
     write_atomically(workdir / CONFIG, json.dumps(plain(content), indent=2) + "\n")
+
+
+def recorded_pipeline(workdir: Path) -> str | None:
+    """Where the batches of the run in a workdir are made; None when it holds no run."""
+    if not is_claimed(workdir):
+        return None
+    resolved = (read_json(workdir / CONFIG) or {}).get("resolved")
+    # Older runs knew no other.
+    return str(resolved.get("pipeline", "host")) if isinstance(resolved, dict) else "host"
 
 
 def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:

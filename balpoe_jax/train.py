@@ -3,8 +3,7 @@
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +15,6 @@ from ml_collections import ConfigDict
 from balpoe_jax import bad_images, non_finite, processes, record
 from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
-from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, Interrupted, publish
 from balpoe_jax.experiment import Experiment, build_together, num_parameters
@@ -24,9 +22,10 @@ from balpoe_jax.lock import WorkdirLock
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.profiling import StepProfiler
+from balpoe_jax.progress import Progress
 from balpoe_jax.stages import StagePlan
 from balpoe_jax.start_up import StartUp
-from balpoe_jax.state import TrainState, all_finite
+from balpoe_jax.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +62,10 @@ def train(
         processes.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
+        begun_in = record.recorded_pipeline(path)
+        _check_pipeline(path, config, begun_in)
         with start_up.measure("data"):
-            experiment = build_together(config)
+            experiment = build_together(config, begun_in)
         processes.on_first(partial(_claim, path, experiment))
         return _train(experiment, path, start_up, notice, lock)
 
@@ -77,6 +78,16 @@ def _check_workdir(path: Path, config: ConfigDict) -> None:
         raise UserError(
             f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
             "another --workdir."
+        )
+
+
+def _check_pipeline(path: Path, config: ConfigDict, begun_in: str | None) -> None:
+    """Refuses to go on with other batches than a run began with."""
+    wanted = config.data.pipeline
+    if wanted and begun_in and wanted != begun_in:
+        raise UserError(
+            f"The run in {path} makes its batches on the {begun_in}, and the {wanted} would draw "
+            "others; leave out --config.data.pipeline, or choose another --workdir."
         )
 
 
@@ -138,34 +149,42 @@ def _train(
                 if start == plan.first_step > 0:
                     log.info("Step %d: the stage %s begins", start, plan.name)
                     state = experiment.begin_stage(plan.index, state)
-                train_step = experiment.map_train_step(plan.index)
+                train_steps = experiment.inputs.map_train_step(
+                    experiment.train_step(plan.index), plan.index
+                )
+                dispatches = list(_dispatches(experiment, plan, start))
                 with start_up.measure("pipeline"):
-                    batches = _make_batches(experiment, plan, start, workdir)
-                progress.follow(batches, plan.facts.batch_size)
-                for step in range(start + 1, plan.last_step + 1):
-                    if step == start + 1:
+                    inputs = _make_inputs(experiment, plan, dispatches, workdir)
+                progress.follow(inputs, plan.facts.batch_size)
+                # Each is one call of a compiled program: a step, or a loop of steps.
+                for before, step in dispatches:
+                    if before == start:
                         with profiler.annotate(step):
-                            state, metrics = _first_step(train_step, state, batches, start_up)
+                            state, metrics = _first_dispatch(train_steps, state, inputs, start_up)
                         if start == first_step:
                             processes.on_first(partial(start_up.finish, workdir, step))
                             notice.work_unsaved()
                             progress.prepare(state)
                     else:
                         with profiler.annotate(step), _explicit_transfers():
-                            state, metrics = train_step(state, next(batches))
+                            state, metrics = train_steps(state, next(inputs))
                     profiler.after(step, metrics)
-                    progress.add(metrics)
                     save = _due(experiment, step, config["checkpoint"]["every_epochs"])
                     test = _due(experiment, step, config["eval"]["every_epochs"])
                     last = step == total_steps
                     stop = notice.requested() and not last
                     ends = save or test or stop or step == plan.last_step
-                    # Before a checkpoint, so that none is ever written of what is not finite.
-                    if step % config["log_every_steps"] == 0 or ends:
-                        with _explicit_transfers():
-                            row = progress.report(step, state)
+                    every = config["log_every_steps"]
+                    with _explicit_transfers():
+                        progress.add(before, step, metrics)
+                        if before // every < step // every or ends:
+                            progress.mark(state)
+                        # Of the steps that have been made while these are; before a checkpoint,
+                        # so that none is ever written of what is not finite, of all.
+                        rows = progress.rows(wait=ends)
+                    for row in rows:
                         lock.check()
-                        writer.write({**row, **bad_images.count(config, workdir, step)})
+                        writer.write({**row, **bad_images.count(config, workdir, row["step"])})
                     # Before the test, which may take long: a run ended in it resumes with it.
                     if stop:
                         save_and_stop(state, step)
@@ -186,21 +205,35 @@ def _train(
     return results
 
 
-def _make_batches(
-    experiment: Experiment, plan: StagePlan, first_step: int, workdir: Path
+def _dispatches(experiment: Experiment, plan: StagePlan, start: int) -> Iterator[tuple[int, int]]:
+    """The steps of a stage from `start` on, as they are made together: after one, up to another.
+
+    A dispatch ends where something is to be done, and at multiples of its length otherwise, so that
+    an interruption changes nothing.
+    """
+    config, length = experiment.config, experiment.inputs.steps_per_dispatch(plan.index)
+    first, last = config["profile"]["steps"] or (0, 0)
+    before = start
+    for step in range(start + 1, plan.last_step + 1):
+        if (
+            (step - plan.first_step) % length == 0
+            or step == plan.last_step
+            or step in (first - 1, last)
+            or _due(experiment, step, config["checkpoint"]["every_epochs"])
+            or _due(experiment, step, config["eval"]["every_epochs"])
+        ):
+            yield before, step
+            before = step
+
+
+def _make_inputs(
+    experiment: Experiment, plan: StagePlan, dispatches: list[tuple[int, int]], workdir: Path
 ) -> Prefetcher:
-    """The batches of a stage from a step on, placed on the devices before they are asked for."""
-    source = experiment.data.train
-    policy = experiment.config["data"]["on_bad_image"]
-    made = pipeline.train_batches(
-        source,
-        experiment.settings[plan.index],
-        first_step - plan.first_step,
-        plan.last_step - plan.first_step,
-        experiment.host,
-        bad_images.make_replacements(policy, source, workdir, first_step),
-    )
-    return Prefetcher(made, experiment.parallel)
+    """The inputs of a stage, placed on the devices before they are asked for."""
+    policy, start = experiment.config["data"]["on_bad_image"], dispatches[0][0]
+    replacements = bad_images.make_replacements(policy, experiment.data.train, workdir, start)
+    within = [(before - plan.first_step, step - plan.first_step) for before, step in dispatches]
+    return experiment.inputs.train(plan.index, within, replacements)
 
 
 def _explicit_transfers() -> contextlib.AbstractContextManager[None]:
@@ -208,111 +241,17 @@ def _explicit_transfers() -> contextlib.AbstractContextManager[None]:
     return jax.transfer_guard("disallow")
 
 
-def _first_step(
-    train_step: Callable[..., Any], state: TrainState, batches: Prefetcher, start_up: StartUp
+def _first_dispatch(
+    train_steps: Callable[..., Any], state: TrainState, inputs: Prefetcher, start_up: StartUp
 ) -> tuple[TrainState, Any]:
-    """The step that waits for the first batch and for the compiler, which fetches constants."""
+    """The call that waits for the first inputs and for the compiler, which fetches constants."""
     with start_up.measure("first batch"):
-        batch = next(batches)
-    with start_up.measure("compile"):  # the call returns when the step is on its way
-        state, metrics = train_step(state, batch)
+        first = next(inputs)
+    with start_up.measure("compile"):  # the call returns when the steps are on their way
+        state, metrics = train_steps(state, first)
     with start_up.measure("first step"):
         jax.block_until_ready(metrics)
     return state, metrics
-
-
-class Progress:
-    """Collects the metrics of steps and turns them into rows and lines."""
-
-    def __init__(
-        self, experiment: Experiment, first_step: int, trouble: non_finite.NonFiniteSteps
-    ) -> None:
-        self._experiment = experiment
-        self._trouble = trouble
-        self._all_finite = jax.jit(all_finite)
-        self._first_step = self._last_step = first_step
-        self._pending: list[Any] = []
-        self._steps_timed, self._seconds_timed = 0, 0.0
-
-    def follow(self, batches: Prefetcher, batch_size: int) -> None:
-        """Takes the steps that come now to be made of these batches."""
-        self._batches, self._batch_size = batches, batch_size
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves out the time since the last report."""
-        self._clock, self._waited = time.perf_counter(), self._batches.waited
-
-    def prepare(self, state: TrainState) -> None:
-        """Compiles what `report` computes, so that nothing is compiled after the first step."""
-        jax.block_until_ready(self._all_finite(state))
-
-    def add(self, metrics: Any) -> None:
-        """Takes the metrics of one step, which may still be being computed."""
-        self._pending.append(metrics)
-
-    def report(self, step: int, state: TrainState) -> dict[str, Any]:
-        """Waits for the steps since the last report, logs a line and returns their row.
-
-        Args:
-            step: the last one.
-            state: to which it led.
-
-        Raises:
-            UserError (a `ValueError`): a step that is not finite, and not to be skipped.
-        """
-        history = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(self._pending))
-        elapsed = time.perf_counter() - self._clock
-        # What metrics cannot tell: whether the last update overflowed. Of the ones before it, the
-        # losses since would tell.
-        history["finite"][-1] &= jax.device_get(self._all_finite(state))
-        finite = self._check_finite(history)
-        steps = len(self._pending)
-        row = {
-            "step": step,
-            "epoch": self._experiment.epoch_at(step),
-            **{name: _mean(values) for name, values in finite.items() if name != "finite"},
-            "learning_rate": self._experiment.rate_before(step),
-            "images_per_second": steps * self._batch_size / elapsed,
-            "data_wait_fraction": (self._batches.waited - self._waited) / elapsed,
-        }
-        if self._experiment.config["optim"]["skip_non_finite"]:
-            row["skipped_steps"] = self._trouble.skipped
-        self._log(row, steps, elapsed)
-        self._pending, self._last_step = [], step
-        self.restart_clock()
-        return record.plain(row)
-
-    def _log(self, row: dict[str, Any], steps: int, elapsed: float) -> None:
-        if self._last_step > self._first_step:  # the first interval is mostly compilation
-            self._steps_timed += steps
-            self._seconds_timed += elapsed
-        left = self._experiment.total_steps - row["step"]
-        per_step = self._seconds_timed / self._steps_timed if self._steps_timed else elapsed / steps
-        log.info(
-            "step %d/%d  epoch %.1f  loss %.4f  lr %.4g  %.0f images/s  data wait %.0f%%  %s left",
-            row["step"],
-            self._experiment.total_steps,
-            row["epoch"],
-            row["loss"],
-            row["learning_rate"],
-            row["images_per_second"],
-            100 * row["data_wait_fraction"],
-            _duration(left * per_step),
-        )
-
-    def _check_finite(self, history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The metrics of the steps that are finite; takes down the others."""
-        for i in np.flatnonzero(~history["finite"]):
-            self._trouble.check(
-                self._last_step + 1 + int(i), {name: values[i] for name, values in history.items()}
-            )
-        return {name: values[history["finite"]] for name, values in history.items()}
-
-
-def _mean(steps: np.ndarray) -> Any:
-    """Over the first axis; not a number where every step was skipped."""
-    return steps.mean(axis=0, dtype=np.float64) if len(steps) else np.full(steps.shape[1:], np.nan)
 
 
 def _announce(experiment: Experiment) -> None:
@@ -367,9 +306,3 @@ def _test_row(results: dict[str, Any], step: int, epoch: float) -> dict[str, Any
     names = ("top1", "many", "medium", "few", "ece", "mce", "nll")
     scores = {f"test_{name}": results["test"][name] for name in names}
     return {"step": step, "epoch": epoch, **scores}
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -129,8 +129,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="Also run the costly tests.")
 
 
-# Files whose networks are of the reference's sizes, and run for longer than they are compiled.
-_OPTIMISED = ("test_trajectory.py", "test_large_models.py")
+# Files whose networks are of the reference's sizes, and run for longer than they are compiled; and
+# whose bits are those of programs as users compile them.
+_OPTIMISED = ("test_trajectory.py", "test_large_models.py", "test_device_runs.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

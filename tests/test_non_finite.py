@@ -102,7 +102,7 @@ def test_an_update_that_overflows_is_skipped() -> None:
 
 def test_a_state_that_overflowed_is_never_saved(tmp_path: Path, monkeypatch) -> None:
     """With metrics that are all finite: what is saved is looked at itself."""
-    monkeypatch.setattr("balpoe_jax.train.all_finite", lambda state: state.step < 3)
+    monkeypatch.setattr("balpoe_jax.progress.all_finite", lambda state: state.step < 3)
     with pytest.raises(UserError, match="the update is not finite at step 3"):
         train(config_of(0), str(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

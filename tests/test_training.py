@@ -21,8 +21,8 @@ from balpoe_jax.experiment import build
 from balpoe_jax.lock import WorkdirLock
 from balpoe_jax.parallel import Parallel
 from balpoe_jax.preemption import PreemptionNotice
-from balpoe_jax.state import TrainState
-from balpoe_jax.train import Progress, lacks_test, train
+from balpoe_jax.progress import Progress
+from balpoe_jax.train import lacks_test, train
 
 pytestmark = pytest.mark.usefixtures("tiny_experts")
 
@@ -311,9 +311,9 @@ def traced(tmp_path_factory) -> tuple[Path, list[int]]:
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(duration)
 
-    def add(progress: Progress, metrics: object) -> None:
+    def add(progress: Progress, before: int, step: int, metrics: object) -> None:
         by_step.append(len(compilations))
-        collect(progress, metrics)
+        collect(progress, before, step, metrics)
 
     collect = Progress.add
     config = tiny_config(
@@ -360,9 +360,9 @@ def test_transfers_that_nobody_asked_for_end_the_run(monkeypatch, tmp_path: Path
     placed = Parallel.shard
     calls: list[None] = []
 
-    def shard(parallel: Parallel, batch: dict) -> dict:
+    def shard(parallel: Parallel, batch: dict, axis: int) -> dict:
         calls.append(None)
-        on_devices = placed(parallel, batch)
+        on_devices = placed(parallel, batch, axis)
         # From the third batch on it stays on the host.
         return on_devices if len(calls) < 3 else jax.tree.map(np.asarray, on_devices)
 
@@ -504,13 +504,14 @@ def test_a_second_run_in_a_workdir_is_refused(finished: Path, tmp_path: Path) ->
 
 
 def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path, monkeypatch) -> None:
-    def report(progress: Progress, step: int, state: TrainState) -> dict:
-        if step == 2:
+    def collect(progress: Progress, wait: bool) -> list[dict]:
+        made = rows_of(progress, wait)
+        if any(row["step"] == 2 for row in made):
             (tmp_path / "run").rename(tmp_path / "elsewhere")
-        return collect(progress, step, state)
+        return made
 
-    collect = Progress.report
-    monkeypatch.setattr(Progress, "report", report)
+    rows_of = Progress.rows
+    monkeypatch.setattr(Progress, "rows", collect)
     with pytest.raises(PassingError, match=r"run vanished, or its run\.lock was deleted"):
         train(tiny_config(model__num_experts=1), str(tmp_path / "run"))
     assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [1]

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches from the bytes in device memory: pure functions of JAX for one device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from balpoe_jax.data.device.plans import OTHERS, Planner
+
+Batch = dict[str, jax.Array]
+
+
+def make_batch(
+    constants: dict[str, Any], plan: dict[str, Any], planner: Planner, axis_name: str | None = None
+) -> Batch:
+    """The batch of a step, as the training step takes it.
+
+    Args:
+        constants: `images` uint8 `[N, H, W, 3]`, the training set, and `tables` of the planner.
+        plan: One step's plan, this device's rows `[b, ...]` of it.
+        planner: What made the plan.
+        axis_name: Mapped axis along which the rows are shared; None if they are all here.
+
+    Returns:
+        `images` (and `images_2`, ...) of the settings' dtype `[b, H, W, 3]`, `labels` and
+        `other_labels` int32 `[b]`, `weight` float32 `[b]`.
+    """
+    settings = planner.settings
+    mix = plan.get("mix")
+
+    def view(name: str, index: jax.Array) -> jax.Array:
+        drawn, tables = plan["views"][name], constants["tables"][name]
+        return planner.views[name].augment(constants["images"], index, drawn, tables)
+
+    views = {name: view(name, plan["index"]) for name in planner.views if name != OTHERS}
+    batch = {name: normalize(x, settings.mean, settings.std) for name, x in views.items()}
+    if mix is not None:
+        if OTHERS in planner.views:
+            others = view(OTHERS, mix["partner"])
+        else:
+            others = _gather(views["images"], axis_name)[mix["partner"]]
+        others = normalize(others, settings.mean, settings.std)
+        batch["images"] = mix_images(batch["images"], others, mix)
+    batch = {name: images.astype(settings.dtype) for name, images in batch.items()}
+    return batch | {name: plan[name] for name in ("labels", "other_labels", "weight")}
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """`(x / 255 - mean) / std` of uint8 `[..., 3]` as float32, with the host pipeline's rounding.
+
+    Args:
+        images: Bytes.
+        mean, std: Statistics by channel, of images in [0, 1].
+    """
+    scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
+    offset = (-np.divide(mean, std, dtype=np.float64)).astype(np.float32)
+    shape = (1,) * (images.ndim - 1) + (3,)
+    return _rounded(images.astype(jnp.float32) * scale.reshape(shape)) + offset.reshape(shape)
+
+
+def mix_images(images: jax.Array, others: jax.Array, mix: dict[str, jax.Array]) -> jax.Array:
+    """`share * images + (1 - share) * others`, and the others alone in the box.
+
+    Args:
+        images, others: Float32 `[b, H, W, 3]`.
+        mix: `share` float32 `[b]` and perhaps `box`, see `mixing.Mixer.draw`.
+    """
+    _, height, width, _ = images.shape
+    share = mix["share"][:, None, None, None]
+    if "box" in mix:
+        top, bottom, left, right = (mix["box"][:, i, None, None, None] for i in range(4))
+        row = jnp.arange(height)[None, :, None, None]
+        column = jnp.arange(width)[None, None, :, None]
+        inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+        share = jnp.where(inside, 0.0, share)
+    return _rounded(share * images) + _rounded((1 - share) * others)
+
+
+def _gather(images: jax.Array, axis_name: str | None) -> jax.Array:
+    """The rows of all devices, among which a row's partner may be."""
+    if axis_name is None:
+        return images
+    return jax.lax.all_gather(images, axis_name, tiled=True)
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """A product that is rounded by itself, and not fused with the sum after it.
+
+    So every program makes the same bits. The bounds are never met, which no compiler knows.
+    """
+    return jnp.clip(product, -1e9, 1e9)

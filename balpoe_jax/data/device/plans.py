@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a step: all that is drawn for its batch, as small arrays. NumPy only."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.data.device.mixing import Arrays, Mixer
+from balpoe_jax.data.device.orders import Labels, Order
+from balpoe_jax.data.device.randomness import generator
+from balpoe_jax.data.device.views import DeviceView
+from balpoe_jax.data.settings import TrainSettings
+
+# The images that others are mixed with, where these are not the batch's own.
+OTHERS = "others"
+
+
+class Planner:
+    """Plans the batches of a training set: the plan of step k is a function of (seed, k) alone.
+
+    Args:
+        labels: Classes of the training set, int `[N]`.
+        image_shape: `(H, W, 3)`.
+        settings: How batches are made.
+
+    Attributes:
+        settings: The same.
+        views: What happens to each of a batch's views, by its name in the batch.
+    """
+
+    def __init__(
+        self, labels: Labels, image_shape: tuple[int, int, int], settings: TrainSettings
+    ) -> None:
+        self.settings = settings
+        first = DeviceView(settings.augment, image_shape, settings.other_augment)
+        self.views = {"images": first}
+        for number, augment in enumerate(settings.views, 2):
+            self.views[f"images_{number}"] = DeviceView(augment, image_shape)
+        if settings.mix.from_sampler:
+            self.views[OTHERS] = first
+        self._labels = labels.astype(np.int32)
+        self._order = Order(labels, settings)
+        self._mixer = Mixer(labels, image_shape, settings) if settings.mix.alpha > 0 else None
+
+    def tables(self) -> Arrays:
+        """Constants of the views, by name, that are to lie in device memory."""
+        return {name: view.tables() for name, view in self.views.items()}
+
+    def positions(self, step: int) -> npt.NDArray[np.int32]:
+        """The examples of a step's batch, int32 `[B]`; partners of a second sampler left out."""
+        return self._order.positions(step)
+
+    def step(self, step: int) -> Arrays:
+        """The plan of one step, counted from 0; every leaf is `[B, ...]`."""
+        index = self.positions(step)
+        labels = self._labels[index]
+        plan: Arrays = {"index": index, "labels": labels}
+        plan |= {"other_labels": labels, "weight": np.ones(len(labels), np.float32)}
+        if self._mixer is not None:
+            plan["mix"], mixed_labels = self._mixer.draw(step, labels)
+            plan |= mixed_labels
+        plan["views"] = {
+            name: view.draw(generator(self.settings.seed, name, step), len(index))
+            for name, view in self.views.items()
+        }
+        return plan
+
+    def steps(self, first_step: int, last_step: int) -> Arrays:
+        """The plans of steps `first_step` to `last_step - 1`; every leaf is `[K, B, ...]`."""
+        return _stack([self.step(step) for step in range(first_step, last_step)])
+
+
+def _stack(plans: list[Any]) -> Any:
+    if isinstance(plans[0], dict):
+        return {name: _stack([plan[name] for plan in plans]) for name in plans[0]}
+    return np.stack(plans)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of steps as rows of `metrics.jsonl` and lines of the log."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from balpoe_jax import non_finite, record
+from balpoe_jax.experiment import Experiment
+from balpoe_jax.parallel import Prefetcher
+from balpoe_jax.state import TrainState, all_finite
+
+log = logging.getLogger(__name__)
+
+
+class _Made(NamedTuple):
+    """Steps whose metrics may still be being computed."""
+
+    steps: int
+    metrics: Any
+
+
+class _Mark(NamedTuple):
+    """The end of a row: its last step, what was made for it, and whether its state is finite."""
+
+    step: int
+    made: list[_Made]
+    finite: jax.Array
+
+
+class Progress:
+    """Collects the metrics of steps and turns them into rows and lines.
+
+    Nothing is waited for until it is asked for: while the devices make steps, `rows` fetches the
+    metrics of those before.
+
+    Args:
+        experiment: Experiment that is trained.
+        first_step: Step after which this start goes on.
+        trouble: Takes down the steps that are not finite.
+    """
+
+    def __init__(
+        self, experiment: Experiment, first_step: int, trouble: non_finite.NonFiniteSteps
+    ) -> None:
+        self._experiment = experiment
+        self._trouble = trouble
+        self._all_finite = jax.jit(all_finite)
+        self._first_step = self._last_step = first_step
+        self._step = first_step
+        self._made: list[_Made] = []
+        self._marks: list[_Mark] = []
+        self._steps_timed, self._seconds_timed = 0, 0.0
+
+    def follow(self, inputs: Prefetcher, batch_size: int) -> None:
+        """Takes the steps that come now to be made of these inputs."""
+        self._inputs, self._batch_size = inputs, batch_size
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last row."""
+        self._clock, self._waited = time.perf_counter(), self._inputs.waited
+
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what `mark` computes, so that nothing is compiled after the first step."""
+        jax.block_until_ready(self._all_finite(state))
+
+    def add(self, before: int, step: int, metrics: Any) -> None:
+        """Takes the metrics of the steps after `before`, up to `step`.
+
+        Args:
+            before: Step before them.
+            step: Last of them.
+            metrics: Of one step, or with a leading axis of several.
+        """
+        self._step = step
+        self._made.append(_Made(step - before, metrics))
+
+    def mark(self, state: TrainState) -> None:
+        """Lets a row end with the steps so far.
+
+        Args:
+            state: State to which they led, before it is given away.
+        """
+        self._marks.append(_Mark(self._step, self._made, self._all_finite(state)))
+        self._made = []
+
+    def rows(self, wait: bool) -> list[dict[str, Any]]:
+        """The rows that are due, each logged as a line.
+
+        Args:
+            wait: Whether to wait for the newest, too, whose steps may just have been begun.
+
+        Raises:
+            UserError (a `ValueError`): a step that is not finite, and not to be skipped.
+        """
+        due = [mark for mark in self._marks if wait or mark.step < self._step]
+        if not due:
+            return []
+        self._marks = self._marks[len(due) :]
+        due = jax.device_get(due)
+        # Rows that come at once share the time that their steps took together.
+        elapsed = time.perf_counter() - self._clock
+        each = elapsed / (due[-1].step - self._last_step)
+        waited = (self._inputs.waited - self._waited) / elapsed
+        rows = [self._row(mark, each, waited) for mark in due]
+        self.restart_clock()
+        return rows
+
+    def _row(self, mark: _Mark, seconds: float, waited: float) -> dict[str, Any]:
+        """A row of steps that took so many seconds each, and waited for input this share."""
+        history = _history(mark.made)
+        # What metrics cannot tell: whether the last update overflowed. Of the ones before it, the
+        # losses since would tell.
+        history["finite"][-1] &= mark.finite
+        finite = self._check_finite(history)
+        steps = mark.step - self._last_step
+        row = {
+            "step": mark.step,
+            "epoch": self._experiment.epoch_at(mark.step),
+            **{name: _mean(values) for name, values in finite.items() if name != "finite"},
+            "learning_rate": self._experiment.rate_before(mark.step),
+            "images_per_second": self._batch_size / seconds,
+            "data_wait_fraction": waited,
+        }
+        if self._experiment.config["optim"]["skip_non_finite"]:
+            row["skipped_steps"] = self._trouble.skipped
+        self._log(row, steps, steps * seconds)
+        self._last_step = mark.step
+        return record.plain(row)
+
+    def _log(self, row: dict[str, Any], steps: int, elapsed: float) -> None:
+        if self._last_step > self._first_step:  # the first interval is mostly compilation
+            self._steps_timed += steps
+            self._seconds_timed += elapsed
+        left = self._experiment.total_steps - row["step"]
+        per_step = self._seconds_timed / self._steps_timed if self._steps_timed else elapsed / steps
+        log.info(
+            "step %d/%d  epoch %.1f  loss %.4f  lr %.4g  %.0f images/s  data wait %.0f%%  %s left",
+            row["step"],
+            self._experiment.total_steps,
+            row["epoch"],
+            row["loss"],
+            row["learning_rate"],
+            row["images_per_second"],
+            100 * row["data_wait_fraction"],
+            _duration(left * per_step),
+        )
+
+    def _check_finite(self, history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The metrics of the steps that are finite; takes down the others."""
+        for i in np.flatnonzero(~history["finite"]):
+            self._trouble.check(
+                self._last_step + 1 + int(i), {name: values[i] for name, values in history.items()}
+            )
+        return {name: values[history["finite"]] for name, values in history.items()}
+
+
+def _mean(steps: np.ndarray) -> Any:
+    """Over the first axis; not a number where every step was skipped."""
+    return steps.mean(axis=0, dtype=np.float64) if len(steps) else np.full(steps.shape[1:], np.nan)
+
+
+def _history(made: list[_Made]) -> dict[str, np.ndarray]:
+    """The metrics of all steps, with a leading axis of them."""
+    each = [jax.tree.map(_with_axis(one), one.metrics) for one in made]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *each)
+
+
+def _with_axis(made: _Made) -> Callable[[np.ndarray], np.ndarray]:
+    """Gives metrics of a single step the axis that those of a loop have."""
+    single = np.ndim(made.metrics["loss"]) == 0
+    return lambda x: np.array(x)[None] if single else np.array(x)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders, mixing and batches of the device pipeline, against its plans and against the host's."""
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+from balpoe_jax.data import mixing as host_mixing
+from balpoe_jax.data import pipeline
+from balpoe_jax.data.device.batches import make_batch
+from balpoe_jax.data.device.mixing import Mixer
+from balpoe_jax.data.device.orders import Order, WeightedSampler
+from balpoe_jax.data.device.plans import OTHERS, Planner
+from balpoe_jax.data.device.randomness import generator
+from balpoe_jax.data.settings import (
+    RULES,
+    AugmentSettings,
+    MixSettings,
+    TrainSettings,
+    steps_per_epoch,
+)
+from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.data.tracing import as_written
+from balpoe_jax.inputs import DeviceInputs
+from balpoe_jax.parallel import AXIS_NAME, make_parallel
+from balpoe_jax.state import TrainState
+
+COUNTS = np.array([30, 12, 5, 2])
+LABELS = np.repeat(np.arange(4), COUNTS)
+SHAPE = (8, 6, 3)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+BATCH = 16
+MOVED = AugmentSettings(crop_padding=2, flip=True, rotation=15.0)
+
+
+@cache
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (len(LABELS), *SHAPE)).astype(np.uint8)
+
+
+def settings_of(**changes: Any) -> TrainSettings:
+    fields: dict[str, Any] = {"batch_size": BATCH, "seed": 3, "mean": MEAN, "std": STD}
+    return TrainSettings(**{**fields, "augment": MOVED, **changes})
+
+
+def planner_of(**changes: Any) -> Planner:
+    return Planner(LABELS, SHAPE, settings_of(**changes))
+
+
+def made(planner: Planner, step: int) -> dict[str, np.ndarray]:
+    constants = {"images": images(), "tables": planner.tables()}
+    batch = jax.jit(partial(make_batch, planner=planner))(constants, planner.step(step))
+    return jax.device_get(batch)
+
+
+def normalized(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels / 255.0 - MEAN) / STD).astype(np.float32)
+
+
+# Orders
+
+
+def test_an_epoch_is_a_permutation_that_wraps_at_its_end() -> None:
+    order, per_epoch = Order(LABELS, settings_of()), steps_per_epoch(len(LABELS), BATCH)
+    epochs = [
+        np.concatenate([order.positions(epoch * per_epoch + i) for i in range(per_epoch)])
+        for epoch in range(3)
+    ]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch[: len(LABELS)]), np.arange(len(LABELS)))
+        np.testing.assert_array_equal(
+            epoch[len(LABELS) :], epoch[: per_epoch * BATCH - len(LABELS)]
+        )
+    assert (epochs[0] != epochs[1]).any()
+    np.testing.assert_array_equal(Order(LABELS, settings_of()).positions(7), order.positions(7))
+    assert (Order(LABELS, settings_of(seed=4)).positions(7) != order.positions(7)).any()
+
+
+def test_balanced_batches_draw_every_class_and_its_examples_evenly() -> None:
+    order = Order(LABELS, settings_of(batch_size=1000, sampler="class_balanced"))
+    drawn = np.concatenate([order.positions(step) for step in range(40)])
+    counts = np.bincount(drawn, minlength=len(LABELS))
+    expected = 40_000 / 4 / COUNTS[LABELS]
+    assert stats.chisquare(counts, expected).pvalue > 1e-4
+
+
+def test_draws_follow_a_power_of_the_class_sizes() -> None:
+    drawn = WeightedSampler(LABELS, -1.0).draw(generator(0, "test", 0), 40_000)
+    weights = 1 / COUNTS
+    expected = 40_000 * weights / weights.sum()
+    assert stats.chisquare(np.bincount(LABELS[drawn]), expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("run", [1, 3])
+def test_class_aware_epochs_give_every_class_its_turn(run: int) -> None:
+    """As of the host's: classes in turn, and of each all examples before any comes again."""
+    order = Order(LABELS, settings_of(batch_size=12, sampler="class_aware", class_run=run))
+    epoch = np.concatenate([order.positions(step) for step in range(5)])[: 60 // run * run]
+    turns = LABELS[epoch].reshape(-1, run)
+    assert (turns == turns[:, :1]).all()
+    whole = turns[: len(turns) // 4 * 4, 0].reshape(-1, 4)
+    assert (np.sort(whole, axis=1) == np.arange(4)).all()
+    assert len(np.unique(whole, axis=0)) > 1
+    for label, count in enumerate(COUNTS):
+        seen = epoch[LABELS[epoch] == label]
+        for start in range(0, len(seen) - count, count):
+            assert len(set(seen[start : start + count])) == count
+
+
+# Batches
+
+
+def test_a_batch_is_what_its_plan_says() -> None:
+    """A crop, a flip and mixup made pixel by pixel; what views do has tests of its own."""
+    planner = planner_of(augment=AugmentSettings(), mix=MixSettings(alpha=0.4))
+    plan, batch = planner.step(5), made(planner, 5)
+    pixels = normalized(images()[plan["index"]])
+    share = plan["mix"]["share"][:, None, None, None]
+    expected = share * pixels + (1 - share) * pixels[plan["mix"]["partner"]]
+    np.testing.assert_allclose(batch["images"], expected, atol=2e-6)
+    np.testing.assert_array_equal(batch["labels"], LABELS[plan["index"]])
+    np.testing.assert_array_equal(batch["other_labels"], batch["labels"][plan["mix"]["partner"]])
+    np.testing.assert_array_equal(batch["weight"], plan["mix"]["share"])
+    assert 0 < batch["weight"][0] < 1
+    assert {name: x.dtype.name for name, x in batch.items()} == {
+        "images": "float32",
+        "labels": "int32",
+        "other_labels": "int32",
+        "weight": "float32",
+    }
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_pixels_and_shares_belong_together(rule: str) -> None:
+    """By constant images, whose mixture tells each pixel's share."""
+    planner = planner_of(
+        augment=AugmentSettings(), mix=MixSettings(alpha=1.0, rule=rule, exponent=-1.0)
+    )
+    for step in range(6):
+        plan = planner.step(step)
+        mix, rows = plan["mix"], np.arange(BATCH)
+        own = images()[plan["index"]]
+        others = images()[mix["partner"]] if OTHERS in planner.views else own[mix["partner"]]
+        shares = np.broadcast_to(mix["share"][:, None, None, None], (*own.shape[:3], 1)).copy()
+        for row, (top, bottom, left, right) in zip(rows, mix.get("box", []), strict=False):
+            shares[row, top:bottom, left:right] = 0
+        expected = shares * normalized(own) + (1 - shares) * normalized(others)
+        batch = made(planner, step)
+        np.testing.assert_allclose(batch["images"], expected, atol=2e-6)
+        other_labels = LABELS[mix["partner"]]
+        if OTHERS not in planner.views:
+            other_labels = batch["labels"][mix["partner"]]
+        np.testing.assert_array_equal(batch["other_labels"], other_labels)
+        area = shares.mean(axis=(1, 2, 3))
+        if rule not in ("remix", "remix_cutmix"):
+            np.testing.assert_allclose(batch["weight"], area, atol=1e-6)
+            continue
+        counts, other_counts = COUNTS[batch["labels"]], COUNTS[batch["other_labels"]]
+        rarer = (other_counts * 3 <= counts) & (area < 0.5)
+        rarer_self = (counts * 3 <= other_counts) & (1 - area < 0.5)
+        by_hand = np.where(rarer, 0, np.where(rarer_self, 1, area))
+        np.testing.assert_allclose(batch["weight"], by_hand, atol=1e-6)
+
+
+def test_mixing_begins_and_ends_at_its_epochs_and_by_its_probability() -> None:
+    per_epoch = steps_per_epoch(len(LABELS), BATCH)
+    mix = MixSettings(alpha=0.4, first_epoch=1, last_epoch=2)
+    mixed = [(planner_of(mix=mix).step(k)["weight"] < 1).all() for k in range(4 * per_epoch)]
+    assert mixed == [per_epoch <= k < 2 * per_epoch for k in range(4 * per_epoch)]
+    half = Mixer(LABELS, SHAPE, settings_of(mix=MixSettings(alpha=0.4, probability=0.3)))
+    labels = LABELS[:BATCH].astype(np.int32)
+    share = np.mean([half.draw(k, labels)[1]["weight"][0] < 1 for k in range(600)])
+    assert abs(share - 0.3) < 4 * np.sqrt(0.21 / 600)
+    pixels, unmixed = Mixer(LABELS, SHAPE, settings_of(mix=mix)).draw(0, labels)
+    assert (pixels["share"] == 1).all()
+    np.testing.assert_array_equal(unmixed["other_labels"], labels)
+
+
+def test_partners_stay_in_their_groups() -> None:
+    mixer = Mixer(LABELS, SHAPE, settings_of(mix=MixSettings(alpha=0.4, groups=4)))
+    partner = mixer.draw(2, LABELS[:BATCH].astype(np.int32))[0]["partner"].reshape(4, 4)
+    np.testing.assert_array_equal(np.sort(partner, axis=1), np.arange(16).reshape(4, 4))
+
+
+@pytest.mark.parametrize(("alpha", "rule"), [(0.4, "mixup"), (0.4, "unimix"), (1.0, "cutmix")])
+def test_both_pipelines_mix_by_one_distribution(alpha: float, rule: str) -> None:
+    settings = settings_of(mix=MixSettings(alpha=alpha, rule=rule, exponent=-1.0))
+    ours = Mixer(LABELS, SHAPE, settings)
+    theirs = host_mixing.Mixer(settings.mix, LABELS, SHAPE, BATCH, 3, slice(0, BATCH))
+    labels = LABELS[:: len(LABELS) // BATCH][:BATCH].astype(np.int32)
+    drawn = [ours.draw(step, labels)[1] for step in range(400)]
+
+    def draw(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return theirs.draw(step, tf.constant(labels))[1]
+
+    host = list(tf.data.Dataset.range(400).map(as_written(draw)).as_numpy_iterator())
+    weights, partners = zip(*((x["weight"][3], x["other_labels"][3]) for x in drawn), strict=True)
+    host_partners, host_weights = zip(*((x[0][3], x[1][3]) for x in host), strict=True)
+    assert stats.ks_2samp(weights, host_weights).pvalue > 1e-4
+    table = [
+        np.bincount(each.astype(int), minlength=4)
+        for each in map(np.array, (partners, host_partners))
+    ]
+    assert stats.chi2_contingency(np.array(table) + 1).pvalue > 1e-4
+
+
+def test_both_pipelines_make_one_distribution_of_images() -> None:
+    """Mean and spread of every pixel over many draws of one image, within the error of the mean."""
+    source = ArraySource(images()[:1], np.zeros(1, np.int64), np.zeros(1, np.int64))
+    settings = settings_of(batch_size=500)
+    planner = Planner(source.labels, SHAPE, settings)
+    constants = {"images": source.images, "tables": planner.tables()}
+    make = jax.jit(partial(make_batch, planner=planner))
+    ours = np.concatenate([make(constants, planner.step(k))["images"] for k in range(4)])
+    host = pipeline.train_batches(source, settings, 0, 4)
+    theirs = np.concatenate([batch["images"] for batch in host])
+    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / len(ours))
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 5 * error).all()
+    spread = ours.std(axis=0) / theirs.std(axis=0)
+    assert ((spread > 0.85) & (spread < 1.15)).all()
+
+
+# Steps that are made together, and devices that share a batch
+
+
+def collect(mode: str, devices: int, dispatches: list[tuple[int, int]], **changes: Any):
+    """The batches that a step gets, in the order of the global batch, one for each step."""
+    data = ArraySource(images(), LABELS.astype(np.int64), np.arange(len(LABELS)))
+    parallel = make_parallel(mode, jax.devices()[:devices])
+    steps = dispatches[0][1] - dispatches[0][0]
+    settings = settings_of(**changes)
+    inputs = DeviceInputs(parallel, data, (settings,), AugmentSettings(), 3, steps)
+
+    def step(state: TrainState, batch: dict[str, jax.Array]):
+        gather = partial(jax.lax.all_gather, axis_name=AXIS_NAME, tiled=True, to="invarying")
+        return state.replace(step=state.step + 1), {
+            "loss": state.step,
+            **jax.tree.map(gather, batch),
+        }
+
+    mapped = inputs.map_train_step(step, 0)
+    state = parallel.replicate(TrainState(np.zeros((), np.int32), {}, {}, {}))
+    for placed in inputs.train(0, dispatches):
+        state, metrics = mapped(state, placed)
+        yield from _steps(jax.device_get(metrics))
+
+
+def _steps(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    if metrics["loss"].ndim == 0:
+        yield metrics
+        return
+    for k in range(len(metrics["loss"])):
+        yield {name: x[k] for name, x in metrics.items()}
+
+
+CMO = MixSettings(alpha=1.0, rule="cmo", exponent=-1.0)
+
+
+@pytest.mark.parametrize("mix", [MixSettings(alpha=0.4), CMO], ids=["mixup", "cmo"])
+def test_any_number_of_steps_and_devices_makes_the_same_batches(mix: MixSettings) -> None:
+    changes = {"mix": mix, "views": (AugmentSettings(crop_padding=1),)}
+    singly = list(collect("shard_map", 1, [(k, k + 1) for k in range(5)], **changes))
+    others = [
+        ("pmap", 1, [(0, 5)]),
+        ("shard_map", 1, [(0, 3), (3, 5)]),
+        ("pmap", 4, [(0, 4), (4, 5)]),
+        ("shard_map", 4, [(k, k + 1) for k in range(5)]),
+    ]
+    for mode, devices, dispatches in others:
+        batches = list(collect(mode, devices, dispatches, **changes))
+        assert len(batches) == 5
+        for one, other in zip(singly, batches, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert {"images", "images_2"} <= singly[0].keys()
+    assert (singly[0]["images"] != singly[1]["images"]).any()
