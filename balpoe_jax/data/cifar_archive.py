@@ -7,6 +7,7 @@ It is believed to be that of the archives for Python, by which the published lon
 were drawn. Members are read in memory, so no name of one becomes a path. Without TensorFlow.
 """
 
+import gzip
 import hashlib
 import io
 import logging
@@ -137,17 +138,18 @@ def download(name: str) -> Path:
 def _download(url: str, path: Path, archive: Archive) -> None:
     digest = hashlib.md5(usedforsecurity=False)
     # Of a name of its own: other processes may download it too.
-    part = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)
-    try:
-        with part, urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
-            while chunk := answer.read(_CHUNK):
-                digest.update(chunk)
-                part.write(chunk)
-        _check(digest.hexdigest(), archive, url)
-        os.replace(part.name, path)
-    except BaseException:
-        Path(part.name).unlink(missing_ok=True)
-        raise
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}", delete=False) as part:
+        try:
+            with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
+                while chunk := answer.read(_CHUNK):
+                    digest.update(chunk)
+                    part.write(chunk)
+            part.flush()
+            _check(digest.hexdigest(), archive, url)
+            os.replace(part.name, path)
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise
 
 
 def _check(found: str, archive: Archive, where: str) -> None:
@@ -163,12 +165,17 @@ def _read_members(content: bytes, wanted: set[str], path: str) -> dict[str, byte
     """The content of each wanted member, by its name without folders."""
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
+        with (
+            gzip.GzipFile(fileobj=io.BytesIO(content)) as unpacked,
+            tarfile.open(fileobj=unpacked, mode="r:") as tar,
+        ):
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 file = tar.extractfile(member) if name in wanted and member.isfile() else None
                 if file is not None:
                     members[name] = file.read()
+            while unpacked.read(_CHUNK):  # to its end, which has a checksum
+                pass
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
         raise UserError(
             f"{path} should be a compressed tar file, but cannot be read as one ({error}); "
