@@ -39,6 +39,7 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
 # pass: may differ between starts of one run.
 _OPERATIONAL = (
     "data.data_dir",
+    "data.check_archive",
     "data.threads",
     # What a run began with is kept, see `train`.
     "data.pipeline",
