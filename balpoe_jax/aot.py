@@ -161,7 +161,7 @@ def _planned_step(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree
         )
 
-    images = jax.ShapeDtypeStruct((len(labels), *program.image_shape), jnp.uint8)
+    images = jax.ShapeDtypeStruct((len(labels), *program.image_shape[:2]), jnp.uint32)
     constants = {"images": images, "tables": planner.tables()}
     return (
         map_planned_step(placed, program.train_step(), planner, scanned=False),

@@ -20,7 +20,7 @@ from balpoe_jax.data.device import autoaugment, colours, jitter, moves
 from balpoe_jax.data.device.autoaugment import TablePolicy
 from balpoe_jax.data.device.blur import blur, box_weights
 from balpoe_jax.data.device.hue import hue_tables
-from balpoe_jax.data.device.packing import pack, unpack
+from balpoe_jax.data.device.packing import as_packed, unpack
 from balpoe_jax.data.device.randaugment import RandAugment
 from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings
@@ -90,7 +90,7 @@ class DeviceView:
         """Reads images from the data set and augments them.
 
         Args:
-            images: uint8 `[N, H, W, 3]`, the data set.
+            images: Packed uint32 `[N, H, W]`, the data set; uint8 `[N, H, W, 3]`, too.
             index: int32 `[B]`, positions within it.
             drawn: The draws of these rows.
             tables: Those of `tables`.
@@ -100,10 +100,10 @@ class DeviceView:
         """
         if len(self._ways) == 1:
             (way,) = self._ways
-            moved = moves.read_moved(images, index, drawn["moves"])
+            moved = as_packed(moves.read_moved(images, index, drawn["moves"]))
             if not way.changes:
-                return moved
-            rows = (pack(moved), way.numbers(drawn))
+                return unpack(moved)
+            rows = (moved, way.numbers(drawn))
             return unpack(_by_image(lambda image, own: way.change(image, own, tables), *rows))
         return self._augment_either(images, index, drawn, tables)
 
@@ -112,7 +112,7 @@ class DeviceView:
     ) -> jax.Array:
         first, second = self._ways
         rows = [
-            (pack(moves.read_moved(images, index, own["moves"])), way.numbers(own))
+            (as_packed(moves.read_moved(images, index, own["moves"])), way.numbers(own))
             for way, own in zip(self._ways, (drawn["first"], drawn["second"]), strict=True)
         ]
 
