@@ -285,9 +285,7 @@ def test_the_same_images_under_scan_and_on_several_devices(settings: Any) -> Non
     split, same = PartitionSpec("batch"), PartitionSpec()
     mesh = Mesh(np.array(jax.devices()[:4]), ("batch",))
     sharded = jax.jit(
-        jax.shard_map(
-            view.augment, mesh=mesh, in_specs=(same, split, split, same), out_specs=split
-        )
+        jax.shard_map(view.augment, mesh=mesh, in_specs=(same, split, split, same), out_specs=split)
     )(images, index(rows), steps[0], tables)
     np.testing.assert_array_equal(sharded, expected[0])
     by_device = partial(jax.tree.map, lambda leaf: leaf.reshape(4, rows // 4, *leaf.shape[1:]))
