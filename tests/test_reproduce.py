@@ -183,7 +183,7 @@ def _pretended_command(job: reproduce.Job) -> list[str]:
 
 
 def test_two_real_runs_at_once(tmp_path: Path) -> None:
-    settings = "backbone=resnet8,epochs=1,method=cross_entropy,mixup=false"
+    settings = "epochs=1,method=cross_entropy,mixup=false"
     one = Experiment("digits_one", "digits_lt.py", settings)
     table = PaperTable("A table", (Row("one", one, (Score("ACC", ("test", "top1")),)),))
     jobs = reproduce.plan(table, SCALES["full"], [1, 2], tmp_path)
