@@ -23,6 +23,18 @@ _EXIT_PASSING_ERROR = os.EX_TEMPFAIL  # 75
 _EXIT_INTERRUPTED = 130  # as a shell reports it
 _EXIT_PREEMPTED = 143  # likewise, of SIGTERM
 
+# What libraries read when they start, unless it is set already.
+_ENVIRONMENT = {
+    # Of XLA, its plugins for GPUs and TPUs, and TensorFlow: only what ends the process. They report
+    # every attempt of the autotuner and every start of a device, as warnings and errors.
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GRPC_VERBOSITY": "ERROR",  # it has a line for every process that is started
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # announces itself, and rounds otherwise
+    # Keeps the memory of a batch for the next: handing out fresh pages for each batch of
+    # photographs would take a sixth of the time.
+    "TF_CPU_ALLOCATOR_USE_BFC": "1",
+}
+
 _LONGEST_LINE = 3000  # of a message, in characters
 
 
@@ -33,11 +45,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
     `PassingError` with one and 75, an interruption from the keyboard with one and 130, a preemption
     (SIGTERM) with one and 143.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
-    # Keeps the memory of a batch for the next: handing out fresh pages for each batch of
-    # photographs would take a sixth of the time.
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _log_to_terminal()
 
     def guarded(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from balpoe_jax import record
 from balpoe_jax.data import cifar, cifar_archive, cifar_tfds, datasets, extras
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError
@@ -141,12 +142,20 @@ def test_another_archive_than_the_published_one_is_refused(archives, monkeypatch
 
 
 def test_the_published_archives_are_those_of_the_authors_page() -> None:
-    """https://www.cs.toronto.edu/~kriz/cifar.html, as its table has them."""
-    found = {archive.file: archive.md5 for archive in cifar_archive.ARCHIVES.values()}
-    assert found == {
-        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-        "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
-    }
+    """https://www.cs.toronto.edu/~kriz/cifar.html, as its table and its text have them."""
+    batches = [f"data_batch_{number}.bin" for number in (1, 2, 3, 4, 5)]
+    ten, hundred = cifar_archive.ARCHIVES["cifar10"], cifar_archive.ARCHIVES["cifar100"]
+    assert (ten.file, ten.md5) == ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")
+    assert (list(ten.train), list(ten.test)) == (batches, ["test_batch.bin"])
+    md5 = "03b5dce01913d631647c71ecec9e9cb8"
+    assert (hundred.file, hundred.md5) == ("cifar-100-binary.tar.gz", md5)
+    assert (hundred.train, hundred.test) == (("train.bin",), ("test.bin",))
+
+
+def test_where_the_images_come_from_is_no_other_experiment() -> None:
+    fields = record.experiment_fields({})
+    assert "data.check_counts" in fields
+    assert not {"data.data_dir", "data.check_archive"} & fields.keys()
 
 
 def test_of_a_folder_the_archive_comes_first_and_then_the_numpy_file(

@@ -10,6 +10,7 @@ from pathlib import Path
 import commands
 import pytest
 
+from balpoe_jax import command_line
 from balpoe_jax.command_line import use_compilation_cache
 from balpoe_jax.errors import UserError
 
@@ -31,6 +32,19 @@ def test_a_command_starts_from_nothing() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+
+
+def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None:
+    monkeypatch.setattr(command_line, "_log_to_terminal", lambda: None)
+    monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        command_line.run(stop, print)
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    assert os.environ["GRPC_VERBOSITY"] == "ERROR"
 
 
 @pytest.mark.parametrize(
