@@ -136,7 +136,7 @@ def numbers_of(
 
     Args:
         names: Operations, "none" among them.
-        parameters: One for each, as `image_ops` has it, float32.
+        parameters: One for each, as `image_ops` has it, float `[n]`.
         kinds: Names of the kinds that occur.
         height, width: Size of the images.
     """

@@ -51,8 +51,11 @@ def blur(pixels: jax.Array, weights: jax.Array) -> jax.Array:
 def _box(pixels: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
     """One pass along an axis; the outermost pixels repeat beyond the border."""
     size = pixels.shape[axis]
-    padded = jnp.pad(pixels, [(2, 2) if axis == i else (0, 0) for i in (0, 1)], mode="edge")
-    lines = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(5)]
+    position = jnp.arange(size, dtype=jnp.int32)
+    lines = [
+        jnp.take(pixels, jnp.clip(position + offset, 0, size - 1), axis=axis, mode="clip")
+        for offset in (-2, -1, 0, 1, 2)
+    ]
     middle, near, far = weights
 
     def mean(shift: int) -> jax.Array:

@@ -181,7 +181,7 @@ def _random_windows(
     spread = np.exp(low + uniforms.many("ratio") * (high - low))
     tries = np.rint(np.sqrt(np.stack([area / spread, area * spread], axis=-1)))
     size = np.array([height, width])
-    fits = ((tries > 0) & (tries <= size)).all(axis=-1)
+    fits = np.all((tries > 0) & (tries <= size), axis=-1)
     drawn = tries[np.arange(len(tries)), fits.argmax(axis=1)]
     corner = np.floor(uniforms.many("position") * (size - drawn + 1))
     extent = np.array(
@@ -192,7 +192,7 @@ def _random_windows(
     )
     central = np.concatenate([np.floor((size - extent) / 2), extent])
     window = np.concatenate([corner, drawn], axis=1)
-    return np.where(fits.any(axis=1)[:, None], window, central).astype(np.int16)
+    return np.where(np.any(fits, axis=1, keepdims=True), window, central).astype(np.int16)
 
 
 def _enlarge(images: jax.Array, index: jax.Array, windows: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RandAugment: its draws, and their numbers for the operations; as `randaugment` of the host has it.
+"""RandAugment: its draws, and the numbers of its operations, as `randaugment` of the host has it.
 
 Magnitudes are continuous, so the host makes the numbers of every operation that it draws.
 """
@@ -121,7 +121,7 @@ class RandAugment:
         reaches["translate_x"] = np.full(len(across), 0.45 * self._width)
         reaches["translate_y"] = np.full(len(across), 0.45 * self._height)
         reach = np.stack([reaches.get(name, np.zeros(len(across))) for name in NAMES])
-        moving = np.flatnonzero(reach.any(axis=1)[which])
+        moving = np.flatnonzero(np.isin(which, [NAMES.index(name) for name in reaches]))
         found = line_weights(amount[moving, None] * reach[which[moving]], cubic[moving])
         lines = {}
         for name, leaf in found.items():

@@ -49,7 +49,7 @@ class RowUniforms:
         return self._numbers[:, self._columns[name].start]
 
 
-def whole(uniform: np.ndarray, count: int) -> np.ndarray:
+def whole(uniform: np.ndarray, count: int | np.ndarray) -> np.ndarray:
     """Whole numbers int64 from 0 to `count - 1`, uniform where `uniform` is in `[0, 1)`."""
     return (uniform * count).astype(np.int64)
 

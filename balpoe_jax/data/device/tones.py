@@ -64,9 +64,8 @@ def autocontrast_table() -> np.ndarray:
         spread = np.arange(1, 256 - low, dtype=np.float64)[:, None]
         scale = 255 / spread
         table[low, low + 1 :] = np.clip(values * scale + -low * scale, 0, 255)
-    table = table.reshape(-1)
     table.setflags(write=False)
-    return table
+    return table.reshape(-1)
 
 
 def equalize(pixels: jax.Array) -> jax.Array:

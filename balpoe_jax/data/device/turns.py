@@ -5,6 +5,8 @@ Positions have 32 bits behind the point, in two parts; values come out other tha
 truncates within a millionth of a whole number.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def turn(pixels: jax.Array, matrix: jax.Array, fill: int) -> jax.Array:
             corners.append(channels(flat.at[there].get(mode="promise_in_bounds")))
     rest = (1 << _PART) - 1
     values = [
-        _interpolate(*channel, (column & rest, across), (row & rest, down))
+        _interpolate(channel, (column & rest, across), (row & rest, down))
         for channel in zip(*corners, strict=True)
     ]
     return jnp.where(inside[0] & inside[1], join(values), jnp.uint32(fill))
@@ -69,10 +71,9 @@ def _positions(entries: jax.Array, height: int, width: int) -> tuple[jax.Array, 
 _Share = tuple[jax.Array, jax.Array]
 
 
-def _interpolate(
-    v00: jax.Array, v01: jax.Array, v10: jax.Array, v11: jax.Array, across: _Share, down: _Share
-) -> jax.Array:
+def _interpolate(corners: Sequence[jax.Array], across: _Share, down: _Share) -> jax.Array:
     """The value between four, rounded down."""
+    v00, v01, v10, v11 = corners
 
     def line(start: jax.Array, end: jax.Array) -> jax.Array:
         high, low = ((end - start) * share for share in across)

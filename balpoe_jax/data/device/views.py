@@ -119,8 +119,8 @@ class DeviceView:
         def change(takes_second: jax.Array, one: Any, other: Any) -> jax.Array:
             return jax.lax.cond(
                 takes_second,
-                lambda: second.change(*other, tables),
-                lambda: first.change(*one, tables),
+                lambda: second.change(other[0], other[1], tables),
+                lambda: first.change(one[0], one[1], tables),
             )
 
         return unpack(_by_image(change, drawn["takes_second"], *rows))
