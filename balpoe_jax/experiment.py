@@ -485,6 +485,7 @@ def _load_data(config: ConfigDict) -> LongTailed:
         config.eval.held_out_per_class,
         config.data.image_size,
         config.data.resize or round(config.data.image_size * 256 / 224),
+        check_archive=config.data.check_archive,
     )
     counts = data.class_counts
     low, high = config.data.shot_thresholds
