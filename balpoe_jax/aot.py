@@ -26,7 +26,7 @@ from balpoe_jax.flops import count_flops
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.topologies import Chip, chip_of, compile_only_devices
 
-if TYPE_CHECKING:  # it imports TensorFlow, which reads its environment when it is imported
+if TYPE_CHECKING:  # it takes a second to import
     from balpoe_jax.experiment import Program
 
 Batch = dict[str, jax.ShapeDtypeStruct]
@@ -68,7 +68,7 @@ def examine_on(
     config: ConfigDict, devices: Sequence[jax.Device], chip: Chip, evaluation: bool = True
 ) -> dict[str, Any]:
     """The same for given devices, each of which is such a chip; without the eval step if wanted."""
-    # Here and not above, for TensorFlow's sake, as said there.
+    # Here and not above, so that wrong flags are told at once.
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
 

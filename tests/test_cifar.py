@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_config import get_config
 
 from balpoe_jax import record
 from balpoe_jax.data import cifar, cifar_archive, cifar_tfds, datasets, extras
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import build
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 PER_CLASS = {"train": 5, "test": 2}  # divisible by the five members of CIFAR-10
@@ -139,6 +141,17 @@ def test_another_archive_than_the_published_one_is_refused(archives, monkeypatch
     np.testing.assert_array_equal(data.train.images, again.train.images)
     with pytest.raises(UserError, match="should have 500 training and 100 test images in each of"):
         datasets.load("cifar100", 5.0, str(path.parent))
+
+
+def test_a_config_lets_another_archive_pass(archives) -> None:
+    config = get_config("cifar10_lt", "ir=10")
+    config.data.data_dir = str(archives("cifar10"))
+    config.data.check_counts = False
+    config.data.imbalance_ratio = 1.0
+    with pytest.raises(UserError, match="check_archive=False"):
+        build(config)
+    config.data.check_archive = False
+    assert len(build(config).data.train) == len(make_images("cifar10", "train")[0])
 
 
 def test_the_published_archives_are_those_of_the_authors_page() -> None:
