@@ -2,7 +2,6 @@
 """Two processes with two devices each, over loopback, against one process with four devices."""
 
 import json
-import os
 import shutil
 import signal
 import socket
