@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -89,6 +91,10 @@ def examine_on(
     train_arguments, eval_arguments = (state, train_batch), (state.variables, eval_batch)
     # What is computed twice to save memory is needed once.
     train_flops = count_flops(plain.map_train_step(), *train_arguments)
+    train_step = program.map_train_step()
+    if config.data.pipeline == "device":
+        train_step, *planned = _planned_step(config, program, counts)
+        train_arguments = (state, *planned)
     found = {
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
@@ -102,9 +108,8 @@ def examine_on(
         "num_parameters": num_parameters(state.params),
         "image_shape": image_shape,
         "accumulate": config.optim.accumulate,
-        "train": examine_step(
-            program.map_train_step(), train_arguments, config.batch_size, train_flops, chip
-        ),
+        "pipeline": config.data.pipeline or "host",
+        "train": examine_step(train_step, train_arguments, config.batch_size, train_flops, chip),
     }
     if evaluation:
         eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
@@ -136,6 +141,32 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
             weight=jnp.float32,
         ),
         batch(program.eval_batch_size, images=images, labels=labels, mask=jnp.bool_),
+    )
+
+
+def _planned_step(
+    config: ConfigDict, program: "Program", counts: npt.NDArray[np.int64]
+) -> tuple[Any, Any, Any]:
+    """The train step that makes its own batch, with its abstract plan and constants."""
+    from balpoe_jax.data.device.plans import Planner
+    from balpoe_jax.experiment import stage_settings
+    from balpoe_jax.inputs import map_planned_step
+
+    labels = np.repeat(np.arange(len(counts)), counts)
+    planner = Planner(labels, program.image_shape, stage_settings(config)[0])
+    placed = program.parallel
+
+    def abstract(tree: Any, placement: jax.sharding.Sharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree
+        )
+
+    images = jax.ShapeDtypeStruct((len(labels), *program.image_shape[:2]), jnp.uint32)
+    constants = {"images": images, "tables": planner.tables()}
+    return (
+        map_planned_step(placed, program.train_step(), planner, scanned=False),
+        abstract(planner.step(0), placed.sharded),
+        abstract(constants, placed.replicated),
     )
 
 

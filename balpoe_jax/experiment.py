@@ -260,7 +260,7 @@ def build(config: ConfigDict, pipeline: str | None = None) -> Experiment:
     """
     devices = parallel.make_parallel(config.parallel.mode)
     check(config, devices)  # before the data, which may take its time
-    settings = tuple(_train_settings(stage, i) for i, stage in enumerate(_stage_configs(config)))
+    settings = stage_settings(config)
     data = _load_data(config)
     program = build_program(config, devices, data.class_counts, data.train.image_shape)
     return Experiment(
@@ -418,6 +418,11 @@ def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
         config.optim.warmup_epochs,
         config.optim.warmup_start,
     )
+
+
+def stage_settings(config: ConfigDict) -> tuple[TrainSettings, ...]:
+    """How training batches are made in each stage of an experiment."""
+    return tuple(_train_settings(stage, i) for i, stage in enumerate(_stage_configs(config)))
 
 
 def _train_settings(config: ConfigDict, stage: int) -> TrainSettings:

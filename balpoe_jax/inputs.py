@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from balpoe_jax.data import extras
 from balpoe_jax.data.device.batches import make_batch, normalize
+from balpoe_jax.data.device.packing import pack_on_host, unpack
 from balpoe_jax.data.device.plans import Planner
 from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.device.views import DeviceView
@@ -77,7 +78,7 @@ def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) ->
 
 def _num_bytes(source: Source) -> int:
     assert isinstance(source, ArraySource)
-    return source.images.nbytes
+    return source.images.nbytes // 3 * 4  # as packed pixels
 
 
 def _memory_for_data(device: jax.Device) -> float:
@@ -276,7 +277,7 @@ class DeviceInputs:
             if "view" in rows:
                 images = view.augment(images, index, rows["view"], constants["tables"])
             else:
-                images = images[index]
+                images = unpack(images[index])
             images = normalize(images, settings.mean, settings.std).astype(settings.dtype)
             return step(variables, {**rows, "images": images})
 
@@ -321,7 +322,7 @@ class DeviceInputs:
         """The images of a source in device memory, placed when they are first asked for."""
         assert isinstance(source, ArraySource)
         if id(source) not in self._placed:
-            self._placed[id(source)] = self._parallel.replicate(source.images)
+            self._placed[id(source)] = self._parallel.replicate(pack_on_host(source.images))
         return self._placed[id(source)]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from balpoe_jax import command_line, record, run_files, tables
+from balpoe_jax import command_line, job_processes, record, run_files, tables
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Scale
 from balpoe_jax.runs import Group, Run, Spread, load_run
@@ -87,7 +87,7 @@ class Job:
 
 
 def define_flags() -> None:
-    """Defines --table, --seeds, --only, --scale, --mode, --workdir and --data_dir."""
+    """Defines --table, --seeds, --only, --scale, --mode, --jobs, --workdir and --data_dir."""
     flags.DEFINE_enum("table", None, list(TABLES), "Table or figure of the paper.")
     flags.DEFINE_list("seeds", ["1", "2", "3"], "Seeds of each row, separated by commas.")
     flags.DEFINE_list("only", [], "Folders of the rows to run, separated by commas; empty for all.")
@@ -96,9 +96,16 @@ def define_flags() -> None:
         "mode",
         "run",
         ["run", "eval", "print", "collect"],
-        "Run what is missing here, one after the other, and collect; evaluate anew what is done, "
+        "Run what is missing here, --jobs at once, and collect; evaluate anew what is done, "
         "and collect; print the commands of what is missing, for a cluster, where one that names a "
         "teacher has to wait for that run; or only collect.",
+    )
+    flags.DEFINE_integer(
+        "jobs",
+        1,
+        "Runs at once on one device, whose memory they share; what each prints is in its workdir's "
+        f"{job_processes.OUTPUT}.",
+        lower_bound=1,
     )
     flags.DEFINE_string("workdir", "runs/reproduce", "Folder of all runs and tables.")
     flags.DEFINE_string("data_dir", "", "TFDS folder of the data set; empty for TFDS's own.")
@@ -120,7 +127,9 @@ def main(arguments: Sequence[str]) -> None:
             if job.state() != "done":
                 print(shlex.join(["python", *job.command()]))
         return
-    failed = run(wanted, again=values.mode == "eval") if values.mode in ("run", "eval") else []
+    failed = []
+    if values.mode in ("run", "eval"):
+        failed = run(wanted, values.mode == "eval", values.jobs)
     entries = collect(table, jobs)
     title = f"{table.title} ({scale.remark})" if scale.remark else table.title
     content = result_table(title, entries)
@@ -129,9 +138,10 @@ def main(arguments: Sequence[str]) -> None:
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
     if failed:
+        file = record.LOG if values.jobs == 1 else job_processes.OUTPUT
         raise UserError(
             f"{len(failed)} of {len(wanted)} runs failed: "
-            f"{', '.join(str(job.workdir) for job in failed)}; see the train.log there, and start "
+            f"{', '.join(str(job.workdir) for job in failed)}; see the {file} there, and start "
             "this again to go on."
         )
 
@@ -194,24 +204,53 @@ def _arguments(experiment: Experiment, scale: Scale) -> str:
     return ",".join([*own, added])
 
 
-def run(jobs: Sequence[Job], again: bool = False) -> list[Job]:
-    """Runs one after the other what is not done and returns what failed.
+def run(jobs: Sequence[Job], again: bool = False, at_once: int = 1) -> list[Job]:
+    """Runs what is not done and returns what failed.
 
     Args:
         jobs: of a table.
         again: evaluate anew what is done, instead.
+        at_once: Number of runs at once. With 1 they write to the terminal; with several each writes
+            to a file in its workdir, and a teacher that fails fails its students.
+
+    Raises:
+        Preempted: a signal came while several ran, and all have ended.
     """
     states = [job.state() for job in jobs]
     for job, state in zip(jobs, states, strict=True):
         log.info("%-6s %s, seed %d", state, job.experiment.name, job.seed)
-    failed = []
     chosen = [job for job, state in zip(jobs, states, strict=True) if (state == "done") == again]
+    extra = ["--mode=eval"] if again else []
+    if at_once > 1:
+        return _run_together(chosen, extra, at_once)
+    failed = []
     for i, job in enumerate(chosen, start=1):
         log.info("\n[%d/%d] %s, seed %d", i, len(chosen), job.experiment.name, job.seed)
-        extra = ["--mode=eval"] if again else []
         if subprocess.run([sys.executable, *job.command(), *extra]).returncode:
             failed.append(job)
     return failed
+
+
+def _run_together(jobs: Sequence[Job], extra: Sequence[str], at_once: int) -> list[Job]:
+    commands = [
+        job_processes.Command(
+            f"{job.experiment.name}, seed {job.seed}",
+            (*job.command(), *extra),
+            job.workdir,
+            # What is evaluated again has been trained, and needs its teacher no more.
+            after=None if extra else job.teacher,
+        )
+        for job in jobs
+    ]
+    failed = job_processes.run_together(commands, at_once, _top1)
+    return [job for job, command in zip(jobs, commands, strict=True) if command in failed]
+
+
+def _top1(command: job_processes.Command) -> str:
+    results = record.read_json(command.workdir / record.RESULTS) or {}
+    test = results.get("test")
+    top1 = test.get("top1") if isinstance(test, dict) else None
+    return f"top-1 {100 * top1:.1f}%" if isinstance(top1, int | float) else "no top-1"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Tests that repeat others in another setting, at such a cost that `make test` leaves them out.
 _COSTLY = (
+    "test_reproduce.py::test_two_real_runs_at_once",
     "test_models.py::test_logits_are_the_references[experts7]",
     "test_models.py::test_logits_are_the_references[experts2]",
     "test_models.py::test_logits_are_the_references[nonorm]",

@@ -101,6 +101,25 @@ def test_abstract_batches_are_those_of_the_pipeline(method: str, dtype: str) -> 
         }
 
 
+def test_an_abstract_plan_is_that_of_the_device_pipeline() -> None:
+    config = get_config("digits_lt")
+    config.augment.policy = "autoaugment_cifar"
+    config.data.pipeline, config.parallel.mode = "device", "shard_map"
+    experiment = build(config)
+    step, plan, constants = aot._planned_step(config, experiment, experiment.data.class_counts)
+    made = next(experiment.inputs.train(0, [(0, 1)]))
+    placed = experiment.inputs._images(experiment.data.train)
+    for abstract, concrete in ((plan, made), (constants["images"], placed)):
+        assert shapes(abstract) == shapes(concrete)
+    state = experiment.abstract_state()
+    after, metrics = jax.eval_shape(step, state, plan, constants)
+    assert shapes(after) == shapes(state) and "loss" in metrics
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
 @pytest.mark.parametrize(
     ("model", "platform", "expected"),
     [

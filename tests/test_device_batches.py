@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from jax.extend.core import jaxprs_in_params
 from scipy import stats
 from test_config import get_config
 
@@ -18,6 +19,7 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.data.device.batches import make_batch
 from balpoe_jax.data.device.mixing import Mixer
 from balpoe_jax.data.device.orders import Order, WeightedSampler
+from balpoe_jax.data.device.packing import pack, pack_on_host
 from balpoe_jax.data.device.plans import OTHERS, Planner
 from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.settings import (
@@ -30,7 +32,7 @@ from balpoe_jax.data.settings import (
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.tracing import as_written
 from balpoe_jax.experiment import _stage_configs, _train_settings
-from balpoe_jax.inputs import DeviceInputs
+from balpoe_jax.inputs import DeviceInputs, map_planned_step
 from balpoe_jax.methods import RECIPES
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.state import TrainState
@@ -58,13 +60,17 @@ def planner_of(**changes: Any) -> Planner:
 
 
 def made(planner: Planner, step: int) -> dict[str, np.ndarray]:
-    constants = {"images": images(), "tables": planner.tables()}
+    constants = {"images": pack_on_host(images()), "tables": planner.tables()}
     batch = jax.jit(partial(make_batch, planner=planner))(constants, planner.step(step))
     return jax.device_get(batch)
 
 
 def normalized(pixels: np.ndarray) -> np.ndarray:
     return ((pixels / 255.0 - MEAN) / STD).astype(np.float32)
+
+
+def test_images_are_packed_alike_by_both() -> None:
+    np.testing.assert_array_equal(pack_on_host(images()), pack(images()))
 
 
 # Orders
@@ -315,3 +321,35 @@ def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
                     assert made.shape == (settings.batch_size, 32, 32, 3)
                     assert made.dtype == np.uint8
     assert len(planned) > 15
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": AugmentSettings(policy="autoaugment_cifar")},
+        {"augment": AugmentSettings(policy="randaugment")},
+        {
+            "augment": AugmentSettings(color_jitter=(0.4, 0.4, 0.4), hue=0.1, blur=0.5),
+            "other_augment": AugmentSettings(policy="randaugment"),
+        },
+    ],
+    ids=["autoaugment", "randaugment", "either"],
+)
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_no_table_is_copied_for_each_image(mode: str, changes: dict[str, Any]) -> None:
+    """The largest table has 2**24 bytes, and an accelerator works on all images at once."""
+    planner = planner_of(**changes)
+    parallel = make_parallel(mode, jax.devices()[:2])
+    mapped = map_planned_step(parallel, lambda state, batch: (state, {}), planner, scanned=False)
+    constants = {"images": pack_on_host(images()), "tables": planner.tables()}
+    plan = jax.eval_shape(parallel.shard, planner.step(0))
+    traced = jax.make_jaxpr(mapped)(np.zeros((), np.int32), plan, constants)
+    assert 1000 < max(_sizes(traced.jaxpr)) <= 2**24
+
+
+def _sizes(jaxpr: Any) -> Iterator[int]:
+    """Of all that a program computes and hands on, in elements."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _sizes(inner)

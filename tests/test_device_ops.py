@@ -50,8 +50,10 @@ def over_images(function: Any) -> Any:
 
 @cache
 def run(kinds: tuple[str, ...], fill: int, vectorised: bool) -> Any:
+    choose = operations.compute_all if vectorised else jax.lax.switch
+
     def one(image: jax.Array, numbers: Any, made: Any) -> jax.Array:
-        return operations.apply(image, numbers, made, kinds, fill)
+        return operations.apply(image, numbers, made, kinds, fill, choose)
 
     def run(images: Any, numbers: Any) -> np.ndarray:
         return np.asarray(compiled(images, numbers, tables()))

@@ -2,7 +2,10 @@
 """Rows of the paper: every one a valid config, planned once, run, resumed and collected."""
 
 import json
+import logging
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import commands
@@ -142,6 +145,56 @@ class _Recorder:
         return subprocess.CompletedProcess(command, 1)
 
 
+def test_several_at_once_are_counted_with_their_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = reproduce.plan(tiny_table(), SCALES["full"], [1, 2], tmp_path)
+    pretend(jobs[0], 0.5)
+    monkeypatch.setattr(reproduce.Job, "command", _pretended_command)
+    logging.getLogger("balpoe_jax").addHandler(handler := logging.StreamHandler(sys.stdout))
+    logging.getLogger("balpoe_jax").setLevel(logging.INFO)
+    try:
+        failed = reproduce.run(jobs, at_once=2)
+        evaluated = reproduce.run(jobs, again=True, at_once=2)
+    finally:
+        logging.getLogger("balpoe_jax").removeHandler(handler)
+    # Whose seed is 2 fails; the one that is done already is not run, but evaluated again.
+    assert failed == jobs[2:] and evaluated == []
+    shown = capsys.readouterr().out
+    assert re.search(r"\[1/3\] done: digits_two, seed 1, \d+ s, top-1 61.5%", shown)
+    assert re.search(rf"\[3/3\] failed \(exit code 4\): .*; see {jobs[3].workdir}/term", shown)
+    assert re.search(r"\[1/1\] done: digits_one, seed 1, \d+ s, top-1 50.0%", shown)
+    assert (jobs[0].workdir / "terminal.log").read_text() == "--mode=eval\n"
+
+
+def _pretended_command(job: reproduce.Job) -> list[str]:
+    """Writes results with seed 1, and fails with another one."""
+    result = json.dumps({"step": 6, "test": {"top1": 0.615}})
+    script = f"""if True:
+        import sys
+        from pathlib import Path
+        if {job.seed} > 1:
+            sys.exit(4)
+        print(*sys.argv[1:])
+        if "--mode=eval" not in sys.argv:
+            (Path({str(job.workdir)!r}) / "results.json").write_text({result!r})
+    """
+    return ["-c", script]
+
+
+def test_two_real_runs_at_once(tmp_path: Path) -> None:
+    settings = "backbone=resnet8,epochs=1,method=cross_entropy,mixup=false"
+    one = Experiment("digits_one", "digits_lt.py", settings)
+    table = PaperTable("A table", (Row("one", one, (Score("ACC", ("test", "top1")),)),))
+    jobs = reproduce.plan(table, SCALES["full"], [1, 2], tmp_path)
+    assert reproduce.run(jobs, at_once=2) == []
+    assert [job.state() for job in jobs] == ["done", "done"]
+    (entry,) = reproduce.collect(table, jobs)
+    assert entry.seeds == "1,2" and 0 < entry.ours.mean < 1
+    for job in jobs:
+        assert "images/s" in (job.workdir / "terminal.log").read_text()
+
+
 def test_a_teacher_is_trained_before_its_student_and_named(tmp_path: Path) -> None:
     teacher = Experiment("digits_teacher", "digits_lt.py", "method=ride,experts=4")
     student = Experiment("digits_student", "digits_lt.py", "method=ride_distill", teacher)
@@ -231,6 +284,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
     [
         (["--table=9"], "|1|1-photos|2|3|3-photos|fig5>"),
         ([], "--table must have a value"),
+        (["--table=2", "--jobs=0"], "--jobs=0"),
         (["--table=2", "--seeds=one"], "--seeds must be numbers"),
         (["--table=2", "--seeds=4294967296", "--mode=print"], "--seeds must be below 2**31"),
         (["--table=2", "--only=x", "--mode=print"], "no row 'x'; choose from cifar100_lt_ir100_cr"),

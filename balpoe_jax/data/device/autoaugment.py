@@ -99,11 +99,15 @@ class TablePolicy:
         ]
 
     def apply(
-        self, pixels: jax.Array, numbers: list[dict[str, Any]], tables: dict[str, Any]
+        self,
+        pixels: jax.Array,
+        numbers: list[dict[str, Any]],
+        tables: dict[str, Any],
+        choose: operations.Choose = jax.lax.switch,
     ) -> jax.Array:
         """Applies the two operations of an image, packed `[H, W]`, with its row of `numbers`."""
         for variants, own in zip(self.variants, numbers, strict=True):
-            pixels = operations.apply(pixels, own, tables, variants.kinds, _GREY)
+            pixels = operations.apply(pixels, own, tables, variants.kinds, _GREY, choose)
         return pixels
 
 

@@ -19,7 +19,8 @@ def make_batch(
     """The batch of a step, as the training step takes it.
 
     Args:
-        constants: `images` uint8 `[N, H, W, 3]`, the training set, and `tables` of the planner.
+        constants: `images`, the training set as packed uint32 `[N, H, W]`, and the planner's
+            `tables`.
         plan: One step's plan, this device's rows `[b, ...]` of it.
         planner: What made the plan.
         axis_name: Mapped axis along which the rows are shared; None if they are all here.

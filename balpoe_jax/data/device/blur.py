@@ -41,10 +41,12 @@ def blur(pixels: jax.Array, weights: jax.Array) -> jax.Array:
         pixels: Packed uint32 `[H, W]`.
         weights: A row of `box_weights`.
     """
+    parts = weights.astype(jnp.uint32)
     for axis in (1, 0):
-        for _ in range(_PASSES):
-            # Else each pass would be computed again for every neighbour of the next.
-            pixels = jax.lax.optimization_barrier(_box(pixels, weights.astype(jnp.uint32), axis))
+        # As a loop: unrolled, each pass may be computed again for every neighbour of the next.
+        pixels = jax.lax.fori_loop(
+            0, _PASSES, lambda _, image, axis=axis: _box(image, parts, axis), pixels
+        )
     return pixels
 
 

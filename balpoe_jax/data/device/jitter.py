@@ -12,6 +12,7 @@ import numpy as np
 
 from balpoe_jax.data.device import colours
 from balpoe_jax.data.device.hue import change_hue
+from balpoe_jax.data.device.operations import Choose
 from balpoe_jax.data.device.randomness import RowUniforms
 from balpoe_jax.data.settings import AugmentSettings
 
@@ -48,13 +49,19 @@ def whole_turns(factors: np.ndarray) -> np.ndarray:
     return np.trunc(factors.astype(np.float64) * 255).astype(np.int16)
 
 
-def jitter(pixels: jax.Array, drawn: dict[str, Any], tables: dict[str, Any]) -> jax.Array:
+def jitter(
+    pixels: jax.Array,
+    drawn: dict[str, Any],
+    tables: dict[str, Any],
+    choose: Choose = jax.lax.switch,
+) -> jax.Array:
     """Makes the changes of an image in turn.
 
     Args:
         pixels: Packed uint32 `[H, W]`.
         drawn: A row of what `draw_jitter` drew.
         tables: With hue, those of `hue_tables`.
+        choose: Way to compute the change whose turn it is.
     """
     brightness, contrast, color = drawn["factors"]
     changes = [
@@ -67,6 +74,6 @@ def jitter(pixels: jax.Array, drawn: dict[str, Any], tables: dict[str, Any]) -> 
         changes.append(lambda image: change_hue(image, turn, tables))
     changes.append(lambda image: image)
     for which in drawn["order"]:
-        pixels = jax.lax.switch(which.astype(jnp.int32), changes, pixels)
+        pixels = choose(which.astype(jnp.int32), changes, pixels)
         pixels = jax.lax.optimization_barrier(pixels)
     return pixels

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balpoe_jax.data.device.packing import channels, join, pack, unpack
+from balpoe_jax.data.device.packing import as_packed, channels, join, unpack
 from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.settings import AugmentSettings
 
@@ -120,18 +120,19 @@ def read_moved(images: jax.Array, index: jax.Array, drawn: dict[str, Any]) -> ja
     """Reads images from the data set, cropped, mirrored and rotated.
 
     Args:
-        images: uint8 `[N, H, W, 3]`.
+        images: Packed uint32 `[N, H, W]`, or uint8 `[N, H, W, 3]`.
         index: int32 `[B]`, their positions.
         drawn: What `draw_moves` drew, as arrays of `B` rows.
 
     Returns:
-        uint8 `[B, H, W, 3]`.
+        Packed `[B, H, W]` or uint8 `[B, H, W, 3]`, as the images are.
     """
     if "window" in drawn:
         enlarged = _enlarge(images, index, drawn["window"].astype(jnp.int32))
         rest = {name: leaf for name, leaf in drawn.items() if name != "window"}
         own = jnp.arange(len(index), dtype=jnp.int32)
-        return unpack(_read(enlarged, own, rest) if rest else enlarged)
+        moved = _read(enlarged, own, rest) if rest else enlarged
+        return moved if images.dtype == jnp.uint32 else unpack(moved)
     return _read(images, index, drawn)
 
 
@@ -207,7 +208,7 @@ def _enlarge(images: jax.Array, index: jax.Array, windows: jax.Array) -> jax.Arr
 
     def columns(position: jax.Array) -> jax.Array:
         found = images.at[index[:, None, None], rows, position[:, None, :]]
-        return pack(found.get(mode="promise_in_bounds"))
+        return as_packed(found.get(mode="promise_in_bounds"))
 
     widened = _weighted(columns(first), columns(second), [w[:, None, :] for w in weights])
     # Else every line of it would be computed for each of the lines that it goes into.

@@ -20,6 +20,9 @@ Numbers = dict[str, Any]
 # A packed image `[H, W]`, its numbers, the tables of the device and the packed colour outside.
 _Kind = Callable[[jax.Array, Numbers, Numbers, int], jax.Array]
 
+# As `jax.lax.switch`: the number of a branch, the branches, and the image that each takes.
+Choose = Callable[[jax.Array, Sequence[Callable[[jax.Array], jax.Array]], jax.Array], jax.Array]
+
 # The kind of each operation but those of geometry, which policies choose themselves.
 KIND_OF = {
     **dict.fromkeys(("invert", "posterize", "solarize", "solarize_add"), "points"),
@@ -62,8 +65,23 @@ _KINDS: dict[str, _Kind] = {
 }
 
 
+def compute_all(
+    which: jax.Array, branches: Sequence[Callable[[jax.Array], jax.Array]], pixels: jax.Array
+) -> jax.Array:
+    """What `jax.lax.switch` gives, to be mapped over images.
+
+    A mapped switch would make a copy of every table for each image, 16 MB of autocontrast's.
+    """
+    return jax.lax.select_n(which, *[branch(pixels) for branch in branches])
+
+
 def apply(
-    pixels: jax.Array, numbers: Numbers, tables: Numbers, kinds: Sequence[str], fill: int
+    pixels: jax.Array,
+    numbers: Numbers,
+    tables: Numbers,
+    kinds: Sequence[str],
+    fill: int,
+    choose: Choose = jax.lax.switch,
 ) -> jax.Array:
     """Applies to an image the operation that was drawn for it.
 
@@ -73,10 +91,11 @@ def apply(
         tables: Constants in device memory.
         kinds: Names of the kinds that occur.
         fill: Packed colour outside the image.
+        choose: Way to compute the branch that was drawn.
     """
     branches = [
         lambda image, kind=kind: _KINDS[kind](image, numbers, tables, fill) for kind in kinds
     ]
-    changed = jax.lax.switch(numbers["kind"].astype(jnp.int32), branches, pixels)
+    changed = choose(numbers["kind"].astype(jnp.int32), branches, pixels)
     # Else what follows would compute all of it again for each of the pixels that it reads.
     return jax.lax.optimization_barrier(changed)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed pixels: uint32 with red in the lowest byte, then green and blue. JAX only.
+"""Packed pixels: uint32 with red in the lowest byte, then green and blue.
 
 One read brings all channels of a pixel. Arithmetic takes them out by shifts, within one kernel.
+Data sets lie in device memory so: bytes `[N, H, W, 3]` a TPU would copy into another layout in each
+step.
 """
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 SHIFTS = (0, 8, 16)
 
@@ -15,6 +19,19 @@ SHIFTS = (0, 8, 16)
 def pack(images: jax.Array) -> jax.Array:
     """Bytes `[..., 3]` to packed `[...]`."""
     return join([images[..., i] for i in range(3)])
+
+
+def pack_on_host(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """`pack` by NumPy, for what is to be placed on devices."""
+    packed = np.zeros(images.shape[:-1], np.uint32)
+    for i, shift in enumerate(SHIFTS):
+        packed |= images[..., i].astype(np.uint32) << np.uint32(shift)
+    return packed
+
+
+def as_packed(images: jax.Array) -> jax.Array:
+    """Packed `[...]` of either form: uint8 `[..., 3]`, or packed already."""
+    return images if images.dtype == jnp.uint32 else pack(images)
 
 
 def unpack(pixels: jax.Array) -> jax.Array:

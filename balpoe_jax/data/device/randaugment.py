@@ -100,11 +100,17 @@ class RandAugment:
             ),
         }
 
-    def apply(self, pixels: jax.Array, drawn: dict[str, Any], tables: dict[str, Any]) -> jax.Array:
+    def apply(
+        self,
+        pixels: jax.Array,
+        drawn: dict[str, Any],
+        tables: dict[str, Any],
+        choose: operations.Choose = jax.lax.switch,
+    ) -> jax.Array:
         """Applies the operations of an image, packed `[H, W]`, with its row of `draw`."""
         for layer in range(self._layers):
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], drawn)
-            pixels = operations.apply(pixels, own, tables, KINDS, self._fill)
+            pixels = operations.apply(pixels, own, tables, KINDS, self._fill, choose)
         return pixels
 
     @property

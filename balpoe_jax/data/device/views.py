@@ -10,6 +10,7 @@ The same operations in the same order as `augment.augment_batch`; the draws are 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from balpoe_jax.data.device import autoaugment, colours, jitter, moves
 from balpoe_jax.data.device.autoaugment import TablePolicy
 from balpoe_jax.data.device.blur import blur, box_weights
 from balpoe_jax.data.device.hue import hue_tables
-from balpoe_jax.data.device.packing import pack, unpack
+from balpoe_jax.data.device.operations import Choose, compute_all
+from balpoe_jax.data.device.packing import as_packed, unpack
 from balpoe_jax.data.device.randaugment import RandAugment
 from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings
@@ -90,7 +92,7 @@ class DeviceView:
         """Reads images from the data set and augments them.
 
         Args:
-            images: uint8 `[N, H, W, 3]`, the data set.
+            images: Packed uint32 `[N, H, W]`, the data set; uint8 `[N, H, W, 3]`, too.
             index: int32 `[B]`, positions within it.
             drawn: The draws of these rows.
             tables: Those of `tables`.
@@ -100,11 +102,11 @@ class DeviceView:
         """
         if len(self._ways) == 1:
             (way,) = self._ways
-            moved = moves.read_moved(images, index, drawn["moves"])
+            moved = as_packed(moves.read_moved(images, index, drawn["moves"]))
             if not way.changes:
-                return moved
-            rows = (pack(moved), way.numbers(drawn))
-            return unpack(_by_image(lambda image, own: way.change(image, own, tables), *rows))
+                return unpack(moved)
+            rows = (moved, way.numbers(drawn))
+            return unpack(_by_image(partial(way.change, tables=tables), *rows))
         return self._augment_either(images, index, drawn, tables)
 
     def _augment_either(
@@ -112,16 +114,16 @@ class DeviceView:
     ) -> jax.Array:
         first, second = self._ways
         rows = [
-            (pack(moves.read_moved(images, index, own["moves"])), way.numbers(own))
+            (as_packed(moves.read_moved(images, index, own["moves"])), way.numbers(own))
             for way, own in zip(self._ways, (drawn["first"], drawn["second"]), strict=True)
         ]
 
-        def change(takes_second: jax.Array, one: Any, other: Any) -> jax.Array:
-            return jax.lax.cond(
-                takes_second,
-                lambda: second.change(other[0], other[1], tables),
-                lambda: first.change(one[0], one[1], tables),
-            )
+        def change(choose: Choose, takes_second: jax.Array, one: Any, other: Any) -> jax.Array:
+            ways = [
+                lambda image: first.change(choose, image, one[1], tables),
+                lambda _: second.change(choose, other[0], other[1], tables),
+            ]
+            return choose(takes_second.astype(jnp.int32), ways, one[0])
 
         return unpack(_by_image(change, drawn["takes_second"], *rows))
 
@@ -183,21 +185,19 @@ class _Way:
             numbers["policy"] = self._policy.numbers(drawn["policy"])
         return numbers
 
-    def change(self, pixels: jax.Array, numbers: Drawn, tables: dict[str, Any]) -> jax.Array:
+    def change(
+        self, choose: Choose, pixels: jax.Array, numbers: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
         """Changes one image, packed `[H, W]`, with its row of `numbers`."""
         if "jitter" in numbers:
-            pixels = jitter.jitter(pixels, numbers["jitter"], tables)
+            pixels = jitter.jitter(pixels, numbers["jitter"], tables, choose)
         if "grayscale" in numbers:
             pixels = jnp.where(numbers["grayscale"], colours.gray(pixels), pixels)
         if "blur" in numbers:
-            pixels = jax.lax.cond(
-                numbers["blurred"],
-                lambda image: blur(image, numbers["blur"]),
-                lambda image: image,
-                pixels,
-            )
+            ways = [lambda image: image, lambda image: blur(image, numbers["blur"])]
+            pixels = choose(numbers["blurred"].astype(jnp.int32), ways, pixels)
         if self._policy is not None:
-            pixels = self._policy.apply(pixels, numbers["policy"], tables)
+            pixels = self._policy.apply(pixels, numbers["policy"], tables, choose)
         if self._settings.cutout:
             pixels = _cut_out(pixels, numbers["cutout"], self._settings.cutout)
         return pixels
@@ -218,9 +218,13 @@ def _by_image(function: Callable[..., jax.Array], *rows: Any) -> jax.Array:
     """Maps a function over images: one by one on CPUs, all at once elsewhere.
 
     A CPU then computes of each image what was drawn for it; an accelerator needs few kernels.
+
+    Args:
+        function: Function of a way to choose between branches, and of a row of `rows`.
+        rows: Arrays with a leading axis of the images, in nested containers.
     """
     return jax.lax.platform_dependent(
         *rows,
-        cpu=lambda *rows: jax.lax.map(lambda row: function(*row), rows),
-        default=jax.vmap(function),
+        cpu=lambda *rows: jax.lax.map(lambda row: function(jax.lax.switch, *row), rows),
+        default=jax.vmap(partial(function, compute_all)),
     )
