@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from balpoe_jax import processes, record
+from balpoe_jax.data.replacements import BadImage, Replacements
 from balpoe_jax.data.sources import RecordSource, Source
-from balpoe_jax.data.unreadable import BadImage, Replacements
 from balpoe_jax.errors import UserError
 
 _FILE = "bad_images{}.jsonl"

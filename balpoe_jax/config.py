@@ -50,10 +50,13 @@ def default_config() -> ConfigDict:
         cache_dir: folder in which the commands keep compiled programs for their next start; empty
             for none. Its files are run as code: a folder of your own for each kind of machine.
         data.name: see `balpoe_jax.data.datasets.DATASETS`.
-        data.data_dir: TFDS folder; empty for TFDS's default.
+        data.data_dir: place of the data set. A TFDS folder; for CIFAR also the binary archive, a
+            `.npz` file or a folder that holds one, see `balpoe_jax.data.cifar`. Empty for the
+            default of TFDS, and without TFDS for the archive in the user's cache.
         data.imbalance_ratio: largest over smallest class.
         data.selection_seed: of the kept images.
         data.check_counts: refuse a data set whose class counts are not the published ones.
+        data.check_archive: refuse an archive of CIFAR whose checksum is not the published one.
         data.shot_thresholds: few-shot below the first, many-shot above the second.
         data.mean, data.std: normalisation by channel.
         data.image_size: height and width in pixels of photographs; 0 where images have one size.
@@ -140,6 +143,7 @@ def default_config() -> ConfigDict:
             "imbalance_ratio": 100.0,
             "selection_seed": 0,
             "check_counts": True,
+            "check_archive": True,
             "shot_thresholds": (20, 100),
             # The reference normalises CIFAR-100 with these constants of CIFAR-10 too.
             "mean": (0.4914, 0.4822, 0.4465),

@@ -9,11 +9,13 @@ and the step determine: `{"step", "learning_rate", "loss", "expert_losses", "gra
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from balpoe_jax import processes, record
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import Experiment
+
+if TYPE_CHECKING:  # which takes long to import
+    from balpoe_jax.experiment import Experiment
 
 NON_FINITE = "non_finite.jsonl"
 
@@ -35,7 +37,7 @@ class NonFiniteSteps:
         skipped: how many there were.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Path, first_step: int) -> None:
+    def __init__(self, experiment: "Experiment", workdir: Path, first_step: int) -> None:
         self._experiment = experiment
         self._path = workdir / NON_FINITE
         rows = _read(self._path)

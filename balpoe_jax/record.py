@@ -26,6 +26,7 @@ import balpoe_jax
 from balpoe_jax import leftovers, processes
 from balpoe_jax.config import with_defaults
 from balpoe_jax.errors import PassingError, UserError, passes, writing
+from balpoe_jax.events import EventFile
 
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
@@ -39,6 +40,7 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
 # pass: may differ between starts of one run.
 _OPERATIONAL = (
     "data.data_dir",
+    "data.check_archive",
     "data.threads",
     # What a run began with is kept, see `train`.
     "data.pipeline",
@@ -208,15 +210,11 @@ class MetricWriter:
         self._writes = processes.is_first()
         if not self._writes:
             return
-        import tensorflow as tf
-
         _discard_rows_after(workdir, from_step)
         self._path = workdir / METRICS
         with writing(self._path):
             self._file = self._path.open("a", encoding="utf-8")
-        self._tensorflow_error = tf.errors.OpError
-        self._summary = tf.summary
-        self._events = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        self._events = EventFile(workdir / "tensorboard")
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -225,8 +223,7 @@ class MetricWriter:
         if self._writes:
             with contextlib.suppress(OSError):  # of a row that could not be written
                 self._file.close()
-            with contextlib.suppress(self._tensorflow_error):
-                self._events.close()
+            self._events.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row; it must have an integer `step`.
@@ -239,12 +236,12 @@ class MetricWriter:
         with writing(self._path):
             self._file.write(json.dumps(plain(row)) + "\n")
             self._file.flush()
-        with contextlib.suppress(self._tensorflow_error):  # the curves repeat what is in the rows
-            with self._events.as_default(step=row["step"]):
-                for name, value in row.items():
-                    if isinstance(value, int | float) and name != "step":
-                        self._summary.scalar(name, value)
-            self._events.flush()
+        scalars = {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        self._events.add(row["step"], scalars)
 
 
 @contextlib.contextmanager

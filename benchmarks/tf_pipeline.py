@@ -20,6 +20,7 @@ from balpoe_jax.data.augment import (
     normalize,
 )
 from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.readers import make_reader
 from balpoe_jax.data.resampling import resize
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings, MixSettings, TrainSettings
 from balpoe_jax.data.sources import ArraySource, RecordSource, Source
@@ -51,7 +52,7 @@ class Case:
     def pil_examples(self) -> list[npt.NDArray[np.uint8]] | list[bytes]:
         """Arrays, or the bytes of photographs, in random order."""
         order = np.random.default_rng(0).permutation(len(self.source))
-        images, _ = self.source.reader().read(tf.constant(order))
+        images, _ = make_reader(self.source).read(tf.constant(order))
         return list(images.numpy())
 
     def measure(self, seconds: float) -> Sample:
@@ -103,7 +104,7 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
     batch_size, rows = case.settings.batch_size, slice(0, case.settings.batch_size)
     random = RowRandom(tf.constant([1, 2]), batch_size, rows)
     indices = tf.constant(np.arange(batch_size) % len(case.source), tf.int32)
-    reader = case.source.reader()
+    reader = make_reader(case.source)
     stages: dict[str, float] = {}
 
     def add(name: str, function: Callable[[], tf.Tensor]) -> tf.Tensor:

@@ -196,8 +196,8 @@ def agree(folder: Path) -> None:
 
     profile, load = balanced.BALANCED["digits"]
 
-    def load_own(folder: str | None):
-        train, test = load(folder)
+    def load_own(*place: object):
+        train, test = load(*place)
         order = np.arange(len(train))
         # As if it had been prepared in another way: the counts stay the same.
         return train.select(order if processes.is_first() else order[::-1]), test

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from test_config import get_config
 
-from balpoe_jax.data import balanced, datasets, long_tail
+from balpoe_jax.data import cifar_tfds, datasets, long_tail
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import build
 
@@ -44,7 +44,7 @@ class Builder:
 
 
 def use(monkeypatch, builder: Builder) -> Builder:
-    monkeypatch.setattr(balanced, "prepared_builder", lambda name, data_dir: builder)
+    monkeypatch.setattr(cifar_tfds, "prepared_builder", lambda *_: builder)
     return builder
 
 

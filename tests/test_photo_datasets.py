@@ -23,6 +23,7 @@ from balpoe_jax.data.pipeline import (
     train_batches,
 )
 from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.readers import make_reader
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
 from balpoe_jax.data.views import EitherView, View
 from balpoe_jax.errors import UserError
@@ -131,14 +132,14 @@ def test_reading_again_opens_no_file_again(data_dir: Path) -> None:
 def test_a_limit_of_open_files_that_is_too_low_is_one_sentence(data_dir: Path, monkeypatch) -> None:
     monkeypatch.setattr(sources.resource, "getrlimit", lambda _: (64, 100))
     with pytest.raises(UserError, match=r"needs \d+ open files, but this machine allows 100"):
-        load(data_dir).test.reader()
+        make_reader(load(data_dir).test)
 
 
 def test_the_soft_limit_of_open_files_is_raised(data_dir: Path, monkeypatch) -> None:
     limits = []
     monkeypatch.setattr(sources.resource, "getrlimit", lambda _: (64, 4096))
     monkeypatch.setattr(sources.resource, "setrlimit", lambda _, limit: limits.append(limit))
-    load(data_dir).test.reader()
+    make_reader(load(data_dir).test)
     ((soft, hard),) = limits
     assert 500 < soft < hard == 4096
 
@@ -173,7 +174,7 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     source, options = load(data_dir).train, settings(augment=augment)
     batch = list(train_batches(source, options, 0, 3))[2]
     indices = pipeline.batch_indices(source.labels, options, 2)
-    encoded, labels = source.reader().read(tf.constant(indices))
+    encoded, labels = make_reader(source).read(tf.constant(indices))
     np.testing.assert_array_equal(batch["labels"], labels)
     random = RowRandom(
         stream_seed(options.seed, "augment", tf.constant(2, tf.int64)), 8, slice(0, 8)
@@ -268,7 +269,7 @@ def test_views_and_partners_of_the_sampler_have_windows_of_their_own(data_dir: P
     options = settings(augment=AugmentSettings(flip=True), views=(VIEW,), mix=CMO)
     batches = list(train_batches(source, options, 3, 7))
     mixer = Mixer(CMO, source.labels, source.image_shape, 8, options.seed, slice(0, 8))
-    reader, mixed = source.reader(), []
+    reader, mixed = make_reader(source), []
     for step, batch in enumerate(batches, 3):
         own, labels = reader.read(tf.constant(pipeline.batch_indices(source.labels, options, step)))
         np.testing.assert_array_equal(batch["labels"], labels)
@@ -292,7 +293,7 @@ def test_each_photograph_is_made_in_one_of_two_ways(data_dir: Path) -> None:
     source = load(data_dir).train
     either = EitherView(source, VIEW, AugmentSettings(cutout=8))
     ways = View(source, VIEW), View(source, AugmentSettings(cutout=8))
-    encoded, _ = source.reader().read(tf.range(8))
+    encoded, _ = make_reader(source).read(tf.range(8))
     random = RowRandom(stream_seed(1, "either", tf.constant(3, tf.int64)), 8, slice(0, 8))
 
     def make(view, random: RowRandom) -> np.ndarray:

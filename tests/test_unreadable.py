@@ -24,6 +24,7 @@ from balpoe_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
+from balpoe_jax.data.replacements import Replacements
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
 from balpoe_jax.data.sources import RecordSource
 from balpoe_jax.errors import PassingError, UserError
@@ -169,7 +170,7 @@ def test_storage_that_does_not_answer_is_no_bad_image(tmp_path: Path, monkeypatc
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(sources, "read_image", refuse)
-    replacements = unreadable.Replacements(source)
+    replacements = Replacements(source)
     with pytest.raises(PassingError, match=r"part[01] cannot be read \(Input/output error\)"):
         list(train_batches(source, SETTINGS, 0, 5, replacements=replacements))
 
@@ -187,9 +188,9 @@ class Found(list):
         self[:] = found
 
 
-def make_skipping(source: RecordSource, known=()) -> tuple[unreadable.Replacements, Found]:
+def make_skipping(source: RecordSource, known=()) -> tuple[Replacements, Found]:
     found = Found(known)
-    return unreadable.Replacements(source, known, found), found
+    return Replacements(source, known, found), found
 
 
 def assert_equal(left: list[dict], right: list[dict]) -> None:

@@ -3,17 +3,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
-from balpoe_jax.data import long_tail, unreadable
+from balpoe_jax.data import cifar, long_tail
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.splits import LongTailed
-from balpoe_jax.data.tfds_folder import prepared_builder
-from balpoe_jax.data.tracing import as_written
 from balpoe_jax.errors import UserError
 
 
@@ -41,26 +37,28 @@ def load_cut(
     check_counts: bool = True,
     selection_seed: int = 0,
     held_out_per_class: int = 0,
+    check_archive: bool = True,
 ) -> LongTailed:
     """Loads a balanced data set and cuts its tail by the exponential profile.
 
     Args:
         name: one of `BALANCED`.
         imbalance_ratio: largest over smallest training class, at least 1.
-        data_dir: TFDS folder that holds the prepared data set; empty for TFDS's own default,
-            into which it is downloaded when absent. Unused by "digits", which scikit-learn ships.
+        data_dir: place of the data set, see `cifar.load`. Unused by "digits", which scikit-learn
+            ships.
         check_counts: refuse a data set that is not complete. When False, the profile starts at
             the mean class size, as in the reference, and a class gives what it has.
         selection_seed: of the kept images; 0 is the published subset.
         held_out_per_class: training images a class that the selection leaves out, at most so many,
             are held out; the largest class is kept whole and has none.
+        check_archive: as for `cifar.load`.
 
     Raises:
         UserError (a `ValueError`): a data set that is not there, an empty class, a label out of
             range, or counts that differ.
     """
     profile, loader = BALANCED[name]
-    train, test = loader(data_dir)
+    train, test = loader(data_dir, check_archive)
     available = long_tail.class_counts(train.labels, profile.num_classes)
     found = available, long_tail.class_counts(test.labels, profile.num_classes)
     complete = all(
@@ -116,13 +114,13 @@ _DIGITS_TEST_PER_CLASS = 40
 _DIGITS_TRAIN_PER_CLASS = 130
 
 
-def _load_digits(data_dir: str) -> tuple[ArraySource, ArraySource]:
+def _load_digits(data_dir: str, check_archive: bool) -> tuple[ArraySource, ArraySource]:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, cut into balanced halves.
 
     The test set is a seeded choice of 40 of each class; the training set the next 130 (a class has
     174 to 183).
     """
-    del data_dir
+    del data_dir, check_archive
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -137,72 +135,11 @@ def _load_digits(data_dir: str) -> tuple[ArraySource, ArraySource]:
     return everything.select(np.sort(train.ravel())), everything.select(np.sort(test.ravel()))
 
 
-def _load_cifar(name: str) -> Callable[[str], tuple[ArraySource, ArraySource]]:
-    def load_splits(data_dir: str) -> tuple[ArraySource, ArraySource]:
-        builder = prepared_builder(name, data_dir)
-        return _read_cifar(builder, "train"), _read_cifar(builder, "test")
-
-    return load_splits
-
-
-def _read_cifar(builder: Any, split: str) -> ArraySource:
-    """A whole split in memory, in the order of the original archive.
-
-    TFDS shuffles its records, but an `id` such as "train_00042" tells the original position, on
-    which the published selection depends.
-    """
-    import tensorflow_datasets as tfds
-
-    records = builder.as_dataset(
-        split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()}
-    )
-    decoded = records.map(
-        as_written(
-            lambda record: {
-                "id": record["id"],
-                "label": record["label"],
-                "image": tf.io.decode_image(record["image"], channels=3, expand_animations=False),
-            }
-        ),
-        num_parallel_calls=tf.data.AUTOTUNE,
-    )
-    try:
-        batches = list(decoded.batch(1024).as_numpy_iterator())
-    except tf.errors.OpError as error:
-        raise UserError(
-            f"The {split} records in {builder.data_dir} cannot be read "
-            f"({_first_unreadable(records) or unreadable.explain(error)}); remove that folder and "
-            "prepare the data set anew."
-        ) from error
-    if not batches:
-        raise UserError(f"The {split} split in {builder.data_dir} is empty; prepare it anew.")
-    columns = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    keys = np.array([int(name.rsplit(b"_", 1)[-1]) for name in columns["id"]], np.int64)
-    order = np.argsort(keys, kind="stable")
-    source = ArraySource(columns["image"], columns["label"].astype(np.int64), keys)
-    return source.select(order)
-
-
-def _first_unreadable(records: tf.data.Dataset) -> str | None:
-    """The first record that cannot be read or decoded, and why."""
-    number = 0
-    try:
-        for record in records:
-            number += 1
-            try:
-                tf.io.decode_image(record["image"], channels=3)
-            except tf.errors.OpError as error:
-                return f"image {record['id'].numpy().decode()}: {unreadable.explain(error)}"
-    except tf.errors.OpError as error:
-        return f"record {number} of the split: {unreadable.explain(error)}"
-    return None
-
-
-BALANCED: dict[str, tuple[Profile, Callable[[str], tuple[ArraySource, ArraySource]]]] = {
+BALANCED: dict[str, tuple[Profile, Callable[[str, bool], tuple[ArraySource, ArraySource]]]] = {
     "digits": (
         Profile(10, _DIGITS_TRAIN_PER_CLASS, _DIGITS_TEST_PER_CLASS, (8, 8, 3)),
         _load_digits,
     ),
-    "cifar10": (Profile(10, 5000, 1000, (32, 32, 3)), _load_cifar("cifar10")),
-    "cifar100": (Profile(100, 500, 100, (32, 32, 3)), _load_cifar("cifar100")),
+    "cifar10": (Profile(10, 5000, 1000, (32, 32, 3)), cifar.loader("cifar10")),
+    "cifar100": (Profile(100, 500, 100, (32, 32, 3)), cifar.loader("cifar100")),
 }

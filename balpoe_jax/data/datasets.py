@@ -48,20 +48,23 @@ def load(
     held_out_per_class: int = 0,
     image_size: int = 0,
     resize: int = 0,
+    check_archive: bool = True,
 ) -> LongTailed:
     """Loads a data set, long-tailed by nature or made so, and checks its class counts.
 
     Args:
         name: one of `DATASETS`.
         imbalance_ratio: largest over smallest training class, at least 1; unused where it is given.
-        data_dir: TFDS folder that holds the prepared data set; empty for TFDS's own default,
-            into which it is downloaded when absent. Unused by "digits", which scikit-learn ships.
+        data_dir: place of the data set: see `cifar.load` for CIFAR; a TFDS folder for photographs,
+            or empty for TFDS's own. Unused by "digits", which scikit-learn ships.
         check_counts: refuse a data set that is not the published one.
         selection_seed: of the images kept of a balanced data set.
         held_out_per_class: at most so many labelled images of each class are held out, see
             `balanced.load_cut` and `natural.load_natural`.
         image_size: height and width in pixels of photographs; images of one size keep theirs.
         resize: short side in pixels to which test photographs are scaled before a central crop.
+        check_archive: whether an archive of CIFAR with another checksum than the published one is
+            refused.
 
     Raises:
         UserError (a `ValueError`): an unknown name, a data set that is not there or not as it
@@ -71,7 +74,13 @@ def load(
     if name in NATURAL:
         return load_natural(name, image_size, resize, data_dir, check_counts, held_out_per_class)
     return load_cut(
-        name, imbalance_ratio, data_dir, check_counts, selection_seed, held_out_per_class
+        name,
+        imbalance_ratio,
+        data_dir,
+        check_counts,
+        selection_seed,
+        held_out_per_class,
+        check_archive,
     )
 
 

@@ -16,6 +16,8 @@ import tensorflow as tf
 from balpoe_jax.data import photos, samplers, unreadable
 from balpoe_jax.data.augment import normalize
 from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.readers import make_reader
+from balpoe_jax.data.replacements import Replacements
 from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
 from balpoe_jax.data.sources import RecordSource, Source
 from balpoe_jax.data.stages import Batch, TrainStages, to_input
@@ -38,7 +40,7 @@ def train_batches(
     first_step: int,
     last_step: int,
     host: Host = ONE_HOST,
-    replacements: unreadable.Replacements | None = None,
+    replacements: Replacements | None = None,
 ) -> Iterator[Arrays]:
     """The batches of steps `first_step` to `last_step - 1`.
 
@@ -203,7 +205,7 @@ def _examples_in_order(
         finish: makes the images of a batch into the network's; takes `positions` away.
     """
     rows = host.rows(batch_size)
-    reader = source.reader()
+    reader = make_reader(source)
 
     def read(step: tf.Tensor) -> Batch:
         positions = (tf.cast(step, tf.int32) * batch_size + tf.range(batch_size))[rows]

@@ -2,8 +2,8 @@
 """Random access to the examples of a split.
 
 A source has `labels` int64 `[N]`, says with `encoded` whether its images are files to be decoded
-and with `image_shape` what becomes of them, and reads those of given positions inside a tf.data
-graph.
+and with `image_shape` what becomes of them. `balpoe_jax.data.readers` reads given positions of one
+inside a tf.data graph; nothing here needs TensorFlow.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from balpoe_jax.data.tfrecords import RecordIndex, read_image, record_number
 from balpoe_jax.errors import UserError
@@ -57,22 +56,6 @@ class ArraySource:
     def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
         """What the examples at `indices` are called: their positions in the original data set."""
         return [str(key) for key in self.keys[indices]]
-
-    def reader(self) -> "ArrayReader":
-        """Puts the arrays where a graph can read them."""
-        return ArrayReader(tf.constant(self.images), tf.constant(self.labels, tf.int32))
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayReader:
-    """Reads batches of an `ArraySource` inside a graph."""
-
-    images: tf.Tensor
-    labels: tf.Tensor
-
-    def read(self, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """int `[B]` -> images uint8 `[B, H, W, 3]` and labels int32 `[B]`."""
-        return tf.gather(self.images, indices), tf.gather(self.labels, indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,26 +114,13 @@ class RecordSource:
         path = self.paths[self.index.files[i]]
         return f"record {record_number(path, int(self.index.starts[i]))} of {path}"
 
-    def reader(self) -> "RecordReader":
-        """Reads them inside a graph."""
-        return RecordReader(self)
+    def make_room(self) -> None:
+        """Lets this process have all files of the source open at once.
 
-
-class RecordReader:
-    """Reads batches of a `RecordSource` inside a graph."""
-
-    def __init__(self, source: RecordSource) -> None:
-        self._source = source
-        self._labels = tf.constant(source.labels, tf.int32)
-        _FILES.make_room(len(source.paths))
-
-    def read(self, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """int `[B]` -> encoded images string `[B]` and labels int32 `[B]`."""
-        encoded = tf.numpy_function(self._read, [indices], tf.string, stateful=False)
-        return tf.ensure_shape(encoded, indices.shape), tf.gather(self._labels, indices)
-
-    def _read(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.object_]:
-        return np.array([self._source.read_image(i) for i in indices], dtype=object)
+        Raises:
+            UserError (a `ValueError`): the system allows fewer.
+        """
+        _FILES.make_room(len(self.paths))
 
 
 class _OpenFiles:

@@ -10,6 +10,7 @@ from balpoe_jax.data import photos, pixels
 from balpoe_jax.data.augment import normalize
 from balpoe_jax.data.mixing import Mix, Mixer, mix_images
 from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.readers import make_reader
 from balpoe_jax.data.settings import TrainSettings
 from balpoe_jax.data.sources import Source
 from balpoe_jax.data.views import EitherView, View, make_view
@@ -30,7 +31,7 @@ class TrainStages:
     """
 
     def __init__(self, source: Source, settings: TrainSettings, rows: slice) -> None:
-        self._reader = source.reader()
+        self._reader = make_reader(source)
         self._settings = settings
         self._rows = rows
         self._image_size = source.image_shape[:2]

@@ -4,26 +4,33 @@
 import logging
 from typing import Any
 
+from balpoe_jax.data import extras
 from balpoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def prepared_builder(name: str, data_dir: str) -> Any:
+def prepared_builder(name: str, data_dir: str, alternative: str = "") -> Any:
     """The TFDS builder of a data set that is on disk; downloads only into TFDS's own folder.
 
     Args:
         name: of the data set in TFDS.
         data_dir: TFDS folder that must hold it; empty for TFDS's own, into which it is downloaded.
+        alternative: a file of the same images, which the message names when the set is not there.
 
     Raises:
-        UserError (a `ValueError`): a data set that is not there and cannot be downloaded.
+        UserError (a `ValueError`): a data set that is not there and cannot be downloaded; TFDS or
+            TensorFlow is not installed.
     """
+    extras.require_tensorflow(f"Reading {name} through TFDS")
+    if not extras.has_tfds():
+        raise UserError(f"{name} is read through TFDS, which is not installed; {extras.INSTALL}.")
     import tensorflow_datasets as tfds
 
     where = f" --data_dir={data_dir}" if data_dir else ""
+    holds = f"it, or {alternative}," if alternative else "it"
     remedy = (
-        f"prepare it with `tfds build {name}{where}`, or name the folder that holds it with "
+        f"prepare it with `tfds build {name}{where}`, or name the folder that holds {holds} with "
         "--config.data.data_dir=DIR."
     )
     builder = tfds.builder(name, data_dir=data_dir or None)

@@ -7,19 +7,20 @@ field without copying it. The scan verifies the checksum of each length, the rea
 that of its record. Without TensorFlow.
 """
 
+import functools
 import hashlib
 import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from balpoe_jax.data import cache, extras
 from balpoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
     Raises:
         UserError (a `ValueError`): a file that cannot be read, or holds something else.
     """
-    cached = _cache_folder() / f"records-{_fingerprint(paths, name_feature)}.npz"
+    cached = cache.folder() / f"records-{_fingerprint(paths, name_feature)}.npz"
     index = _read_cached(cached)
     if index is None:
         index = scan(paths, name_feature)
@@ -179,8 +180,20 @@ def _records(buffer: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 def _masked_crc(content: bytes) -> int:
     """The checksum that a TFRecord file stores of some bytes."""
-    crc = google_crc32c.value(content)
+    crc = _crc32c()(content)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@functools.cache
+def _crc32c() -> Callable[[bytes], int]:
+    """The checksum function; imported where records are read, since nothing else needs it."""
+    try:
+        from google_crc32c import value
+    except ImportError as error:
+        raise UserError(
+            f"Reading TFRecord files needs google-crc32c, which is not installed; {extras.INSTALL}."
+        ) from error
+    return value
 
 
 def _read_example(
@@ -239,11 +252,6 @@ def _varint(buffer: mmap.mmap, position: int) -> tuple[int, int]:
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "balpoe_jax"
 
 
 def _fingerprint(paths: Sequence[str], name_feature: str) -> str:
