@@ -5,19 +5,20 @@ Each is small enough to be read on a phone; a page puts several side by side. Co
 with any colour vision (blue, vermilion, green of equal weight), and marks or dashes differ as well.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from balpoe_jax.metrics import Calibration, ShotGroups
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Stands for the page's text colour while matplotlib draws, and is replaced by `currentColor`.
 _INK = "#010203"
@@ -61,8 +62,7 @@ def reliability_diagram(title: str, calibration: Calibration, name: str) -> str:
         calibration: the bins.
         name: distinguishes this figure's elements from those of others on the page.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.3, 3.7), layout="constrained")
+    with _drawing((3.3, 3.7)) as figure:
         bins, shares = figure.subplots(2, 1, height_ratios=[3.2, 1])
         _draw_reliability(bins, calibration)
         bins.set_title(title)
@@ -84,8 +84,7 @@ def class_accuracies(
         per_class: `[C]` accuracies of the ensemble, nan where there are no test examples.
         groups: which classes are many, medium and few.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with _drawing(_SIZE) as figure:
         axis = figure.subplots()
         for name, members in groups._asdict().items():
             if members.any():
@@ -113,8 +112,7 @@ def group_accuracies(names: Sequence[str], accuracies: Sequence[Mapping[str, flo
         names: of the experts and the ensemble.
         accuracies: of each, by group.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with _drawing(_SIZE) as figure:
         axis = figure.subplots()
         positions = np.arange(len(names))
         for i, (group, color) in enumerate(_GROUP_COLORS.items()):
@@ -140,8 +138,7 @@ def shift_accuracies(
         name: distinguishes this figure's elements from those of others on the page.
         title: of the figure.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with _drawing(_SIZE) as figure:
         axis = figure.subplots()
         for kind, label in PRIOR_KINDS.items():
             color, mark, dash = _KIND_STYLES[kind]
@@ -178,8 +175,7 @@ def marginal(
         name: distinguishes this figure's elements from those of others on the page.
     """
     order = np.argsort(-class_counts, kind="stable")
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.3, 2.7), layout="constrained")
+    with _drawing((3.3, 2.7)) as figure:
         axis = figure.subplots()
         ranks = np.arange(1, len(order) + 1)
         size = 12 if len(order) <= 100 else 3
@@ -200,14 +196,15 @@ def group_confusion(confusion: npt.NDArray[np.float64]) -> str:
         confusion: `[3, 3]` fractions, rows by label, nan in the row of an empty group.
     """
     names = list(_GROUP_COLORS)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.9, 3.3), layout="constrained")
+    from matplotlib import patches
+
+    with _drawing((3.9, 3.3)) as figure:
         axis = figure.subplots()
         for row, column in np.ndindex(3, 3):
             value = confusion[row, column]
             shade = 0.0 if np.isnan(value) else 0.85 * float(value)
             axis.add_patch(
-                matplotlib.patches.Rectangle(
+                patches.Rectangle(
                     (column - 0.5, row - 0.5), 1, 1, facecolor=_BLUE, alpha=shade, linewidth=0
                 )
             )
@@ -236,8 +233,7 @@ def experts_curve(
         spreads: lowest and highest likewise.
         name: distinguishes this figure's elements from those of others on the page.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with _drawing(_SIZE) as figure:
         axis = figure.subplots()
         for group, values in means.items():
             color = _GROUP_COLORS.get(group, _INK)
@@ -259,8 +255,7 @@ def training_losses(train_rows: Sequence[Mapping[str, Any]], expert_names: Seque
         train_rows: rows of `metrics.jsonl` with a loss.
         expert_names: for the legend.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with _drawing(_SIZE) as figure:
         losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[2.5, 1])
         epochs = [row["epoch"] for row in train_rows]
         by_expert = np.array([row["expert_losses"] for row in train_rows], float)
@@ -282,8 +277,7 @@ def test_curves(test_rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         test_rows: rows of `metrics.jsonl` with `test_top1`.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with _drawing(_SIZE) as figure:
         axis = figure.subplots()
         epochs = [row["epoch"] for row in test_rows]
         for name, color in {"top1": _INK, **_GROUP_COLORS}.items():
@@ -296,7 +290,7 @@ def test_curves(test_rows: Sequence[Mapping[str, Any]]) -> str:
         return _svg(figure, "tests")
 
 
-def _draw_reliability(axis: Axes, calibration: Calibration) -> None:
+def _draw_reliability(axis: "Axes", calibration: Calibration) -> None:
     """Bars of accuracy, and from there to the confidence; both errors in the corner."""
     num_bins = len(calibration.bin_fraction)
     centers = (np.arange(num_bins) + 0.5) / num_bins
@@ -321,7 +315,7 @@ def _draw_reliability(axis: Axes, calibration: Calibration) -> None:
     axis.set_xticks([0, 0.5, 1], labels=[])
 
 
-def _draw_fractions(axis: Axes, calibration: Calibration) -> None:
+def _draw_fractions(axis: "Axes", calibration: Calibration) -> None:
     num_bins = len(calibration.bin_fraction)
     centers = (np.arange(num_bins) + 0.5) / num_bins
     axis.bar(centers, calibration.bin_fraction, 0.94 / num_bins, color=_INK, alpha=0.45)
@@ -331,6 +325,8 @@ def _draw_fractions(axis: Axes, calibration: Calibration) -> None:
 
 def _expert_colors(count: int) -> list[str]:
     """From magenta to orange, in the order of the experts: seen on white and on black."""
+    import matplotlib
+
     plasma = matplotlib.colormaps["plasma"]
     return [matplotlib.colors.to_hex(plasma(x)) for x in np.linspace(0.38, 0.72, count)]
 
@@ -339,9 +335,22 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _svg(figure: Figure, name: str) -> str:
+@contextlib.contextmanager
+def _drawing(size: tuple[float, float]) -> Iterator["Figure"]:
+    """A figure in the style of the page, to be drawn within the context."""
+    # Not above: it takes a second to import, which a training need not wait for.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def _svg(figure: "Figure", name: str) -> str:
     """The `<svg>` element, the same for the same data, its element names beginning with `name`."""
     buffer = io.StringIO()
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from balpoe_jax import record, run_files
 from balpoe_jax.errors import UserError
@@ -92,6 +91,8 @@ def significance(first: Sequence[float | None], second: Sequence[float | None]) 
     one, two = ([value for value in values if value is not None] for values in (first, second))
     if min(len(one), len(two)) < 2 or not (np.ptp(one) or np.ptp(two)):
         return None
+    from scipy import stats  # not above: it takes seconds to import
+
     sizes = [(np.mean(values), np.std(values, ddof=1), len(values)) for values in (one, two)]
     return float(stats.ttest_ind_from_stats(*sizes[0], *sizes[1], equal_var=False).pvalue)
 

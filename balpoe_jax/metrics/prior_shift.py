@@ -3,7 +3,6 @@
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 # Cells expected to hold fewer are merged: the statistic is far from a chi-square below.
 _LEAST_EXPECTED = 5.0
@@ -59,6 +58,8 @@ def _homogeneity_p_value(observed: npt.NDArray[np.float64]) -> float:
     cells = _merge_rare(observed)
     if cells.shape[1] < 2 or not cells.sum(axis=1).all():
         return 1.0
+    from scipy import stats  # not above: it takes seconds to import
+
     return float(stats.chi2_contingency(cells, correction=False).pvalue)
 
 
@@ -66,6 +67,8 @@ def _trend_p_value(observed: npt.NDArray[np.float64], values: npt.NDArray[np.flo
     """Of a two-sided test that the mean of `values` is the same under two rows of counts."""
     if np.ptp(values) == 0:
         return 1.0
+    from scipy import stats  # as above
+
     totals = observed.sum(axis=1)
     shares = observed / totals[:, None]
     means = shares @ values

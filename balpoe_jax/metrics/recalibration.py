@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
 
 from balpoe_jax.errors import UserError
 
@@ -48,6 +47,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         return float(np.mean(np.log(np.exp(values).sum(axis=1)) - values[rows, labels]))
 
     bound = np.log(_LARGEST_TEMPERATURE)
+    from scipy import optimize  # not above: it takes a while to import
+
     found = optimize.minimize_scalar(
         loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}
     )
@@ -99,6 +100,8 @@ def fit_bias_correction(
     )
     bound = np.log(_LARGEST_TEMPERATURE)
     bounds = [(-bound, bound), *[(None, None)] * (1 + len(present))]
+    from scipy import optimize  # as above
+
     found = optimize.minimize(
         loss, np.zeros(2 + len(present)), jac=True, bounds=bounds, method="L-BFGS-B"
     )

@@ -70,9 +70,11 @@ class TablePolicy:
         )
 
     @property
-    def needs_autocontrast(self) -> bool:
-        """Whether the device needs the table of autocontrast."""
-        return any("autocontrast" in variants.kinds for variants in self.variants)
+    def tables(self) -> dict[str, np.ndarray]:
+        """Constants that the device needs."""
+        if any("autocontrast" in variants.kinds for variants in self.variants):
+            return {"autocontrast": tones.autocontrast_table()}
+        return {}
 
     def draw(self, uniforms: RowUniforms) -> np.ndarray:
         """The variants of each row, uint8 `[rows, 2]`.

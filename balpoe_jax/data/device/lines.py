@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shears and shifts with interpolation: rows or columns that move by distances of their own.
 
-The host turns distances into whole numbers, for devices have no float64. The weights have 40 bits
-behind the point: a value comes out other than from exact weights only where the exact result lies
-within 1e-9 of a whole number and is none, or where Pillow's own rounding decides.
+The host turns distances into whole numbers, for devices have no float64. The weights have 60 bits
+behind the point, in three parts, because Pillow truncates: a value that ends a hair below a whole
+number is one less. Results differ from Pillow's where its own rounding in float64 decides.
 """
 
 import jax
@@ -12,7 +12,10 @@ import numpy as np
 
 from balpoe_jax.data.device.packing import channels, join
 
-_LIMB = 20
+_PART = 20
+_PARTS = 3
+# Half a unit in the last place of most values in float64: what is nearer to a whole number is one.
+_HAIR = 1 << (_PARTS * _PART - 47)
 
 
 def line_weights(shifts: np.ndarray, cubic: np.ndarray) -> dict[str, np.ndarray]:
@@ -25,26 +28,26 @@ def line_weights(shifts: np.ndarray, cubic: np.ndarray) -> dict[str, np.ndarray]
     Returns:
         first: int16 `[n, lines]`, whole pixels of the distance, rounded down.
         nearest: int16 `[n, lines]`, the same, rounded to the nearest.
-        high, low: int32 `[n, lines, 4]`, weights of four neighbours in two parts of 20 bits.
+        weights: int32 `[n, lines, 3, 4]`, those of four neighbours, in three parts of 20 bits.
     """
     first = np.floor(shifts)
     t = shifts - first
-    square = t * t
-    cube = square * t
-    bent = [2 * square - cube - t, None, t + square - cube, cube - square]
-    zero = np.zeros_like(t)
-    straight = [zero, None, t, zero]
-    weights = np.empty((*t.shape, 4), np.int64)
-    for i in (0, 2, 3):
-        chosen = np.where(cubic[:, None], bent[i], straight[i])
-        weights[..., i] = np.rint(chosen * 2.0 ** (2 * _LIMB))
+    # From the nearer of the middle two, where small weights are known most exactly.
+    mirrored = t > 0.5
+    t = np.where(mirrored, 1 - t, t)
+    bent = cubic[:, None] * t
+    far, opposite = -bent * (1 - t) ** 2, -bent * t * (1 - t)
+    whole = np.zeros((*t.shape, 4), np.int64)
+    for i, weight in ((0, far), (2, t + bent * (1 - t) * t), (3, opposite)):
+        whole[..., i] = np.rint(weight * 2.0 ** (_PARTS * _PART))
     # What is constant stays so, exactly.
-    weights[..., 1] = (1 << (2 * _LIMB)) - weights[..., [0, 2, 3]].sum(axis=-1)
+    whole[..., 1] = (1 << (_PARTS * _PART)) - whole.sum(axis=-1)
+    whole = np.where(mirrored[..., None], whole[..., ::-1], whole)
+    parts = [whole >> (2 * _PART), (whole >> _PART) % (1 << _PART), whole % (1 << _PART)]
     return {
         "first": first.astype(np.int16),
         "nearest": np.floor(shifts + 0.5).astype(np.int16),
-        "high": (weights >> _LIMB).astype(np.int32),
-        "low": (weights & ((1 << _LIMB) - 1)).astype(np.int32),
+        "weights": np.stack(parts, axis=-2).astype(np.int32),
     }
 
 
@@ -67,17 +70,24 @@ def shift_lines(pixels: jax.Array, drawn: dict[str, jax.Array], axis: int, fill:
 
     position = jnp.expand_dims(jnp.arange(size, dtype=jnp.int32), 1 - axis)
     start = position + across(drawn["first"])
-    sums = [(jnp.int32(0), jnp.int32(0))] * 3
-    for i in range(4):
-        there = jnp.clip(start + (i - 1), 0, size - 1)
-        neighbours = channels(
-            jnp.take_along_axis(pixels, there, axis=axis, mode="promise_in_bounds")
+    neighbours = [
+        channels(
+            jnp.take_along_axis(
+                pixels, jnp.clip(start + offset, 0, size - 1), axis, mode="promise_in_bounds"
+            )
         )
-        high, low = across(drawn["high"][:, i]), across(drawn["low"][:, i])
-        sums = [
-            (total[0] + high * values, total[1] + low * values)
-            for total, values in zip(sums, neighbours, strict=True)
-        ]
-    values = [jnp.clip((high + (low >> _LIMB)) >> _LIMB, 0, 255) for high, low in sums]
+        for offset in (-1, 0, 1, 2)
+    ]
+    weights = [[across(drawn["weights"][:, part, i]) for i in range(4)] for part in range(_PARTS)]
+
+    def weighted(channel: int) -> jax.Array:
+        high, middle, low = (
+            sum(weight * values[channel] for weight, values in zip(part, neighbours, strict=True))
+            for part in weights
+        )
+        carried = (middle + ((low + _HAIR) >> _PART)) >> _PART
+        return jnp.clip((high + carried) >> _PART, 0, 255)
+
+    values = [weighted(channel) for channel in range(3)]
     seen = position + across(drawn["nearest"])
     return jnp.where((seen >= 0) & (seen < size), join(values), jnp.uint32(fill))

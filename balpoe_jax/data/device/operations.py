@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from balpoe_jax.data.device import colours, tones
 from balpoe_jax.data.device.lines import shift_lines
 from balpoe_jax.data.device.moves import source_pixels
+from balpoe_jax.data.device.turns import turn
 
 Numbers = dict[str, Any]
 # A packed image `[H, W]`, its numbers, the tables of the device and the packed colour outside.
@@ -42,6 +43,7 @@ def nearest(pixels: jax.Array, matrix: jax.Array, fill: int) -> jax.Array:
 _KINDS: dict[str, _Kind] = {
     "none": lambda pixels, numbers, tables, fill: pixels,
     "nearest": lambda pixels, numbers, tables, fill: nearest(pixels, numbers["matrix"], fill),
+    "turn": lambda pixels, numbers, tables, fill: turn(pixels, numbers["turn"], fill),
     "rows": lambda pixels, numbers, tables, fill: shift_lines(pixels, numbers["lines"], 1, fill),
     "columns": lambda pixels, numbers, tables, fill: shift_lines(pixels, numbers["lines"], 0, fill),
     "points": lambda pixels, numbers, tables, fill: tones.change_points(

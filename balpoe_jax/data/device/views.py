@@ -16,15 +16,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balpoe_jax.data.device import autoaugment, moves, tones
+from balpoe_jax.data.device import autoaugment, colours, jitter, moves
 from balpoe_jax.data.device.autoaugment import TablePolicy
+from balpoe_jax.data.device.blur import blur, box_weights
+from balpoe_jax.data.device.hue import hue_tables
 from balpoe_jax.data.device.packing import pack, unpack
+from balpoe_jax.data.device.randaugment import RandAugment
 from balpoe_jax.data.device.randomness import RowUniforms, whole
-from balpoe_jax.data.settings import AugmentSettings
+from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings
 
-# The numbers that a row needs: always the same, so that an image is cropped in one way whatever
-# else happens to it.
-_WIDTHS = {**moves.WIDTHS, **autoaugment.WIDTHS, "cutout": 2}
+# The numbers that a row needs, before those of RandAugment: always the same, so that an image is
+# cropped in one way whatever else happens to it.
+_WIDTHS = {
+    **moves.WIDTHS,
+    **jitter.WIDTHS,
+    "grayscale": 1,
+    "blurred": 1,
+    "sigma": 1,
+    **autoaugment.WIDTHS,
+    "cutout": 2,
+}
 
 Drawn = dict[str, Any]
 
@@ -121,47 +132,70 @@ class _Way:
     def __init__(self, settings: AugmentSettings, image_shape: tuple[int, int, int]) -> None:
         self._settings = settings
         self._height, self._width = image_shape[:2]
-        self._policy = None
-        if settings.policy not in ("none", "randaugment"):
+        self._widths = dict(_WIDTHS)
+        self._policy: TablePolicy | RandAugment | None = None
+        if settings.policy == "randaugment":
+            self._policy = RandAugment(settings, self._height, self._width)
+            self._widths |= self._policy.widths
+        elif settings.policy != "none":
             self._policy = TablePolicy(settings.policy, self._height, self._width)
 
     @property
     def changes(self) -> bool:
         """Whether there is anything to do to an image after its crop, flip and rotation."""
-        return self._policy is not None or self._settings.cutout > 0
+        settings = self._settings
+        return settings.changes or self._policy is not None or settings.cutout > 0
 
     @property
     def width(self) -> int:
         """How many uniform numbers a row needs."""
-        return sum(_WIDTHS.values())
+        return sum(self._widths.values())
 
     def draw(self, numbers: np.ndarray) -> Drawn:
         """Draws for all rows of uniform numbers `[rows, width]`."""
-        uniforms = RowUniforms(numbers, _WIDTHS)
-        drawn: Drawn = {
-            "moves": moves.draw_moves(uniforms, self._settings, self._height, self._width)
-        }
+        settings, uniforms = self._settings, RowUniforms(numbers, self._widths)
+        drawn: Drawn = {"moves": moves.draw_moves(uniforms, settings, self._height, self._width)}
+        if settings.jitters:
+            drawn["jitter"] = jitter.draw_jitter(uniforms, settings)
+        if settings.grayscale:
+            drawn["grayscale"] = uniforms.one("grayscale") < settings.grayscale
+        if settings.blur:
+            low, high = BLUR_SIGMA
+            sigma = low + uniforms.one("sigma") * (high - low)
+            drawn["blurred"] = uniforms.one("blurred") < settings.blur
+            drawn["blur"] = box_weights(sigma.astype(np.float32))
         if self._policy is not None:
             drawn["policy"] = self._policy.draw(uniforms)
-        if self._settings.cutout:
+        if settings.cutout:
             corner = whole(uniforms.many("cutout"), np.array([self._height, self._width]))
             drawn["cutout"] = corner.astype(np.int16)
         return drawn
 
     def tables(self) -> dict[str, np.ndarray]:
-        if self._policy is not None and self._policy.needs_autocontrast:
-            return {"autocontrast": tones.autocontrast_table()}
-        return {}
+        """Constants that should lie in device memory."""
+        tables = {} if self._policy is None else self._policy.tables
+        return tables | (hue_tables() if self._settings.hue else {})
 
     def numbers(self, drawn: Drawn) -> Drawn:
         """What `change` needs of each row."""
         numbers = {name: leaf for name, leaf in drawn.items() if name != "moves"}
-        if self._policy is not None:
+        if isinstance(self._policy, TablePolicy):
             numbers["policy"] = self._policy.numbers(drawn["policy"])
         return numbers
 
     def change(self, pixels: jax.Array, numbers: Drawn, tables: dict[str, Any]) -> jax.Array:
         """Changes one image, packed `[H, W]`, with its row of `numbers`."""
+        if "jitter" in numbers:
+            pixels = jitter.jitter(pixels, numbers["jitter"], tables)
+        if "grayscale" in numbers:
+            pixels = jnp.where(numbers["grayscale"], colours.gray(pixels), pixels)
+        if "blur" in numbers:
+            pixels = jax.lax.cond(
+                numbers["blurred"],
+                lambda image: blur(image, numbers["blur"]),
+                lambda image: image,
+                pixels,
+            )
         if self._policy is not None:
             pixels = self._policy.apply(pixels, numbers["policy"], tables)
         if self._settings.cutout:
