@@ -241,7 +241,8 @@ def _train(bench: Bench, part: str, runs: Sequence[tuple[str, int]]) -> None:
         bench.write(part, "jax", skipped="there are no data")
         return
     experiments = {row.method: row.experiment for row in TABLES["2"].rows}
-    estimate, fused = seed_seconds(bench.rows), fusion_helps(bench.rows)
+    estimate = 5.0 if bench.toy else seed_seconds(bench.rows)
+    fused = fusion_helps(bench.rows)
     fields: Row = {"data.data_dir": bench.data, "cache_dir": str(bench.output / "cache")}
     if bench.toy:
         fields |= {"batch_size": 64, "data.check_counts": False, "eval.shift_ratios": (2.0,)}

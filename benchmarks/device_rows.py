@@ -16,6 +16,7 @@ import jax
 from balpoe_jax import command_line, record
 from balpoe_jax.start_up import of_this_process
 from balpoe_jax.train import train
+from benchmarks import toy_network
 from benchmarks.sides import ROOT, Job, Results, Row, read
 
 CONFIG = ROOT / "configs" / "cifar100_lt.py"
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
 
         def one(row: Row = row, workdir: Path = workdir, began: float = began) -> Row:
             fields = {**options["fields"], **row.get("fields", {})}
-            found = train_row(row["arguments"], row["seed"], workdir, fields, began)
+            with toy_network.used(options["toy"]):
+                found = train_row(row["arguments"], row["seed"], workdir, fields, began)
             return {**found, "workdir": workdir.name}
 
         results.attempt(label, row["estimate"], one)

@@ -25,10 +25,10 @@ from balpoe_jax import command_line
 from balpoe_jax.experiment import Experiment, Program, build
 from balpoe_jax.flops import count_flops
 from balpoe_jax.torch_import import convert
-from benchmarks import measuring, step_cases
+from benchmarks import measuring, step_cases, toy_network
 from benchmarks.sides import Job, Results, Row
 from benchmarks.step_cases import Case, Sizes
-from benchmarks.step_programs import make_config, make_program
+from benchmarks.step_programs import make_config, make_program, with_stages
 
 # Of first losses of one step, computed in two ways: rounding to TF32 differs by less.
 TOLERANCE = 1e-3
@@ -190,6 +190,8 @@ def check_losses(path: Path, case: Case, sizes: Sizes, precision: str | None) ->
         for kind in ("weight ", "batch ")
     )
     program = make_program(make_config(case, sizes), sizes)
+    if case.network != "small" and sizes.photo_stages:
+        program = with_stages(program, sizes.photo_stages)
     with jax.default_matmul_precision(precision):
         step, placed = program.map_train_step(), program.parallel.shard(batch)
         state: Any = program.init_state()
@@ -232,11 +234,14 @@ def main(arguments: Sequence[str]) -> None:
     results, sizes = Results(job), step_cases.sizes(options["toy"])
     command_line.use_compilation_cache(options.get("cache", ""))
     if options["task"] == "device":
-        results.write(case="device", **describe_device())
+        results.write(case="device", toy=options["toy"], **describe_device())
     elif options["task"] == "bits":
-        results.attempt(
-            {"case": "bits", "run": options["run"]}, 40, lambda: make_bits(sizes, options["data"])
-        )
+
+        def bits() -> Row:
+            with toy_network.used(options["toy"]):
+                return make_bits(sizes, options["data"])
+
+        results.attempt({"case": "bits", "run": options["run"]}, 40, bits)
     else:
         _measure_all(results, sizes, options)
 
@@ -267,7 +272,8 @@ def _measure_all(results: Results, sizes: Sizes, options: dict[str, Any]) -> Non
         }
 
         def one(case: Case = case) -> Row:
-            return measure(case, sizes, options.get("data", ""))
+            with toy_network.used(options["toy"]):
+                return measure(case, sizes, options.get("data", ""))
 
         results.attempt(label, case.estimate, one)
 

@@ -2,6 +2,7 @@
 """The product's own programs for the cases of `step_cases`."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +39,22 @@ def make_program(config: ConfigDict, sizes: Sizes) -> Program:
     devices = parallel.make_parallel(config.parallel.mode, jax.devices()[:1])
     if config.data.name == "cifar100":
         counts, shape = published("cifar100", config.data.imbalance_ratio)
-        return build_program(config, devices, counts, shape)
-    shape = (sizes.photo_size, sizes.photo_size, 3)
-    counts = np.full(sizes.photo_classes, 116, np.int64)
-    program = build_program(config, devices, counts, shape)
-    if sizes.photo_stages is None:
-        return program
+    else:
+        counts = np.full(sizes.photo_classes, 116, np.int64)
+        shape = (sizes.photo_size, sizes.photo_size, 3)
+    return build_program(config, devices, counts, shape)
+
+
+def with_stages(program: Program, stage_sizes: Sequence[int]) -> Program:
+    """The program with another number of blocks in each stage of its network."""
     model = create_model(
-        config.model.name,
-        num_classes=len(counts),
+        program.config["model"]["name"],
+        num_classes=len(program.facts.class_counts),
         num_experts=EXPERTS,
         axis_name=parallel.AXIS_NAME,
         expert_map=program.model.expert_map,
-        stage_sizes=sizes.photo_stages,
-        dtype=jnp.dtype(config.model.dtype),
+        stage_sizes=stage_sizes,
+        dtype=jnp.dtype(program.config["model"]["dtype"]),
     )
     network = program.method.network(model, program.facts)
     return dataclasses.replace(program, model=model, network=network)
