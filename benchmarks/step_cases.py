@@ -2,6 +2,7 @@
 """The training steps that `accelerator` times, the same in JAX and in PyTorch. NumPy only."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ PHOTOS_TORCH = (
 
 
 # Of each kind one, so that a toy run is short.
-_TOY = {
+_TOY: dict[Any, Sequence[Case | TorchCase]] = {
     SMALL: (SMALL[0], SMALL[1], SMALL[4]),
     SMALL_FUSED: SMALL_FUSED[:1],
     PHOTOS: PHOTOS[:2],
@@ -126,7 +127,7 @@ _TOY = {
 }
 
 
-def chosen(cases: tuple[Any, ...], toy: bool) -> list[dict[str, Any]]:
+def chosen(cases: Sequence[Case | TorchCase], toy: bool) -> list[dict[str, Any]]:
     """Cases as plain values, fewer of them for a toy run."""
     return [dataclasses.asdict(case) for case in (_TOY[cases] if toy else cases)]
 
