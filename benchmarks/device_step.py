@@ -257,13 +257,14 @@ def _measure_all(results: Results, sizes: Sizes, options: dict[str, Any]) -> Non
                     check, like, sizes, None if precision == "default" else precision
                 )
 
-            label = {"case": "check", "network": options["network"], "precision": precision}
+            network = _network_name(like, sizes)
+            label = {"case": "check", "network": network, "precision": precision}
             results.attempt(label, like.estimate, losses)
     for values in options["cases"]:
         case = Case(**values)
         label = {
             "case": "step",
-            "network": sizes.small if case.network == "small" else case.network,
+            "network": _network_name(case, sizes),
             "batch": step_cases.batch_size(case, sizes),
             "dtype": case.dtype,
             "expert_map": case.expert_map,
@@ -276,6 +277,10 @@ def _measure_all(results: Results, sizes: Sizes, options: dict[str, Any]) -> Non
                 return measure(case, sizes, options.get("data", ""))
 
         results.attempt(label, case.estimate, one)
+
+
+def _network_name(case: Case, sizes: Sizes) -> str:
+    return sizes.small if case.network == "small" else case.network
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def unpack(folder: Path, path: Path) -> None:
         ) from error
     save(path, train, packed["train_labels"], test, packed["test_labels"])
     chosen = datasets.load(NAME, ratio, str(path), False, 0, HELD_OUT_PER_CLASS)
-    if not (np.sort(_keys(chosen)) == np.sort(keys)).all():
+    if not np.array_equal(np.sort(_keys(chosen)), np.sort(keys)):
         raise UserError(
             f"{folder} holds other images than the selection keeps now; write it again with --pack."
         )
