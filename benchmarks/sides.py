@@ -224,7 +224,7 @@ def _failure(job: Job, error: str) -> Row:
 
 
 def _tee(stream: IO[str], log: Path, lines: list[str]) -> None:
-    with log.open("a", encoding="utf-8") as file:
+    with stream, log.open("a", encoding="utf-8") as file:
         for line in stream:
             print(line, end="", flush=True)
             file.write(line)
