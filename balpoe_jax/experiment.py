@@ -130,6 +130,7 @@ class Program:
             plan.index,
             self.config["optim"]["accumulate"],
             self.config["optim"]["skip_non_finite"] > 0,
+            self.parallel.platform == "gpu",
         )
         return self.parallel.map_step(step, donate=True)
 
@@ -286,7 +287,8 @@ def build_program(
     if method.teacher_run:
         teacher_config = teachers.read_config(method.teacher_run, config)
         teacher = build_program(teacher_config, devices, class_counts, image_shape)
-    plans = _plan_stages(config, method, taus, class_counts, teacher)
+    gpu = devices.platform == "gpu"
+    plans = _plan_stages(config, method, taus, class_counts, teacher, gpu)
     model = _make_model(config, len(class_counts), devices)
     return Program(
         config=config.to_dict(),
@@ -307,6 +309,7 @@ def _plan_stages(
     taus: tuple[float, ...],
     class_counts: npt.NDArray[np.int64],
     teacher: Program | None,
+    as_one_vector: bool,
 ) -> tuple[StagePlan, ...]:
     known = None
     if teacher is not None:
@@ -332,6 +335,7 @@ def _plan_stages(
             stage.optim.momentum,
             stage.optim.nesterov,
             stage.optim.weight_decay,
+            as_one_vector,
         )
         plan = StagePlan(index, method.stages()[index].name, facts, optimizer, rates, first_epoch)
         plans.append(plan)
@@ -479,7 +483,7 @@ def _load_data(config: ConfigDict) -> LongTailed:
 def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel) -> ExpertEnsemble:
     expert_map = config.model.expert_map
     if expert_map == "auto":
-        expert_map = auto_expert_map(config.model.name, devices.mesh.devices.flat[0].platform)
+        expert_map = auto_expert_map(config.model.name, devices.platform)
     return create_model(
         config.model.name,
         num_classes=num_classes,
@@ -492,6 +496,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         shared_stages=None if config.model.shared_stages == -2 else config.model.shared_stages,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        norm_in_parts=devices.platform == "gpu",
     )
 
 
@@ -500,8 +505,12 @@ def auto_expert_map(model: str, platform: str) -> str:
 
     Grouped convolutions, which vmap makes of the experts', fill a TPU's matrix units where one
     expert has too few channels to (ResNet-32: 13 to 16% fewer estimated cycles on v5e). Experts of
-    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow.
+    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow, and
+    on a GPU their gradients are (jax#13800, jax#26266): there "stacked" needs about two thirds of
+    the kernels of "loop". On a GPU nothing of this was measured yet, only counted.
     """
+    if platform == "gpu":
+        return "stacked"
     return "vmap" if platform == "tpu" and model in CIFAR_MODELS else "loop"
 
 
