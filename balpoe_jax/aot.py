@@ -6,10 +6,12 @@
 
 The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
 (the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
-The data set need not be there: class counts are the published ones. A TPU's figures of time are the compiler's model of a core,
-without communication, which runs at the same time at best. A GPU's are limits: what moving the
-bytes and computing the products takes at least. Nothing is measured, and a GPU's compiler chooses
-the algorithms of its convolutions where it runs.
+The data set need not be there: class counts are the published ones.
+
+Nothing is measured. A TPU's figures of time are the compiler's model of a core, without
+communication, which runs at the same time at best. A GPU's are limits: what moving the bytes takes
+at least, and what computing the products in bfloat16 does. A GPU's compiler chooses the algorithms
+of convolutions where it runs.
 """
 
 import json

@@ -132,12 +132,24 @@ class Program:
             self.config["optim"]["skip_non_finite"] > 0,
             self.parallel.platform == "gpu",
         )
-        return self.parallel.map_step(step, donate=True)
+        return self.parallel.map_step(self._with_precision(step), donate=True)
 
     def map_eval_step(self) -> Callable[..., Any]:
         """The prediction on all devices, which takes the network's variables."""
         step = make_eval_step(self.network, self.method, self.stages[-1].facts)
-        return self.parallel.map_step(step)
+        return self.parallel.map_step(self._with_precision(step))
+
+    def _with_precision(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step with convolutions and products of the config's precision."""
+        name = self.config["model"]["precision"]
+        if name is None:
+            return step
+
+        def precise(*arguments: Any) -> Any:
+            with jax.default_matmul_precision(config_lib.PRECISIONS[name]):
+                return step(*arguments)
+
+        return precise
 
     @property
     def eval_batch_size(self) -> int:
@@ -153,11 +165,20 @@ class Program:
         """How many epochs `step` updates are."""
         return stages.epoch_at(self.stages, step)
 
+    @property
+    def precision(self) -> str:
+        """The precision of convolutions and products: "bfloat16", "tf32" or "full"."""
+        model, platform = self.config["model"], self.parallel.platform
+        if platform == "cpu" or model["dtype"] != "float32":
+            return "full" if model["dtype"] == "float32" else model["dtype"]
+        return model["precision"] or ("tf32" if platform == "gpu" else "bfloat16")
+
     def resolved(self) -> dict[str, Any]:
         """What the config leaves to its defaults and the devices, as it is in use."""
         return {
             "taus": self.taus,
             "expert_map": self.model.expert_map,
+            "precision": self.precision,
             "steps_per_epoch": self.facts.steps_per_epoch,
             "total_steps": self.total_steps,
         }
@@ -248,6 +269,9 @@ def build(config: ConfigDict) -> Experiment:
     settings = tuple(_train_settings(stage, i) for i, stage in enumerate(_stage_configs(config)))
     data = _load_data(config)
     program = build_program(config, devices, data.class_counts, data.train.image_shape)
+    log.info(
+        "Precision of convolutions: %s; experts: %s", program.precision, program.model.expert_map
+    )
     return Experiment(
         **vars(program),
         data=data,

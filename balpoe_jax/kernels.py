@@ -14,9 +14,9 @@ from pathlib import Path
 from balpoe_jax import hlo
 
 # Instructions that only name memory, or wait.
-_FREE = frozenset(
-    "parameter get-tuple-element tuple bitcast constant after-all partition-id replica-id "
-    "optimization-barrier async-update".split()
+_FREE = (
+    *("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"),
+    *("partition-id", "replica-id", "optimization-barrier", "async-update"),
 )
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _OPERAND = re.compile(r"%([^\s,()]+)")
