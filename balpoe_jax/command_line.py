@@ -113,7 +113,7 @@ def use_compilation_cache(folder: str | None) -> None:
 
     if folder is not None:
         path = Path(folder).expanduser().absolute()
-    elif jax.config.jax_compilation_cache_dir is None:
+    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         path = _default_cache()
     else:
         return

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from balpoe_jax.models import create_model
-from balpoe_jax.models.batch_norm import BatchNorm, _number_of_parts
+from balpoe_jax.models.batch_norm import BatchNormInParts, _number_of_parts
 from balpoe_jax.models.convolutions import conv_by_expert
 from balpoe_jax.one_vector import cut, join, over_one_vector
 from balpoe_jax.optim import make_optimizer
@@ -23,9 +23,8 @@ def flax_norm(train: bool) -> nn.BatchNorm:
     return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5)
 
 
-@pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-def test_batch_norm_is_flaxs_with_all_gradients(x64: None, parts: bool, train: bool) -> None:
+def test_batch_norm_is_flaxs_with_all_gradients(x64: None, train: bool) -> None:
     random = np.random.default_rng(1)
     variables = {
         "params": {"scale": random.normal(1, 0.1, 5), "bias": random.normal(0, 1, 5)},
@@ -39,7 +38,7 @@ def test_batch_norm_is_flaxs_with_all_gradients(x64: None, parts: bool, train: b
 
     found = [
         jax.value_and_grad(partial(result, module), (0, 1), has_aux=True)(variables["params"], X)
-        for module in (BatchNorm(not train, parts=parts), flax_norm(train))
+        for module in (BatchNormInParts(not train), flax_norm(train))
     ]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *found)
 
@@ -47,7 +46,7 @@ def test_batch_norm_is_flaxs_with_all_gradients(x64: None, parts: bool, train: b
 def test_batch_norm_has_flaxs_variables() -> None:
     new, old = (
         module.init(jax.random.key(0), X.astype(np.float32))
-        for module in (BatchNorm(False), flax_norm(True))
+        for module in (BatchNormInParts(False), flax_norm(True))
     )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
         lambda x: (x.shape, x.dtype), old

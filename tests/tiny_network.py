@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from balpoe_jax.models.batch_norm import BatchNorm
 from balpoe_jax.models.ensemble import Expert, ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import CosineHead, LinearHead
-from balpoe_jax.models.layers import global_average
+from balpoe_jax.models.layers import BatchNorm, global_average
 
 COUNTS = np.array([50, 20, 10, 5, 2])
 SHAPE = (4, 4, 3)

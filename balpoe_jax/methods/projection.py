@@ -11,8 +11,8 @@ from flax import linen as nn
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods.base import Facts, Network, moving_average
 from balpoe_jax.models import ExpertEnsemble
-from balpoe_jax.models.batch_norm import BatchNorm
 from balpoe_jax.models.heads import normalize, torch_uniform
+from balpoe_jax.models.layers import BatchNorm
 
 
 class ProjectedOutputs(NamedTuple):

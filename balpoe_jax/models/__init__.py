@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.models import heads, resnet_cifar, resnet_imagenet
-from balpoe_jax.models.batch_norm import BatchNorm
+from balpoe_jax.models.batch_norm import BatchNormInParts
 from balpoe_jax.models.convolutions import conv_by_expert
 from balpoe_jax.models.ensemble import EXPERT_MAPS, Expert, ExpertEnsemble, Outputs
+from balpoe_jax.models.layers import BatchNorm
 
 __all__ = [
     "CIFAR_MODELS",
@@ -99,8 +100,8 @@ def create_model(
             images and parameters. Parameters, statistics, features and heads stay in float32.
         remat: compute the inside of blocks again in the backward pass instead of keeping it: less
             memory, more work, the same results.
-        norm_in_parts: whether BatchNorm adds up its rows part by part, see
-            `balpoe_jax.models.batch_norm.BatchNorm`.
+        norm_in_parts: whether BatchNorm adds up its rows part by part, for GPUs, see
+            `balpoe_jax.models.batch_norm.BatchNormInParts`.
 
     Raises:
         UserError (a `ValueError`): an unknown name or option.
@@ -128,7 +129,7 @@ def create_model(
         )
     family = resnet_cifar if small else resnet_imagenet
     widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
-    norm = partial(BatchNorm, parts=norm_in_parts)
+    norm = BatchNormInParts if norm_in_parts else BatchNorm
     options = {"axis_name": axis_name, "dtype": dtype, "remat": remat, "norm": norm}
     ending = {"last_width": widths[-1]} if architecture.branches else {}
     if not small:

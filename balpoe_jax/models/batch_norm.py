@@ -11,17 +11,16 @@ from jax.nn import initializers
 _Pair = tuple[jax.Array, jax.Array]
 
 
-class BatchNorm(nn.Module):
+class BatchNormInParts(nn.Module):
     """`flax.linen.BatchNorm` over all axes but the last, in another order of operations.
 
     On a GPU a sum over many rows is two kernels: one adds up parts of the rows, one the parts. Two
-    sums over the same rows share the first kernel. In `parts` they share the second one, too.
+    sums over the same rows share the first kernel; here they share the second one, too.
 
     Attributes:
         use_running_average: normalise by the running averages, which stay as they are.
         axis_name: mapped axis that the statistics are taken over, too; None for none.
         dtype: of the result; None for what follows from input and parameters.
-        parts: add up the rows part by part.
         momentum: share of the old running average. PyTorch's momentum of 0.1 is 0.9 here.
         epsilon: constant that is added to the variance.
     """
@@ -29,7 +28,6 @@ class BatchNorm(nn.Module):
     use_running_average: bool
     axis_name: str | None = None
     dtype: Any = None
-    parts: bool = False
     momentum: float = 0.9
     epsilon: float = 1e-5
 
@@ -43,7 +41,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         dtype = self.dtype or jnp.result_type(x, scale, bias)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        count = _number_of_parts(x.size // x.shape[-1]) if self.parts else 1
+        count = _number_of_parts(x.size // x.shape[-1])
         parts = x.astype(wide).reshape(count, -1, x.shape[-1])
         if self.use_running_average:
             mean, var = running_mean.value, running_var.value

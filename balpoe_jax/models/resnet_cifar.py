@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from balpoe_jax.models.batch_norm import BatchNorm
-from balpoe_jax.models.layers import Stage, global_average, stages
+from balpoe_jax.models.layers import BatchNorm, Stage, global_average, stages
 
 STEM_WIDTH = 16
 WIDTHS = (16, 32, 64)

@@ -15,8 +15,7 @@ import jax
 from flax import linen as nn
 from jax.nn import initializers
 
-from balpoe_jax.models.batch_norm import BatchNorm
-from balpoe_jax.models.layers import global_average, stages
+from balpoe_jax.models.layers import BatchNorm, global_average, stages
 
 STEM_WIDTH = 64
 WIDTHS = (64, 128, 256, 512)
