@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from balpoe_jax import gpus
 from balpoe_jax.errors import UserError
 
 _GIB = 2**30
@@ -74,7 +75,10 @@ def chip_of(topology: str) -> Chip:
             f"{name}: {', '.join(f'{name}:{grid}' for grid in chip.slices)}"
             for name, chip in CHIPS.items()
         )
-        raise UserError(f"Unknown topology {topology!r}; choose one of {known}.")
+        raise UserError(
+            f"Unknown topology {topology!r}; choose one of {known}; GPUs: "
+            f"{', '.join(gpus.TOPOLOGIES)}."
+        )
     return CHIPS[topology.partition(":")[0]]
 
 

@@ -206,3 +206,36 @@ def test_a_preemption_saves_the_step_it_comes_at(tmp_path: Path) -> None:
     )
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     assert f'"step": {checkpoint.name},' in rows[-1]
+
+
+def test_programs_are_kept_in_the_users_folder_unless_jax_has_one(tmp_path: Path) -> None:
+    code = """
+from balpoe_jax.command_line import use_compilation_cache
+import jax
+use_compilation_cache("")
+print(jax.config.jax_compilation_cache_dir)
+use_compilation_cache(None)
+print(jax.config.jax_compilation_cache_dir)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def folders() -> list[str]:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        return result.stdout.split()
+
+    set_by_conftest = environment["JAX_COMPILATION_CACHE_DIR"]
+    assert folders() == [set_by_conftest] * 2
+    assert not any(tmp_path.iterdir())
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    none, chosen = folders()
+    assert none == "None"
+    assert Path(chosen).parent == tmp_path / "balpoe_jax" / "xla"
+    assert Path(chosen).stat().st_mode & 0o777 == 0o700
