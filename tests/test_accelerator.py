@@ -224,7 +224,7 @@ def test_tables_say_which_images_they_are_of() -> None:
 
 def test_the_order_of_the_archive_is_recognised() -> None:
     labels = np.zeros(100, np.int64)
-    labels[:10], labels[-3:] = (19, 29, 0, 11, 1, 86, 90, 28, 23, 31), (3, 7, 73)
+    labels[:10] = (19, 29, 0, 11, 1, 86, 90, 28, 23, 31)
     assert packed_data.has_archive_order(labels)
     assert not packed_data.has_archive_order(labels[::-1])
 
