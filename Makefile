@@ -4,18 +4,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The newest versions of what pyproject.toml names, on a Python that the newest JAX runs on.
+PYTHON_NEWEST ?= $(shell for python in python3.13 python3.12; do \
+	$$python -c '' 2> /dev/null && echo $$python && break; done)
+VENV_NEWEST := .venv-newest
 # LOCKED=no installs requirements*.txt without verifying hashes, from an index of other files.
 LOCKED ?= yes
 KIND := $(if $(filter no,$(LOCKED)),txt,lock)
 
-.PHONY: help demo test test-all lint format types lock audit clean
+.PHONY: help demo test test-all test-newest lint format types lock audit clean
 
 help:
 	@echo "make demo    train BalPoE on long-tailed digits and write a report (about a minute)"
 	@echo "make test    run the tests;  make test-all: also those that take long"
+	@echo "make test-newest   run the tests with the newest versions that pyproject.toml allows"
 	@echo "make lint    check style and format;  make format: mend them;  make types: check types"
 	@echo "make lock    pin everything anew, with hashes;  make audit: ask for known vulnerabilities"
-	@echo "make clean   remove the virtual environment and the demo's run"
+	@echo "make clean   remove the virtual environments and the demo's run"
 
 demo: $(VENV)/.run
 	$(BIN)/python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/demo
@@ -25,6 +30,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --all
+
+test-newest: $(VENV_NEWEST)/.dev
+	$(VENV_NEWEST)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -48,7 +56,8 @@ audit:
 
 clean:
 	rm -rf runs/demo
-	if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	for venv in "$(VENV)" "$(VENV_NEWEST)"; do \
+		if [ -f "$$venv/pyvenv.cfg" ]; then rm -rf "$$venv"; fi; done
 
 $(VENV)/.run: requirements.$(KIND) launch/setup.sh
 	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements.$(KIND)
@@ -57,3 +66,8 @@ $(VENV)/.run: requirements.$(KIND) launch/setup.sh
 $(VENV)/.dev: requirements-dev.$(KIND) requirements.$(KIND) launch/setup.sh
 	@sh launch/setup.sh "$(PYTHON)" "$(VENV)" requirements-dev.$(KIND)
 	@touch $@ $(VENV)/.run
+
+# Newer versions than it has come by `make clean`, or by removing it.
+$(VENV_NEWEST)/.dev: requirements-newest.txt pyproject.toml launch/setup.sh
+	@sh launch/setup.sh "$(PYTHON_NEWEST)" "$(VENV_NEWEST)" requirements-newest.txt
+	@touch $@

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's steps for a TPU slice without having one, and tells what they need.
+"""Compiles an experiment's steps for a TPU slice or a GPU without one, and tells what they need.
 
     python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
+    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
 
-The train and the eval step are those of `balpoe_jax.main`, compiled by the TPU's own compiler (the
-package libtpu), so what does not fit or compile there fails here. The data set need not be there:
-class counts are the published ones. The figures of time are the compiler's model of a core, without
-communication, which runs beside it at best; nothing is measured.
+The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
+(the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
+The data set need not be there: class counts are the published ones.
+
+Nothing is measured. A TPU's figures of time are the compiler's model of a core, without
+communication, which runs at the same time at best. A GPU's are limits: what moving the bytes takes
+at least, and what computing the products in bfloat16 does. A GPU's compiler chooses the algorithms
+of convolutions where it runs.
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +28,14 @@ import numpy.typing as npt
 from absl import flags
 from ml_collections import ConfigDict
 
-from balpoe_jax import command_line, hlo
+from balpoe_jax import command_line, gpus, hlo, kernels
 from balpoe_jax.errors import UserError, writing
 from balpoe_jax.flops import count_flops
+from balpoe_jax.gpus import Gpu
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.topologies import Chip, chip_of, compile_only_devices
 
-if TYPE_CHECKING:  # it imports TensorFlow, which reads its environment when it is imported
+if TYPE_CHECKING:  # it takes a second to import
     from balpoe_jax.experiment import Program
 
 Batch = dict[str, jax.ShapeDtypeStruct]
@@ -48,10 +55,20 @@ _ROWS = (
     ("  of the device's, %", ("memory", "fraction"), 0.01),
     ("products needed, GFLOP", ("flops", "needed"), 1e9),
     ("counted by the compiler, GFLOP", ("flops", "compiler"), 1e9),
+)
+_TPU_ROWS = (
     ("estimated cycles, million", ("cycles",), 1e6),
     ("  time, ms", ("seconds",), 1e-3),
     ("  images/s on all devices", ("images_per_second",), 1),
     ("  utilisation, %", ("utilisation",), 0.01),
+)
+_GPU_ROWS = (
+    ("kernels", ("kernels", "count"), 1),
+    *((f"  {kind}", ("kernels", "kinds", kind), 1) for kind in kernels.KINDS),
+    ("launches", ("kernels", "launches"), 1),
+    ("memory traffic, MB", ("kernels", "bytes"), 1e6),
+    ("  takes at least, ms", ("kernels", "traffic_seconds"), 1e-3),
+    ("products take at least, ms", ("kernels", "product_seconds"), 1e-3),
 )
 
 
@@ -62,15 +79,19 @@ def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
         UserError (a `ValueError`): a topology that is unknown, no compiler, a config that is not
             valid or whose batch the devices cannot share, or steps that need too much memory.
     """
-    chip = chip_of(topology)
-    return {"topology": topology, **examine_on(config, compile_only_devices(topology), chip)}
+    if topology in gpus.TOPOLOGIES:
+        gpu = gpus.GPUS[topology.partition(":")[0]]
+        found = examine_on(config, gpus.compile_only_devices(topology), gpu)
+    else:
+        found = examine_on(config, compile_only_devices(topology), chip_of(topology))
+    return {"topology": topology, **found}
 
 
 def examine_on(
-    config: ConfigDict, devices: Sequence[jax.Device], chip: Chip, evaluation: bool = True
+    config: ConfigDict, devices: Sequence[jax.Device], chip: Chip | Gpu, evaluation: bool = True
 ) -> dict[str, Any]:
     """The same for given devices, each of which is such a chip; without the eval step if wanted."""
-    # Here and not above, for TensorFlow's sake, as said there.
+    # Here and not above, so that wrong flags are told at once.
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment import build_program, num_parameters
 
@@ -171,7 +192,7 @@ def _planned_step(
 
 
 def examine_step(
-    step: Any, arguments: tuple[Any, ...], batch_size: int, needed_flops: int, chip: Chip
+    step: Any, arguments: tuple[Any, ...], batch_size: int, needed_flops: int, chip: Chip | Gpu
 ) -> dict[str, Any]:
     """Compiles a step and tells what it needs, as part of what `examine` returns.
 
@@ -184,7 +205,7 @@ def examine_step(
     """
     start = time.perf_counter()
     try:
-        compiled = step.lower(*arguments).compile()
+        compiled, launches = _compile(step.lower(*arguments), chip)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -197,16 +218,33 @@ def examine_step(
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     cycles = hlo.estimated_cycles(text)
-    duration = cycles / chip.clock_hertz if cycles else None
-    return {
+    found = {
         "batch_size": batch_size,
         "compile_seconds": seconds,
         "memory": _memory(compiled.memory_analysis(), chip),
-        "flops": {"needed": needed_flops, "compiler": compiled.cost_analysis().get("flops")},
+        "flops": {
+            "needed": needed_flops,
+            "compiler": (compiled.cost_analysis() or {}).get("flops"),  # a GPU's keeps silent
+        },
         "collectives": [
             {"kind": each.kind, "count": each.count, "bytes": each.bytes}
             for each in hlo.collectives(text)
         ],
+    }
+    if isinstance(chip, Gpu):
+        counted = kernels.kernels(text)
+        return found | {
+            "kernels": {
+                "count": counted.count,
+                "kinds": counted.kinds,
+                "launches": launches,
+                "bytes": counted.bytes,
+                "traffic_seconds": counted.bytes / chip.bandwidth,
+                "product_seconds": needed_flops / chip.peak_flops,
+            }
+        }
+    duration = cycles / chip.clock_hertz if cycles else None
+    return found | {
         "cycles": cycles,
         "seconds": duration,
         "images_per_second": batch_size / duration if duration else None,
@@ -214,7 +252,16 @@ def examine_step(
     }
 
 
-def _memory(stats: Any, chip: Chip) -> dict[str, float]:
+def _compile(lowered: Any, chip: Chip | Gpu) -> tuple[Any, int | None]:
+    """The compiled program, and of one for a GPU its launches, which only a dump tells."""
+    if not isinstance(chip, Gpu):
+        return lowered.compile(), None
+    with tempfile.TemporaryDirectory() as dump:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        return compiled, kernels.launches(Path(dump))
+
+
+def _memory(stats: Any, chip: Chip | Gpu) -> dict[str, float]:
     """Bytes on one device; the results' that reuse arguments' are counted once in the total."""
     memory = {
         "arguments": stats.argument_size_in_bytes,
@@ -232,7 +279,11 @@ def as_text(found: dict[str, Any]) -> str:
     from balpoe_jax import tables
 
     steps = [found["train"], found["eval"]]
-    rows = [(label, [_figure(step, path, unit) for step in steps]) for label, path, unit in _ROWS]
+    own = _GPU_ROWS if "kernels" in found["train"] else _TPU_ROWS
+    rows = [
+        (label, [_figure(step, path, unit) for step in steps])
+        for label, path, unit in (*_ROWS, *own)
+    ]
     for kind in hlo.COLLECTIVES:
         of_kind = [[each for each in s["collectives"] if each["kind"] == kind] for s in steps]
         if any(of_kind):
@@ -265,7 +316,7 @@ def as_text(found: dict[str, Any]) -> str:
 def _figure(step: dict[str, Any], path: tuple[str, ...], unit: float) -> str:
     value: Any = step
     for key in path:
-        value = value[key]
+        value = value.get(key)
     return "-" if value is None else _shown(value / unit)
 
 
@@ -277,7 +328,9 @@ def _shown(value: float) -> str:
 def define_flags() -> None:
     """Defines --config, --topology and --output."""
     command_line.define_config_flag()
-    flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v5e:4x4.")
+    flags.DEFINE_string(
+        "topology", None, "TPU slice or GPU to compile for, such as v5e:4x4 or h100."
+    )
     flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
     flags.mark_flag_as_required("topology")
 

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands share: flags, logging, and errors as one sentence with exit code 2."""
 
+import contextlib
+import hashlib
 import logging
 import os
+import platform
 import signal
 import sys
 import traceback
@@ -23,6 +26,18 @@ _EXIT_PASSING_ERROR = os.EX_TEMPFAIL  # 75
 _EXIT_INTERRUPTED = 130  # as a shell reports it
 _EXIT_PREEMPTED = 143  # likewise, of SIGTERM
 
+# What libraries read when they start, unless it is set already.
+_ENVIRONMENT = {
+    # Of XLA, its plugins for GPUs and TPUs, and TensorFlow: only what ends the process. They report
+    # every attempt of the autotuner and every start of a device, as warnings and errors.
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GRPC_VERBOSITY": "ERROR",  # it has a line for every process that is started
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # announces itself, and rounds otherwise
+    # Keeps the memory of a batch for the next: handing out fresh pages for each batch of
+    # photographs would take a sixth of the time.
+    "TF_CPU_ALLOCATOR_USE_BFC": "1",
+}
+
 _LONGEST_LINE = 3000  # of a message, in characters
 
 
@@ -33,11 +48,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
     `PassingError` with one and 75, an interruption from the keyboard with one and 130, a preemption
     (SIGTERM) with one and 143.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds otherwise
-    # Keeps the memory of a batch for the next: handing out fresh pages for each batch of
-    # photographs would take a sixth of the time.
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _log_to_terminal()
 
     def guarded(arguments: Sequence[str]) -> None:
@@ -94,30 +106,55 @@ def define_config_flag() -> None:
     flags.mark_flag_as_required("config")
 
 
-def use_compilation_cache(folder: str) -> None:
-    """Keeps what JAX compiles in `folder` and takes from there what another process compiled.
+def use_compilation_cache(folder: str | None) -> None:
+    """Keeps what JAX compiles in a folder and takes from there what another process compiled.
 
-    Without a folder, JAX's own settings (such as `JAX_COMPILATION_CACHE_DIR`) stay in force.
+    Args:
+        folder: None for one of the user's, by kind of machine, unless JAX has one already (such as
+            by `JAX_COMPILATION_CACHE_DIR`); empty for JAX's own settings as they are.
 
     Raises:
-        UserError (a `ValueError`): a folder that cannot be written to.
+        UserError (a `ValueError`): a folder that was asked for and cannot be written to.
     """
-    if not folder:
+    if folder == "":
         return
     import jax  # not above: the commands that compile nothing start without it
 
-    path = Path(folder).expanduser().absolute()
+    if folder is not None:
+        path = Path(folder).expanduser().absolute()
+    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        path = _default_cache()
+    else:
+        return
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
     except OSError:
         writable = False
-    if not writable:
+    if writable:
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    elif folder is not None:
         raise UserError(
             f"The compilation cache {path} cannot be written to; choose another folder with "
-            "--config.cache_dir=DIR, or none."
+            "--config.cache_dir=DIR, or none with --config.cache_dir=."
         )
-    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _default_cache() -> Path:
+    """The user's folder of compiled programs for this kind of machine.
+
+    JAX tells the programs of GPUs and TPUs apart by the device, those of CPUs by less than the
+    instructions that they consist of.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    caches = Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()
+    kind = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        named = ("model name", "flags", "Features", "CPU part")
+        kind += "".join(sorted({line for line in lines if line.startswith(named)}))
+    digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    return caches / "balpoe_jax" / "xla" / f"{platform.machine()}-{digest}"
 
 
 def _log_to_terminal() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.limits import LIMITS, MEMBERS
@@ -22,6 +23,9 @@ _MOST_STEPS = 10_000
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
+
+# Of float32 convolutions and products, by what JAX calls them.
+PRECISIONS = {"tf32": "tensorfloat32", "full": "highest"}
 
 # What a whole number in a config file's arguments may be, before `check_config` looks closer.
 _LONGEST = 2**31
@@ -48,7 +52,8 @@ def default_config() -> ConfigDict:
         remark: free text that results and report carry.
         log_every_steps: a progress line and a row of metrics.jsonl each time.
         cache_dir: folder in which the commands keep compiled programs for their next start; empty
-            for none. Its files are run as code: a folder of your own for each kind of machine.
+            for none. None: `balpoe_jax/xla` in the user's folder of caches (`~/.cache`), by kind of
+            machine. Its files are run as code: it must be a folder of your own.
         data.name: see `balpoe_jax.data.datasets.DATASETS`.
         data.data_dir: place of the data set. A TFDS folder; for CIFAR also the binary archive, a
             `.npz` file or a folder that holds one, see `balpoe_jax.data.cifar`. Empty for the
@@ -94,9 +99,14 @@ def default_config() -> ConfigDict:
             .threshold, .exponent, .partners: see `balpoe_jax.data.settings.MixSettings`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
             the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
-            "auto" is "vmap" on TPUs for the networks for small images and "loop" otherwise;
+            "auto" is "vmap" on TPUs for the networks for small images, "stacked" on GPUs, and
+            "loop" otherwise;
             model.dtype: of the body's computations and of the images, "float32" or "bfloat16"
-            (parameters, statistics, heads and loss are float32 in both); model.remat: compute
+            (parameters, statistics, heads and loss are float32 in both); model.precision: of the
+            convolutions and products of a float32 body, "tf32" (10 bits behind the point) or "full"
+            (all 23); None for the platform's default, which is TF32 on GPUs since Ampere, bfloat16
+            products on TPUs, and full on CPUs, which always are. A TPU makes up "tf32" of three
+            bfloat16 products and "full" of six; model.remat: compute
             activations anew for the gradient instead of keeping them, and with them the
             communication of BatchNorm's statistics.
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
@@ -135,7 +145,7 @@ def default_config() -> ConfigDict:
     config.batch_size = 128
     config.remark = ""
     config.log_every_steps = 50
-    config.cache_dir = ""
+    config.cache_dir = placeholder(str)
     config.data = ConfigDict(
         {
             "name": "",
@@ -151,8 +161,8 @@ def default_config() -> ConfigDict:
             "image_size": 0,
             "resize": 0,
             "threads": 0,
-            "pipeline": config_dict.placeholder(str),
-            "steps_per_dispatch": config_dict.placeholder(int),
+            "pipeline": placeholder(str),
+            "steps_per_dispatch": placeholder(int),
             "on_bad_image": "fail",
             "sampler": "shuffle",
             "class_run": 1,
@@ -200,6 +210,7 @@ def default_config() -> ConfigDict:
             "shared_stages": -2,
             "expert_map": "auto",
             "dtype": "float32",
+            "precision": placeholder(str),
             "remat": False,
         }
     )
@@ -351,6 +362,12 @@ def check_config(config: ConfigDict) -> None:
     if config.model.dtype not in DTYPES:
         raise UserError(
             f"Unknown config.model.dtype {config.model.dtype!r}; choose from {', '.join(DTYPES)}."
+        )
+    precision = config.model.precision
+    if precision is not None and (precision not in PRECISIONS or config.model.dtype != "float32"):
+        raise UserError(
+            f"config.model.precision must be one of {', '.join(PRECISIONS)} with "
+            f"config.model.dtype=float32, or None, got {precision!r} with {config.model.dtype}."
         )
     if config.data.on_bad_image not in BAD_IMAGE_POLICIES:
         raise UserError(

@@ -117,7 +117,7 @@ class Program:
     def train_step(self, stage: int = 0) -> Callable[..., Any]:
         """The update of one device."""
         plan = self.stages[stage]
-        return make_train_step(
+        step = make_train_step(
             self.network,
             plan.optimizer,
             self.method,
@@ -125,11 +125,14 @@ class Program:
             plan.index,
             self.config["optim"]["accumulate"],
             self.config["optim"]["skip_non_finite"] > 0,
+            self.parallel.platform == "gpu",
         )
+        return self._with_precision(step)
 
     def eval_step(self) -> Callable[..., Any]:
         """The prediction of one device, which takes the network's variables."""
-        return make_eval_step(self.network, self.method, self.stages[-1].facts)
+        step = make_eval_step(self.network, self.method, self.stages[-1].facts)
+        return self._with_precision(step)
 
     def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
         """The update on all devices of a batch, which gives the state's memory to the new one."""
@@ -138,6 +141,18 @@ class Program:
     def map_eval_step(self) -> Callable[..., Any]:
         """The prediction on all devices of a batch."""
         return self.parallel.map_step(self.eval_step())
+
+    def _with_precision(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step with convolutions and products of the config's precision."""
+        name = self.config["model"]["precision"]
+        if name is None:
+            return step
+
+        def precise(*arguments: Any) -> Any:
+            with jax.default_matmul_precision(config_lib.PRECISIONS[name]):
+                return step(*arguments)
+
+        return precise
 
     @property
     def eval_batch_size(self) -> int:
@@ -153,11 +168,20 @@ class Program:
         """How many epochs `step` updates are."""
         return stages.epoch_at(self.stages, step)
 
+    @property
+    def precision(self) -> str:
+        """The precision of convolutions and products: "bfloat16", "tf32" or "full"."""
+        model, platform = self.config["model"], self.parallel.platform
+        if platform == "cpu" or model["dtype"] != "float32":
+            return "full" if model["dtype"] == "float32" else model["dtype"]
+        return model["precision"] or ("tf32" if platform == "gpu" else "bfloat16")
+
     def resolved(self) -> dict[str, Any]:
         """What the config leaves to its defaults and the devices, as it is in use."""
         return {
             "taus": self.taus,
             "expert_map": self.model.expert_map,
+            "precision": self.precision,
             "steps_per_epoch": self.facts.steps_per_epoch,
             "total_steps": self.total_steps,
         }
@@ -263,6 +287,9 @@ def build(config: ConfigDict, pipeline: str | None = None) -> Experiment:
     settings = stage_settings(config)
     data = _load_data(config)
     program = build_program(config, devices, data.class_counts, data.train.image_shape)
+    log.info(
+        "Precision of convolutions: %s; experts: %s", program.precision, program.model.expert_map
+    )
     return Experiment(
         **vars(program),
         data=data,
@@ -302,7 +329,8 @@ def build_program(
     if method.teacher_run:
         teacher_config = teachers.read_config(method.teacher_run, config)
         teacher = build_program(teacher_config, devices, class_counts, image_shape)
-    plans = _plan_stages(config, method, taus, class_counts, teacher)
+    gpu = devices.platform == "gpu"
+    plans = _plan_stages(config, method, taus, class_counts, teacher, gpu)
     model = _make_model(config, len(class_counts), devices)
     return Program(
         config=config.to_dict(),
@@ -323,6 +351,7 @@ def _plan_stages(
     taus: tuple[float, ...],
     class_counts: npt.NDArray[np.int64],
     teacher: Program | None,
+    as_one_vector: bool,
 ) -> tuple[StagePlan, ...]:
     known = None
     if teacher is not None:
@@ -348,6 +377,7 @@ def _plan_stages(
             stage.optim.momentum,
             stage.optim.nesterov,
             stage.optim.weight_decay,
+            as_one_vector,
         )
         plan = StagePlan(index, method.stages()[index].name, facts, optimizer, rates, first_epoch)
         plans.append(plan)
@@ -490,6 +520,7 @@ def _load_data(config: ConfigDict) -> LongTailed:
         config.eval.held_out_per_class,
         config.data.image_size,
         config.data.resize or round(config.data.image_size * 256 / 224),
+        check_archive=config.data.check_archive,
     )
     counts = data.class_counts
     low, high = config.data.shot_thresholds
@@ -521,7 +552,7 @@ def _load_data(config: ConfigDict) -> LongTailed:
 def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel) -> ExpertEnsemble:
     expert_map = config.model.expert_map
     if expert_map == "auto":
-        expert_map = auto_expert_map(config.model.name, devices.mesh.devices.flat[0].platform)
+        expert_map = auto_expert_map(config.model.name, devices.platform)
     return create_model(
         config.model.name,
         num_classes=num_classes,
@@ -534,6 +565,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         shared_stages=None if config.model.shared_stages == -2 else config.model.shared_stages,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        norm_in_parts=devices.platform == "gpu",
     )
 
 
@@ -542,8 +574,12 @@ def auto_expert_map(model: str, platform: str) -> str:
 
     Grouped convolutions, which vmap makes of the experts', fill a TPU's matrix units where one
     expert has too few channels to (ResNet-32: 13 to 16% fewer estimated cycles on v5e). Experts of
-    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow.
+    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow, and
+    on a GPU their gradients are (jax#13800, jax#26266): there "stacked" needs about two thirds of
+    the kernels of "loop". On a GPU nothing of this was measured yet, only counted.
     """
+    if platform == "gpu":
+        return "stacked"
     return "vmap" if platform == "tpu" and model in CIFAR_MODELS else "loop"
 
 

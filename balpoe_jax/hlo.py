@@ -23,7 +23,7 @@ COLLECTIVES = (
 _START_HOLDS_OPERAND = ("all-gather-start", "collective-permute-start")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?\S+ = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|body|to_apply|\w+_computations?)=(\{[^}]*\}|%?[^\s,]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"\bcondition=%?([^\s,]+)")
@@ -48,19 +48,29 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """A line of a computation.
+
+    Attributes:
+        name: without the leading "%".
+        opcode: such as "fusion".
+        result: type of the result.
+        attributes: rest of the line after the opening bracket, operands first.
+    """
+
+    name: str
     opcode: str
     result: str
     attributes: str
 
 
-_Computations = dict[str, list[_Instruction]]
+Computations = dict[str, list[Instruction]]
 
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a program by kind, those inside loops as often as the loop runs."""
     return _add_up(
-        (kind, count, count * _bytes(_communicated(instruction)))
+        (kind, count, count * array_bytes(_communicated(instruction)))
         for kind, count, instruction in _find_collectives(text)
     )
 
@@ -68,7 +78,7 @@ def collectives(text: str) -> list[Collective]:
 def collective_sizes(text: str) -> list[tuple[str, int]]:
     """Kind and bytes of every collective in a program, one by one, in the order of its text."""
     return [
-        (kind, _bytes(_communicated(instruction)))
+        (kind, array_bytes(_communicated(instruction)))
         for kind, count, instruction in _find_collectives(text)
         for _ in range(count)
     ]
@@ -80,35 +90,35 @@ def estimated_cycles(text: str) -> int | None:
     The sum over the instructions, which a core runs one after the other. Transfers that run beside
     them, collectives among these, have no estimate and are not in it.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     if _CYCLES.search(text) is None:
         return None
     return _cycles(computations, entry)
 
 
-def _cycles(computations: _Computations, name: str) -> int:
+def _cycles(computations: Computations, name: str) -> int:
     total = 0
     for instruction in computations.get(name, ()):
         estimate = _CYCLES.search(instruction.attributes)
         if estimate:  # of a fusion as a whole
             total += int(estimate[1])
         else:
-            inside = sum(_cycles(computations, called) for called in _called(instruction))
-            total += _trip_count(computations, instruction) * inside
+            inside = sum(_cycles(computations, name) for name in called(instruction))
+            total += trip_count(computations, instruction) * inside
     return total
 
 
-def _find_collectives(text: str) -> Iterator[tuple[str, int, _Instruction]]:
-    computations, entry = _parse(text)
+def _find_collectives(text: str) -> Iterator[tuple[str, int, Instruction]]:
+    computations, entry = parse(text)
 
-    def visit(name: str, times: int) -> Iterator[tuple[str, int, _Instruction]]:
+    def visit(name: str, times: int) -> Iterator[tuple[str, int, Instruction]]:
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 yield kind, times, instruction
             else:
-                for called in _called(instruction):
-                    yield from visit(called, times * _trip_count(computations, instruction))
+                for inner in called(instruction):
+                    yield from visit(inner, times * trip_count(computations, instruction))
 
     return visit(entry, 1)
 
@@ -121,9 +131,9 @@ def _add_up(found: Iterator[tuple[str, int, int]]) -> list[Collective]:
     return [Collective(kind, *totals[kind]) for kind in COLLECTIVES if kind in totals]
 
 
-def _parse(text: str) -> tuple[_Computations, str]:
+def parse(text: str) -> tuple[Computations, str]:
     """The instructions of every computation by its name, and the name of the first to run."""
-    computations: _Computations = {}
+    computations: Computations = {}
     entry, current = "", []
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
@@ -131,11 +141,11 @@ def _parse(text: str) -> tuple[_Computations, str]:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif found := _INSTRUCTION.match(line):
-            current.append(_Instruction(found[2], found[1], found[3]))
+            current.append(Instruction(found[1], found[3], found[2], found[4]))
     return computations, entry
 
 
-def _called(instruction: _Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
     """The computations that run as part of an instruction."""
     if instruction.opcode in ("async-update", "async-done"):  # of what async-start called
         return []
@@ -143,7 +153,7 @@ def _called(instruction: _Instruction) -> list[str]:
     return [name.strip(" %") for names in found for name in names.strip("{}").split(",")]
 
 
-def _trip_count(computations: _Computations, instruction: _Instruction) -> int:
+def trip_count(computations: Computations, instruction: Instruction) -> int:
     """How often a loop runs its body; 1 for one that does not tell, and for what is no loop.
 
     A CPU's compiler writes it down. A TPU's does not: there it is the one constant that a counter
@@ -163,7 +173,7 @@ def _trip_count(computations: _Computations, instruction: _Instruction) -> int:
     return 1
 
 
-def _communicated(instruction: _Instruction) -> str:
+def _communicated(instruction: Instruction) -> str:
     """The type of what a collective leaves on a device."""
     if instruction.opcode not in _START_HOLDS_OPERAND:
         return instruction.result
@@ -182,7 +192,7 @@ def _elements(tuple_type: str) -> list[str]:
     return elements
 
 
-def _bytes(type_text: str) -> int:
+def array_bytes(type_text: str) -> int:
     """The memory of all arrays in a type such as `(f32[2,3]{1,0}, bf16[])`, without padding."""
     total = 0
     for kind, bits, dimensions in _ARRAY.findall(type_text):

@@ -6,7 +6,6 @@ They are two streams of one distribution: batch k is a function of (seed, k) in 
 are not the same.
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from balpoe_jax.data import extras
 from balpoe_jax.data.device.batches import make_batch, normalize
 from balpoe_jax.data.device.packing import pack_on_host, unpack
 from balpoe_jax.data.device.plans import Planner
@@ -57,7 +57,7 @@ def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) ->
         )
     sources = [source for source in (data.train, data.test, data.held_out) if source is not None]
     in_memory = all(isinstance(source, ArraySource) for source in sources)
-    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+    has_tensorflow = extras.has_tensorflow()
     device = parallel.mesh.devices.flat[0]
     if wanted is None:
         fits = in_memory and sum(map(_num_bytes, sources)) <= _memory_for_data(device)
@@ -115,6 +115,7 @@ class HostInputs:
         self._parallel, self._data, self._settings = parallel, data, settings
         self._test_view, self._seed = test_view, seed
         self._host = Host(jax.process_index(), parallel.num_hosts, threads)
+        extras.require_tensorflow("config.data.pipeline=host")
 
     def steps_per_dispatch(self, stage: int) -> int:
         """Steps that one call makes."""

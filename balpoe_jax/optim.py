@@ -11,6 +11,7 @@ import numpy.typing as npt
 import optax
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.one_vector import over_one_vector
 
 SCHEDULES = ("step", "cosine", "cosine_after_warmup")
 
@@ -100,12 +101,20 @@ def make_optimizer(
     momentum: float = 0.9,
     nesterov: bool = True,
     weight_decay: float = 5e-4,
+    as_one_vector: bool = False,
 ) -> optax.GradientTransformation:
     """SGD as PyTorch does it: L2 added to the gradient before momentum, on every parameter.
 
     Every parameter means BatchNorm's scales and biases too: the reference makes no exception.
+
+    Args:
+        learning_rate, momentum, nesterov: see `optax.sgd`.
+        weight_decay: factor of the parameters that are added to the gradient.
+        as_one_vector: whether all parameters are updated at once, see `one_vector`: the numbers and
+            the state are the same.
     """
-    return optax.chain(
+    optimizer = optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
     )
+    return over_one_vector(optimizer) if as_one_vector else optimizer

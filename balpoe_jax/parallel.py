@@ -41,6 +41,11 @@ class Parallel:
         return self.mesh.size
 
     @property
+    def platform(self) -> str:
+        """What the devices are: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def num_hosts(self) -> int:
         """Processes that share a batch; each makes the input of its own devices."""
         return len({device.process_index for device in self.mesh.devices.flat})

@@ -189,6 +189,9 @@ def environment() -> dict[str, Any]:
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "platform": devices[0].platform,
+        "runtime": devices[0].client.platform_version,
+        "driver": _driver(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "process_count": jax.process_count(),
         "git_commit": _git_commit(),
         "command": sys.argv,
@@ -367,6 +370,14 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver, as it tells it; None without one."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
         return None
 
 

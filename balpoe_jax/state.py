@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
+from balpoe_jax.one_vector import join
 
 Metrics = dict[str, Any]
 
@@ -69,6 +70,7 @@ def make_train_step(
     stage: int = 0,
     accumulate: int = 1,
     skip_non_finite: bool = False,
+    as_one_vector: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The update of one device, which must run mapped over the axis `facts.axis_name`.
 
@@ -97,7 +99,10 @@ def make_train_step(
         stage: position in `method.stages()`.
         accumulate: see above; 1 for a method that wants the whole batch.
         skip_non_finite: see above.
+        as_one_vector: whether the gradient's norm and `finite` are taken of all numbers at once,
+            see `one_vector`; the optimizer has a setting of its own.
     """
+    gathered = join if as_one_vector else lambda tree: tree
     _, loss_of, rate_factor = method.stages()[stage]
     axis_name = str(facts.axis_name)
 
@@ -135,10 +140,10 @@ def make_train_step(
             opt_state=opt_state,
             extra=losses.extra,
         )
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & all_finite((shown, batch_stats))
+        grad_norm = optax.tree.norm(gathered(grads))
+        finite = jnp.isfinite(grad_norm) & all_finite(gathered((shown, batch_stats)))
         if skip_non_finite:
-            finite &= all_finite(new_state)
+            finite &= all_finite(gathered(new_state))
             new_state = _only_if(finite, new_state, state)
         total, by_expert, terms = shown
         metrics = {

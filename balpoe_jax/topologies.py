@@ -2,12 +2,15 @@
 """TPU slices to compile for without having one: which there are, and what their chips can do."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
 
+from balpoe_jax import gpus
 from balpoe_jax.errors import UserError
 
 _GIB = 2**30
@@ -72,7 +75,10 @@ def chip_of(topology: str) -> Chip:
             f"{name}: {', '.join(f'{name}:{grid}' for grid in chip.slices)}"
             for name, chip in CHIPS.items()
         )
-        raise UserError(f"Unknown topology {topology!r}; choose one of {known}.")
+        raise UserError(
+            f"Unknown topology {topology!r}; choose one of {known}; GPUs: "
+            f"{', '.join(gpus.TOPOLOGIES)}."
+        )
     return CHIPS[topology.partition(":")[0]]
 
 
@@ -80,15 +86,11 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
     """Devices of a topology that programs can be compiled for, and that cannot run them.
 
     Raises:
-        UserError (a `ValueError`): an unknown topology, no TPU compiler on this machine, or one
-            that cannot be loaded.
+        UserError (a `ValueError`): an unknown topology, no TPU compiler on this machine, that of
+            another JAX, or one that cannot be loaded.
     """
     chip_of(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "Compiling for a TPU needs its compiler, the package libtpu, which is not installed; "
-            'install it with pip install "libtpu==0.0.42.*" (no TPU is needed).'
-        )
+    _check_compiler()
     from jax.experimental import topologies
 
     for name, value in _NO_HOST.items():
@@ -105,3 +107,35 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
             "Another process has the TPU compiler (libtpu) to itself; wait for it to end, or unset "
             "ALLOW_MULTIPLE_LIBTPU_LOAD, which keeps it so here."
         ) from error
+
+
+def _check_compiler() -> None:
+    """Raises UserError if libtpu is missing, or not of the versions that this JAX asks for."""
+    asked = _versions_of_libtpu()
+    package = f"libtpu=={asked}" if asked else f"jax[tpu]=={jax.__version__}"
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "Compiling for a TPU needs its compiler, the package libtpu, which is not installed; "
+            f'install it with pip install "{package}" (no TPU is needed).'
+        )
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return  # one that was not installed as a package
+    if asked and not f"{found}.".startswith(f"{asked.removesuffix('.*')}."):
+        raise UserError(
+            f"JAX {jax.__version__} compiles for a TPU with libtpu {asked}, and libtpu {found} is "
+            f'installed; install that of this JAX with pip install "{package}".'
+        )
+
+
+def _versions_of_libtpu() -> str | None:
+    """The pattern of versions in JAX's extra `tpu`, as in `libtpu==0.0.42.*`; None if it has none.
+
+    Each JAX is compiled for one version of the interface to libtpu, and names what has it.
+    """
+    for requirement in importlib.metadata.requires("jax") or ():
+        found = re.match(r"libtpu\s*==\s*([\w.*+!]+)", requirement)
+        if found:
+            return found[1]
+    return None

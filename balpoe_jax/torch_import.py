@@ -118,7 +118,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
         UserError (a `ValueError`): a file that cannot be read, parameters that do not fit the
             model, a workdir that holds a run, or what `balpoe_jax.experiment.build` refuses.
     """
-    # Here and not above: `convert` is of use without TensorFlow, which these import.
+    # Here and not above: `convert` is of use without what these import.
     from balpoe_jax import record
     from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.experiment import build
@@ -165,10 +165,6 @@ def main(arguments: Sequence[str]) -> None:
             f"Expected one FILE beside --config and --workdir, got {len(arguments) - 1}: "
             f"{', '.join(arguments[1:]) or 'nothing'}."
         )
-    # Here and not above: TensorFlow reads its environment when it is imported.
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")  # TensorFlow only feeds; the GPUs are JAX's
     import_checkpoint(arguments[1], flags.FLAGS.config, flags.FLAGS.workdir)
 
 

@@ -57,6 +57,63 @@ def measure(step: Callable[[], Any], seconds: float) -> Sample:
     return Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
 
 
+class Rounds(NamedTuple):
+    """Seconds a call, over several rounds of calls that are not waited for one by one.
+
+    Attributes:
+        median, low, high: of the rounds.
+        returns: least time that a call takes to return; what it began goes on.
+    """
+
+    median: float
+    low: float
+    high: float
+    returns: float
+
+    def per_step(self, steps: int, batch_size: int) -> dict[str, float]:
+        """Milliseconds a step, and images a second.
+
+        Args:
+            steps: Number of steps that a call makes.
+            batch_size: Number of images of a step.
+        """
+        return {
+            "ms_a_step": 1e3 * self.median / steps,
+            "ms_low": 1e3 * self.low / steps,
+            "ms_high": 1e3 * self.high / steps,
+            "call_returns_ms": 1e3 * self.returns,
+            "images_per_second": batch_size * steps / self.median,
+        }
+
+
+def time_rounds(
+    call: Callable[[], Any], wait: Callable[[], Any], seconds: float, rounds: int = 5
+) -> Rounds:
+    """Times calls that a device works off.
+
+    Args:
+        call: Function that begins some work and returns.
+        wait: Function that returns when all of it is done.
+        seconds: Time that all rounds are to take together; a round has one call at least.
+        rounds: Number of rounds.
+    """
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    one = time.perf_counter() - start
+    calls = max(1, min(200, int(seconds / rounds / max(one, 1e-4))))
+    times, returns = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        returns.append((time.perf_counter() - start) / calls)
+        wait()
+        times.append((time.perf_counter() - start) / calls)
+    return Rounds(statistics.median(times), min(times), max(times), min(returns))
+
+
 def take_turns(
     sides: Mapping[str, Callable[[], Sample]], repeats: int
 ) -> dict[str, Sequence[Sample]]:

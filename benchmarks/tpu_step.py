@@ -4,7 +4,7 @@
     python -m benchmarks.tpu_step --topology=v5e:2x2 --experts=1,3
 
 Both are ResNet-50 in bfloat16 on equal batches of 224 x 224 images, compiled in one run by the
-TPU's compiler (`pip install "libtpu==0.0.42.*"`; no TPU is needed). Cycles are its estimate, of one
+TPU's compiler (`pip install "jax[tpu]"`; no TPU is needed). Cycles are its estimate, of one
 device and without communication; nothing is measured. A step takes minutes to compile.
 """
 

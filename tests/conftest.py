@@ -149,13 +149,24 @@ def quick_flags(config: pytest.Config) -> str:
     return "--xla_cpu_use_fusion_emitters=false" if known else ""
 
 
+def flags_of_xla(flags: str) -> dict[str, str]:
+    """The variable that adds flags to those of the environment, for JAX and processes of tests.
+
+    Without any it is left out: XLA takes a value that is blank for the name of a file of flags.
+    """
+    every = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    return {"XLA_FLAGS": every} if every else {}
+
+
 def _set_flags_of_jax(flags: str) -> None:
     """Makes JAX's XLA read these flags, and not TensorFlow's.
 
     That one reads the same variable, but later, and would compile augmentations for minutes.
     """
+    if not flags:
+        return
     before = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{before or ''} {flags}"
+    os.environ.update(flags_of_xla(flags))
     jax.block_until_ready(jax.jit(lambda: 0)())
     if before is None:
         del os.environ["XLA_FLAGS"]

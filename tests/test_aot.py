@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiling for devices that are not there; where there is no TPU compiler, for CPUs."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies as jax_topologies
 from test_config import get_config
 
-from balpoe_jax import aot
+from balpoe_jax import aot, topologies
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import auto_expert_map, build
@@ -153,9 +157,54 @@ def test_clocks_are_plausible() -> None:
         assert 1.0e9 < chip.clock_hertz < 1.8e9
 
 
-def test_without_the_compiler_one_sentence_says_what_to_install(monkeypatch) -> None:
+def test_jax_names_its_compiler() -> None:
+    """Otherwise no version of libtpu would be refused."""
+    assert any(re.match(r"libtpu==\d", line) for line in importlib.metadata.requires("jax"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "package"),
+    [
+        (['libtpu==0.7.1.*; extra == "tpu"'], "libtpu==0.7.1.*"),
+        ([], f"jax[tpu]=={jax.__version__}"),
+    ],
+)
+def test_without_the_compiler_one_sentence_says_what_to_install(
+    monkeypatch, extra: list[str], package: str
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=2.0", *extra])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"the package libtpu, which is not installed; .*libtpu=="):
+    message = rf'libtpu, which is not installed; .* pip install "{re.escape(package)}" '
+    with pytest.raises(UserError, match=message):
+        compile_only_devices("v5e:2x2")
+
+
+@pytest.fixture(params=["0.7.1", "0.7.1.2", None, "0.7.10", "0.7.2.1"])
+def version(request, monkeypatch) -> str | None:
+    """That of a libtpu for which nothing is compiled; of None there is no package."""
+
+    def of_package(name: str) -> str:
+        if request.param is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return request.param
+
+    requirements = ["numpy>=2.0", 'libtpu==0.7.1.*; extra == "tpu"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    monkeypatch.setattr(importlib.metadata, "version", of_package)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    loaded = SimpleNamespace(devices=["one"])
+    monkeypatch.setattr(jax_topologies, "get_topology_desc", lambda *args, **options: loaded)
+    for name in topologies._NO_HOST:
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # taken back afterwards
+    return request.param
+
+
+def test_the_compiler_of_another_jax_is_refused_before_it_is_loaded(version: str | None) -> None:
+    if version in ("0.7.1", "0.7.1.2", None):
+        assert compile_only_devices("v5e:2x2") == ["one"]
+        return
+    message = rf"compiles for a TPU with libtpu 0\.7\.1\.\*, and libtpu {version} is installed; "
+    with pytest.raises(UserError, match=rf'{message}.* pip install "libtpu==0\.7\.1\.\*"\.$'):
         compile_only_devices("v5e:2x2")
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_config import get_config
 
+from balpoe_jax import record
 from balpoe_jax.data import cifar, cifar_archive, cifar_tfds, datasets, extras
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError
+from balpoe_jax.experiment import build
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 PER_CLASS = {"train": 5, "test": 2}  # divisible by the five members of CIFAR-10
@@ -140,13 +143,32 @@ def test_another_archive_than_the_published_one_is_refused(archives, monkeypatch
         datasets.load("cifar100", 5.0, str(path.parent))
 
 
+def test_a_config_lets_another_archive_pass(archives) -> None:
+    config = get_config("cifar10_lt", "ir=10")
+    config.data.data_dir = str(archives("cifar10"))
+    config.data.check_counts = False
+    config.data.imbalance_ratio = 1.0
+    with pytest.raises(UserError, match="check_archive=False"):
+        build(config)
+    config.data.check_archive = False
+    assert len(build(config).data.train) == len(make_images("cifar10", "train")[0])
+
+
 def test_the_published_archives_are_those_of_the_authors_page() -> None:
-    """https://www.cs.toronto.edu/~kriz/cifar.html, as its table has them."""
-    found = {archive.file: archive.md5 for archive in cifar_archive.ARCHIVES.values()}
-    assert found == {
-        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-        "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
-    }
+    """https://www.cs.toronto.edu/~kriz/cifar.html, as its table and its text have them."""
+    batches = [f"data_batch_{number}.bin" for number in (1, 2, 3, 4, 5)]
+    ten, hundred = cifar_archive.ARCHIVES["cifar10"], cifar_archive.ARCHIVES["cifar100"]
+    assert (ten.file, ten.md5) == ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")
+    assert (list(ten.train), list(ten.test)) == (batches, ["test_batch.bin"])
+    md5 = "03b5dce01913d631647c71ecec9e9cb8"
+    assert (hundred.file, hundred.md5) == ("cifar-100-binary.tar.gz", md5)
+    assert (hundred.train, hundred.test) == (("train.bin",), ("test.bin",))
+
+
+def test_where_the_images_come_from_is_no_other_experiment() -> None:
+    fields = record.experiment_fields({})
+    assert "data.check_counts" in fields
+    assert not {"data.data_dir", "data.check_archive"} & fields.keys()
 
 
 def test_of_a_folder_the_archive_comes_first_and_then_the_numpy_file(

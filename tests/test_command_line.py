@@ -10,6 +10,7 @@ from pathlib import Path
 import commands
 import pytest
 
+from balpoe_jax import command_line
 from balpoe_jax.command_line import use_compilation_cache
 from balpoe_jax.errors import UserError
 
@@ -33,6 +34,19 @@ def test_a_command_starts_from_nothing() -> None:
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
 
 
+def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None:
+    monkeypatch.setattr(command_line, "_log_to_terminal", lambda: None)
+    monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        command_line.run(stop, print)
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    assert os.environ["GRPC_VERBOSITY"] == "ERROR"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -48,7 +62,7 @@ def test_a_command_starts_from_nothing() -> None:
         (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
         (
             ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
-            "Unknown config field config.data.nme; config.data has check_counts, class_run",
+            "Unknown config field config.data.nme; config.data has check_archive, check_counts",
         ),
         (
             ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],
@@ -192,3 +206,36 @@ def test_a_preemption_saves_the_step_it_comes_at(tmp_path: Path) -> None:
     )
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     assert f'"step": {checkpoint.name},' in rows[-1]
+
+
+def test_programs_are_kept_in_the_users_folder_unless_jax_has_one(tmp_path: Path) -> None:
+    code = """
+from balpoe_jax.command_line import use_compilation_cache
+import jax
+use_compilation_cache("")
+print(jax.config.jax_compilation_cache_dir)
+use_compilation_cache(None)
+print(jax.config.jax_compilation_cache_dir)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def folders() -> list[str]:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        return result.stdout.split()
+
+    set_by_conftest = environment["JAX_COMPILATION_CACHE_DIR"]
+    assert folders() == [set_by_conftest] * 2
+    assert not any(tmp_path.iterdir())
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    none, chosen = folders()
+    assert none == "None"
+    assert Path(chosen).parent == tmp_path / "balpoe_jax" / "xla"
+    assert Path(chosen).stat().st_mode & 0o777 == 0o700

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orders, mixing and batches of the device pipeline, against its plans and against the host's."""
 
+import itertools
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 from jax.extend.core import jaxprs_in_params
 from scipy import stats
+from test_config import get_config
 
 from balpoe_jax.data import mixing as host_mixing
 from balpoe_jax.data import pipeline
@@ -29,7 +31,9 @@ from balpoe_jax.data.settings import (
 )
 from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.tracing import as_written
+from balpoe_jax.experiment import _stage_configs, _train_settings
 from balpoe_jax.inputs import DeviceInputs, map_planned_step
+from balpoe_jax.methods import RECIPES
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.state import TrainState
 
@@ -285,6 +289,38 @@ def test_any_number_of_steps_and_devices_makes_the_same_batches(mix: MixSettings
             jax.tree.map(np.testing.assert_array_equal, one, other)
     assert {"images", "images_2"} <= singly[0].keys()
     assert (singly[0]["images"] != singly[1]["images"]).any()
+
+
+def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
+    """Of all methods on CIFAR and digits; of the views the shapes alone, which tracing tells."""
+    planned, traced = set(), set()
+    for name, recipe, method in itertools.product(
+        ("cifar100_lt", "digits_lt"), ("own", "standard", "strong", "long"), RECIPES
+    ):
+        if name == "digits_lt" and recipe in ("strong", "long"):
+            continue
+        config = get_config(name, f"recipe={recipe},method={method}")
+        for settings in map(partial(_train_settings, stage=0), _stage_configs(config)):
+            if settings in planned:
+                continue
+            planned.add(settings)
+            planner = Planner(LABELS, (32, 32, 3), settings)
+            plan = planner.step(0)
+            assert {len(x) for x in jax.tree.leaves(plan)} == {settings.batch_size}
+            how = (settings.augment, settings.other_augment, *settings.views)
+            for key, view in planner.views.items():
+                if (key, how) not in traced:
+                    traced.add((key, how))
+                    made = jax.eval_shape(
+                        view.augment,
+                        np.zeros((49, 32, 32, 3), np.uint8),
+                        plan["index"],
+                        plan["views"][key],
+                        planner.tables()[key],
+                    )
+                    assert made.shape == (settings.batch_size, 32, 32, 3)
+                    assert made.dtype == np.uint8
+    assert len(planned) > 15
 
 
 @pytest.mark.parametrize(

@@ -204,12 +204,7 @@ def test_the_default_follows_platform_memory_and_what_is_installed(
     stats = limit and {"bytes_limit": limit}
     mesh = type("Mesh", (), {"devices": np.array([device])})()
     parallel = type("Parallel", (), {"mesh": mesh})()
-    find = inputs.importlib.util.find_spec
-    monkeypatch.setattr(
-        inputs.importlib.util,
-        "find_spec",
-        lambda name: ((name != "tensorflow" or tensorflow) and find(name)) or None,
-    )
+    monkeypatch.setattr(inputs.extras, "has_tensorflow", lambda: tensorflow)
     data = build(config_of()).data
     assert inputs.choose_pipeline(None, data, parallel) == expected
 

@@ -152,6 +152,82 @@ def test_tpu_pod_installs_the_pinned_jax() -> None:
     assert len(commands) == 3
 
 
+def set_up(folder: Path, requirements: str, python: str = "python") -> subprocess.CompletedProcess:
+    """launch/setup.sh for the environment `folder/venv`, with the programs of `folder` alone."""
+    (folder / "cat").symlink_to(shutil.which("cat"))  # of `stand_in`
+    return subprocess.run(
+        [shutil.which("sh"), "launch/setup.sh", python, str(folder / "venv"), requirements],
+        cwd=ROOT,
+        env={"PATH": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("requirements", "options"),
+    [
+        ("requirements-dev.lock", ["--require-hashes"]),
+        ("requirements-dev.txt", []),
+        ("requirements-newest.txt", ["--upgrade", "--upgrade-strategy=eager"]),
+    ],
+)
+def test_the_file_decides_what_pip_does(
+    tmp_path: Path, requirements: str, options: list[str]
+) -> None:
+    stand_in(tmp_path, "python")
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    pip = stand_in(programs, "python")
+    result = set_up(tmp_path, requirements)
+    assert (result.returncode, result.stderr) == (0, "")
+    taken_by_pip = taken(pip)[taken(pip).index("install") + 1 :]
+    assert taken_by_pip[2:] == [*options, "--requirement", requirements]
+
+
+@pytest.mark.parametrize(
+    ("requirements", "python", "message"),
+    [
+        ("requirements.lock", "none", "there is no none here; install Python 3.11, 3.12 or 3.13,"),
+        ("requirements.lock", "python", "Python 3.11, 3.12 or 3.13 is needed, and python is"),
+        ("requirements-newest.txt", "", "there is no such Python here; install Python 3.12 or"),
+        ("requirements-newest.txt", "python", "Python 3.12 or 3.13 is needed, and python is"),
+    ],
+)
+def test_a_python_that_does_not_serve_is_refused(
+    tmp_path: Path, requirements: str, python: str, message: str
+) -> None:
+    stand_in(tmp_path, "python", code=1)
+    result = set_up(tmp_path, requirements, python)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"Error: {message}")
+    assert ("PYTHON_NEWEST=" in result.stderr) == ("newest" in requirements)
+
+
+@pytest.mark.parametrize(
+    ("codes", "chosen"),
+    [({"3.13": 0, "3.12": 0}, "python3.13"), ({"3.13": 127, "3.12": 0}, "python3.12"), ({}, "")],
+)
+def test_the_newest_versions_take_the_newest_python_that_starts(
+    tmp_path: Path, codes: dict[str, int], chosen: str
+) -> None:
+    """Shims of pyenv are found, and cannot start what is not chosen."""
+    for version, code in codes.items():
+        stand_in(tmp_path, f"python{version}", code)
+    result = subprocess.run(
+        [shutil.which("make"), "--dry-run", "test-newest", f"VENV_NEWEST={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    command, *_ = [line for line in result.stdout.splitlines() if "launch/setup.sh" in line]
+    file = "requirements-newest.txt"
+    assert words(command) == ["sh", "launch/setup.sh", chosen, str(tmp_path / "venv"), file]
+
+
 @pytest.mark.parametrize(
     ("tasks", "devices"), [("8", []), ("1", ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3"])]
 )

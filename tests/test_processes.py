@@ -2,7 +2,6 @@
 """Two processes with two devices each, over loopback, against one process with four devices."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 import process_runs
 import pytest
-from conftest import quick_flags
+from conftest import flags_of_xla, quick_flags
 
 from balpoe_jax import processes, report
 from balpoe_jax.checkpoint import Checkpoints
@@ -54,8 +53,8 @@ def two(reference: Path, tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("two")
     task = "whole, twin" if request.config.getoption("--all") else "whole"
     commands = process_runs.task_commands(task, folder, reference)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags(request.config)}"
-    with process_runs.start(commands, folder / "log", XLA_FLAGS=flags) as pair:
+    flags = flags_of_xla(quick_flags(request.config))
+    with process_runs.start(commands, folder / "log", **flags) as pair:
         assert pair.wait() == [0, 0], pair.everything()
     return folder
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from balpoe_jax.data import cache
 from balpoe_jax.data.sources import ArraySource
@@ -193,6 +192,8 @@ def _decode(content: bytes, archive: Archive, path: str) -> ArraySource:
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     planes = records[:, archive.labels :].reshape(-1, 3, _SIDE, _SIDE)
-    images: npt.NDArray[np.uint8] = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    images = np.empty((len(records), _SIDE, _SIDE, 3), np.uint8)
+    for channel in range(3):  # in half the time of a transposed copy
+        images[..., channel] = planes[:, channel]
     labels = records[:, archive.labels - 1].astype(np.int64)
     return ArraySource(images, labels, np.arange(len(labels)))

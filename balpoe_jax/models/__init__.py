@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.models import heads, resnet_cifar, resnet_imagenet
+from balpoe_jax.models.batch_norm import BatchNormInParts
+from balpoe_jax.models.convolutions import conv_by_expert
 from balpoe_jax.models.ensemble import EXPERT_MAPS, Expert, ExpertEnsemble, Outputs
+from balpoe_jax.models.layers import BatchNorm
 
 __all__ = [
     "CIFAR_MODELS",
@@ -69,6 +72,7 @@ def create_model(
     stage_sizes: Sequence[int] | None = None,
     dtype: Any = None,
     remat: bool = False,
+    norm_in_parts: bool = False,
 ) -> ExpertEnsemble:
     """Builds an ensemble of experts on a shared trunk.
 
@@ -83,7 +87,7 @@ def create_model(
         num_experts: `E`, at least 1.
         axis_name: the mapped axis over which BatchNorm takes its statistics, so that they are
             those of the global batch; None for each device's own.
-        expert_map: "loop" or "vmap", see `ExpertEnsemble`; the parameters are the same.
+        expert_map: "loop", "vmap" or "stacked", see `ExpertEnsemble`; the parameters are the same.
         classifier: "cosine" (scaled cosine similarity, no bias), "cosine_bias" or "linear".
         scale: of the cosine classifier.
         reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64; for
@@ -96,6 +100,8 @@ def create_model(
             images and parameters. Parameters, statistics, features and heads stay in float32.
         remat: compute the inside of blocks again in the backward pass instead of keeping it: less
             memory, more work, the same results.
+        norm_in_parts: whether BatchNorm adds up its rows part by part, for GPUs, see
+            `balpoe_jax.models.batch_norm.BatchNormInParts`.
 
     Raises:
         UserError (a `ValueError`): an unknown name or option.
@@ -123,7 +129,8 @@ def create_model(
         )
     family = resnet_cifar if small else resnet_imagenet
     widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
-    options = {"axis_name": axis_name, "dtype": dtype, "remat": remat}
+    norm = BatchNormInParts if norm_in_parts else BatchNorm
+    options = {"axis_name": axis_name, "dtype": dtype, "remat": remat, "norm": norm}
     ending = {"last_width": widths[-1]} if architecture.branches else {}
     if not small:
         options["block"] = partial(
@@ -132,11 +139,19 @@ def create_model(
             group_width=architecture.group_width,
             axis_name=axis_name,
             dtype=dtype,
+            norm=norm,
         )
+    convolve = conv_by_expert if expert_map == "stacked" else None
     stem, cut = shared >= 0, max(0, shared)
     trunk = family.Trunk(sizes[:cut], widths[:cut], stem=stem, **options)
     body = family.ExpertBody(
-        sizes[cut:], widths[cut:], first_stage=cut + 1, stem=not stem, **ending, **options
+        sizes[cut:],
+        widths[cut:],
+        first_stage=cut + 1,
+        stem=not stem,
+        convolve=convolve,
+        **ending,
+        **options,
     )
     # The reference initialises a linear layer itself only in its networks for small images.
     linear_init = heads.he_normal if small else heads.torch_uniform

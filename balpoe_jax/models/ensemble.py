@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-EXPERT_MAPS = ("loop", "vmap")
+EXPERT_MAPS = ("loop", "vmap", "stacked")
 
 
 class Outputs(NamedTuple):
@@ -36,9 +36,11 @@ class Expert(nn.Module):
 class ExpertEnsemble(nn.Module):
     """Maps one expert over `num_experts` sets of parameters, stacked on a leading axis `[E, ...]`.
 
-    The parameters do not depend on `expert_map`, so a checkpoint serves both: "vmap" batches the
+    The parameters do not depend on `expert_map`, so a checkpoint serves all: "vmap" batches the
     experts into grouped convolutions, which suits narrow networks on TPUs; "loop" unrolls them,
-    which suits wide ones and is several times faster on a CPU.
+    which suits wide ones and is several times faster on a CPU. "stacked" is "vmap" but for the
+    convolutions, which `expert.body` must unroll (see `models.convolutions`): on a GPU everything
+    else is one kernel for all experts.
     """
 
     trunk: nn.Module
@@ -57,7 +59,7 @@ class ExpertEnsemble(nn.Module):
         axes: Any = {"params": 0, "batch_stats": 0}
         # The two maps split keys differently: initialising with one makes a seed mean one network.
         # For one expert vmap is free, while the scan would keep a loop that is slow on a CPU.
-        if self.expert_map == "vmap" or self.num_experts == 1 or self.is_initializing():
+        if self.expert_map != "loop" or self.num_experts == 1 or self.is_initializing():
             mapped = nn.vmap(
                 lambda expert: expert(shared, train),
                 variable_axes=axes,

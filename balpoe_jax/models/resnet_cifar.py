@@ -45,14 +45,16 @@ class BasicBlock(nn.Module):
     stride: int = 1
     axis_name: str | None = None
     dtype: Any = None
+    norm: Any = BatchNorm
+    convolve: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, in]` -> `[B, H / stride, W / stride, width]`."""
         norm = partial(
-            BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
+            self.norm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
         )
-        conv = partial(Conv3x3, self.width, dtype=self.dtype)
+        conv = partial(Conv3x3, self.width, dtype=self.dtype, conv_general_dilated=self.convolve)
         y = conv(strides=(self.stride, self.stride), name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
         y = conv(name="conv2")(y)
@@ -78,6 +80,7 @@ class Trunk(nn.Module):
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
+    norm: Any = BatchNorm
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -85,8 +88,8 @@ class Trunk(nn.Module):
 
         `train` uses and updates batch statistics.
         """
-        x = _stem(images, train, self.axis_name, self.dtype) if self.stem else images
-        block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype)
+        x = _stem(self, images, train) if self.stem else images
+        block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype, norm=self.norm)
         return stages(x, train, 1, self.num_blocks, self.widths, block, self.remat)
 
 
@@ -108,13 +111,21 @@ class ExpertBody(nn.Module):
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
+    norm: Any = BatchNorm
+    convolve: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics."""
         if self.stem:
-            x = _stem(x, train, self.axis_name, self.dtype)
-        block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype)
+            x = _stem(self, x, train, self.convolve)
+        block = partial(
+            BasicBlock,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            norm=self.norm,
+            convolve=self.convolve,
+        )
         x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)
         if self.last_width:
             last = partial(Stage, partial(block, self.last_width), 1, 1, self.remat)
@@ -122,8 +133,13 @@ class ExpertBody(nn.Module):
         return global_average(x)
 
 
-def _stem(images: jax.Array, train: bool, axis_name: str | None, dtype: Any) -> jax.Array:
-    """`[B, H, W, 3]` -> `[B, H, W, 16]`, by layers of the module that calls this."""
-    x = Conv3x3(STEM_WIDTH, dtype=dtype, name="conv1")(images)
-    norm = BatchNorm(use_running_average=not train, axis_name=axis_name, dtype=dtype, name="bn1")
+def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:
+    """`[B, H, W, 3]` -> `[B, H, W, 16]`, by layers of the trunk or body that calls this."""
+    x = Conv3x3(STEM_WIDTH, dtype=module.dtype, conv_general_dilated=convolve, name="conv1")(images)
+    norm = module.norm(
+        use_running_average=not train,
+        axis_name=module.axis_name,
+        dtype=module.dtype,
+        name="bn1",
+    )
     return nn.relu(norm(x))

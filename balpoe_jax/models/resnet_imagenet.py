@@ -48,16 +48,19 @@ class Bottleneck(nn.Module):
     group_width: int = 64
     axis_name: str | None = None
     dtype: Any = None
+    norm: Any = BatchNorm
+    convolve: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, in]` -> `[B, ceil(H / stride), ceil(W / stride), 4 width]`."""
         norm = partial(
-            BatchNorm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
+            self.norm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
         )
         # Explicit padding: "SAME" pads a strided convolution on the other side than PyTorch does.
-        conv1x1 = partial(Conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)), dtype=self.dtype)
-        conv3x3 = partial(Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), dtype=self.dtype)
+        conv = partial(Conv, dtype=self.dtype, conv_general_dilated=self.convolve)
+        conv1x1 = partial(conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)))
+        conv3x3 = partial(conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
         strides = (self.stride, self.stride)
         inner = self.groups * (self.group_width * self.width // 64)
         outer = EXPANSION * self.width
@@ -87,6 +90,7 @@ class Trunk(nn.Module):
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
+    norm: Any = BatchNorm
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -94,7 +98,7 @@ class Trunk(nn.Module):
 
         `train` uses and updates batch statistics.
         """
-        x = _stem(images, train, self.axis_name, self.dtype) if self.stem else images
+        x = _stem(self, images, train) if self.stem else images
         return stages(x, train, 1, self.num_blocks, self.widths, self.block, self.remat)
 
 
@@ -119,26 +123,35 @@ class ExpertBody(nn.Module):
     axis_name: str | None = None
     dtype: Any = None
     remat: bool = False
+    norm: Any = BatchNorm
+    convolve: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, 512]` -> `[B, D]`; `train` uses and updates batch statistics."""
         if self.stem:
-            x = _stem(x, train, self.axis_name, self.dtype)
-        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, self.block, self.remat)
+            x = _stem(self, x, train, self.convolve)
+        block = partial(self.block, convolve=self.convolve)
+        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)
         return global_average(x)
 
 
-def _stem(images: jax.Array, train: bool, axis_name: str | None, dtype: Any) -> jax.Array:
-    """`[B, H, W, 3]` -> `[B, H / 4, W / 4, 64]`, by layers of the module that calls this."""
+def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:
+    """`[B, H, W, 3]` -> `[B, H / 4, W / 4, 64]`, by layers of the trunk or body that calls this."""
     conv = Conv(
         STEM_WIDTH,
         kernel_size=(7, 7),
         strides=(2, 2),
         padding=((3, 3), (3, 3)),
-        dtype=dtype,
+        dtype=module.dtype,
+        conv_general_dilated=convolve,
         name="conv1",
     )
-    norm = BatchNorm(use_running_average=not train, axis_name=axis_name, dtype=dtype, name="bn1")
+    norm = module.norm(
+        use_running_average=not train,
+        axis_name=module.axis_name,
+        dtype=module.dtype,
+        name="bn1",
+    )
     x = nn.relu(norm(conv(images)))
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of Table 2 trained by the product itself, in a process of their own.
+
+`benchmarks.accelerator` runs this. Each seed has a workdir with its report, as
+`python -m balpoe_jax.main` makes it, and a line of results once it is evaluated.
+"""
+
+import runpy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from balpoe_jax import command_line, record
+from balpoe_jax.start_up import of_this_process
+from balpoe_jax.train import train
+from benchmarks import toy_network
+from benchmarks.sides import ROOT, Job, Results, Row, read
+
+CONFIG = ROOT / "configs" / "cifar100_lt.py"
+
+# Of the test set's scores, those that a result has.
+SCORES = ("top1", "many", "medium", "few", "ece", "mce", "nll")
+
+
+def train_row(
+    arguments: str, seed: int, workdir: Path, fields: dict[str, Any], began: float
+) -> Row:
+    """Trains and evaluates a seed of a row.
+
+    Args:
+        arguments: What stands after the colon of `--config`.
+        seed: Seed of the run.
+        workdir: Folder of the run.
+        fields: Other fields of the config, such as `data.data_dir`.
+        began: Time from which seconds are counted, since the epoch.
+
+    Returns:
+        Scores as fractions, seconds in all and in training, steps and images a second.
+    """
+    config = runpy.run_path(str(CONFIG))["get_config"](arguments)
+    config.update_from_flattened_dict({"seed": seed, "data.pipeline": "device", **fields})
+    results = train(config, str(workdir))
+    rows = read(workdir / record.METRICS)
+    # The first interval is mostly compilation.
+    speeds = sorted(row["images_per_second"] for row in rows[1:] if "images_per_second" in row)
+    speed = speeds[len(speeds) // 2] if speeds else None
+    return {
+        **{name: results["test"][name] for name in SCORES},
+        "steps": max(row["step"] for row in rows),
+        "images_per_second": speed,
+        "seconds": time.time() - began,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains what the job asks for, one after the other, as far as there is time."""
+    job = Job.parse(arguments)
+    began = of_this_process().began
+    results, options = Results(job), job.options
+    command_line.use_compilation_cache(options["cache"])
+    for row in options["rows"]:
+        label = {name: row[name] for name in ("row", "seed", "arguments")}
+        workdir = Path(options["runs"]) / f"{row['name']}_seed{row['seed']}"
+
+        def one(row: Row = row, workdir: Path = workdir, began: float = began) -> Row:
+            fields = {**options["fields"], **row.get("fields", {})}
+            with toy_network.used(options["toy"]):
+                found = train_row(row["arguments"], row["seed"], workdir, fields, began)
+            return {**found, "workdir": workdir.name}
+
+        results.attempt(label, row["estimate"], one)
+        began = time.time()
+
+
+if __name__ == "__main__":
+    command_line.run(lambda: None, main)
