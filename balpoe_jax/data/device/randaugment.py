@@ -128,7 +128,9 @@ class RandAugment:
         reaches["translate_y"] = np.full(len(across), 0.45 * self._height)
         reach = np.stack([reaches.get(name, np.zeros(len(across))) for name in NAMES])
         moving = np.flatnonzero(np.isin(which, [NAMES.index(name) for name in reaches]))
-        found = line_weights(amount[moving, None] * reach[which[moving]], cubic[moving])
+        found = line_weights(
+            amount[moving, None] * reach[which[moving]], cubic[moving], len(across)
+        )
         lines = {}
         for name, leaf in found.items():
             lines[name] = np.zeros((len(which), *leaf.shape[1:]), leaf.dtype)
