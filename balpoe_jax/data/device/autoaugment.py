@@ -158,7 +158,7 @@ def numbers_of(
     if {"rows", "columns"} & set(kinds):
         across = np.arange(max(height, width)) + 0.5
         shifts = (only("shear_x") + only("shear_y"))[:, None] * across
-        numbers["lines"] = line_weights(shifts, np.ones(len(names), bool), len(across))
+        numbers["lines"] = line_weights(shifts, np.ones(len(names), bool))
     if "points" in kinds:
         numbers["points"] = _points(names, wide)
     if set(kinds) & {"brightness", "contrast", "color", "sharpness"}:

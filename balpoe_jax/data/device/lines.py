@@ -20,13 +20,16 @@ _PARTS = 3
 _HAIR = 96
 
 
-def line_weights(shifts: np.ndarray, cubic: np.ndarray, size: int) -> dict[str, np.ndarray]:
+def line_weights(
+    shifts: np.ndarray, cubic: np.ndarray, rounded_along: int = 0
+) -> dict[str, np.ndarray]:
     """What `shift_lines` needs to move lines by distances.
 
     Args:
         shifts: Distances in pixels, float64 `[n, lines]`.
         cubic: Whether to interpolate cubically (a = -1) or else linearly, bool `[n]`.
-        size: Length of the lines in pixels.
+        rounded_along: Length of the lines, by which distances are rounded as Pillow's sums along
+            them are; 0 for distances as they are.
 
     Returns:
         first: int16 `[n, lines]`, whole pixels of the distance, rounded down.
@@ -34,9 +37,11 @@ def line_weights(shifts: np.ndarray, cubic: np.ndarray, size: int) -> dict[str, 
         weights: int32 `[n, lines, 3, 4]`, those of four neighbours, in three parts of 20 bits.
     """
     first = np.floor(shifts)
-    # Rounded as Pillow's sum is three quarters along the line: in half of all pixels the same.
-    point = np.rint(0.75 * size - shifts) + 0.5 + shifts - 0.5
-    t = point - np.floor(point)
+    t = shifts - first
+    if rounded_along:
+        # As three quarters along the line: in half of all pixels the same.
+        point = np.rint(0.75 * rounded_along - shifts) + 0.5 + shifts - 0.5
+        t = point - np.floor(point)
     # From the nearer of the middle two, where small weights are known most exactly.
     mirrored = t > 0.5
     t = np.where(mirrored, 1 - t, t)

@@ -109,14 +109,16 @@ def below_by_product(parts: jax.Array) -> jax.Array:
     Of each value those whose upper four bits are less, and of those whose upper bits are the same
     the ones whose lower four are.
     """
-    digits = jnp.arange(16, dtype=jnp.int32)[None, :, None]
+    digits = jnp.arange(17, dtype=jnp.int32)[None, :, None]
     upper, lower = parts[:, None] >> 4, parts[:, None] & 15
-    same, less = upper == digits, lower < digits
+    # All lower bits are less than 16, so the last column counts the values of the same upper ones.
+    same, less = upper == digits[:, :16], lower < digits
     inner = jax.lax.dot_general(
         same.astype(jnp.bfloat16),
         less.astype(jnp.bfloat16),
         (((2,), (2,)), ((0,), (0,))),
         preferred_element_type=jnp.float32,
-    )
-    outer = jnp.sum(upper < digits, axis=2, dtype=jnp.int32)
-    return (outer[:, :, None] + inner.astype(jnp.int32)).reshape(3, 256)
+    ).astype(jnp.int32)
+    totals = inner[:, :, 16]
+    outer = jnp.cumsum(totals, axis=1) - totals
+    return (outer[:, :, None] + inner[:, :, :16]).reshape(3, 256)
