@@ -112,7 +112,7 @@ class Progress:
         return rows
 
     def _row(self, mark: _Mark, seconds: float, waited: float) -> dict[str, Any]:
-        """A row of steps that took so many seconds each, and waited for input this share."""
+        """A row of steps, by the seconds of each and the share of them that waited for input."""
         history = _history(mark.made)
         # What metrics cannot tell: whether the last update overflowed. Of the ones before it, the
         # losses since would tell.

@@ -65,7 +65,7 @@ class DeviceView:
         """Draws what happens to each row of a batch.
 
         Args:
-            random: Source of the draws, of which nothing else is read.
+            random: Source of the draws; nothing else is read from it.
             rows: Number of rows.
 
         Returns:
