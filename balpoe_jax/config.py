@@ -99,7 +99,7 @@ def default_config() -> ConfigDict:
             .threshold, .exponent, .partners: see `balpoe_jax.data.settings.MixSettings`.
         model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
             the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
-            "auto" is "vmap" on TPUs for the networks for small images, "stacked" on GPUs, and
+            "auto" is, for the networks for small images, "vmap" on TPUs and "stacked" on GPUs, and
             "loop" otherwise;
             model.dtype: of the body's computations and of the images, "float32" or "bfloat16"
             (parameters, statistics, heads and loss are float32 in both); model.precision: of the
@@ -361,17 +361,19 @@ def check_config(config: ConfigDict) -> None:
             _check_members(config, named, limits_of_members)
     if config.model.dtype not in DTYPES:
         raise UserError(
-            f"Unknown config.model.dtype {config.model.dtype!r}; choose from {', '.join(DTYPES)}."
+            f"Unknown config.model.dtype {_shown(config.model.dtype)!r}; choose from "
+            f"{', '.join(DTYPES)}."
         )
     precision = config.model.precision
     if precision is not None and (precision not in PRECISIONS or config.model.dtype != "float32"):
         raise UserError(
             f"config.model.precision must be one of {', '.join(PRECISIONS)} with "
-            f"config.model.dtype=float32, or None, got {precision!r} with {config.model.dtype}."
+            f"config.model.dtype=float32, or None, got {_shown(precision)!r} with "
+            f"{config.model.dtype}."
         )
     if config.data.on_bad_image not in BAD_IMAGE_POLICIES:
         raise UserError(
-            f"Unknown config.data.on_bad_image {config.data.on_bad_image!r}; choose from "
+            f"Unknown config.data.on_bad_image {_shown(config.data.on_bad_image)!r}; choose from "
             f"{', '.join(BAD_IMAGE_POLICIES)}."
         )
     dispatched = config.data.steps_per_dispatch

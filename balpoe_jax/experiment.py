@@ -125,7 +125,7 @@ class Program:
             plan.index,
             self.config["optim"]["accumulate"],
             self.config["optim"]["skip_non_finite"] > 0,
-            self.parallel.platform == "gpu",
+            saves_kernels(self.config["model"]["name"], self.parallel.platform),
         )
         return self._with_precision(step)
 
@@ -329,8 +329,8 @@ def build_program(
     if method.teacher_run:
         teacher_config = teachers.read_config(method.teacher_run, config)
         teacher = build_program(teacher_config, devices, class_counts, image_shape)
-    gpu = devices.platform == "gpu"
-    plans = _plan_stages(config, method, taus, class_counts, teacher, gpu)
+    one_vector = saves_kernels(config.model.name, devices.platform)
+    plans = _plan_stages(config, method, taus, class_counts, teacher, one_vector)
     model = _make_model(config, len(class_counts), devices)
     return Program(
         config=config.to_dict(),
@@ -565,7 +565,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         shared_stages=None if config.model.shared_stages == -2 else config.model.shared_stages,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
-        norm_in_parts=devices.platform == "gpu",
+        norm_in_parts=saves_kernels(config.model.name, devices.platform),
     )
 
 
@@ -575,12 +575,22 @@ def auto_expert_map(model: str, platform: str) -> str:
     Grouped convolutions, which vmap makes of the experts', fill a TPU's matrix units where one
     expert has too few channels to (ResNet-32: 13 to 16% fewer estimated cycles on v5e). Experts of
     ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow, and
-    on a GPU their gradients are (jax#13800, jax#26266): there "stacked" needs about two thirds of
-    the kernels of "loop". On a GPU nothing of this was measured yet, only counted.
+    on a GPU their gradients are (jax#13800, jax#26266): there "stacked" has them one by one. That
+    was not measured on a GPU, only its kernels were counted.
     """
-    if platform == "gpu":
+    if saves_kernels(model, platform):
         return "stacked"
     return "vmap" if platform == "tpu" and model in CIFAR_MODELS else "loop"
+
+
+def saves_kernels(model: str, platform: str) -> bool:
+    """Whether a step does better with fewer kernels, at the price of some more memory traffic.
+
+    On a GPU the networks for small images do, by the counts in `benchmarks/README.md`: a kernel
+    takes longer to start than to run. ResNet-50's step would move half as many bytes again. Not
+    measured.
+    """
+    return platform == "gpu" and model in CIFAR_MODELS
 
 
 def num_parameters(params: Any) -> int:

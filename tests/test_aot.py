@@ -127,7 +127,8 @@ def shapes(tree):
         ("resnet50", "tpu", "loop"),
         ("resnext50", "tpu", "loop"),
         ("resnet32", "cpu", "loop"),
-        ("resnet32", "gpu", "loop"),
+        ("resnet32", "gpu", "stacked"),
+        ("resnet50", "gpu", "loop"),
     ],
 )
 def test_experts_are_mapped_as_suits_model_and_platform(model, platform, expected) -> None:

@@ -150,6 +150,11 @@ def test_arguments_are_typed() -> None:
         ("data.on_bad_image", "drop", "data.on_bad_image 'drop'; choose from fail, skip"),
         ("loss.taus", (0.0, 2.0), "for each of the 3 experts, got 2"),
         ("model.dtype", "float16", "model.dtype 'float16'; choose from float32, bfloat16"),
+        (
+            "model.precision",
+            "half",
+            "must be one of tf32, full .*, or None, got 'half'",
+        ),
         ("optim.accumulate", 0, "config.optim.accumulate must be at least 1, got 0"),
         ("profile.steps", (5,), r"first and the last step .* counted from 1.* got \(5,\)"),
         ("profile.steps", (3, 2), r"first and the last step .* got \(3, 2\)"),

@@ -8,13 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_network
 from flax import linen as nn
 
+from balpoe_jax.methods import Facts
+from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.models.batch_norm import BatchNormInParts, _number_of_parts
 from balpoe_jax.models.convolutions import conv_by_expert
 from balpoe_jax.one_vector import cut, join, over_one_vector
 from balpoe_jax.optim import make_optimizer
+from balpoe_jax.parallel import AXIS_NAME, make_parallel
+from balpoe_jax.state import create_state, make_train_step
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (8, 4, 6, 5))
 
@@ -128,7 +133,7 @@ def test_a_tree_is_cut_from_the_vector_that_it_was_joined_to() -> None:
 @pytest.mark.parametrize("rate", [0.1, lambda step: 0.1 / (step + 1)])
 def test_an_update_of_one_vector_is_that_of_the_tree(rate) -> None:
     random = np.random.default_rng(4)
-    params = {"a": random.normal(size=(2, 3)), "b": {"c": random.normal(size=4)}}
+    params = {"a": random.normal(size=(2, 3)), "b": {"c": random.normal(size=4), "d": 2.0}}
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     optimizers = [make_optimizer(rate, as_one_vector=flag) for flag in (False, True)]
     found = []
@@ -149,3 +154,38 @@ def test_any_elementwise_optimizer_keeps_its_state() -> None:
         each.update(params, each.init(params), params) for each in (vector, plain)
     )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), (updates, state), expected)
+
+
+@pytest.mark.parametrize("skip_non_finite", [False, True])
+def test_a_step_of_one_vector_is_that_of_the_tree(skip_non_finite: bool) -> None:
+    model = tiny_network.create_model(
+        "",
+        num_classes=5,
+        num_experts=2,
+        classifier="cosine",
+        scale=30.0,
+        dtype=None,
+        axis_name=AXIS_NAME,
+    )
+    facts = Facts(np.array([9, 5, 3, 2, 1]), (0.0, 1.0), axis_name=AXIS_NAME)
+    devices = make_parallel("shard_map", jax.devices()[:2])
+    random = np.random.default_rng(5)
+    batch = {
+        "images": random.normal(size=(8, 8, 8, 3)).astype(np.float32),
+        "labels": np.arange(8, dtype=np.int32) % 5,
+        "other_labels": np.zeros(8, np.int32),
+        "weight": np.full(8, 0.7, np.float32),
+    }
+    bad = {**batch, "images": np.full_like(batch["images"], np.nan)}
+    found = []
+    for one in (False, True):
+        optimizer = make_optimizer(0.1, as_one_vector=one)
+        state = create_state(model, optimizer, jax.random.key(0), (8, 8, 3))
+        step = devices.map_step(
+            make_train_step(model, optimizer, BalPoE(), facts, 0, 1, skip_non_finite, one)
+        )
+        state, first = step(devices.replicate(state), devices.shard(batch))
+        found.append((first, *step(state, devices.shard(bad))))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
+    assert bool(found[1][0]["finite"])
+    assert not bool(found[1][2]["finite"])

@@ -105,6 +105,7 @@ LIKE = {
     int: st.integers(-1, 300).map(str),
     float: st.floats(-1, 3).map(str),
     str: WORDS,
+    type(None): WORDS,
     tuple: st.lists(st.floats(0, 60).map(str), max_size=3).map(
         lambda items: f"({','.join(items)},)"
     ),

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -119,6 +120,9 @@ def test_the_record_of_a_run(finished: Path) -> None:
     assert sum(recorded["data"]["class_counts"]) == 413
     assert recorded["data"]["groups"] == {"many": 3, "medium": 3, "few": 4}
     assert recorded["environment"]["versions"]["jax"] == jax.__version__
+    assert recorded["environment"]["xla_flags"] == os.environ.get("XLA_FLAGS", "")
+    assert recorded["environment"]["runtime"]
+    assert recorded["resolved"]["precision"] == "full"
     train_rows = [row for row in rows(finished) if "loss" in row]
     assert [row["step"] for row in train_rows] == [1, 2, 3, 4, 5, 6]
     assert all(0 <= row["data_wait_fraction"] <= 1 for row in train_rows)

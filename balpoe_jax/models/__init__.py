@@ -178,4 +178,4 @@ def _checked_sizes(name: str, stage_sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"Unknown {what} {value!r}; choose from {', '.join(choices)}.")
+        raise UserError(f"Unknown {what} {value[:80]!r}; choose from {', '.join(choices)}.")
