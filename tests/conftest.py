@@ -123,6 +123,7 @@ _COSTLY = (
     "test_photo_datasets.py::test_a_training_batch_is_what_its_stages_make[augment0]",
     "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-4-False]",
     "test_parallel.py::test_all_shards_stay_equal[False-pmap]",
+    "test_device_views.py::test_the_same_images_under_scan_and_on_several_devices[randaugment]",
 )
 
 
