@@ -124,6 +124,9 @@ _COSTLY = (
     "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-4-False]",
     "test_parallel.py::test_all_shards_stay_equal[False-pmap]",
     "test_few_kernels.py::test_stacked_experts_are_those_of_the_loop[True]",
+    "test_device_views.py::test_the_same_images_under_scan_and_on_several_devices[randaugment]",
+    "test_device_runs.py::test_where_dispatches_are_cut_changes_no_bit[100]",
+    "test_device_runs.py::test_single_steps_round_otherwise_at_most",
 )
 
 

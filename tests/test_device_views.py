@@ -263,7 +263,14 @@ def test_randaugment_draws_as_the_hosts() -> None:
     assert within_four_sigma(cubic, 0.5)
 
 
-@pytest.mark.parametrize("settings", [(LONG, None), (RAND, SIM)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((LONG, None), id="long"),
+        pytest.param((AugmentSettings(flip=True), SIM), id="either"),
+        pytest.param((RAND, None), id="randaugment"),
+    ],
+)
 def test_the_same_images_under_scan_and_on_several_devices(settings: Any) -> None:
     side, rows = 8, 8
     one, other = settings
