@@ -95,7 +95,7 @@ class Parallel:
             return jax.device_put(jax.tree.map(cut, batch), self.sharded)
         placement = NamedSharding(self._placement, _rows(axis))
         if self.num_hosts > 1:
-            # Asked for, though JAX takes it for a transfer that nobody did where rows are not first.
+            # Asked for, though JAX takes it for one that nobody did where rows are not first.
             with jax.transfer_guard_host_to_device("allow"):
                 return jax.make_array_from_process_local_data(placement, batch)
         return jax.device_put(batch, placement)

@@ -183,7 +183,7 @@ def check_losses(path: Path, case: Case, sizes: Sizes, precision: str | None) ->
         sizes: How large everything is.
         precision: "highest" for full float32; None as the device computes by default.
     """
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
         arrays = dict(stored)
     weights, batch = (
         {name.partition(" ")[2]: x for name, x in arrays.items() if name.startswith(kind)}
