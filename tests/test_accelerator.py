@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command for a borrowed accelerator, tried out on a CPU; its figures mean nothing here."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from benchmarks.sides import Clock, Job, Results
 ROOT = Path(__file__).parents[1]
 
 # Not on a borrowed machine; as Python's site does it, so that processes it starts lack them, too.
-ABSENT = ("tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_resources", "torch")
+ABSENT = ("tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_resources")
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -49,11 +50,12 @@ def test_a_toy_run_measures_everything(tmp_path: Path) -> None:
     rows = sides.read(output / "results.jsonl")
     assert not [row for row in rows if "error" in row]
     skipped = {(row["part"], row["side"]) for row in rows if "skipped" in row}
-    assert skipped == {("steps", "torch"), ("photos", "torch")}
+    torch = {("steps", "torch"), ("photos", "torch")}
+    assert skipped == (set() if importlib.util.find_spec("torch") else torch)
     (device,) = (row for row in rows if row["part"] == "device")
     assert device["platform"] == "cpu" and device["jax"]
     timed = [row for row in rows if "ms_a_step" in row]
-    assert {(row["part"], row["side"]) for row in timed} == {
+    assert {(row["part"], row["side"]) for row in timed} - torch == {
         ("steps", "jax"), ("steps", "conv_fusion"), ("photos", "jax"),
     }  # fmt: skip
     assert {row["dispatch"] for row in timed} == {"ready", "single", "several"}
