@@ -125,7 +125,6 @@ _COSTLY = (
     "test_parallel.py::test_all_shards_stay_equal[False-pmap]",
     "test_method_runs.py::test_a_run[paco]",
     "test_method_runs.py::test_a_run[mislas]",
-    "test_models.py::test_logits_are_the_references[main]",
     "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-1-True]",
     "test_non_finite.py::test_an_update_that_overflows_is_skipped",
     "test_samplers.py::test_batches_are_made_of_what_the_sampler_says[class_balanced]",
