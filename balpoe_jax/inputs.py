@@ -70,8 +70,8 @@ def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) ->
         )
     if wanted == "host" and not has_tensorflow:
         raise UserError(
-            "config.data.pipeline=host needs TensorFlow, which is not installed; install it with "
-            'pip install "balpoe-jax[tfds]"' + (", or set it to device." if in_memory else ".")
+            "config.data.pipeline=host needs TensorFlow, which is not installed; "
+            f"{extras.INSTALL}{', or set it to device' if in_memory else ''}."
         )
     return wanted
 
@@ -141,9 +141,10 @@ class HostInputs:
         """
         from balpoe_jax.data import pipeline
 
-        steps = [step for dispatch in dispatches for step in dispatch]
+        steps = list(dispatches)
+        (first_step, _), (_, last_step) = steps[0], steps[-1]
         batches = pipeline.train_batches(
-            self._data.train, self._settings[stage], steps[0], steps[-1], self._host, replacements
+            self._data.train, self._settings[stage], first_step, last_step, self._host, replacements
         )
         return Prefetcher(batches, self._parallel)
 

@@ -96,7 +96,7 @@ def define_flags() -> None:
         "mode",
         "run",
         ["run", "eval", "print", "collect"],
-        "Run what is missing here, --jobs at once, and collect; evaluate anew what is done, "
+        "Run what is missing here, --jobs at once, and collect; evaluate again what is done, "
         "and collect; print the commands of what is missing, for a cluster, where one that names a "
         "teacher has to wait for that run; or only collect.",
     )
@@ -209,7 +209,7 @@ def run(jobs: Sequence[Job], again: bool = False, at_once: int = 1) -> list[Job]
 
     Args:
         jobs: of a table.
-        again: evaluate anew what is done, instead.
+        again: evaluate again what is done, instead.
         at_once: Number of runs at once. With 1 they write to the terminal; with several each writes
             to a file in its workdir, and a teacher that fails fails its students.
 

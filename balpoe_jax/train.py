@@ -156,6 +156,7 @@ def _train(
                 with start_up.measure("pipeline"):
                     inputs = _make_inputs(experiment, plan, dispatches, workdir)
                 progress.follow(inputs, plan.facts.batch_size)
+                compiled: set[int] = set()
                 # Each is one call of a compiled program: a step, or a loop of steps.
                 for before, step in dispatches:
                     if before == start:
@@ -166,8 +167,11 @@ def _train(
                             notice.work_unsaved()
                             progress.prepare(state)
                     else:
-                        with profiler.annotate(step), _explicit_transfers():
+                        # A loop of another length is compiled, which fetches constants.
+                        known = step - before in compiled
+                        with profiler.annotate(step), _explicit_transfers(known):
                             state, metrics = train_steps(state, next(inputs))
+                    compiled.add(step - before)
                     profiler.after(step, metrics)
                     save = _due(experiment, step, config["checkpoint"]["every_epochs"])
                     test = _due(experiment, step, config["eval"]["every_epochs"])
@@ -236,9 +240,9 @@ def _make_inputs(
     return experiment.inputs.train(plan.index, within, replacements)
 
 
-def _explicit_transfers() -> contextlib.AbstractContextManager[None]:
+def _explicit_transfers(only: bool = True) -> contextlib.AbstractContextManager[None]:
     """Batches are placed and metrics fetched explicitly; that anything else passes is a mistake."""
-    return jax.transfer_guard("disallow")
+    return jax.transfer_guard("disallow" if only else "allow")
 
 
 def _first_dispatch(

@@ -107,7 +107,7 @@ def measure(case: Case, sizes: Sizes, data: str) -> Row:
 
 
 class _Calls:
-    """Calls of a compiled step, each of which takes the state that the one before led to.
+    """Calls of a compiled step; each takes the state that the one before led to.
 
     Args:
         step: Compiled step, `(state, inputs) -> (state, metrics)`.

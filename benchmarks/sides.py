@@ -51,7 +51,7 @@ class Clock:
         return self.deadline - self._now()
 
     def expected(self, estimate: float) -> float:
-        """What an estimate of so many seconds is likely to take."""
+        """The time that an estimate in seconds is likely to take."""
         return estimate * (self._taken / self._estimated if self._estimated else 1.0)
 
     def fits(self, estimate: float) -> bool:

@@ -54,10 +54,10 @@ def _read_split(builder: Any, split: str) -> ArraySource:
         raise UserError(
             f"The {split} records in {builder.data_dir} cannot be read "
             f"({_first_unreadable(records) or unreadable.explain(error)}); remove that folder and "
-            "prepare the data set anew."
+            "prepare the data set again."
         ) from error
     if not batches:
-        raise UserError(f"The {split} split in {builder.data_dir} is empty; prepare it anew.")
+        raise UserError(f"The {split} split in {builder.data_dir} is empty; prepare it again.")
     columns = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     keys = np.array([int(name.rsplit(b"_", 1)[-1]) for name in columns["id"]], np.int64)
     order = np.argsort(keys, kind="stable")

@@ -102,7 +102,7 @@ class Replacements:
             if len(self._found) > limit:
                 raise UserError(
                     f"More than {limit} of the {len(self._source)} training images cannot be read; "
-                    f"prepare the data set anew (the last one: {bad})."
+                    f"prepare the data set again (the last one: {bad})."
                 )
         return False
 
@@ -121,5 +121,5 @@ class Replacements:
                 return int(candidate)
         raise UserError(
             f"No training image of class {labels[index]} can be read (one of them: "
-            f"{self._found[index]}); prepare the data set anew."
+            f"{self._found[index]}); prepare the data set again."
         )

@@ -96,7 +96,7 @@ class AugmentSettings:
         crop_area: a window with at least this share of the area is resized to the image's size, by
             the rule of torchvision's RandomResizedCrop. 0: photographs, which always have such a
             window, 0.08; of images of one size the whole is kept.
-        crop_padding: pixels of black around the image, of which a crop of the old size is taken.
+        crop_padding: pixels of black around the image; a crop of the old size is taken from it.
         flip: mirror left and right, half of the images.
         rotation: uniform between minus and plus so many degrees; nearest pixel, black corners.
         color_jitter: brightness, contrast and saturation each change by a factor that is uniform
