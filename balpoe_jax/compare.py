@@ -17,10 +17,20 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from balpoe_jax import command_line, figures, metrics, page, predictions, record, scoring, tables
+from balpoe_jax import cli, metrics
 from balpoe_jax.errors import UserError
-from balpoe_jax.runs import Group, differing_fields, find_runs, group_runs, significance, spread
-from balpoe_jax.tables import Column, Table
+from balpoe_jax.evaluation import predictions, scoring
+from balpoe_jax.reporting import figures, html, tables
+from balpoe_jax.reporting.runs import (
+    Group,
+    differing_fields,
+    find_runs,
+    group_runs,
+    significance,
+    spread,
+)
+from balpoe_jax.reporting.tables import Column, Table
+from balpoe_jax.run import record
 
 log = logging.getLogger("balpoe_jax.compare")  # not __main__, as which it is started
 
@@ -96,15 +106,15 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
     record.write_atomically(
         folder / "compare.json", json.dumps(record.plain(figures_of), indent=2) + "\n"
     )
-    sections = [page.section(table.title, page.table(table, heading=False)) for table in content]
-    sections.insert(1, page.section("Reliability", _reliability(groups)))
+    sections = [html.section(table.title, html.table(table, heading=False)) for table in content]
+    sections.insert(1, html.section("Reliability", _reliability(groups)))
     if any(table.name == "shift" for table in content):
-        sections.append(page.section("Target distributions", _shift_figures(groups)))
+        sections.append(html.section("Target distributions", _shift_figures(groups)))
     if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
-        sections.append(page.section("Number of experts", _experts_curve(groups)))
+        sections.append(html.section("Number of experts", _experts_curve(groups)))
     names = ", ".join(group.name for group in groups)
     subtitle = f"{names}; {remark}" if remark else names
-    return page.write(folder / "index.html", "Comparison", subtitle, sections)
+    return html.write(folder / "index.html", "Comparison", subtitle, sections)
 
 
 def _label(group: Group) -> str:
@@ -233,23 +243,23 @@ def _reliability(groups: Sequence[Group]) -> str:
             test = predictions.load(run.path / predictions.FOLDER)
             ensemble, _ = scoring.summarize_experts(test)
         except FileNotFoundError:
-            drawn.append(page.absent(f"There are no predictions in {run.path}."))
+            drawn.append(html.absent(f"There are no predictions in {run.path}."))
             continue
         except UserError as error:
-            drawn.append(page.absent(f"{group.name}: {error}"))
+            drawn.append(html.absent(f"{group.name}: {error}"))
             continue
         num_bins = run.results.get("num_bins") or 15
         correct = ensemble.predicted == test.labels
         bins = metrics.bin_confidences(ensemble.confidence, correct, num_bins)
         title = f"{group.name}, seed {run.seed}"
         drawn.append(
-            page.figure(
+            html.figure(
                 figures.reliability_diagram(title, bins, f"reliability{i}"),
                 f"Reliability diagram of {title}: expected calibration error "
                 f"{100 * bins.ece:.1f}%, maximum {100 * bins.mce:.1f}%.",
             )
         )
-    return page.figures(*drawn)
+    return html.figures(*drawn)
 
 
 def _shift_figures(groups: Sequence[Group]) -> str:
@@ -257,7 +267,7 @@ def _shift_figures(groups: Sequence[Group]) -> str:
     for i, group in enumerate(groups):
         names = _targets([group])
         if not names:
-            drawn.append(page.absent(f"{group.name} was not scored on target distributions."))
+            drawn.append(html.absent(f"{group.name} was not scored on target distributions."))
             continue
         means = {
             name: {kind: group.spread("shift", name, kind).mean for kind in _KINDS}
@@ -265,14 +275,14 @@ def _shift_figures(groups: Sequence[Group]) -> str:
         }
         short = [tables.short_name(name) for name in names]
         drawn.append(
-            page.figure(
+            html.figure(
                 figures.shift_accuracies(means, short, f"shift{i}", group.name),
                 f"{group.name}: accuracy by target distribution with each kind of prior, from "
                 f"{percent.show(means[names[0]]['none'])}% on {short[0]} to "
                 f"{percent.show(means[names[-1]]['none'])}% on {short[-1]} without one.",
             )
         )
-    return page.figures(*drawn, broad=True)
+    return html.figures(*drawn, broad=True)
 
 
 def _experts_curve(groups: Sequence[Group]) -> str:
@@ -290,8 +300,8 @@ def _experts_curve(groups: Sequence[Group]) -> str:
     means = {label: [float(np.mean(v)) for v in rows] for label, rows in values.items()}
     spreads = {label: [(min(v), max(v)) for v in rows] for label, rows in values.items()}
     said = ", ".join(f"{n}: {100 * m:.1f}%" for n, m in zip(numbers, means["all"], strict=True))
-    return page.figures(
-        page.figure(
+    return html.figures(
+        html.figure(
             figures.experts_curve(numbers, means, spreads),
             f"Accuracy by number of experts that were trained: {said}.",
             "Lines are means over seeds, bands go from the lowest to the highest.",
@@ -301,4 +311,4 @@ def _experts_curve(groups: Sequence[Group]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

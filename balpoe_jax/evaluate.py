@@ -11,21 +11,14 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
-from balpoe_jax import (
-    aggregation,
-    bad_images,
-    non_finite,
-    predictions,
-    processes,
-    record,
-    report,
-    scoring,
-)
-from balpoe_jax.checkpoint import Checkpoints
-from balpoe_jax.data.sources import Source
+from balpoe_jax.data.records.sources import Source
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import Experiment, build_together, num_parameters
-from balpoe_jax.state import TrainState
+from balpoe_jax.evaluation import expert_weights, predictions, scoring
+from balpoe_jax.experiment.build import Experiment, build_together, num_parameters
+from balpoe_jax.reporting import report
+from balpoe_jax.run import bad_images, multihost, non_finite, record
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +39,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         UserError (a `ValueError`): no run or no checkpoint there, or one of another config.
     """
     there = record.locate(workdir)
-    processes.on_first(lambda: record.check_claim(there, config.to_dict()))
+    multihost.on_first(lambda: record.check_claim(there, config.to_dict()))
     path = record.open_workdir(workdir)
     record.check_same_config(config.to_dict())
     with record.log_to_file(path):
@@ -128,11 +121,11 @@ class Evaluator:
             )
         return self._results(state, scores)
 
-    def _aggregate(self, state: TrainState, folder: Path) -> list[aggregation.Aggregation]:
+    def _aggregate(self, state: TrainState, folder: Path) -> list[expert_weights.Aggregation]:
         """Weights learnt for each target distribution; all processes predict, the first learns."""
         experiment = self._experiment
         evaluation = experiment.config["eval"]
-        learnt = [aggregation.start(len(experiment.taus)) for _ in experiment.targets]
+        learnt = [expert_weights.start(len(experiment.taus)) for _ in experiment.targets]
         for epoch in range(evaluation["aggregation_epochs"] if len(experiment.taus) > 1 else 0):
             prefixes = [f"view{i}_" for i in range(2)]
             try:
@@ -140,17 +133,17 @@ class Evaluator:
                     self._predict(state, experiment.data.test, folder, prefix, view=2 * epoch + i)
                     for i, prefix in enumerate(prefixes)
                 ]
-                if not processes.is_first():
+                if not multihost.is_first():
                     continue
                 first, second = (view.expert_logits for view in views if view is not None)
                 learnt = [
-                    aggregation.learn_epoch(
+                    expert_weights.learn_epoch(
                         before, first, second, evaluation["aggregation_rate"], epoch, target.indices
                     )
                     for before, target in zip(learnt, experiment.targets, strict=True)
                 ]
             finally:
-                if processes.is_first():
+                if multihost.is_first():
                     predictions.remove(folder, *prefixes)
         return learnt if learnt and len(learnt[0].history) > 1 else []
 
@@ -174,7 +167,7 @@ class Evaluator:
         outputs = (
             self._step(state.variables, batch, source) for batch in _unless(interrupted, batches)
         )
-        if not processes.is_first():
+        if not multihost.is_first():
             for output in outputs:
                 jax.block_until_ready(output)  # so that it does not run ahead of the first
             return None

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from balpoe_jax import command_line, start_up
+from balpoe_jax import cli
 from balpoe_jax.errors import UserError
-from balpoe_jax.preemption import PreemptionNotice
+from balpoe_jax.run import startup_times
+from balpoe_jax.run.preemption import PreemptionNotice
 
 
 def define_flags() -> None:
     """Defines --config, --workdir, --mode, and those of a run of several processes."""
-    command_line.define_run_flags()
+    cli.define_run_flags()
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train and evaluate, or evaluate only.")
     flags.DEFINE_bool(
         "distributed",
@@ -43,14 +44,14 @@ def main(arguments: Sequence[str]) -> None:
     """Trains or evaluates as the flags say."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
-    with PreemptionNotice(command_line.report) as notice, _processes():
+    with PreemptionNotice(cli.report) as notice, _processes():
         _start(notice)
 
 
 def _processes() -> contextlib.AbstractContextManager[None]:
     """The run's other processes, if the launcher says that there are any."""
     # Here and not above: JAX reads its environment when it is imported.
-    from balpoe_jax import processes
+    from balpoe_jax.run import multihost
 
     values = flags.FLAGS
     which = (values.coordinator_address, values.num_processes, values.process_id)
@@ -68,11 +69,11 @@ def _processes() -> contextlib.AbstractContextManager[None]:
             f"--process_id must be below --num_processes, got {values.process_id} of "
             f"{values.num_processes}."
         )
-    return processes.group(
+    return multihost.group(
         *which,
         heartbeat_timeout_seconds=values.heartbeat_timeout_seconds,
         start_timeout_seconds=values.start_timeout_seconds,
-        report=command_line.report,
+        report=cli.report,
     )
 
 
@@ -82,12 +83,12 @@ def _start(notice: PreemptionNotice) -> None:
     from balpoe_jax.train import train
 
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    command_line.use_compilation_cache(config.cache_dir)
+    cli.use_compilation_cache(config.cache_dir)
     if flags.FLAGS.mode == "train":
-        train(config, workdir, start_up.of_this_process(), notice)
+        train(config, workdir, startup_times.of_this_process(), notice)
     else:
         evaluate(config, workdir)
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from balpoe_jax import non_finite, record
-from balpoe_jax.experiment import Experiment
+from balpoe_jax.experiment.build import Experiment
 from balpoe_jax.parallel import Prefetcher
-from balpoe_jax.state import TrainState, all_finite
+from balpoe_jax.run import non_finite, record
+from balpoe_jax.step import TrainState, all_finite
 
 log = logging.getLogger(__name__)
 

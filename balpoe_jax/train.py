@@ -12,20 +12,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from balpoe_jax import bad_images, non_finite, processes, record
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, Interrupted, publish
-from balpoe_jax.experiment import Experiment, build_together, num_parameters
-from balpoe_jax.lock import WorkdirLock
+from balpoe_jax.experiment.build import Experiment, build_together, num_parameters
+from balpoe_jax.experiment.phases import StagePlan
 from balpoe_jax.parallel import Prefetcher
-from balpoe_jax.preemption import PreemptionNotice
-from balpoe_jax.profiling import StepProfiler
 from balpoe_jax.progress import Progress
-from balpoe_jax.stages import StagePlan
-from balpoe_jax.start_up import StartUp
-from balpoe_jax.state import TrainState
+from balpoe_jax.run import bad_images, multihost, non_finite, record
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.run.lock import WorkdirLock
+from balpoe_jax.run.preemption import PreemptionNotice
+from balpoe_jax.run.profiling import StepProfiler
+from balpoe_jax.run.startup_times import StartUp
+from balpoe_jax.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,14 @@ def train(
     record.check_same_config(config.to_dict())
     with record.log_to_file(path), WorkdirLock(path) as lock:
         notice.at_exit(lock.release)
-        processes.on_first(partial(_check_workdir, path, config))
+        multihost.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
         begun_in = record.recorded_pipeline(path)
         _check_pipeline(path, config, begun_in)
         with start_up.measure("data"):
             experiment = build_together(config, begun_in)
-        processes.on_first(partial(_claim, path, experiment))
+        multihost.on_first(partial(_claim, path, experiment))
         return _train(experiment, path, start_up, notice, lock)
 
 
@@ -163,7 +163,7 @@ def _train(
                         with profiler.annotate(step):
                             state, metrics = _first_dispatch(train_steps, state, inputs, start_up)
                         if start == first_step:
-                            processes.on_first(partial(start_up.finish, workdir, step))
+                            multihost.on_first(partial(start_up.finish, workdir, step))
                             notice.work_unsaved()
                             progress.prepare(state)
                     else:
@@ -297,7 +297,7 @@ def lacks_test(experiment: Experiment, workdir: Path, step: int) -> bool:
     due = _due(experiment, step, experiment.config["eval"]["every_epochs"])
     if not due or not 0 < step < experiment.total_steps:
         return False
-    return processes.first_says(lambda: not record.has_test_row(workdir, step))
+    return multihost.first_says(lambda: not record.has_test_row(workdir, step))
 
 
 def _due(experiment: Experiment, step: int, every_epochs: int) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from balpoe_jax import command_line
+from balpoe_jax import cli
 from balpoe_jax.errors import UserError, writing
 from benchmarks import sides, step_cases
 from benchmarks.sides import Clock, Job, Row
@@ -122,7 +122,8 @@ class Bench:
 
     def find_data(self) -> None:
         """Makes the data ready for trainings, or says why there are none."""
-        from balpoe_jax.data import cifar, datasets
+        from balpoe_jax.data import datasets
+        from balpoe_jax.data.datasets import cifar
         from benchmarks import packed_data
 
         path = self.output / "data" / f"{packed_data.NAME}.npz"
@@ -236,7 +237,7 @@ def more_seeds(bench: Bench) -> None:
 
 def _train(bench: Bench, part: str, runs: Sequence[tuple[str, int]]) -> None:
     """Trains seeds of rows, one after the other, as long as there is time for another."""
-    from balpoe_jax.experiments import TABLES
+    from balpoe_jax.reproduce.paper import TABLES
 
     if not bench.data:
         bench.write(part, "jax", skipped="there are no data")
@@ -362,4 +363,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

@@ -4,9 +4,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from balpoe_jax import tables
-from balpoe_jax.experiments import TABLES, Score
-from balpoe_jax.runs import spread
+from balpoe_jax.reporting import tables
+from balpoe_jax.reporting.runs import spread
+from balpoe_jax.reproduce.paper import TABLES, Score
 from benchmarks.sides import Row
 
 # As `experiments` names them, in the order in which they are trained.

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from balpoe_jax import command_line, record
-from balpoe_jax.start_up import of_this_process
+from balpoe_jax import cli
+from balpoe_jax.run import record
+from balpoe_jax.run.startup_times import of_this_process
 from balpoe_jax.train import train
 from benchmarks import toy_network
 from benchmarks.sides import ROOT, Job, Results, Row, read
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     job = Job.parse(arguments)
     began = of_this_process().began
     results, options = Results(job), job.options
-    command_line.use_compilation_cache(options["cache"])
+    cli.use_compilation_cache(options["cache"])
     for row in options["rows"]:
         label = {name: row[name] for name in ("row", "seed", "arguments")}
         workdir = Path(options["runs"]) / f"{row['name']}_seed{row['seed']}"
@@ -77,4 +78,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: None, main)
+    cli.run(lambda: None, main)

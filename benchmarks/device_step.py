@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from balpoe_jax import command_line
-from balpoe_jax.experiment import Experiment, Program, build
-from balpoe_jax.flops import count_flops
+from balpoe_jax import cli
+from balpoe_jax.aot.flops import count_flops
+from balpoe_jax.experiment.build import Experiment, Program, build
 from balpoe_jax.torch_import import convert
 from benchmarks import measuring, step_cases, toy_network
 from benchmarks.sides import Job, Results, Row
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str]) -> None:
     job = Job.parse(arguments)
     options = job.options
     results, sizes = Results(job), step_cases.sizes(options["toy"])
-    command_line.use_compilation_cache(options.get("cache", ""))
+    cli.use_compilation_cache(options.get("cache", ""))
     if options["task"] == "device":
         results.write(case="device", toy=options["toy"], **describe_device())
     elif options["task"] == "bits":
@@ -284,4 +284,4 @@ def _network_name(case: Case, sizes: Sizes) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: None, main)
+    cli.run(lambda: None, main)

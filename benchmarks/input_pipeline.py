@@ -14,8 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from balpoe_jax import command_line, tables
+from balpoe_jax import cli
 from balpoe_jax.errors import UserError
+from balpoe_jax.reporting import tables
 from benchmarks import measuring
 from benchmarks.pil_workers import PilWorkers
 
@@ -121,4 +122,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

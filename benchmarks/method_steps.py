@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from balpoe_jax import command_line, tables
+from balpoe_jax import cli
 from balpoe_jax.errors import UserError
+from balpoe_jax.reporting import tables
 from benchmarks import measuring
 
 _BASE = "cross_entropy"
@@ -56,7 +57,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
     from balpoe_jax import parallel
     from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment import build_program, num_parameters
+    from balpoe_jax.experiment.build import build_program, num_parameters
     from balpoe_jax.methods import RECIPES
 
     config = _config(method, backbone)
@@ -97,7 +98,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
 
 def _config(method: str, backbone: str) -> Any:
-    from balpoe_jax.recipes import cifar_config
+    from balpoe_jax.config.recipes import cifar_config
 
     name, _, arguments = method.partition(":")
     further = f",{arguments}" if arguments else ""
@@ -106,8 +107,8 @@ def _config(method: str, backbone: str) -> Any:
 
 def _pretend_to_have_trained(config: Any, state: Any, workdir: Path) -> None:
     """Makes a folder the run of a config whose newest checkpoint is this state."""
-    from balpoe_jax import record
-    from balpoe_jax.checkpoint import Checkpoints
+    from balpoe_jax.run import record
+    from balpoe_jax.run.checkpoint import Checkpoints
 
     text = json.dumps({"config": record.plain(config.to_dict())})
     (workdir / record.CONFIG).write_text(text, encoding="utf-8")
@@ -183,4 +184,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data import cifar, datasets
-from balpoe_jax.data.splits import LongTailed
+from balpoe_jax.data import datasets
+from balpoe_jax.data.datasets import cifar
+from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.errors import UserError, writing
 
 NAME = "cifar100"

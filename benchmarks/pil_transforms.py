@@ -32,7 +32,7 @@ class Transform:
     Attributes:
         size: height and width of the result.
         mean, std: of the normalisation, by channel.
-        crop_padding, flip, rotation, color_jitter: as in `balpoe_jax.data.augment`.
+        crop_padding, flip, rotation, color_jitter: as in `balpoe_jax.data.images.augment`.
         pairs: of the policy AutoAugment, one of which is drawn; empty for none.
         randaugment: whether timm's `rand-n2-m10-mstd0.5` follows.
         fill: its colour outside the image.

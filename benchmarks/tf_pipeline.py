@@ -14,17 +14,17 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from balpoe_jax.data import datasets, mixing, photos, pipeline, pixels, tfrecords
-from balpoe_jax.data.augment import (
-    augment_batch,
-    normalize,
-)
+from balpoe_jax.config.recipes import IMAGENET_LT, cifar_config, photo_config
+from balpoe_jax.data import datasets, pipeline
+from balpoe_jax.data.batches import mixing
+from balpoe_jax.data.images import decoding, packed_ops
+from balpoe_jax.data.images.augment import augment_batch, normalize
+from balpoe_jax.data.images.resize import resize
 from balpoe_jax.data.randomness import RowRandom
-from balpoe_jax.data.readers import make_reader
-from balpoe_jax.data.resampling import resize
+from balpoe_jax.data.records import tfrecords
+from balpoe_jax.data.records.readers import make_reader
+from balpoe_jax.data.records.sources import ArraySource, RecordSource, Source
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings, MixSettings, TrainSettings
-from balpoe_jax.data.sources import ArraySource, RecordSource, Source
-from balpoe_jax.recipes import IMAGENET_LT, cifar_config, photo_config
 from benchmarks.measuring import Sample
 from benchmarks.pil_transforms import Transform
 
@@ -122,7 +122,7 @@ def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[
     for name, part in _parts(augment).items():
         images = add(name, _augmentation(images, random, part))
     settings = case.settings
-    as_compiled = pixels.compiled if case.source.encoded else lambda function: function
+    as_compiled = packed_ops.compiled if case.source.encoded else lambda function: function
     mixer = mixing.Mixer(
         MixSettings(alpha=mixup_alpha),
         case.source.labels,
@@ -158,10 +158,11 @@ def _profile_photographs(
     """The stages of one photograph; "decode" includes "resize"."""
     size = case.source.image_shape[0]
     windows = add(
-        "draw windows", lambda: photos.random_windows(photos.shapes(encoded), random.stream("w"))
+        "draw windows",
+        lambda: decoding.random_windows(decoding.shapes(encoded), random.stream("w")),
     )
     flips = random.uniform("flip") < 0.5
-    images = add("decode", lambda: photos.decode_windows(encoded, windows, flips, size))
+    images = add("decode", lambda: decoding.decode_windows(encoded, windows, flips, size))
     cut = [
         (tf.io.decode_and_crop_jpeg(image, window, channels=3), flip)
         for image, window, flip in zip(encoded, windows, flips, strict=True)

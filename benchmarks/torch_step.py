@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from balpoe_jax import command_line
-from balpoe_jax.experiment import Program
+from balpoe_jax import cli
+from balpoe_jax.experiment.build import Program
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import CIFAR_MODELS
 from benchmarks import measuring, step_cases, torch_resnet, torch_resnet50
@@ -223,4 +223,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: None, main)
+    cli.run(lambda: None, main)

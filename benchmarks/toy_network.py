@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from balpoe_jax import experiment
+from balpoe_jax.experiment import build
 from balpoe_jax.models.ensemble import Expert, ExpertEnsemble
 from balpoe_jax.models.heads import CosineHead, LinearHead
 from balpoe_jax.models.layers import BatchNorm, global_average
@@ -67,10 +67,10 @@ def create_model(
 @contextlib.contextmanager
 def used(toy: bool) -> Iterator[None]:
     """Experiments that are built inside have this network, if they are to be toys."""
-    before = experiment.create_model
+    before = build.create_model
     if toy:
-        experiment.create_model = create_model  # type: ignore[assignment]
+        build.create_model = create_model  # type: ignore[assignment]
     try:
         yield
     finally:
-        experiment.create_model = before
+        build.create_model = before

@@ -17,15 +17,17 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from balpoe_jax import aot, command_line, tables
+from balpoe_jax import cli
+from balpoe_jax.aot import examine
+from balpoe_jax.aot.flops import count_flops
+from balpoe_jax.aot.topologies import chip_of, compile_only_devices
 from balpoe_jax.config import check_config
+from balpoe_jax.config.recipes import IMAGENET_LT, photo_config
 from balpoe_jax.errors import UserError
-from balpoe_jax.flops import count_flops
-from balpoe_jax.recipes import IMAGENET_LT, photo_config
-from balpoe_jax.topologies import chip_of, compile_only_devices
+from balpoe_jax.reporting import tables
 from benchmarks import flax_imagenet
 
-# Heading, path in what `aot.examine_step` returns, and unit of each column of a step.
+# Heading, path in what `examine.examine_step` returns, and unit of each column of a step.
 _COLUMNS = (
     ("Mcycles", ("cycles",), 1e6),
     ("GFLOP", ("flops", "needed"), 1e9),
@@ -60,16 +62,16 @@ def compare(
         stage_sizes: blocks in each stage of Flax's network.
 
     Yields:
-        Name and `aot.examine_step`'s figures of each step once it is compiled. Those of a config
+        Name and `examine.examine_step`'s figures of each compiled step. Those of a config
         have two more: `cycles_ratio` and `flops_ratio`, against Flax's step.
     """
     chip, devices = chip_of(topology), compile_only_devices(topology)
     (batch_size,) = {config.batch_size for config in configs.values()}
     step, arguments = flax_imagenet.abstract_step(devices, batch_size, image_size, stage_sizes)
-    theirs = aot.examine_step(step, arguments, batch_size, count_flops(step, *arguments), chip)
+    theirs = examine.examine_step(step, arguments, batch_size, count_flops(step, *arguments), chip)
     yield "Flax's example", theirs
     for name, config in configs.items():
-        ours = aot.examine_on(config, devices, chip, evaluation=False)["train"]
+        ours = examine.examine_on(config, devices, chip, evaluation=False)["train"]
         ours["cycles_ratio"] = ours["cycles"] / theirs["cycles"]
         ours["flops_ratio"] = ours["flops"]["needed"] / theirs["flops"]["needed"]
         yield name, ours
@@ -124,4 +126,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from balpoe_jax import command_line, tables
+from balpoe_jax import cli
 from balpoe_jax.errors import UserError
+from balpoe_jax.reporting import tables
 from benchmarks import measuring
 
 # Of the second losses, after an update that rounds differently; the first are closer.
@@ -37,11 +38,11 @@ def run(
     import torch
 
     from balpoe_jax import parallel
+    from balpoe_jax.config.recipes import cifar_config
     from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment import build_program, num_parameters
+    from balpoe_jax.experiment.build import build_program, num_parameters
     from balpoe_jax.losses import log_prior
     from balpoe_jax.models import CIFAR_MODELS
-    from balpoe_jax.recipes import cifar_config
     from balpoe_jax.torch_import import convert
     from benchmarks import torch_resnet
 
@@ -176,4 +177,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(define_flags, main)
+    cli.run(define_flags, main)

@@ -28,7 +28,7 @@ docs/results/methods_cpu.md (all methods) and docs/results/cifar100_lt_small.md 
 
 from ml_collections import ConfigDict
 
-from balpoe_jax.recipes import cifar_config
+from balpoe_jax.config.recipes import cifar_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -12,8 +12,8 @@ in the README.
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
+from balpoe_jax.config.recipes import RECIPE_CHOICES, set_method
 from balpoe_jax.methods import RECIPES
-from balpoe_jax.recipes import RECIPE_CHOICES, set_method
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -36,7 +36,7 @@ def _server() -> Callable[[dict], int]:
     process = subprocess.Popen(
         [sys.executable, __file__],
         cwd=ROOT,
-        # What the commands set before they import TensorFlow; see `balpoe_jax.command_line`.
+        # What the commands set before they import TensorFlow; see `balpoe_jax.cli`.
         env={
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "TF_ENABLE_ONEDNN_OPTS": "0",

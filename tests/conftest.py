@@ -32,11 +32,11 @@ def tiny_experts(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whole runs of a network that is compiled in a second; `make test-all` takes the config's."""
     import tiny_network
 
-    from balpoe_jax import experiment
+    from balpoe_jax.experiment import build
 
     with pytest.MonkeyPatch.context() as patch:
         if not request.config.getoption("--all"):
-            patch.setattr(experiment, "create_model", tiny_network.create_model)
+            patch.setattr(build, "create_model", tiny_network.create_model)
         yield
 
 
@@ -51,7 +51,7 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages whose figures are empty."""
-    from balpoe_jax import figures
+    from balpoe_jax.reporting import figures
 
     monkeypatch.setattr(figures, "_svg", lambda figure, name: "<svg></svg>")
 

@@ -125,14 +125,14 @@ def cifar_steps(mode: str):
     from balpoe_jax.data.pipeline import (
         train_batches,
     )
+    from balpoe_jax.data.records.sources import ArraySource
     from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
-    from balpoe_jax.data.sources import ArraySource
     from balpoe_jax.methods import Facts
     from balpoe_jax.methods.balpoe import BalPoE
     from balpoe_jax.models import create_model
     from balpoe_jax.optim import make_optimizer, rate_of_step
     from balpoe_jax.parallel import AXIS_NAME, Prefetcher, make_parallel
-    from balpoe_jax.state import create_state, make_train_step
+    from balpoe_jax.step import create_state, make_train_step
 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (40, 32, 32, 3)).astype(np.uint8)
@@ -183,15 +183,15 @@ def load(path: Path) -> list[np.ndarray]:
 
 def agree(folder: Path) -> None:
     """What one process refuses, all refuse; no training."""
-    from balpoe_jax import processes, record
-    from balpoe_jax.data import balanced
+    from balpoe_jax.data.datasets import balanced
     from balpoe_jax.errors import UserError
-    from balpoe_jax.experiment import build_together
+    from balpoe_jax.experiment.build import build_together
+    from balpoe_jax.run import multihost, record
 
     own = folder / f"only-{jax.process_index()}"
 
     def refuse() -> None:
-        assert processes.is_first()
+        assert multihost.is_first()
         raise UserError("No.")
 
     profile, load = balanced.BALANCED["digits"]
@@ -200,15 +200,15 @@ def agree(folder: Path) -> None:
         train, test = load(*place)
         order = np.arange(len(train))
         # As if it had been prepared in another way: the counts stay the same.
-        return train.select(order if processes.is_first() else order[::-1]), test
+        return train.select(order if multihost.is_first() else order[::-1]), test
 
     refusals = []
     balanced.BALANCED["digits"] = (profile, load_own)
     for attempt in (
         lambda: record.open_workdir(str(own)),
         lambda: record.check_same_config({"seed": jax.process_index()}),
-        lambda: processes.on_first(refuse),
-        lambda: record.open_workdir("/dev/null/x" if processes.is_first() else str(own)),
+        lambda: multihost.on_first(refuse),
+        lambda: record.open_workdir("/dev/null/x" if multihost.is_first() else str(own)),
         lambda: build_together(digits_config()),
     ):
         try:
@@ -228,14 +228,16 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     """
     import tiny_network
 
-    from balpoe_jax import experiment, record, report
-    from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.evaluate import Evaluator
+    from balpoe_jax.experiment import build
+    from balpoe_jax.reporting import report
+    from balpoe_jax.run import record
+    from balpoe_jax.run.checkpoint import Checkpoints
     from balpoe_jax.train import train
 
     who = jax.process_index()
     if not twin:
-        experiment.create_model = tiny_network.create_model
+        build.create_model = tiny_network.create_model
         report.write_report = lambda workdir: "no page"
     with record.log_to_file(folder):
         agree(folder)
@@ -244,7 +246,7 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     if twin:
         dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
     with record.log_to_file(folder):
-        program = experiment.build(digits_config(parallel__mode="shard_map"))
+        program = build.build(digits_config(parallel__mode="shard_map"))
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
         state = checkpoints.restore_latest(program.abstract_state())
     scores = Evaluator(program).score_test(state, folder / "predictions")
@@ -273,9 +275,9 @@ def save(folder: Path, restore: bool = False) -> None:
     """The second process is killed as the first one saves or restores."""
     from jax.experimental import multihost_utils
 
-    from balpoe_jax.checkpoint import Checkpoints
     from balpoe_jax.parallel import make_parallel
-    from balpoe_jax.state import TrainState
+    from balpoe_jax.run.checkpoint import Checkpoints
+    from balpoe_jax.step import TrainState
 
     create = jax.jit(
         lambda step: TrainState(step, {"w": jnp.ones((500, 2000))}, {}, {}),
@@ -301,7 +303,8 @@ def main() -> None:
     port, process_id, task, *folders = sys.argv[1:]
     jax.config.update("jax_numpy_rank_promotion", "raise")
     sys.path.insert(0, str(ROOT))  # where the package is not installed
-    from balpoe_jax import command_line, processes
+    from balpoe_jax import cli
+    from balpoe_jax.run import multihost
 
     package = logging.getLogger("balpoe_jax")
     package.setLevel(logging.INFO)
@@ -313,13 +316,13 @@ def main() -> None:
         "save": save,
         "restore": partial(save, restore=True),
     }
-    with processes.group(
+    with multihost.group(
         f"127.0.0.1:{port}",
         2,
         int(process_id),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         start_timeout_seconds=2 if task == "alone" else 120,
-        report=command_line.report,
+        report=cli.report,
     ):
         if task in tasks:
             tasks[task](*paths)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from balpoe_jax.data import cifar, datasets
+from balpoe_jax.data import datasets
+from balpoe_jax.data.datasets import cifar
 from balpoe_jax.errors import UserError
 from benchmarks import accelerator, accelerator_tables, packed_data, sides
 from benchmarks.sides import Clock, Job, Results

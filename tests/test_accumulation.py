@@ -21,7 +21,7 @@ from balpoe_jax.methods.base import mixed_targets
 from balpoe_jax.models import Outputs
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import TrainState, make_train_step
+from balpoe_jax.step import TrainState, make_train_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -17,11 +17,11 @@ import pytest
 from jax.experimental import topologies as jax_topologies
 from test_config import get_config
 
-from balpoe_jax import aot, topologies
+from balpoe_jax.aot import examine, topologies
+from balpoe_jax.aot.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import auto_expert_map, build
-from balpoe_jax.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
+from balpoe_jax.experiment.build import auto_expert_map, build
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def tiny_config():
 def found() -> dict:
     """Both steps of a tiny experiment on four CPUs that are taken for chips of 1 MB."""
     chip = Chip(hbm_bytes=10**6, peak_flops=1e12, flops_per_cycle=1000, slices=())
-    return aot.examine_on(tiny_config(), jax.devices()[:4], chip)
+    return examine.examine_on(tiny_config(), jax.devices()[:4], chip)
 
 
 def test_figures_of_both_steps(found: dict) -> None:
@@ -69,7 +69,7 @@ def test_figures_of_both_steps(found: dict) -> None:
 
 def test_text_and_json_of_the_figures(found: dict) -> None:
     json.dumps(found, allow_nan=False)
-    text = aot.as_text(found)
+    text = examine.as_text(found)
     assert "resnet8, experts: 1 (loop), float32, 75,280 parameters, images of 8x8x3" in text
     assert "train: 32 (8 a device in 2 microbatches), to evaluate: 32 (8 a device)" in text
     rows = {line[:31].strip(): line[31:].split() for line in text.splitlines()}
@@ -86,7 +86,7 @@ def test_abstract_batches_are_those_of_the_pipeline(method: str, dtype: str) -> 
     config = get_config("digits_lt", f"method={method}")
     config.model.dtype = dtype
     experiment = build(config)
-    train, evaluation = aot.abstract_batches(experiment)
+    train, evaluation = examine.abstract_batches(experiment)
     settings = experiment.train_settings
     made = next(pipeline.train_batches(experiment.data.train, settings, 0, 1))
     size = experiment.eval_batch_size
@@ -106,7 +106,7 @@ def test_an_abstract_plan_is_that_of_the_device_pipeline() -> None:
     config.augment.policy = "autoaugment_cifar"
     config.data.pipeline, config.parallel.mode = "device", "shard_map"
     experiment = build(config)
-    step, plan, constants = aot._planned_step(config, experiment, experiment.data.class_counts)
+    step, plan, constants = examine._planned_step(config, experiment, experiment.data.class_counts)
     made = next(experiment.inputs.train(0, [(0, 1)]))
     placed = experiment.inputs._images(experiment.data.train)
     for abstract, concrete in ((plan, made), (constants["images"], placed)):
@@ -237,7 +237,7 @@ def test_every_topology_that_is_offered_is_known_to_the_compiler() -> None:
 
 
 _LOAD = """
-from balpoe_jax.topologies import compile_only_devices
+from balpoe_jax.aot.topologies import compile_only_devices
 print(len(compile_only_devices("v5e:2x2")), flush=True)
 input()
 """
@@ -277,7 +277,7 @@ def test_a_tpu_gets_cycles_and_one_all_reduce_of_all_gradients(
     config = tiny_config()
     config.parallel.sync_batch_norm = sync
     config.optim.accumulate = accumulate
-    found = aot.examine(config, "v5e:2x2")
+    found = examine.examine(config, "v5e:2x2")
     (reduced,) = found["train"]["collectives"]
     assert (reduced["kind"], reduced["count"]) == ("all-reduce", count)
     assert reduced["bytes"] > 4 * found["num_parameters"]

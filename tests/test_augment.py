@@ -5,12 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import pixels, policies
-from balpoe_jax.data.augment import (
-    augment_batch,
-    draw_changes,
-    normalize,
-)
+from balpoe_jax.data.images import autoaugment, packed_ops
+from balpoe_jax.data.images.augment import augment_batch, draw_changes, normalize
 from balpoe_jax.data.randomness import RowRandom, fold_in
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings
 from balpoe_jax.errors import UserError
@@ -106,7 +102,7 @@ def test_every_rule_runs_as_often_and_as_strongly_as_it_says(monkeypatch) -> Non
     """Operations that note their parameters instead of changing images."""
     draws = 50_000
     noted: dict[str, list[np.ndarray]] = {}
-    real = policies._operations
+    real = autoaugment._operations
 
     def noting(name: str):
         def apply(images: tf.Tensor, parameters: tf.Tensor) -> tf.Tensor:
@@ -121,8 +117,10 @@ def test_every_rule_runs_as_often_and_as_strongly_as_it_says(monkeypatch) -> Non
             for name, operation in real(height, width).items()
         }
 
-    monkeypatch.setattr(policies, "_operations", operations)
-    policies.apply_policy(tf.zeros([draws, 2, 2, 3], tf.uint8), source(draws), "autoaugment_cifar")
+    monkeypatch.setattr(autoaugment, "_operations", operations)
+    autoaugment.apply_policy(
+        tf.zeros([draws, 2, 2, 3], tf.uint8), source(draws), "autoaugment_cifar"
+    )
 
     rules = [rule for pair in AUTOAUGMENT_CIFAR for rule in pair]
     for name in {name for name, _, _ in rules}:
@@ -169,7 +167,7 @@ def test_every_pair_is_equally_likely() -> None:
 
 
 def test_magnitudes_are_the_published_ones() -> None:
-    operations = policies._operations(32, 32)
+    operations = autoaugment._operations(32, 32)
     expected = {
         "shear_y": 8 / 9 * 0.3,
         "translate_x": 8 / 9 * 150 / 331 * 32,
@@ -215,10 +213,10 @@ def test_color_jitter_draws_factors_and_orders_evenly() -> None:
 def test_packed_images_come_back_packed_and_are_changed_alike() -> None:
     images = noise(12)
     for settings in (EVERYTHING, PHOTOS, AugmentSettings(crop_padding=2), AugmentSettings()):
-        output = augment_batch(pixels.pack(images), source(12), settings)
+        output = augment_batch(packed_ops.pack(images), source(12), settings)
         assert output.dtype == tf.uint32
         expected = augment_batch(images, source(12), settings)
-        np.testing.assert_array_equal(pixels.unpack(output), expected)
+        np.testing.assert_array_equal(packed_ops.unpack(output), expected)
 
 
 def test_what_is_done_image_by_image_can_be_done_before_the_rest() -> None:
@@ -233,7 +231,7 @@ def test_what_is_done_image_by_image_can_be_done_before_the_rest() -> None:
 
 def test_normalizes_packed_images_alike() -> None:
     statistics = (0.5, 0.2, 0.0), (0.25, 0.5, 2.0)
-    output = normalize(pixels.pack(noise(3)), *statistics)
+    output = normalize(packed_ops.pack(noise(3)), *statistics)
     np.testing.assert_allclose(output, normalize(noise(3), *statistics), atol=1e-6)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fake_runs import make_run
 
-from balpoe_jax.report import write_report
+from balpoe_jax.reporting.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 BROWSER = BROWSER or shutil.which("google-chrome")

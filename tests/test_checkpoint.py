@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import PassingError, UserError
-from balpoe_jax.state import TrainState
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.step import TrainState
 
 
 def make_state(step: int, size: int = 8) -> TrainState:

@@ -12,11 +12,12 @@ import pytest
 import tensorflow as tf
 from test_config import get_config
 
-from balpoe_jax import record
-from balpoe_jax.data import cifar, cifar_archive, cifar_tfds, datasets, extras
-from balpoe_jax.data.sources import ArraySource
+from balpoe_jax.data import datasets, extras
+from balpoe_jax.data.datasets import cifar, cifar_archive, cifar_tfds
+from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment.build import build
+from balpoe_jax.run import record
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 PER_CLASS = {"train": 5, "test": 2}  # divisible by the five members of CIFAR-10

@@ -10,8 +10,8 @@ from pathlib import Path
 import commands
 import pytest
 
-from balpoe_jax import command_line
-from balpoe_jax.command_line import use_compilation_cache
+from balpoe_jax import cli
+from balpoe_jax.cli import use_compilation_cache
 from balpoe_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +35,14 @@ def test_a_command_starts_from_nothing() -> None:
 
 
 def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None:
-    monkeypatch.setattr(command_line, "_log_to_terminal", lambda: None)
+    monkeypatch.setattr(cli, "_log_to_terminal", lambda: None)
     monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
 
     def stop() -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        command_line.run(stop, print)
+        cli.run(stop, print)
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
     assert os.environ["GRPC_VERBOSITY"] == "ERROR"
 
@@ -160,7 +160,7 @@ def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 def test_compiled_programs_are_kept_for_the_next_start(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "cache"
     code = f"""
-from balpoe_jax.command_line import use_compilation_cache
+from balpoe_jax.cli import use_compilation_cache
 use_compilation_cache({str(folder)!r})
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -210,7 +210,7 @@ def test_a_preemption_saves_the_step_it_comes_at(tmp_path: Path) -> None:
 
 def test_programs_are_kept_in_the_users_folder_unless_jax_has_one(tmp_path: Path) -> None:
     code = """
-from balpoe_jax.command_line import use_compilation_cache
+from balpoe_jax.cli import use_compilation_cache
 import jax
 use_compilation_cache("")
 print(jax.config.jax_compilation_cache_dir)

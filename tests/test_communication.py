@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balpoe_jax.hlo import collective_sizes
+from balpoe_jax.aot.hlo import collective_sizes
 from balpoe_jax.methods import Facts
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import create_state, make_train_step
+from balpoe_jax.step import create_state, make_train_step
 
 BATCH = 16
 FLOAT = 4  # bytes

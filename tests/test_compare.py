@@ -14,8 +14,8 @@ from scipy import stats
 
 from balpoe_jax.compare import compare, write
 from balpoe_jax.errors import UserError
-from balpoe_jax.runs import find_runs, group_runs, significance, spread
-from balpoe_jax.tables import Column, as_text
+from balpoe_jax.reporting.runs import find_runs, group_runs, significance, spread
+from balpoe_jax.reporting.tables import Column, as_text
 
 
 @pytest.fixture(scope="module")

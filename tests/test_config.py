@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from balpoe_jax import config as config_lib
-from balpoe_jax import record
 from balpoe_jax.errors import UserError
+from balpoe_jax.run import record
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,12 +14,12 @@ from tiny_network import COUNTS, numeric_gradient
 
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import check
+from balpoe_jax.experiment.build import check
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss
+from balpoe_jax.methods.contrastive import ProjectedOutputs
 from balpoe_jax.methods.paco import PaCo, paco_loss
-from balpoe_jax.methods.projection import ProjectedOutputs
 from balpoe_jax.parallel import make_parallel
 
 RANDOM = np.random.default_rng(5)

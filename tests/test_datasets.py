@@ -9,9 +9,10 @@ import pytest
 import tensorflow as tf
 from test_config import get_config
 
-from balpoe_jax.data import cifar_tfds, datasets, long_tail
+from balpoe_jax.data import datasets, long_tail
+from balpoe_jax.data.datasets import cifar_tfds
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment.build import build
 
 PER_CLASS = {"train": 500, "test": 100}
 FEW_PER_CLASS = {"train": 40, "test": 10}

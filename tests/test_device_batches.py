@@ -14,14 +14,15 @@ from jax.extend.core import jaxprs_in_params
 from scipy import stats
 from test_config import get_config
 
-from balpoe_jax.data import mixing as host_mixing
 from balpoe_jax.data import pipeline
+from balpoe_jax.data.batches import mixing as host_mixing
 from balpoe_jax.data.device.batches import make_batch
 from balpoe_jax.data.device.mixing import Mixer
 from balpoe_jax.data.device.orders import Order, WeightedSampler
 from balpoe_jax.data.device.packing import pack, pack_on_host
 from balpoe_jax.data.device.plans import OTHERS, Planner
 from balpoe_jax.data.device.randomness import generator
+from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import (
     RULES,
     AugmentSettings,
@@ -29,13 +30,12 @@ from balpoe_jax.data.settings import (
     TrainSettings,
     steps_per_epoch,
 )
-from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.data.tracing import as_written
-from balpoe_jax.experiment import _stage_configs, _train_settings
-from balpoe_jax.inputs import DeviceInputs, map_planned_step
+from balpoe_jax.experiment.build import _stage_configs, _train_settings
+from balpoe_jax.experiment.inputs import DeviceInputs, map_planned_step
 from balpoe_jax.methods import RECIPES
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import TrainState
+from balpoe_jax.step import TrainState
 
 COUNTS = np.array([30, 12, 5, 2])
 LABELS = np.repeat(np.arange(4), COUNTS)

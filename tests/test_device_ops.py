@@ -14,13 +14,13 @@ from test_image_ops import fixtures as image_fixtures
 from test_randaugment import EXACT, GEOMETRIC
 from test_views import fixtures as view_fixtures
 
-from balpoe_jax.data import image_ops
-from balpoe_jax.data.blur import box_weights as box_weights_by_tensorflow
 from balpoe_jax.data.device import colours, hue, moves, operations, randaugment, tones
 from balpoe_jax.data.device.autoaugment import TablePolicy, numbers_of
 from balpoe_jax.data.device.blur import blur, box_weights
 from balpoe_jax.data.device.jitter import jitter, whole_turns
 from balpoe_jax.data.device.packing import pack, packed_colour, unpack
+from balpoe_jax.data.images import batch_ops
+from balpoe_jax.data.images.blur import box_weights as box_weights_by_tensorflow
 from balpoe_jax.data.settings import AugmentSettings
 
 KINDS = (
@@ -128,7 +128,7 @@ def test_operations_are_those_of_tensorflow_at_every_magnitude() -> None:
         for i, (name, value) in enumerate(
             zip(variants.names[1:], variants.parameters[1:], strict=True)
         ):
-            operation = getattr(image_ops, name)
+            operation = getattr(batch_ops, name)
             whole = tf.int32 if name == "posterize" else tf.float32
             parameters = tf.cast(tf.fill([len(images)], value), whole)
             free = name in FREE_OF_PARAMETERS
@@ -233,8 +233,8 @@ def test_whole_numbers_make_colours_of_hues_as_floats_do() -> None:
 
 
 def test_hue_is_that_of_tensorflow_for_many_colours() -> None:
-    from balpoe_jax.data import pixels
-    from balpoe_jax.data.hue import change_hue
+    from balpoe_jax.data.images import packed_ops
+    from balpoe_jax.data.images.hue import change_hue
 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2, 512, 512, 3), np.uint8)
@@ -243,8 +243,8 @@ def test_hue_is_that_of_tensorflow_for_many_colours() -> None:
     for factor in (0.0, 0.37):
         turn = np.full(2, whole_turns(np.array([factor], np.float32))[0], np.int32)
         for image, actual in zip(images, change(images, turn), strict=True):
-            packed = pixels.pack(tf.constant(image))
-            expected = pixels.unpack(change_hue(packed, tf.constant(factor, tf.float32)))
+            packed = packed_ops.pack(tf.constant(image))
+            expected = packed_ops.unpack(change_hue(packed, tf.constant(factor, tf.float32)))
             np.testing.assert_array_equal(actual, expected)
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from test_config import get_config
 
-from balpoe_jax import inputs
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import evaluate
-from balpoe_jax.experiment import build
-from balpoe_jax.preemption import PreemptionNotice
+from balpoe_jax.experiment import inputs
+from balpoe_jax.experiment.build import build
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import _dispatches, train
 
 pytestmark = pytest.mark.usefixtures("tiny_experts", "no_page")

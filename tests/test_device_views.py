@@ -15,13 +15,13 @@ from test_augment import within_four_sigma
 from test_image_ops import FREE_OF_PARAMETERS
 from test_views import SIM
 
-from balpoe_jax.data import image_ops, pixels
-from balpoe_jax.data import jitter as jitter_by_tensorflow
-from balpoe_jax.data.blur import blur, box_weights
 from balpoe_jax.data.device.randaugment import KINDS, NAMES
 from balpoe_jax.data.device.randomness import RowUniforms, generator
 from balpoe_jax.data.device.views import DeviceView
-from balpoe_jax.data.resampling import enlarge_windows
+from balpoe_jax.data.images import batch_ops, packed_ops
+from balpoe_jax.data.images import jitter as jitter_by_tensorflow
+from balpoe_jax.data.images.blur import blur, box_weights
+from balpoe_jax.data.images.resize import enlarge_windows
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, BLUR_SIGMA, AugmentSettings
 
 SHAPE = (32, 32, 3)
@@ -55,7 +55,7 @@ def moved_by_hand(drawn: dict[str, np.ndarray], degrees: np.ndarray | None, padd
         images = enlarge_windows(images, tf.constant(drawn["window"].astype(np.int32)))
     zero = np.zeros(rows)
     top, left = (drawn.get(name, zero).astype(np.int32) + padding for name in ("top", "left"))
-    return image_ops.crop_flip_rotate(images, top, left, drawn["flip"], degrees, padding).numpy()
+    return batch_ops.crop_flip_rotate(images, top, left, drawn["flip"], degrees, padding).numpy()
 
 
 def test_a_batch_of_the_long_recipe_is_what_its_stages_make() -> None:
@@ -74,9 +74,9 @@ def test_a_batch_of_the_long_recipe_is_what_its_stages_make() -> None:
             kind = np.int32 if name == "posterize" else np.float32
             parameters = variants.parameters[chosen[own]].astype(kind)
             arguments = [] if name in FREE_OF_PARAMETERS else [tf.constant(parameters)]
-            images[own] = getattr(image_ops, name)(tf.constant(images[own]), *arguments)
+            images[own] = getattr(batch_ops, name)(tf.constant(images[own]), *arguments)
     top, left = drawn["cutout"].astype(np.int32).T
-    expected = image_ops.cutout(tf.constant(images), top, left, 16)
+    expected = batch_ops.cutout(tf.constant(images), top, left, 16)
     np.testing.assert_array_equal(made(view, drawn, examples(), rows), expected)
 
 
@@ -92,7 +92,7 @@ def test_a_contrastive_view_is_what_its_stages_make() -> None:
     sigma = (low + uniforms.one("sigma") * (high - low)).astype(np.float32)
     hue = ((2 * uniforms.many("factors") - 1) * SIM.hue).astype(np.float32)[:, 3]
     for i, image in enumerate(moved_by_hand(drawn["moves"], None, 0)):
-        image = pixels.pack(tf.constant(image))
+        image = packed_ops.pack(tf.constant(image))
         order = drawn["jitter"]["order"][i]
         if order[0] < 4:
             factors = np.append(drawn["jitter"]["factors"][i], hue[i])
@@ -100,10 +100,10 @@ def test_a_contrastive_view_is_what_its_stages_make() -> None:
                 image, tf.constant(factors), tf.constant(order.astype(np.int32))
             )
         if drawn["grayscale"][i]:
-            image = pixels.color(image, 0.0)
+            image = packed_ops.color(image, 0.0)
         if drawn["blurred"][i]:
             image = blur(image, box_weights(tf.constant(sigma[i])))
-        np.testing.assert_array_equal(actual[i], pixels.unpack(image), f"row {i}")
+        np.testing.assert_array_equal(actual[i], packed_ops.unpack(image), f"row {i}")
 
 
 def test_a_policy_follows_everything_else() -> None:
@@ -193,7 +193,7 @@ def test_windows_follow_the_rule_of_the_random_resized_crop() -> None:
     # Of square images, against the host's windows.
     from test_augment import source
 
-    from balpoe_jax.data.photos import random_windows
+    from balpoe_jax.data.images.decoding import random_windows
 
     own = many(SIM)["moves"]["window"].astype(float)
     shapes = tf.tile([[32, 32]], [20_000, 1])

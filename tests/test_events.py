@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from balpoe_jax import record
-from balpoe_jax.events import EventFile
+from balpoe_jax.run import record
+from balpoe_jax.run.events import EventFile
 
 ROWS = [
     {"step": 3, "loss": 1.5, "expert_losses": [1.0, 2.0], "num": 7, "note": "text", "nan": None},

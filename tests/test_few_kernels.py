@@ -19,7 +19,7 @@ from balpoe_jax.models.convolutions import conv_by_expert
 from balpoe_jax.one_vector import cut, join, over_one_vector
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import create_state, make_train_step
+from balpoe_jax.step import create_state, make_train_step
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (8, 4, 6, 5))
 

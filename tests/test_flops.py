@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from balpoe_jax.flops import count_flops
+from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.models import create_model
 
 

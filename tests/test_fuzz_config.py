@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_command_line import run_main
 from test_config import ROOT, get_config
 
-from balpoe_jax import command_line
+from balpoe_jax import cli
 from balpoe_jax import config as config_lib
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment.build import build
 from balpoe_jax.methods import RECIPES
 
 # Of ml_collections, when it loads a config file.
@@ -129,7 +129,7 @@ OVERRIDES = st.lists(
 @pytest.fixture(scope="module", autouse=True)
 def run_flags() -> None:
     if "workdir" not in flags.FLAGS:
-        command_line.define_run_flags()
+        cli.define_run_flags()
 
 
 def parse(overrides: list[str]):
@@ -138,7 +138,7 @@ def parse(overrides: list[str]):
     arguments = ["main", path, "--workdir=unused", *overrides]
     try:
         with mock.patch.object(sys, "argv", arguments):  # where ml_collections finds the overrides
-            command_line._parse_flags(arguments)
+            cli._parse_flags(arguments)
         return flags.FLAGS.config
     finally:
         flags.FLAGS.unparse_flags()

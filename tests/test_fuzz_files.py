@@ -17,13 +17,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_torch_import import small_state
 
-from balpoe_jax.data import long_tail, shift
+from balpoe_jax.data import long_tail
+from balpoe_jax.data.datasets import test_distributions
 from balpoe_jax.losses import log_prior
 from balpoe_jax.metrics import shot_groups
-from balpoe_jax.report import result_text
-from balpoe_jax.run_files import load_config, load_results
-from balpoe_jax.torch_files import load_checkpoint
+from balpoe_jax.reporting.report import result_text
+from balpoe_jax.reporting.schema import load_config, load_results
 from balpoe_jax.torch_import import convert
+from balpoe_jax.torch_import.files import load_checkpoint
 
 LABELS = np.repeat(np.arange(4), 10)
 TRAIN = np.array([300, 120, 50, 8])
@@ -58,7 +59,7 @@ LISTS = st.one_of(
 def test_lists(tmp_path_factory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "list_forward5.txt"
     path.write_bytes(content)
-    sentence_of(shift.make_targets, LABELS, TRAIN, (5,), NAMES, str(path))
+    sentence_of(test_distributions.make_targets, LABELS, TRAIN, (5,), NAMES, str(path))
 
 
 @fuzzed(100)
@@ -75,7 +76,7 @@ def test_lists(tmp_path_factory, content: bytes) -> None:
 @example(pattern="\x00_forward5.txt")
 @example(pattern="/dev/zero")
 def test_names_of_lists(pattern: str) -> None:
-    sentence_of(shift.make_targets, LABELS, TRAIN, (5,), NAMES, pattern)
+    sentence_of(test_distributions.make_targets, LABELS, TRAIN, (5,), NAMES, pattern)
 
 
 def test_a_list_that_never_ends_is_not_read(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_list_that_never_ends_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "y_forward5.txt").mkdir()
     for name in ("x", "y"):
         path = str(tmp_path / f"{name}_forward5.txt")
-        message = sentence_of(shift.make_targets, LABELS, TRAIN, (5,), NAMES, path)
+        message = sentence_of(test_distributions.make_targets, LABELS, TRAIN, (5,), NAMES, path)
         assert message is not None and f"{name}_forward5.txt is no file" in message
 
 
@@ -108,7 +109,7 @@ def test_profiles(counts: Any, others: Any, ratio: Any, allow: bool) -> None:
     sentence_of(long_tail.select_indices, LABELS, counts)
     sentence_of(long_tail.select_indices, counts, others)
     sentence_of(long_tail.class_counts, counts, 4)
-    sentence_of(shift.shifted_counts, counts, others, ratio, allow)
+    sentence_of(test_distributions.shifted_counts, counts, others, ratio, allow)
     sentence_of(shot_groups, counts, (20, 100))
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from balpoe_jax.hlo import Collective, collective_sizes, collectives, estimated_cycles
+from balpoe_jax.aot.hlo import Collective, collective_sizes, collectives, estimated_cycles
 
 # In the words of the TPU compiler: a combined all-reduce with layouts and an index comment, a loop
 # with one inside, an asynchronous one, a wrapped one, and cycles.

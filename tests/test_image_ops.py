@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import image_ops
+from balpoe_jax.data.images import batch_ops
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
 
@@ -28,15 +28,15 @@ def fixtures() -> dict[str, np.ndarray]:
 def apply(name: str, images: np.ndarray, value: float) -> np.ndarray:
     values = np.full(len(images), value)
     if name in FREE_OF_PARAMETERS:
-        output = getattr(image_ops, name)(tf.constant(images))
+        output = getattr(batch_ops, name)(tf.constant(images))
     elif name == "rotate_black":
         zeros = tf.zeros(len(images), tf.int32)
         no_flip = tf.zeros(len(images), tf.bool)
-        output = image_ops.crop_flip_rotate(tf.constant(images), zeros, zeros, no_flip, values, 0)
+        output = batch_ops.crop_flip_rotate(tf.constant(images), zeros, zeros, no_flip, values, 0)
     else:
         kind = tf.int32 if name == "posterize" else tf.float64
         parameter = tf.cast(values, tf.float32 if name == "solarize" else kind)
-        output = getattr(image_ops, name)(tf.constant(images), parameter)
+        output = getattr(batch_ops, name)(tf.constant(images), parameter)
     return output.numpy()
 
 
@@ -66,7 +66,7 @@ def test_crop_then_flip_then_rotate(shape: str, degrees: float | None) -> None:
     top, left = np.array([0, 8, 4, 3, 7]), np.array([8, 0, 4, 1, 6])
     flip = np.array([False, True, False, True, True])
     angles = None if degrees is None else tf.fill([5], degrees)
-    actual = image_ops.crop_flip_rotate(
+    actual = batch_ops.crop_flip_rotate(
         tf.constant(images),
         tf.constant(top, tf.int32),
         tf.constant(left, tf.int32),
@@ -84,12 +84,12 @@ def test_crop_then_flip_then_rotate(shape: str, degrees: float | None) -> None:
 def test_parameters_belong_to_their_images() -> None:
     images = np.repeat(fixtures()["images/square"][:1], 5, axis=0)
     values = fixtures()["values/brightness"]
-    actual = image_ops.brightness(tf.constant(images), tf.constant(values)).numpy()
+    actual = batch_ops.brightness(tf.constant(images), tf.constant(values)).numpy()
     np.testing.assert_array_equal(actual, fixtures()["outputs/brightness/square"][0])
 
 
 def test_cutout_is_clipped_at_the_border() -> None:
     images = tf.fill([2, 8, 10, 3], tf.constant(9, tf.uint8))
-    output = image_ops.cutout(images, tf.constant([4, 0]), tf.constant([5, 9]), 4).numpy()
+    output = batch_ops.cutout(images, tf.constant([4, 0]), tf.constant([5, 9]), 4).numpy()
     assert (output[0, 2:6, 3:7] == 0).all() and (output[0] == 0).sum() == 4 * 4 * 3
     assert (output[1, :2, 7:] == 0).all() and (output[1] == 0).sum() == 2 * 3 * 3

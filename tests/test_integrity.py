@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from test_checkpoint import abstract, make_state
 
-from balpoe_jax import integrity
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.run import checksums
+from balpoe_jax.run.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +65,30 @@ def files(folder: Path) -> list[Path]:
 def test_damage_to_any_file_is_noticed(folder: Path, damage: Callable[[Path], None]) -> None:
     checkpoint = folder / "9"
     assert len(files(checkpoint)) > 10
-    assert integrity.damage(checkpoint) is None
+    assert checksums.damage(checkpoint) is None
     for path in files(checkpoint):
         before = path.read_bytes()
         damage(path)
-        assert integrity.damage(checkpoint), path
+        assert checksums.damage(checkpoint), path
         assert restore(folder, read_only=True) == 6
         path.write_bytes(before)
-    assert integrity.damage(checkpoint) is None
+    assert checksums.damage(checkpoint) is None
     assert restore(folder) == 9
 
 
 def test_every_bit_of_the_checksums_counts(folder: Path) -> None:
-    path = folder / "9" / integrity.SUMS
+    path = folder / "9" / checksums.SUMS
     before = path.read_bytes()
     for position in range(0, len(before), 3):
         for bit in (1, 32):
             path.write_bytes(
                 before[:position] + bytes([before[position] ^ bit]) + before[position + 1 :]
             )
-            assert integrity.damage(folder / "9"), position
+            assert checksums.damage(folder / "9"), position
 
 
 def test_checksums_are_read_by_the_usual_tool(folder: Path) -> None:
-    subprocess.run(["sha256sum", "--quiet", "-c", integrity.SUMS], cwd=folder / "9", check=True)
+    subprocess.run(["sha256sum", "--quiet", "-c", checksums.SUMS], cwd=folder / "9", check=True)
 
 
 def test_a_damaged_checkpoint_is_moved_aside_and_the_next_one_taken(
@@ -150,11 +150,11 @@ def test_a_checksum_of_a_file_elsewhere_is_refused(folder: Path) -> None:
     (folder / "elsewhere").mkdir()
     (folder / "elsewhere" / "x").write_text("x")
     (folder / "9" / "link").symlink_to(folder / "elsewhere")
-    integrity.write_sums(folder / "elsewhere")
-    digest = (folder / "elsewhere" / integrity.SUMS).read_text()[:64]
+    checksums.write_sums(folder / "elsewhere")
+    digest = (folder / "elsewhere" / checksums.SUMS).read_text()[:64]
     line = f"{digest}  link/x"
-    (folder / "9" / integrity.SUMS).write_text(integrity._ended([line]))
-    assert integrity.damage(folder / "9") == "its SHA256SUMS is damaged"
+    (folder / "9" / checksums.SUMS).write_text(checksums._ended([line]))
+    assert checksums.damage(folder / "9") == "its SHA256SUMS is damaged"
 
 
 def test_a_step_that_is_not_saved_is_an_error(folder: Path) -> None:

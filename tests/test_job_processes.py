@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from balpoe_jax import job_processes
-from balpoe_jax.job_processes import Command, environment, run_together
+from balpoe_jax.reproduce import job_processes
+from balpoe_jax.reproduce.job_processes import Command, environment, run_together
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
     """What is logged, as it comes."""
-    handler, logger = _Lines(), logging.getLogger("balpoe_jax.job_processes")
+    handler, logger = _Lines(), logging.getLogger("balpoe_jax.reproduce.job_processes")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield handler.lines
@@ -144,7 +144,8 @@ sys.exit(128 + got[0])
 PARENT = """
 import sys
 from pathlib import Path
-from balpoe_jax import command_line, job_processes
+from balpoe_jax import cli
+from balpoe_jax.reproduce import job_processes
 root = Path(sys.argv.pop())
 
 def main(arguments):
@@ -154,7 +155,7 @@ def main(arguments):
     ]
     job_processes.run_together(jobs, 2, lambda done: "")
 
-command_line.run(lambda: None, main)
+cli.run(lambda: None, main)
 """
 
 

@@ -7,9 +7,9 @@ import jax
 import pytest
 from test_config import get_config
 
-from balpoe_jax import aot, gpus
+from balpoe_jax.aot import examine, gpus
+from balpoe_jax.aot.kernels import Kernels, count_launches, kernels, launches
 from balpoe_jax.errors import UserError
-from balpoe_jax.kernels import Kernels, count_launches, kernels, launches
 
 # In the words of the compiler: a fusion that takes two slices of an array, one with a reduction, a
 # convolution with its workspace, a matrix product, a copy, an all-reduce, and a loop.
@@ -137,10 +137,10 @@ def test_without_the_assembler_or_with_an_old_one_a_sentence_says_so(monkeypatch
 
 @needs_cuda
 def test_a_step_compiled_for_an_absent_gpu() -> None:
-    found = aot.examine(get_config("digits_lt", "method=balpoe"), "h100")
+    found = examine.examine(get_config("digits_lt", "method=balpoe"), "h100")
     assert (found["devices"], found["expert_map"]) == (1, "stacked")
     counted = found["train"]["kernels"]
     assert counted["kinds"]["convolutions"] > 3 * 7
     assert counted["launches"] < counted["count"] == sum(counted["kinds"].values()) < 300
     assert counted["kinds"]["copies"] < 10
-    assert "launches" in aot.as_text(found)
+    assert "launches" in examine.as_text(found)

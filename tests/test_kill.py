@@ -46,7 +46,7 @@ def check_that_losses_are_found(undisturbed: Path, copy: Path) -> None:
 def test_another_last_checkpoint_is_a_loss(tmp_path: Path) -> None:
     from test_checkpoint import make_state
 
-    from balpoe_jax.checkpoint import Checkpoints
+    from balpoe_jax.run.checkpoint import Checkpoints
 
     for name in ("a", "b", "c"):
         with Checkpoints(str(tmp_path / name / "checkpoints")) as checkpoints:

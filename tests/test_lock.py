@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from balpoe_jax import lock
 from balpoe_jax.errors import PassingError, UserError
-from balpoe_jax.lock import LOCK, Owner, WorkdirLock
+from balpoe_jax.run import lock
+from balpoe_jax.run.lock import LOCK, Owner, WorkdirLock
 
 QUICK = {"silent_seconds": 0.6, "beat_seconds": 0.05}
 

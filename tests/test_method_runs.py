@@ -14,7 +14,8 @@ from test_config import ROOT, get_config
 from test_methods import DISTINCT
 from test_training import final_state, interrupt, rows
 
-from balpoe_jax import evaluate, experiment, methods
+from balpoe_jax import evaluate, methods
+from balpoe_jax.experiment import build
 from balpoe_jax.train import train
 
 # One with a second stage and one that keeps a queue and a moving average; test_methods.py takes the
@@ -30,7 +31,7 @@ COVERED = {
 
 @pytest.fixture(autouse=True)
 def _tiny_experts(monkeypatch) -> None:
-    monkeypatch.setattr(experiment, "create_model", tiny_network.create_model)
+    monkeypatch.setattr(build, "create_model", tiny_network.create_model)
 
 
 def config_of(name: str):

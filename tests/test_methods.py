@@ -13,15 +13,15 @@ import pytest
 import tiny_network
 from test_config import get_config
 
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import check
+from balpoe_jax.experiment.build import check
 from balpoe_jax.methods import RECIPES, Facts, Network, make_method, settings
 from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import create_state, make_eval_step, make_train_step
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.step import create_state, make_eval_step, make_train_step
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 2, 4, 16
 # Low: a sum over experts of losses at scale 30 soon makes rounding errors large at higher ones.

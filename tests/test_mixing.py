@@ -8,15 +8,11 @@ import pytest
 import tensorflow as tf
 from test_pipeline import assert_equal, make_settings
 
-from balpoe_jax.data.mixing import (
-    Mixer,
-    box_mask,
-    mix_images,
-    relabel,
-)
+from balpoe_jax.data.batches.mixing import Mixer, box_mask, mix_images, relabel
 from balpoe_jax.data.pipeline import (
     train_batches,
 )
+from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import (
     NO_MIXING,
     RULES,
@@ -25,7 +21,6 @@ from balpoe_jax.data.settings import (
     MixSettings,
     TrainSettings,
 )
-from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError
 
 LABELS = np.repeat([0, 1, 2], [18, 6, 2])  # of 26 examples: ratios 3, 3 and 9

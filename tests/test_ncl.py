@@ -12,6 +12,7 @@ from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Facts, Network
+from balpoe_jax.methods.contrastive import ProjectedExpertsOutputs
 from balpoe_jax.methods.ncl import (
     HARD_MASKS,
     NCL,
@@ -20,7 +21,6 @@ from balpoe_jax.methods.ncl import (
     mutual_divergences,
     nested_losses,
 )
-from balpoe_jax.methods.projection import ProjectedExpertsOutputs
 
 RANDOM = np.random.default_rng(11)
 LOG_COUNTS = np.log(COUNTS)

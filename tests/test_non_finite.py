@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from test_training import STEPS_PER_EPOCH, final_state, rows, tiny_config
 
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment.build import build
 from balpoe_jax.methods import Facts
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
-from balpoe_jax.state import all_finite as state_is_finite
-from balpoe_jax.state import create_state, make_train_step
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.step import all_finite as state_is_finite
+from balpoe_jax.step import create_state, make_train_step
 from balpoe_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("tiny_experts", "no_page")

@@ -16,7 +16,7 @@ from balpoe_jax.methods.base import mixed_targets
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
 from balpoe_jax.parallel import AXIS_NAME, Prefetcher, make_parallel
-from balpoe_jax.state import create_state, make_eval_step, make_train_step
+from balpoe_jax.step import create_state, make_eval_step, make_train_step
 
 NUM_CLASSES, BATCH, STEPS = 5, 16, 3
 SHAPE = (8, 8, 3)

@@ -10,22 +10,20 @@ import pytest
 import tensorflow as tf
 from small_photos import jpeg, prepare
 
-from balpoe_jax.data import datasets, natural, photos, pipeline, pixels, sources
-from balpoe_jax.data.augment import (
-    augment_batch,
-    normalize,
-)
-from balpoe_jax.data.mixing import (
-    Mixer,
-)
+from balpoe_jax.data import datasets, pipeline
+from balpoe_jax.data.batches.mixing import Mixer
+from balpoe_jax.data.datasets import photos
+from balpoe_jax.data.images import decoding, packed_ops
+from balpoe_jax.data.images.augment import augment_batch, normalize
+from balpoe_jax.data.images.views import EitherView, View
 from balpoe_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
 from balpoe_jax.data.randomness import RowRandom, stream_seed
-from balpoe_jax.data.readers import make_reader
+from balpoe_jax.data.records import sources
+from balpoe_jax.data.records.readers import make_reader
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
-from balpoe_jax.data.views import EitherView, View
 from balpoe_jax.errors import UserError
 
 SIZE, RESIZE = 16, 18
@@ -74,13 +72,11 @@ def test_counts_that_are_not_the_published_ones_are_refused(data_dir: Path) -> N
 def test_published_counts_are_accepted(tmp_path: Path, monkeypatch) -> None:
     test = np.ones(1000, int)
     prepare("imagenet_lt", tmp_path, {"train": TRAIN, "validation": test, "test": test})
-    published = natural.Published(1000, int(TRAIN.sum()), 5, 1, 1000, "test", "", "file_name")
-    monkeypatch.setitem(natural.NATURAL, "imagenet_lt", published)
+    published = photos.Published(1000, int(TRAIN.sum()), 5, 1, 1000, "test", "", "file_name")
+    monkeypatch.setitem(photos.NATURAL, "imagenet_lt", published)
     assert load(tmp_path, check_counts=True).counts_as_published
     for change in ({"num_train": 9}, {"largest": 6}, {"smallest": 2}, {"num_test": 2000}):
-        monkeypatch.setitem(
-            natural.NATURAL, "imagenet_lt", dataclasses.replace(published, **change)
-        )
+        monkeypatch.setitem(photos.NATURAL, "imagenet_lt", dataclasses.replace(published, **change))
         with pytest.raises(UserError, match="imagenet_lt should have"):
             load(tmp_path, check_counts=True)
 
@@ -115,7 +111,7 @@ def test_every_test_photograph_is_read_once_and_cropped_in_the_centre(data_dir: 
     for image, name in zip(images, data.test_names, strict=True):
         label, number = map(int, name.removesuffix(".JPEG").split("_")[1:])
         encoded = tf.constant(jpeg(label % 50 + 50 * number))
-        expected = photos.decode_central(encoded, RESIZE, SIZE).numpy() / 255
+        expected = decoding.decode_central(encoded, RESIZE, SIZE).numpy() / 255
         expected = (expected - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
         np.testing.assert_allclose(image, expected, atol=1e-5)
 
@@ -179,9 +175,9 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     random = RowRandom(
         stream_seed(options.seed, "augment", tf.constant(2, tf.int64)), 8, slice(0, 8)
     )
-    windows = photos.random_windows(photos.shapes(encoded), random.stream("window"))
+    windows = decoding.random_windows(decoding.shapes(encoded), random.stream("window"))
     flips = random.stream("move").uniform("flip") < 0.5
-    images = pixels.unpack(photos.decode_windows(encoded, windows, flips, SIZE))
+    images = packed_ops.unpack(decoding.decode_windows(encoded, windows, flips, SIZE))
     images = augment_batch(images, random, dataclasses.replace(augment, flip=False))
     images = normalize(images, options.mean, options.std).numpy()
     weight = batch["weight"][:, None, None, None]
@@ -257,10 +253,10 @@ def view_of(source, encoded, options: TrainSettings, augment, stream: str, step:
     """A view of photographs, by hand: the windows of a batch, decoded and normalised."""
     random = RowRandom(stream_seed(options.seed, stream, tf.constant(step)), 8, slice(0, 8))
     scale = (augment.crop_area or 0.08, 1.0)
-    shapes = photos.shapes(encoded)
-    windows = photos.random_windows(shapes, random.stream("window"), scale)
+    shapes = decoding.shapes(encoded)
+    windows = decoding.random_windows(shapes, random.stream("window"), scale)
     flips = random.stream("move").uniform("flip") < 0.5
-    images = pixels.unpack(photos.decode_windows(encoded, windows, flips, SIZE))
+    images = packed_ops.unpack(decoding.decode_windows(encoded, windows, flips, SIZE))
     return normalize(images, options.mean, options.std).numpy()
 
 
@@ -297,12 +293,12 @@ def test_each_photograph_is_made_in_one_of_two_ways(data_dir: Path) -> None:
     random = RowRandom(stream_seed(1, "either", tf.constant(3, tf.int64)), 8, slice(0, 8))
 
     def make(view, random: RowRandom) -> np.ndarray:
-        drawn = view.draw(photos.shapes(encoded), random)
+        drawn = view.draw(decoding.shapes(encoded), random)
         rows = [
             view.decode(x, tf.nest.map_structure(lambda y, i=i: y[i], drawn))
             for i, x in enumerate(encoded)
         ]
-        return pixels.unpack(view.augment(tf.stack(rows), random)).numpy()
+        return packed_ops.unpack(view.augment(tf.stack(rows), random)).numpy()
 
     found = make(either, random)
     first, second = make(ways[0], random), make(ways[1], random.stream("second"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import photos, pixels
+from balpoe_jax.data.images import decoding, packed_ops
 from balpoe_jax.data.randomness import RowRandom
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_photos.npz"
@@ -44,7 +44,7 @@ def test_windows_are_decoded_and_resized_as_pillow_does(name: str) -> None:
     key = f"{name}_60x73"
     windows = fixtures()["windows"]
     decode = tf.function(
-        lambda *image: pixels.unpack(photos.decode_window(*image, 32)), reduce_retracing=True
+        lambda *image: packed_ops.unpack(decoding.decode_window(*image, 32)), reduce_retracing=True
     )
     # CMYK is converted to RGB in 8 bits, by rules that round differently.
     slack = 1 if name == "jpeg_cmyk" else 0
@@ -69,7 +69,7 @@ def test_windows_are_decoded_and_resized_as_pillow_does(name: str) -> None:
      "jpeg_grey_60x73", "png_60x73"],
 )  # fmt: skip
 def test_the_centre_is_what_resizing_all_and_cropping_gives(key: str) -> None:
-    error = difference(photos.decode_central(encoded(key), 40, 32), fixtures()[f"central/{key}"])
+    error = difference(decoding.decode_central(encoded(key), 40, 32), fixtures()[f"central/{key}"])
     assert error.max() <= (0 if key.endswith("40x53") else 1) and (error > 0).mean() < 0.02
 
 
@@ -82,14 +82,14 @@ def test_the_centre_of_a_large_image_is_cut_out_before_it_is_decoded(monkeypatch
         return real(contents, crop_window, **options)
 
     monkeypatch.setattr(tf.io, "decode_and_crop_jpeg", noting)
-    photos.decode_central(encoded("jpeg_420_120x150"), 40, 16)
+    decoding.decode_central(encoded("jpeg_420_120x150"), 40, 16)
     (window,) = asked
     assert window[2] < 60 and window[3] < 60  # 48 of 120, and the reach of the filter
 
 
 def test_shapes() -> None:
     keys = [f"{name}_60x73" for name in FORMATS] + ["jpeg_420_81x64"]
-    found = photos.shapes(tf.stack([encoded(key) for key in keys])).numpy()
+    found = decoding.shapes(tf.stack([encoded(key) for key in keys])).numpy()
     np.testing.assert_array_equal(found, [[60, 73]] * len(FORMATS) + [[81, 64]])
 
 
@@ -119,7 +119,7 @@ def windows_by_hand(shapes, area, log_ratio, position) -> np.ndarray:
 def test_windows_follow_the_rule_of_the_random_resized_crop() -> None:
     shapes = np.tile([[60, 73], [500, 375], [20, 900], [901, 20], [1, 1], [33, 48]], (400, 1))
     random = source(len(shapes))
-    windows = photos.random_windows(tf.constant(shapes, tf.int32), random).numpy()
+    windows = decoding.random_windows(tf.constant(shapes, tf.int32), random).numpy()
     expected = windows_by_hand(
         shapes,
         random.uniform("area", 0.08, 1.0, tf.float64, (10,)).numpy(),
@@ -136,7 +136,7 @@ def test_windows_follow_the_rule_of_the_random_resized_crop() -> None:
 def test_windows_have_the_distribution_of_the_random_resized_crop() -> None:
     """A share `a` of a square fits with probability min(1, log(1 / a) / log(4 / 3))."""
     shapes = tf.fill([20_000, 2], 1000)
-    top, left, height, width = photos.random_windows(shapes, source(20_000)).numpy().T
+    top, left, height, width = decoding.random_windows(shapes, source(20_000)).numpy().T
     assert (top >= 0).all() and (top + height <= 1000).all()
     assert (left >= 0).all() and (left + width <= 1000).all()
     ratio = np.log(width / height)
@@ -158,16 +158,18 @@ def batches(threads: int, as_one: bool) -> list[np.ndarray]:
 
     def draw(step: tf.Tensor):
         random = RowRandom(tf.stack([7, tf.cast(step, tf.int32)]), 8, slice(0, 8))
-        windows = photos.random_windows(photos.shapes(records), random.stream("window"))
+        windows = decoding.random_windows(decoding.shapes(records), random.stream("window"))
         return records, windows, random.stream("move").uniform("flip") < 0.5
 
     options = tf.data.Options()
     options.threading.private_threadpool_size = threads
     steps = tf.data.Dataset.range(3).map(draw)
     if as_one:
-        images = steps.map(lambda *batch: photos.decode_windows(*batch, 24), threads)
+        images = steps.map(lambda *batch: decoding.decode_windows(*batch, 24), threads)
     else:
-        images = steps.unbatch().map(lambda *one: photos.decode_window(*one, 24), threads).batch(8)
+        images = (
+            steps.unbatch().map(lambda *one: decoding.decode_window(*one, 24), threads).batch(8)
+        )
     return list(images.with_options(options).as_numpy_iterator())
 
 
@@ -182,6 +184,6 @@ def test_graphs_of_batches_and_of_images_make_the_same_bytes_with_any_threads() 
 
 def test_rows_do_not_depend_on_who_draws_them() -> None:
     shapes = tf.fill([16, 2], 100)
-    whole = photos.random_windows(shapes, source(16)).numpy()
-    half = photos.random_windows(shapes[8:], source(16, rows=slice(8, 16))).numpy()
+    whole = decoding.random_windows(shapes, source(16)).numpy()
+    half = decoding.random_windows(shapes[8:], source(16, rows=slice(8, 16))).numpy()
     np.testing.assert_array_equal(whole[8:], half)

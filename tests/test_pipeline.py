@@ -10,6 +10,7 @@ from balpoe_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
+from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import (
     AugmentSettings,
     Host,
@@ -17,7 +18,6 @@ from balpoe_jax.data.settings import (
     TrainSettings,
     steps_per_epoch,
 )
-from balpoe_jax.data.sources import ArraySource
 from balpoe_jax.errors import UserError
 
 BATCH = 8

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import pixels
-from balpoe_jax.data.jitter import color_jitter
+from balpoe_jax.data.images import packed_ops
+from balpoe_jax.data.images.jitter import color_jitter
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
 
@@ -41,8 +41,8 @@ def test_equals_pillow_to_the_bit(name: str, shape: str) -> None:
             images, fixtures()[f"outputs/{name}/{shape}"][:, i], strict=True
         ):
             parameters = () if kind is None else (tf.cast(value, kind),)
-            output = getattr(pixels, name)(pixels.pack(tf.constant(image)), *parameters)
-            np.testing.assert_array_equal(pixels.unpack(output), expected, f"{name}({value})")
+            output = getattr(packed_ops, name)(packed_ops.pack(tf.constant(image)), *parameters)
+            np.testing.assert_array_equal(packed_ops.unpack(output), expected, f"{name}({value})")
 
 
 @pytest.mark.parametrize("shape", ["square", "wide"])
@@ -53,24 +53,26 @@ def test_color_jitter_equals_pillow_to_the_bit(shape: str) -> None:
     for factor, order, expected in zip(factors, orders, fixtures()[f"jitter/{shape}"], strict=True):
         for image, jittered in zip(images, expected, strict=True):
             output = color_jitter(
-                pixels.pack(tf.constant(image)),
+                packed_ops.pack(tf.constant(image)),
                 tf.constant(factor, tf.float32),
                 tf.constant(order, tf.int32),
             )
-            np.testing.assert_array_equal(pixels.unpack(output), jittered)
+            np.testing.assert_array_equal(packed_ops.unpack(output), jittered)
 
 
 def test_a_pixel_has_red_in_its_lowest_byte() -> None:
     images = noise(2, 5, 7)
-    packed = pixels.pack(tf.constant(images)).numpy()
+    packed = packed_ops.pack(tf.constant(images)).numpy()
     expected = images.astype(np.uint32) @ np.array([1, 1 << 8, 1 << 16], np.uint32)
     np.testing.assert_array_equal(packed, expected)
-    np.testing.assert_array_equal(pixels.unpack(tf.constant(packed)), images)
-    np.testing.assert_array_equal(pixels.to_float(tf.constant(packed)), images.astype(np.float32))
+    np.testing.assert_array_equal(packed_ops.unpack(tf.constant(packed)), images)
+    np.testing.assert_array_equal(
+        packed_ops.to_float(tf.constant(packed)), images.astype(np.float32)
+    )
 
 
 def test_floats_are_truncated() -> None:
-    packed = pixels.pack(tf.constant([[[0.99, 255.5, 3.0]]])).numpy()
+    packed = packed_ops.pack(tf.constant([[[0.99, 255.5, 3.0]]])).numpy()
     assert packed == 255 << 8 | 3 << 16
 
 
@@ -78,10 +80,10 @@ def test_floats_are_truncated() -> None:
 @pytest.mark.parametrize("whole", [-9, -2, 0, 3, 20])
 def test_a_shift_by_whole_pixels_moves_them(whole: int, cubic: bool) -> None:
     image = noise(6, 8)
-    packed = pixels.pack(tf.constant(image))
-    for shift, axis in ((pixels.shift_rows, 1), (pixels.shift_columns, 0)):
+    packed = packed_ops.pack(tf.constant(image))
+    for shift, axis in ((packed_ops.shift_rows, 1), (packed_ops.shift_columns, 0)):
         amounts = tf.fill([image.shape[1 - axis]], tf.constant(whole, tf.float64))
-        output = pixels.unpack(shift(packed, amounts, tf.constant(cubic), (7, 8, 9))).numpy()
+        output = packed_ops.unpack(shift(packed, amounts, tf.constant(cubic), (7, 8, 9))).numpy()
         size = image.shape[axis]
         for position in range(size):
             line = np.take(output, position, axis)
@@ -96,15 +98,17 @@ def test_columns_are_shifted_as_rows_are() -> None:
     image = noise(6, 8)
     amounts = tf.constant(np.linspace(-3.7, 4.2, 6))
     for cubic in (tf.constant(False), tf.constant(True)):
-        rows = pixels.shift_rows(pixels.pack(tf.constant(image)), amounts, cubic, (1, 2, 3))
+        rows = packed_ops.shift_rows(packed_ops.pack(tf.constant(image)), amounts, cubic, (1, 2, 3))
         turned = tf.constant(image.transpose(1, 0, 2))
-        columns = pixels.shift_columns(pixels.pack(turned), amounts, cubic, (1, 2, 3))
+        columns = packed_ops.shift_columns(packed_ops.pack(turned), amounts, cubic, (1, 2, 3))
         np.testing.assert_array_equal(columns, tf.transpose(rows))
 
 
 def test_it_runs_within_other_graphs_and_in_parallel() -> None:
     images = noise(16, 9, 9)
     dataset = tf.data.Dataset.from_tensor_slices(images)
-    dataset = dataset.map(pixels.pack, 4).map(pixels.equalize, 4)
+    dataset = dataset.map(packed_ops.pack, 4).map(packed_ops.equalize, 4)
     for image, output in zip(images, dataset.as_numpy_iterator(), strict=True):
-        np.testing.assert_array_equal(pixels.equalize(pixels.pack(tf.constant(image))), output)
+        np.testing.assert_array_equal(
+            packed_ops.equalize(packed_ops.pack(tf.constant(image))), output
+        )

@@ -7,10 +7,10 @@ import pytest
 import tiny_network
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation.priors import log_target_prior
 from balpoe_jax.methods import RECIPES, Facts, Network, make_method, settings
-from balpoe_jax.methods.posthoc import PostHoc
+from balpoe_jax.methods.logit_adjustment import PostHoc
 from balpoe_jax.models import Outputs
-from balpoe_jax.priors import log_target_prior
 
 COUNTS = tiny_network.COUNTS
 

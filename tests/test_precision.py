@@ -7,11 +7,11 @@ import jax
 import pytest
 from test_config import get_config
 
-from balpoe_jax import aot
+from balpoe_jax.aot import examine
 from balpoe_jax.config import check_config
 from balpoe_jax.data.datasets import published
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import build_program
+from balpoe_jax.experiment.build import build_program
 from balpoe_jax.parallel import make_parallel
 
 
@@ -21,7 +21,7 @@ def lowered(precision: str | None, **model: str) -> tuple[str, str]:
     config.model.update(precision=precision, **model)
     parallel = make_parallel("shard_map", jax.devices()[:1])
     program = build_program(config, parallel, *published("digits", 26.0))
-    batch, _ = aot.abstract_batches(program)
+    batch, _ = examine.abstract_batches(program)
     return program.precision, program.map_train_step().lower(
         program.abstract_state(), batch
     ).as_text()

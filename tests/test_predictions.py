@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from balpoe_jax import predictions
 from balpoe_jax.errors import UserError
-from balpoe_jax.metrics import predictions as blocks
+from balpoe_jax.evaluation import predictions
+from balpoe_jax.evaluation.scoring import score
 from balpoe_jax.metrics import summarize
-from balpoe_jax.scoring import score
+from balpoe_jax.metrics import summary as blocks
 
 LOGITS = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
 LABELS = np.array([0, 1, 2, 1, 0], np.int32)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from balpoe_jax import command_line, preemption
+from balpoe_jax import cli
 from balpoe_jax.errors import Preempted
-from balpoe_jax.preemption import PreemptionNotice
+from balpoe_jax.run import preemption
+from balpoe_jax.run.preemption import PreemptionNotice
 
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
@@ -43,7 +44,7 @@ def test_with_nothing_to_save_a_signal_ends_at_once(
     left: list[int], number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released: list[str] = []
-    with PreemptionNotice(command_line.report) as notice:
+    with PreemptionNotice(cli.report) as notice:
         notice.at_exit(lambda: 1 / 0)
         notice.at_exit(lambda: released.append("lock"))
         os.kill(os.getpid(), number)
@@ -57,12 +58,12 @@ def test_with_nothing_to_save_a_signal_ends_at_once(
 def test_with_work_unsaved_the_first_is_noticed_and_the_second_ends(
     left: list[int], number: int, code: int
 ) -> None:
-    with PreemptionNotice(command_line.report) as notice:
+    with PreemptionNotice(cli.report) as notice:
         notice.work_unsaved()
         assert not notice.requested()
         os.kill(os.getpid(), number)
         until(notice.requested)
-        assert command_line.report(notice.preempted("step 3 is saved")) == code
+        assert cli.report(notice.preempted("step 3 is saved")) == code
         assert not left
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: left)
@@ -80,7 +81,7 @@ def test_two_signals_while_a_library_computes_end_at_once(left: list[int]) -> No
         when.append(time.monotonic())
 
     when: list[float] = []
-    with PreemptionNotice(command_line.report) as notice:
+    with PreemptionNotice(cli.report) as notice:
         notice.work_unsaved()
         sender = threading.Thread(target=send)
         sender.start()
@@ -92,13 +93,13 @@ def test_two_signals_while_a_library_computes_end_at_once(left: list[int]) -> No
 
 
 def test_a_signal_before_all_is_saved_is_heeded_when_it_is(left: list[int]) -> None:
-    with PreemptionNotice(command_line.report) as notice:
+    with PreemptionNotice(cli.report) as notice:
         notice.work_unsaved()
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: notice._first)
         with pytest.raises(Preempted, match=r"^step 9 is saved; start again to go on from there\."):
             notice.work_saved("step 9 is saved")
-    with PreemptionNotice(command_line.report) as notice:
+    with PreemptionNotice(cli.report) as notice:
         notice.work_unsaved()
         notice.work_saved("step 9 is saved")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -107,7 +108,7 @@ def test_a_signal_before_all_is_saved_is_heeded_when_it_is(left: list[int]) -> N
 
 
 def test_what_an_event_loop_takes_for_itself_is_noticed_all_the_same(left: list[int]) -> None:
-    with PreemptionNotice(command_line.report) as notice:
+    with PreemptionNotice(cli.report) as notice:
         notice.work_unsaved()
         mine = signal.set_wakeup_fd(-1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -120,7 +121,7 @@ def test_an_ignored_interruption_stays_ignored_and_handlers_come_back(left: list
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     term = signal.getsignal(signal.SIGTERM)
     try:
-        with PreemptionNotice(command_line.report):
+        with PreemptionNotice(cli.report):
             assert signal.getsignal(signal.SIGTERM) != term
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
@@ -155,8 +156,8 @@ def test_of_several_processes_jax_decides_where_to_stop(
         os._exit(report(error))
 
     monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", reached)
-    monkeypatch.setattr("balpoe_jax.processes.stop_all", stop_all)
-    with PreemptionNotice(command_line.report) as notice:
+    monkeypatch.setattr("balpoe_jax.run.multihost.stop_all", stop_all)
+    with PreemptionNotice(cli.report) as notice:
         monkeypatch.setattr(preemption, "_is_shared", lambda: True)
         monkeypatch.setattr(os, "kill", lambda _, number: jax_noticed.append(number))
         notice.work_unsaved()
@@ -166,7 +167,7 @@ def test_of_several_processes_jax_decides_where_to_stop(
         found = [notice.requested() for _ in range(4)]
         assert found == [False, False, True, True]
         assert asked == [1, 2, 3, 4]
-        assert command_line.report(notice.preempted("step 3 is saved")) == 130
+        assert cli.report(notice.preempted("step 3 is saved")) == 130
         assert not left
         signal.raise_signal(signal.SIGTERM)
         until(lambda: left)
@@ -176,10 +177,10 @@ def test_of_several_processes_jax_decides_where_to_stop(
 
 def test_the_command_minds_signals_before_anything_else(tmp_path: Path) -> None:
     code = (
-        "import threading; from balpoe_jax import command_line, main; "
+        "import threading; from balpoe_jax import cli, main; "
         "main._processes = lambda: (print('ready', flush=True), "
         "threading.Event().wait()); "
-        "command_line.run(main.define_flags, main.main)"
+        "cli.run(main.define_flags, main.main)"
     )
     root = Path(__file__).parents[1]
     with subprocess.Popen(

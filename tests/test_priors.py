@@ -6,8 +6,8 @@ import pytest
 from golden import cases, golden
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation.priors import estimate_prior, log_target_prior
 from balpoe_jax.metrics import MeanLogits, softmax, summarize
-from balpoe_jax.priors import estimate_prior, log_target_prior
 
 
 def calibrated_examples(

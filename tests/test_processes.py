@@ -16,12 +16,13 @@ import process_runs
 import pytest
 from conftest import flags_of_xla, quick_flags
 
-from balpoe_jax import processes, report
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment.build import build
 from balpoe_jax.parallel import Parallel, make_parallel
+from balpoe_jax.reporting import report
+from balpoe_jax.run import multihost
+from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.train import train
 
 # Here as in the processes that `process_runs` starts.
@@ -230,11 +231,11 @@ def test_a_process_that_stays_alone_gives_up(tmp_path: Path, process: int) -> No
 def test_a_port_that_is_taken_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        joined = processes.group(address, 2, 0, report=lambda error: 1)
+        joined = multihost.group(address, 2, 0, report=lambda error: 1)
         with pytest.raises(UserError, match=r"Process 0 cannot use port .* in use"), joined:
             pass
     for process in range(2):
-        joined = processes.group("here", 2, process, report=lambda error: 1)
+        joined = multihost.group("here", 2, process, report=lambda error: 1)
         with pytest.raises(UserError, match="must be HOST:PORT, got 'here'"), joined:
             pass
 

@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import pixels, randaugment
-from balpoe_jax.data.augment import (
-    augment_batch,
-)
-from balpoe_jax.data.randaugment import (
-    Draw,
-)
+from balpoe_jax.data.images import packed_ops, randaugment
+from balpoe_jax.data.images.augment import augment_batch
+from balpoe_jax.data.images.randaugment import Draw
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.settings import IMAGENET_MEAN, AugmentSettings
 
@@ -54,8 +50,10 @@ def test_operations_are_those_of_pillow(name: str, shape: str) -> None:
     for values, expected in zip(
         fixtures()["values/randaugment"], fixtures()[f"randaugment/{name}/{shape}"], strict=True
     ):
-        packed = [operation(pixels.pack(tf.constant(image)), drawn(*values)) for image in images]
-        actual = np.stack([pixels.unpack(image).numpy() for image in packed])
+        packed = [
+            operation(packed_ops.pack(tf.constant(image)), drawn(*values)) for image in images
+        ]
+        actual = np.stack([packed_ops.unpack(image).numpy() for image in packed])
         error = np.abs(actual.astype(int) - expected)
         assert error.max() <= (1 if name in GEOMETRIC else 0), values
         assert (error > 0).mean() < (0.06 if values[0] == 10 else 0.005), values
@@ -70,7 +68,7 @@ def test_geometric_operations_show_the_fill_outside() -> None:
     image = tf.zeros([20, 20], tf.uint32)
     operations = randaugment._operations((7, 8, 9))
     for name in GEOMETRIC:
-        output = pixels.unpack(operations[name](image, drawn(10, 1, 0))).numpy().reshape(-1, 3)
+        output = packed_ops.unpack(operations[name](image, drawn(10, 1, 0))).numpy().reshape(-1, 3)
         colours = {tuple(int(value) for value in pixel) for pixel in output}
         assert colours == {(0, 0, 0), (7, 8, 9)}, name
 
@@ -108,8 +106,8 @@ def test_number_and_strength_of_the_operations_may_be_others() -> None:
     drawn = randaugment.draw(source(4).stream("policy"), 3, 4.0)
     for i, image in enumerate(images):
         row = randaugment.Draw(*(x[i] for x in drawn))
-        one = randaugment.apply(pixels.pack(image), row, (1, 2, 3))
-        np.testing.assert_array_equal(augmented[i], pixels.unpack(one))
+        one = randaugment.apply(packed_ops.pack(image), row, (1, 2, 3))
+        np.testing.assert_array_equal(augmented[i], packed_ops.unpack(one))
     rest, only = settings.without_changes()
     assert (rest.policy, only) == ("none", settings)
 

@@ -9,9 +9,9 @@ from balpoe_jax.metrics import (
     fit_bias_correction,
     fit_temperature,
     negative_log_likelihood,
-    recalibration,
     softmax,
 )
+from balpoe_jax.metrics import temperature as recalibration
 
 COUNTS = np.array([500, 200, 100, 20, 5])
 

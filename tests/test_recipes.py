@@ -4,9 +4,9 @@
 import pytest
 
 from balpoe_jax.config import check_config, resolve_taus
+from balpoe_jax.config.recipes import IMAGENET_LT, INATURALIST2018, photo_config
 from balpoe_jax.data.settings import AugmentSettings
 from balpoe_jax.errors import UserError
-from balpoe_jax.recipes import IMAGENET_LT, INATURALIST2018, photo_config
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import commands
 import pytest
 from test_config import get_config
 
-from balpoe_jax import record, reproduce
 from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiments import SCALES, TABLES, Experiment, PaperTable, Row, Score
-from balpoe_jax.tables import as_csv, as_text
+from balpoe_jax.reporting.tables import as_csv, as_text
+from balpoe_jax.reproduce import jobs as reproduce
+from balpoe_jax.reproduce.paper import SCALES, TABLES, Experiment, PaperTable, Row, Score
+from balpoe_jax.run import record
 
 EXPERIMENTS = {
     one for table in TABLES.values() for row in table.rows for one in row.experiment.with_teacher()

@@ -13,7 +13,7 @@ from test_config import get_config
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Facts
-from balpoe_jax.methods.reweighted import (
+from balpoe_jax.methods.reweighting import (
     Reweighted,
     class_balanced_weights,
     focal_loss,

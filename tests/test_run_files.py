@@ -11,9 +11,9 @@ from fake_runs import make_run
 
 from balpoe_jax.compare import compare, write
 from balpoe_jax.errors import UserError
-from balpoe_jax.report import result_text, write_report
-from balpoe_jax.run_files import load_config, load_results
-from balpoe_jax.runs import find_runs, group_runs
+from balpoe_jax.reporting.report import result_text, write_report
+from balpoe_jax.reporting.runs import find_runs, group_runs
+from balpoe_jax.reporting.schema import load_config, load_results
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted((ROOT / "docs" / "results").rglob("results.json"))

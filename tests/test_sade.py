@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden import cases, golden, max_relative
 
-from balpoe_jax import aggregation
+from balpoe_jax.evaluation import expert_weights
 from balpoe_jax.losses import balpoe_loss, log_prior
 from balpoe_jax.methods.sade import expert_biases, reversed_counts, sade_losses
 
@@ -61,10 +61,10 @@ def views(noise: tuple[float, ...], seed: int, examples: int = 256, classes: int
     return noisy[0].astype(np.float32), noisy[1].astype(np.float32)
 
 
-def learn(noise: tuple[float, ...], epochs: int, rate: float = 1.0) -> aggregation.Aggregation:
-    state = aggregation.start(len(noise))
+def learn(noise: tuple[float, ...], epochs: int, rate: float = 1.0) -> expert_weights.Aggregation:
+    state = expert_weights.start(len(noise))
     for epoch in range(epochs):
-        state = aggregation.learn_epoch(state, *views(noise, epoch), rate, epoch)
+        state = expert_weights.learn_epoch(state, *views(noise, epoch), rate, epoch)
     return state
 
 
@@ -76,7 +76,7 @@ def test_the_weights_go_to_the_optimum_of_a_grid() -> None:
     first, second = (np.concatenate(each, axis=1) for each in zip(*all_views, strict=True))
     grid = np.linspace(0.02, 0.98, 97)
     raw = jnp.log(jnp.stack([grid, 1 - grid], axis=1))
-    values = jax.lax.map(lambda r: aggregation.instability(r, first, second), raw)
+    values = jax.lax.map(lambda r: expert_weights.instability(r, first, second), raw)
     best = grid[int(np.argmin(values))]
     assert 0.5 < best < 0.95
     assert abs(learnt.weights[0] - best) < 0.05
@@ -86,10 +86,10 @@ def test_the_weights_go_to_the_optimum_of_a_grid() -> None:
 def test_identical_views_leave_weight_decay_alone() -> None:
     first, _ = views((1.0, 2.0, 3.0), 0)
     raw = jnp.array([0.3, -0.2, 0.5])
-    value, gradient = jax.value_and_grad(aggregation.instability)(raw, first, first)
+    value, gradient = jax.value_and_grad(expert_weights.instability)(raw, first, first)
     assert value == pytest.approx(-1, abs=1e-6)
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
-    state = aggregation.learn_epoch(aggregation.start(3), first, first, 0.1, 0)
+    state = expert_weights.learn_epoch(expert_weights.start(3), first, first, 0.1, 0)
     np.testing.assert_allclose(state.weights, 1 / 3, rtol=1e-4)
     assert (state.raw < 1 / 3).all()
 
@@ -97,8 +97,10 @@ def test_identical_views_leave_weight_decay_alone() -> None:
 def test_experts_keep_their_weights_when_they_change_places() -> None:
     first, second = views((0.5, 2.0, 4.0), 1)
     order = [2, 0, 1]
-    state = aggregation.learn_epoch(aggregation.start(3), first, second, 1.0, 5)
-    swapped = aggregation.learn_epoch(aggregation.start(3), first[order], second[order], 1.0, 5)
+    state = expert_weights.learn_epoch(expert_weights.start(3), first, second, 1.0, 5)
+    swapped = expert_weights.learn_epoch(
+        expert_weights.start(3), first[order], second[order], 1.0, 5
+    )
     np.testing.assert_allclose(swapped.weights, state.weights[order], rtol=1e-4)
 
 
@@ -106,9 +108,9 @@ def test_one_step_is_pytorchs_sgd() -> None:
     """By hand: decay joins the gradient, Nesterov looks ahead."""
     first, second = views((1.0, 3.0), 2, examples=100)  # one batch
     raw = np.array([0.5, 0.5])
-    gradient = np.asarray(jax.grad(aggregation.instability)(jnp.asarray(raw), first, second))
+    gradient = np.asarray(jax.grad(expert_weights.instability)(jnp.asarray(raw), first, second))
     step = gradient + 5e-4 * raw
-    state = aggregation.learn_epoch(aggregation.start(2), first, second, 0.2, 0)
+    state = expert_weights.learn_epoch(expert_weights.start(2), first, second, 0.2, 0)
     np.testing.assert_allclose(state.raw, raw - 0.2 * (step + 0.9 * step), rtol=1e-5)
 
 
@@ -116,5 +118,5 @@ def test_learning_stops_where_a_weight_collapses() -> None:
     state = learn((0.2, 9.0), 30, rate=20.0)
     assert state.collapsed and state.weights.min() < 0.055
     assert len(state.history) < 31
-    again = aggregation.learn_epoch(state, *views((0.2, 9.0), 0), 1.0, 0)
+    again = expert_weights.learn_epoch(state, *views((0.2, 9.0), 0), 1.0, 0)
     assert again is state

@@ -4,9 +4,11 @@
 import numpy as np
 import pytest
 
-from balpoe_jax import scoring
-from balpoe_jax.data.shift import make_targets
+from balpoe_jax.data.datasets.test_distributions import make_targets
 from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation import scoring
+from balpoe_jax.evaluation.predictions import Predictions
+from balpoe_jax.evaluation.priors import estimate_prior
 from balpoe_jax.metrics import (
     MeanLogits,
     brier_score,
@@ -17,11 +19,9 @@ from balpoe_jax.metrics import (
     softmax,
     summarize,
 )
-from balpoe_jax.metrics import predictions as blocks
-from balpoe_jax.predictions import Predictions
-from balpoe_jax.priors import estimate_prior
-from balpoe_jax.record import plain
-from balpoe_jax.tables import result_tables
+from balpoe_jax.metrics import summary as blocks
+from balpoe_jax.reporting.tables import result_tables
+from balpoe_jax.run.record import plain
 
 COUNTS = np.array([300, 120, 50, 8])
 TAUS = (0.0, 1.0, 2.0)

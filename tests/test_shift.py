@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from golden import cases, golden
 
+from balpoe_jax.data.datasets.test_distributions import make_targets, shifted_counts
 from balpoe_jax.data.long_tail import exponential_counts, select_indices
-from balpoe_jax.data.shift import make_targets, shifted_counts
 from balpoe_jax.errors import UserError
 
 LABELS = np.repeat(np.arange(4), 10)

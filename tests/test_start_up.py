@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from balpoe_jax.start_up import START_UPS, StartUp, of_this_process
+from balpoe_jax.run.startup_times import START_UPS, StartUp, of_this_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ def test_parts_and_total_are_appended_to_the_record(tmp_path: Path) -> None:
 def test_the_time_before_python_ran_any_of_our_code_counts() -> None:
     """Of a process that sleeps before it asks."""
     code = (
-        "import time; time.sleep(1); from balpoe_jax.start_up import of_this_process; "
+        "import time; time.sleep(1); from balpoe_jax.run.startup_times import of_this_process; "
         "print(of_this_process().seconds['imports'])"
     )
     start = time.perf_counter()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data import tfrecords
+from balpoe_jax.data.records import tfrecords
 from balpoe_jax.errors import UserError
 
 

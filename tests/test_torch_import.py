@@ -26,14 +26,14 @@ import pytest
 from reference_weights import reference_state
 from test_config import get_config
 
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
-from balpoe_jax.experiment import build
+from balpoe_jax.experiment.build import build
 from balpoe_jax.models import create_model
-from balpoe_jax.torch_files import load_checkpoint
+from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.torch_import import check_against, convert, import_checkpoint, load_state_dict
+from balpoe_jax.torch_import.files import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 State = dict[str, np.ndarray]

@@ -8,10 +8,10 @@ import pytest
 from test_aot import needs_libtpu
 from test_config import get_config
 
-from balpoe_jax import aot
+from balpoe_jax.aot import examine
+from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.data.datasets import published
-from balpoe_jax.experiment import build_program
-from balpoe_jax.flops import count_flops
+from balpoe_jax.experiment.build import build_program
 from balpoe_jax.parallel import make_parallel
 from benchmarks import flax_imagenet, tpu_step
 
@@ -25,7 +25,7 @@ def test_both_steps_do_the_same_work() -> None:
     counts, image_shape = published("imagenet_lt", config.data.imbalance_ratio, 224)
     parallel = make_parallel("shard_map", jax.devices()[:4])
     program = build_program(config, parallel, counts, image_shape)
-    batch, _ = aot.abstract_batches(program)
+    batch, _ = examine.abstract_batches(program)
     ours = count_flops(program.map_train_step(), program.abstract_state(), batch)
     assert ours == count_flops(step, *arguments)
     assert ours / 2 == pytest.approx(3 * 2 * 4.09e9, rel=0.01)  # two images a device

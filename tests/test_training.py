@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from test_config import get_config
 
-from balpoe_jax import experiment, record, report
-from balpoe_jax.checkpoint import Checkpoints
 from balpoe_jax.errors import PassingError, Preempted, UserError
 from balpoe_jax.evaluate import evaluate
-from balpoe_jax.experiment import build
-from balpoe_jax.lock import WorkdirLock
+from balpoe_jax.experiment import build as experiment
+from balpoe_jax.experiment.build import build
 from balpoe_jax.parallel import Parallel
-from balpoe_jax.preemption import PreemptionNotice
 from balpoe_jax.progress import Progress
+from balpoe_jax.reporting import report
+from balpoe_jax.run import record
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.run.lock import WorkdirLock
+from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import lacks_test, train
 
 pytestmark = pytest.mark.usefixtures("tiny_experts")

@@ -15,19 +15,19 @@ from PIL import Image
 from small_photos import jpeg
 from test_tfrecords import write
 
-from balpoe_jax import bad_images
-from balpoe_jax.data import pipeline, sources, tfrecords, unreadable
-from balpoe_jax.data.mixing import (
-    Mixer,
-)
+from balpoe_jax.data import pipeline
+from balpoe_jax.data.batches import unreadable
+from balpoe_jax.data.batches.mixing import Mixer
+from balpoe_jax.data.batches.replacements import Replacements
 from balpoe_jax.data.pipeline import (
     eval_batches,
     train_batches,
 )
-from balpoe_jax.data.replacements import Replacements
+from balpoe_jax.data.records import sources, tfrecords
+from balpoe_jax.data.records.sources import RecordSource
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
-from balpoe_jax.data.sources import RecordSource
 from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.run import bad_images
 
 SIZE, CLASSES, PER_CLASS, BATCH = 16, 4, 10, 8
 NUM = CLASSES * PER_CLASS

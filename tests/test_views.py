@@ -15,25 +15,22 @@ from test_photos import windows_by_hand
 from test_pipeline import PLAIN, assert_equal, make_settings, make_source
 
 from balpoe_jax.config import check_config, default_config
-from balpoe_jax.data import pixels
-from balpoe_jax.data.augment import (
-    augment_batch,
-    draw_changes,
-)
-from balpoe_jax.data.blur import GREATEST_SIGMA, blur, box_weights
-from balpoe_jax.data.hue import change_hue
-from balpoe_jax.data.jitter import color_jitter
+from balpoe_jax.data.images import packed_ops
+from balpoe_jax.data.images.augment import augment_batch, draw_changes
+from balpoe_jax.data.images.blur import GREATEST_SIGMA, blur, box_weights
+from balpoe_jax.data.images.hue import change_hue
+from balpoe_jax.data.images.jitter import color_jitter
+from balpoe_jax.data.images.resize import enlarge_windows
+from balpoe_jax.data.images.views import View, make_view
 from balpoe_jax.data.pipeline import (
     eval_batches,
     train_batches,
     view_batches,
 )
-from balpoe_jax.data.resampling import enlarge_windows
+from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings, Host
-from balpoe_jax.data.sources import ArraySource
-from balpoe_jax.data.views import View, make_view
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment import _train_settings
+from balpoe_jax.experiment.build import _train_settings
 from balpoe_jax.methods import RECIPES
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_views.npz"
@@ -56,20 +53,20 @@ def fixtures() -> dict[str, np.ndarray]:
 
 
 def packed(image: np.ndarray) -> tf.Tensor:
-    return pixels.pack(tf.constant(image))
+    return packed_ops.pack(tf.constant(image))
 
 
 def test_hue_equals_pillow_to_the_bit() -> None:
     colours = packed(fixtures()["colours"])
     for hue, expected in zip(fixtures()["hues"], fixtures()["turned"], strict=True):
-        output = pixels.unpack(change_hue(colours, tf.constant(hue)))
+        output = packed_ops.unpack(change_hue(colours, tf.constant(hue)))
         np.testing.assert_array_equal(output, expected, f"{hue}")
 
 
 def test_blur_equals_pillow_to_the_bit() -> None:
     for sigma, outputs in zip(fixtures()["sigmas"], fixtures()["blurred"], strict=True):
         for image, expected in zip(fixtures()["images"], outputs, strict=True):
-            output = pixels.unpack(blur(packed(image), box_weights(tf.constant(sigma))))
+            output = packed_ops.unpack(blur(packed(image), box_weights(tf.constant(sigma))))
             np.testing.assert_array_equal(output, expected, f"{sigma}")
 
 
@@ -82,7 +79,7 @@ def test_a_blur_has_the_deviation_that_it_is_called_by() -> None:
         assert abs(weights @ [1, 2, 2] - 1) < 1e-6
         # Of three passes of boxes.
         assert abs(3 * (weights @ [0, 2, 8]) - sigma**2) < 1e-4
-    output = pixels.unpack(blur(packed(image), box_weights(tf.constant(2.0)))).numpy()[..., 0]
+    output = packed_ops.unpack(blur(packed(image), box_weights(tf.constant(2.0)))).numpy()[..., 0]
     np.testing.assert_array_equal(output, output[::-1])
     np.testing.assert_array_equal(output, output[:, ::-1])
 
@@ -99,7 +96,7 @@ def test_jitter_with_hue_equals_pillow_to_the_bit() -> None:
     for factors, order, outputs in zip(*(fixtures()[name] for name in names), strict=True):
         for image, expected in zip(fixtures()["images"], outputs, strict=True):
             output = color_jitter(packed(image), tf.constant(factors), tf.constant(order))
-            np.testing.assert_array_equal(pixels.unpack(output), expected)
+            np.testing.assert_array_equal(packed_ops.unpack(output), expected)
 
 
 def test_without_colour_an_image_is_pillows_grey_one() -> None:

@@ -13,16 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from balpoe_jax.data import photos, samplers, unreadable
-from balpoe_jax.data.augment import normalize
+from balpoe_jax.data.batches import samplers, unreadable
+from balpoe_jax.data.batches.replacements import Replacements
+from balpoe_jax.data.batches.train_batch import Batch, TrainStages, to_input
+from balpoe_jax.data.images import decoding
+from balpoe_jax.data.images.augment import normalize
+from balpoe_jax.data.images.views import View
 from balpoe_jax.data.randomness import RowRandom, stream_seed
-from balpoe_jax.data.readers import make_reader
-from balpoe_jax.data.replacements import Replacements
+from balpoe_jax.data.records.readers import make_reader
+from balpoe_jax.data.records.sources import RecordSource, Source
 from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
-from balpoe_jax.data.sources import RecordSource, Source
-from balpoe_jax.data.stages import Batch, TrainStages, to_input
 from balpoe_jax.data.tracing import as_written
-from balpoe_jax.data.views import View
 from balpoe_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -142,7 +143,7 @@ def eval_batches(
 
     def decode(row: Batch) -> Batch:
         assert isinstance(source, RecordSource)
-        image = photos.decode_central(row["images"], source.resize, source.image_size)
+        image = decoding.decode_central(row["images"], source.resize, source.image_size)
         return {**row, "images": image}
 
     def finish(batch: Batch) -> Batch:
@@ -174,7 +175,7 @@ def view_batches(
         return RowRandom(stream_seed(seed, "views", epoch), len(source), positions)
 
     def draw(batch: Batch) -> Batch:
-        drawn = view.draw(photos.shapes(batch["images"]), random(batch["positions"]))
+        drawn = view.draw(decoding.shapes(batch["images"]), random(batch["positions"]))
         return {**batch, "drawn": drawn}
 
     def decode(row: Batch) -> Batch:

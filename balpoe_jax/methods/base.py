@@ -3,7 +3,7 @@
 
 A method is a frozen dataclass whose fields are its hyper-parameters. It is asked for the network to
 train, for the state that it keeps beside the parameters, for the loss of a step, stage by stage,
-and for what it predicts. All of these are pure functions for one device; `state.py` makes the step
+and for what it predicts. All of these are pure functions for one device; `step.py` makes the step
 of them, and nothing else in the package asks which method it is.
 """
 

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
+from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.projection import ProjectedEnsemble, Projection, check_single
+from balpoe_jax.methods.contrastive import ProjectedEnsemble, Projection, check_single
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.views import views
 from balpoe_jax.models import ExpertEnsemble
 
 

@@ -25,9 +25,10 @@ import numpy as np
 from flax import linen as nn
 
 from balpoe_jax.losses import log_prior
+from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 from balpoe_jax.methods.checks import check_choice, check_range
-from balpoe_jax.methods.projection import (
+from balpoe_jax.methods.contrastive import (
     ProjectedExperts,
     Projection,
     encode_slowly,
@@ -36,8 +37,7 @@ from balpoe_jax.methods.projection import (
     slow_copy,
 )
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.reweighted import cross_entropy
-from balpoe_jax.methods.views import views
+from balpoe_jax.methods.reweighting import cross_entropy
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
 

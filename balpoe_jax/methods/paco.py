@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from balpoe_jax.losses import log_prior
+from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.projection import (
+from balpoe_jax.methods.contrastive import (
     ProjectedEnsemble,
     Projection,
     check_single,
@@ -36,7 +37,6 @@ from balpoe_jax.methods.projection import (
     slow_copy,
 )
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.views import views
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
 

@@ -26,7 +26,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction, Stage
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.reweighted import Reweighted, cross_entropy
+from balpoe_jax.methods.reweighting import Reweighted, cross_entropy
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import LinearHead, normalize
 

@@ -4,7 +4,7 @@
 The experts learn the training distribution, a uniform one and an inverse one by logit adjustment;
 their mean is the prediction. On a target distribution their weights can be learnt from unlabelled
 test images, which is an option of every evaluation (`eval.aggregation_epochs`, see
-`balpoe_jax.aggregation`).
+`balpoe_jax.evaluation.expert_weights`).
 
 Followed is the authors' code (Vanint/SADE-AgnosticLT): the sum of the three losses, not their mean,
 and for the inverse distribution the training prior with its ranks reversed, which is proportional

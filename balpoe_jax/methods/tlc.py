@@ -29,15 +29,9 @@ import numpy as np
 
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.opinions import (
-    Opinion,
-    agreement,
-    divergence_from_uniform,
-    fuse,
-    opinion,
-)
+from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.reweighted import class_balanced_weights, cross_entropy, ldam_margins
+from balpoe_jax.methods.reweighting import class_balanced_weights, cross_entropy, ldam_margins
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.models import Outputs
 
@@ -84,7 +78,7 @@ class TLC(Method):
         diversity: weight of the reward for differing from the combined output.
         reweight_epoch: the first one with class weights and temperatures, counted from 0.
         temperature_spread: see `ride.class_temperatures`.
-        beta, max_margin: see `reweighted.Reweighted`.
+        beta, max_margin: see `reweighting.Reweighted`.
     """
 
     whole_batch = True

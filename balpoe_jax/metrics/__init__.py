@@ -20,7 +20,8 @@ from balpoe_jax.metrics.calibration import (
     softmax,
 )
 from balpoe_jax.metrics.marginals import kl_divergence, target_prior
-from balpoe_jax.metrics.predictions import (
+from balpoe_jax.metrics.prior_shift import prior_shift_p_value
+from balpoe_jax.metrics.summary import (
     MeanLogits,
     Summary,
     blocks,
@@ -28,8 +29,7 @@ from balpoe_jax.metrics.predictions import (
     predicted_classes,
     summarize,
 )
-from balpoe_jax.metrics.prior_shift import prior_shift_p_value
-from balpoe_jax.metrics.recalibration import Correction, fit_bias_correction, fit_temperature
+from balpoe_jax.metrics.temperature import Correction, fit_bias_correction, fit_temperature
 
 __all__ = [
     "DEFAULT_THRESHOLDS",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the examples of a batch are mixed, drawn by NumPy; the rules are those of `data.mixing`.
+"""How the examples of a batch are mixed, drawn by NumPy; the rules: `data.batches.mixing`.
 
 Labels and their shares are decided here. Of the pixels, the plan says what share an image keeps,
 and in which box the partner's pixels take their place.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which examples a batch is made of, by NumPy: functions of (seed, step) alone.
 
-The samplers are those of `balpoe_jax.data.samplers`, with other draws.
+The samplers are those of `balpoe_jax.data.batches.samplers`, with other draws.
 """
 
 from collections.abc import Callable

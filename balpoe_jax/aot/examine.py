@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles an experiment's steps for a TPU slice or a GPU without one, and tells what they need.
+
+    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
+    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
+
+The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
+(the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
+The data set need not be there: class counts are the published ones.
+
+Nothing is measured. A TPU's figures of time are the compiler's model of a core, without
+communication, which runs at the same time at best. A GPU's are limits: what moving the bytes takes
+at least, and what computing the products in bfloat16 does. A GPU's compiler chooses the algorithms
+of convolutions where it runs.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from absl import flags
+from ml_collections import ConfigDict
+
+from balpoe_jax import cli
+from balpoe_jax.aot import gpus, hlo, kernels
+from balpoe_jax.aot.flops import count_flops
+from balpoe_jax.aot.gpus import Gpu
+from balpoe_jax.aot.topologies import Chip, chip_of, compile_only_devices
+from balpoe_jax.errors import UserError, writing
+from balpoe_jax.parallel import make_parallel
+
+if TYPE_CHECKING:  # it takes a second to import
+    from balpoe_jax.experiment.build import Program
+
+Batch = dict[str, jax.ShapeDtypeStruct]
+
+# The mode that compiles for absent devices; pmap gives the same numbers, but only where they are.
+_MODE = "shard_map"
+
+# Size and unit of the figures in the text, by name.
+_ROWS = (
+    ("compile time, s", ("compile_seconds",), 1),
+    ("memory: arguments, MB", ("memory", "arguments"), 1e6),
+    ("memory: results, MB", ("memory", "outputs"), 1e6),
+    ("memory: of these shared, MB", ("memory", "aliased"), 1e6),
+    ("memory: temporaries, MB", ("memory", "temporaries"), 1e6),
+    ("memory: program, MB", ("memory", "code"), 1e6),
+    ("memory in all, MB", ("memory", "total"), 1e6),
+    ("  of the device's, %", ("memory", "fraction"), 0.01),
+    ("products needed, GFLOP", ("flops", "needed"), 1e9),
+    ("counted by the compiler, GFLOP", ("flops", "compiler"), 1e9),
+)
+_TPU_ROWS = (
+    ("estimated cycles, million", ("cycles",), 1e6),
+    ("  time, ms", ("seconds",), 1e-3),
+    ("  images/s on all devices", ("images_per_second",), 1),
+    ("  utilisation, %", ("utilisation",), 0.01),
+)
+_GPU_ROWS = (
+    ("kernels", ("kernels", "count"), 1),
+    *((f"  {kind}", ("kernels", "kinds", kind), 1) for kind in kernels.KINDS),
+    ("launches", ("kernels", "launches"), 1),
+    ("memory traffic, MB", ("kernels", "bytes"), 1e6),
+    ("  takes at least, ms", ("kernels", "traffic_seconds"), 1e-3),
+    ("products take at least, ms", ("kernels", "product_seconds"), 1e-3),
+)
+
+
+def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles both steps of an experiment for a topology; what the command prints, plain.
+
+    Raises:
+        UserError (a `ValueError`): a topology that is unknown, no compiler, a config that is not
+            valid or whose batch the devices cannot share, or steps that need too much memory.
+    """
+    if topology in gpus.TOPOLOGIES:
+        gpu = gpus.GPUS[topology.partition(":")[0]]
+        found = examine_on(config, gpus.compile_only_devices(topology), gpu)
+    else:
+        found = examine_on(config, compile_only_devices(topology), chip_of(topology))
+    return {"topology": topology, **found}
+
+
+def examine_on(
+    config: ConfigDict, devices: Sequence[jax.Device], chip: Chip | Gpu, evaluation: bool = True
+) -> dict[str, Any]:
+    """The same for given devices, each of which is such a chip; without the eval step if wanted."""
+    # Here and not above, so that wrong flags are told at once.
+    from balpoe_jax.data.datasets import published
+    from balpoe_jax.experiment.build import build_program, num_parameters
+
+    counts, image_shape = published(
+        config.data.name, config.data.imbalance_ratio, config.data.image_size
+    )
+    parallel = make_parallel(_MODE, devices)
+
+    def build(remat: bool) -> Any:
+        changed = config.copy_and_resolve_references()
+        changed.model.remat = remat
+        return build_program(changed, parallel, counts, image_shape)
+
+    program, plain = build(config.model.remat), build(remat=False)
+    state = program.abstract_state()
+
+    train_batch, eval_batch = abstract_batches(program)
+    train_arguments, eval_arguments = (state, train_batch), (state.variables, eval_batch)
+    # What is computed twice to save memory is needed once.
+    train_flops = count_flops(plain.map_train_step(), *train_arguments)
+    train_step = program.map_train_step()
+    if config.data.pipeline == "device":
+        train_step, *planned = _planned_step(config, program, counts)
+        train_arguments = (state, *planned)
+    found = {
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "hbm_bytes": chip.hbm_bytes,
+        "peak_flops": chip.peak_flops,
+        "parallel_mode": _MODE,
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "num_experts": config.model.num_experts,
+        "expert_map": program.model.expert_map,
+        "num_parameters": num_parameters(state.params),
+        "image_shape": image_shape,
+        "accumulate": config.optim.accumulate,
+        "pipeline": config.data.pipeline or "host",
+        "train": examine_step(train_step, train_arguments, config.batch_size, train_flops, chip),
+    }
+    if evaluation:
+        eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
+        found["eval"] = examine_step(
+            program.map_eval_step(), eval_arguments, program.eval_batch_size, eval_flops, chip
+        )
+    return found
+
+
+def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
+    """Shapes, dtypes and placement of what `data.pipeline` feeds the train and the eval step."""
+
+    def batch(size: int, **dtypes: Any) -> Batch:
+        shapes = {name: program.image_shape if "images" in name else () for name in dtypes}
+        placement = program.parallel.sharded
+        return {
+            name: jax.ShapeDtypeStruct((size, *shapes[name]), dtype, sharding=placement)
+            for name, dtype in dtypes.items()
+        }
+
+    images, labels = jnp.dtype(program.config["model"]["dtype"]), jnp.int32
+    return (
+        batch(
+            program.config["batch_size"],
+            images=images,
+            **{f"images_{view}": images for view in range(2, program.method.views + 1)},
+            labels=labels,
+            other_labels=labels,
+            weight=jnp.float32,
+        ),
+        batch(program.eval_batch_size, images=images, labels=labels, mask=jnp.bool_),
+    )
+
+
+def _planned_step(
+    config: ConfigDict, program: "Program", counts: npt.NDArray[np.int64]
+) -> tuple[Any, Any, Any]:
+    """The train step that makes its own batch, with its abstract plan and constants."""
+    from balpoe_jax.data.device.plans import Planner
+    from balpoe_jax.experiment.build import stage_settings
+    from balpoe_jax.experiment.inputs import map_planned_step
+
+    labels = np.repeat(np.arange(len(counts)), counts)
+    planner = Planner(labels, program.image_shape, stage_settings(config)[0])
+    placed = program.parallel
+
+    def abstract(tree: Any, placement: jax.sharding.Sharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree
+        )
+
+    images = jax.ShapeDtypeStruct((len(labels), *program.image_shape[:2]), jnp.uint32)
+    constants = {"images": images, "tables": planner.tables()}
+    return (
+        map_planned_step(placed, program.train_step(), planner, scanned=False),
+        abstract(planner.step(0), placed.sharded),
+        abstract(constants, placed.replicated),
+    )
+
+
+def examine_step(
+    step: Any, arguments: tuple[Any, ...], batch_size: int, needed_flops: int, chip: Chip | Gpu
+) -> dict[str, Any]:
+    """Compiles a step and tells what it needs, as part of what `examine` returns.
+
+    Args:
+        step: what `jax.jit` returns, over devices that are such chips.
+        arguments: abstract and placed, see `jax.ShapeDtypeStruct`.
+        batch_size: of all devices.
+        needed_flops: of one device, see `flops.count_flops`.
+        chip: of each device.
+    """
+    start = time.perf_counter()
+    try:
+        compiled, launches = _compile(step.lower(*arguments), chip)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"The step does not fit into a device's memory ({reason}); choose a smaller "
+            "--config.batch_size, --config.optim.accumulate=2 or more, --config.model.remat=True, "
+            "--config.model.dtype=bfloat16 or a larger topology."
+        ) from error
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    cycles = hlo.estimated_cycles(text)
+    found = {
+        "batch_size": batch_size,
+        "compile_seconds": seconds,
+        "memory": _memory(compiled.memory_analysis(), chip),
+        "flops": {
+            "needed": needed_flops,
+            "compiler": (compiled.cost_analysis() or {}).get("flops"),  # a GPU's keeps silent
+        },
+        "collectives": [
+            {"kind": each.kind, "count": each.count, "bytes": each.bytes}
+            for each in hlo.collectives(text)
+        ],
+    }
+    if isinstance(chip, Gpu):
+        counted = kernels.kernels(text)
+        return found | {
+            "kernels": {
+                "count": counted.count,
+                "kinds": counted.kinds,
+                "launches": launches,
+                "bytes": counted.bytes,
+                "traffic_seconds": counted.bytes / chip.bandwidth,
+                "product_seconds": needed_flops / chip.peak_flops,
+            }
+        }
+    duration = cycles / chip.clock_hertz if cycles else None
+    return found | {
+        "cycles": cycles,
+        "seconds": duration,
+        "images_per_second": batch_size / duration if duration else None,
+        "utilisation": needed_flops / (cycles * chip.flops_per_cycle) if cycles else None,
+    }
+
+
+def _compile(lowered: Any, chip: Chip | Gpu) -> tuple[Any, int | None]:
+    """The compiled program, and of one for a GPU its launches, which only a dump tells."""
+    if not isinstance(chip, Gpu):
+        return lowered.compile(), None
+    with tempfile.TemporaryDirectory() as dump:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        return compiled, kernels.launches(Path(dump))
+
+
+def _memory(stats: Any, chip: Chip | Gpu) -> dict[str, float]:
+    """Bytes on one device; the results' that reuse arguments' are counted once in the total."""
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    total = sum(memory.values()) - 2 * memory["aliased"]
+    return {**memory, "total": total, "fraction": total / chip.hbm_bytes}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `examine` returns, for a terminal."""
+    from balpoe_jax.reporting import tables
+
+    steps = [found["train"], found["eval"]]
+    own = _GPU_ROWS if "kernels" in found["train"] else _TPU_ROWS
+    rows = [
+        (label, [_figure(step, path, unit) for step in steps])
+        for label, path, unit in (*_ROWS, *own)
+    ]
+    for kind in hlo.COLLECTIVES:
+        of_kind = [[each for each in s["collectives"] if each["kind"] == kind] for s in steps]
+        if any(of_kind):
+            rows.append((kind, [str(sum(e["count"] for e in each)) for each in of_kind]))
+            sizes = [_shown(sum(e["bytes"] for e in each) / 1e6) for each in of_kind]
+            rows.append((f"  {kind}, MB", sizes))
+    columns = tuple(tables.Column(name) for name in ("train", "eval"))
+    parts = [
+        f"{step['batch_size']} ({step['batch_size'] // found['devices']} a device" for step in steps
+    ]
+    microbatches, note = "", ""
+    if found["accumulate"] > 1:
+        microbatches = f" in {found['accumulate']} microbatches"
+        note = " (the compiler counts the operations of one microbatch)"
+    return "\n".join(
+        (
+            f"{found['model']}, experts: {found['num_experts']} ({found['expert_map']}), "
+            f"{found['dtype']}, {found['num_parameters']:,} parameters, images of "
+            f"{'x'.join(map(str, found['image_shape']))}",
+            f"{found['devices']} devices {found['device_kind']}, global batch to train: "
+            f"{parts[0]}{microbatches}), to evaluate: {parts[1]})",
+            f"Compiled with parallel.mode={_MODE}: pmap compiles only where the devices are",
+            f"Figures are of one device and step{note}:",
+            "",
+            tables.as_text(tables.Table("aot", "", columns, rows)),
+        )
+    )
+
+
+def _figure(step: dict[str, Any], path: tuple[str, ...], unit: float) -> str:
+    value: Any = step
+    for key in path:
+        value = value.get(key)
+    return "-" if value is None else _shown(value / unit)
+
+
+def _shown(value: float) -> str:
+    """Four digits, all digits of large numbers, and none of an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{float(f'{value:.3g}'):g}"
+
+
+def define_flags() -> None:
+    """Defines --config, --topology and --output."""
+    cli.define_config_flag()
+    flags.DEFINE_string(
+        "topology", None, "TPU slice or GPU to compile for, such as v5e:4x4 or h100."
+    )
+    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.mark_flag_as_required("topology")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compiles and prints as the flags say."""
+    if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--output must be a file in a folder that is there, got {output}.")
+    jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays untouched
+    found = examine(flags.FLAGS.config, flags.FLAGS.topology)
+    print(as_text(found))
+    if output:
+        with writing(output):
+            output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

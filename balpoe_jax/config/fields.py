@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of an experiment, their defaults, and the arguments after a config file's colon.
+
+A file in `configs/` has a function `get_config(arguments)` that starts from `default_config`, sets
+what its data set needs, and returns it; `--config=FILE:key=value,...` passes the arguments, and
+`--config.field=value` overrides any field afterwards.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from balpoe_jax.config.limits import LIMITS, MEMBERS
+from balpoe_jax.errors import UserError
+from balpoe_jax.losses import equidistant_taus
+from balpoe_jax.methods import METHODS, make_method, settings
+
+# In one call of a compiled program, whose plan is made on the host and sent to the devices.
+_MOST_STEPS = 10_000
+
+# In which a model's body may compute.
+DTYPES = ("float32", "bfloat16")
+
+# Of float32 convolutions and products, by what JAX calls them.
+PRECISIONS = {"tf32": "tensorfloat32", "full": "highest"}
+
+# What a whole number in a config file's arguments may be, before `check_config` looks closer.
+_LONGEST = 2**31
+
+# Sections of further views of the training images, which not every config has.
+VIEWS = ("view2", "view3")
+
+# And of the views that test images have where weights of experts are learnt from them.
+TEST_VIEW = "test_view"
+# What happens to half of the images of the first view.
+OTHER_AUGMENT = "other_augment"
+# Sections that a config may have, with the fields of augment.
+AUGMENTATIONS = (*VIEWS, TEST_VIEW, OTHER_AUGMENT)
+
+BAD_IMAGE_POLICIES = ("fail", "skip")
+
+
+def default_config() -> ConfigDict:
+    """Every field of an experiment with its default: the CIFAR recipe, without a data set.
+
+    Fields (sizes of batches are global; durations carry their unit in their name):
+        seed: of initialisation, order, augmentation and mixup.
+        total_epochs, batch_size.
+        remark: free text that results and report carry.
+        log_every_steps: a progress line and a row of metrics.jsonl each time.
+        cache_dir: folder in which the commands keep compiled programs for their next start; empty
+            for none. None: `balpoe_jax/xla` in the user's folder of caches (`~/.cache`), by kind of
+            machine. Its files are run as code: it must be a folder of your own.
+        data.name: see `balpoe_jax.data.datasets.DATASETS`.
+        data.data_dir: place of the data set. A TFDS folder; for CIFAR also the binary archive, a
+            `.npz` file or a folder that holds one, see `balpoe_jax.data.datasets.cifar`. Empty for
+            the default of TFDS, and without TFDS for the archive in the user's cache.
+        data.imbalance_ratio: largest over smallest class.
+        data.selection_seed: of the kept images.
+        data.check_counts: refuse a data set whose class counts are not the published ones.
+        data.check_archive: refuse an archive of CIFAR whose checksum is not the published one.
+        data.shot_thresholds: few-shot below the first, many-shot above the second.
+        data.mean, data.std: normalisation by channel.
+        data.image_size: height and width in pixels of photographs; 0 where images have one size.
+        data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
+            of the image size, 256 for 224.
+        data.threads: of the host's input pipeline; 0 for all cores.
+        data.pipeline: Place where batches are made: "device" (the data set lies in device memory
+            and the compiled step makes them) or "host" (tf.data); None for the device where the
+            set fits and the platform is an accelerator, or where TensorFlow is not installed. A
+            run goes on in the pipeline that it began in.
+        data.steps_per_dispatch: Number of steps that the device pipeline makes in one call of a
+            compiled program, which ends early at a checkpoint, an evaluation or a change of stage;
+            None for an epoch on an accelerator and 1 on a CPU, where loops are slow.
+        data.on_bad_image: what a photograph does that cannot be read in training: "fail" ends the
+            run and names it, "skip" trains on the next one of its class, and records it. In
+            testing it ends the evaluation, since the figures would be of another test set.
+        data.sampler: "shuffle", "class_balanced" or "class_aware", see
+            `balpoe_jax.data.batches.samplers`; data.class_run: so many examples of a class follow
+            each other in "class_aware".
+        augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
+            saturation), .policy, .cutout (side in pixels), .crop_area, .hue, .jitter_probability,
+            .grayscale, .blur, .randaugment_layers, .randaugment_magnitude: see
+            `balpoe_jax.data.settings.AugmentSettings`; photographs are cropped at random while they
+            are decoded.
+        method.name: the class of the method, see `balpoe_jax.methods`, and as method.* its
+            hyper-parameters; a config file's argument `method=` sets them all.
+        stage2.*: of a method with a second stage: `epochs` (0 for none), `batch_size` (0 for the
+            first stage's) and what takes the place of fields of `optim` and `data`.
+        other_augment.*: with this section, half of the images (of the first view), drawn one by
+            one, are augmented by it instead, whose fields are those of augment.
+        view2.*, view3.*: of a second and a third view of each training image, the fields of
+            augment; only methods that need them have these sections.
+        mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
+            .first_epoch and .last_epoch (counted from 0, without the last; 0 for the end), .kappa,
+            .threshold, .exponent, .partners: see `balpoe_jax.data.settings.MixSettings`.
+        model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
+            the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
+            "auto" is, for the networks for small images, "vmap" on TPUs and "stacked" on GPUs, and
+            "loop" otherwise;
+            model.dtype: of the body's computations and of the images, "float32" or "bfloat16"
+            (parameters, statistics, heads and loss are float32 in both); model.precision: of the
+            convolutions and products of a float32 body, "tf32" (10 bits behind the point) or "full"
+            (all 23); None for the platform's default, which is TF32 on GPUs since Ampere, bfloat16
+            products on TPUs, and full on CPUs, which always are. A TPU makes up "tf32" of three
+            bfloat16 products and "full" of six; model.remat: compute
+            activations anew for the gradient instead of keeping them, and with them the
+            communication of BatchNorm's statistics.
+        loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
+        optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
+            after the other to save memory; see `balpoe_jax.step.make_train_step`.
+        optim.skip_non_finite: steps of a run whose loss, gradient or update may be not finite: so
+            many are made without an update, the next one ends the run. 0: the first one does.
+        optim.*: see `balpoe_jax.optim`.
+        parallel.mode: "pmap" or "shard_map"; parallel.sync_batch_norm: statistics over the
+            global batch instead of each device's part.
+        eval.batch_size; eval.num_bins: of calibration errors and reliability diagrams.
+        eval.every_epochs: also during training; 0 for the end only.
+        eval.held_out_per_class: training images that the selection left out, on which temperatures
+            and the correction before prior estimation are fitted; 0 for none.
+        eval.shift_ratios: of the forward and backward test sets.
+        eval.shift_lists: files or patterns of published lists, separated by commas, instead of
+            the rule; see `balpoe_jax.data.datasets.test_distributions`.
+        eval.prior_strength: weight of the uniform prior against the unlabelled examples when the
+            target prior is estimated; eval.prior_significance: the level at which predictions must
+            show a shift for the estimate to be used; see `balpoe_jax.evaluation.scoring.score`.
+        eval.aggregation_epochs: passes over each target distribution's unlabelled images in which
+            weights of the experts are learnt; 0 for none. eval.aggregation_rate: of that learning,
+            see `balpoe_jax.evaluation.expert_weights`. test_view.*: the random views that it needs,
+            the fields of augment; without this section they are as in training.
+        checkpoint.every_epochs, checkpoint.keep.
+        profile.steps: the first and the last step of a profiler trace, written into the workdir's
+            folder `profile`; empty for none.
+
+    A field that is added later must have the default that does what was done before there was the
+    field: the record of an older run, which lacks it, is read as if it had the default (see
+    `with_defaults`).
+    """
+    config = ConfigDict()
+    config.seed = 1
+    config.total_epochs = 200
+    config.batch_size = 128
+    config.remark = ""
+    config.log_every_steps = 50
+    config.cache_dir = placeholder(str)
+    config.data = ConfigDict(
+        {
+            "name": "",
+            "data_dir": "",
+            "imbalance_ratio": 100.0,
+            "selection_seed": 0,
+            "check_counts": True,
+            "check_archive": True,
+            "shot_thresholds": (20, 100),
+            # The reference normalises CIFAR-100 with these constants of CIFAR-10 too.
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2023, 0.1994, 0.2010),
+            "image_size": 0,
+            "resize": 0,
+            "threads": 0,
+            "pipeline": placeholder(str),
+            "steps_per_dispatch": placeholder(int),
+            "on_bad_image": "fail",
+            "sampler": "shuffle",
+            "class_run": 1,
+        }
+    )
+    config.augment = ConfigDict(
+        {
+            "crop_padding": 4,
+            "flip": True,
+            "rotation": 15.0,
+            "color_jitter": (0.0, 0.0, 0.0),
+            "policy": "none",
+            "cutout": 0,
+            "crop_area": 0.0,
+            "hue": 0.0,
+            "jitter_probability": 1.0,
+            "grayscale": 0.0,
+            "blur": 0.0,
+            "randaugment_layers": 2,
+            "randaugment_magnitude": 10.0,
+        }
+    )
+    config.mixup = ConfigDict(
+        {
+            "alpha": 0.4,
+            "groups": 1,
+            "rule": "mixup",
+            "probability": 1.0,
+            "first_epoch": 0,
+            "last_epoch": 0,
+            "kappa": 3.0,
+            "threshold": 0.5,
+            "exponent": 0.0,
+            "partners": "batch",
+        }
+    )
+    config.method = ConfigDict({"name": "balpoe"})
+    config.model = ConfigDict(
+        {
+            "name": "resnet32",
+            "num_experts": 3,
+            "classifier": "cosine",
+            "scale": 30.0,
+            "reduce_dimension": False,
+            "shared_stages": -2,
+            "expert_map": "auto",
+            "dtype": "float32",
+            "precision": placeholder(str),
+            "remat": False,
+        }
+    )
+    config.loss = ConfigDict({"taus": (), "tau_min": 0.0, "tau_max": 2.0})
+    config.optim = ConfigDict(
+        {
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "schedule": "step",
+            "boundaries": (160, 180),
+            "factor": 0.1,
+            "warmup_epochs": 5,
+            "warmup_start": 0.0,
+            "accumulate": 1,
+            "skip_non_finite": 0,
+        }
+    )
+    config.parallel = ConfigDict({"mode": "pmap", "sync_batch_norm": True})
+    config.eval = ConfigDict(
+        {
+            "batch_size": 512,
+            "num_bins": 15,
+            "every_epochs": 0,
+            "held_out_per_class": 20,
+            "shift_ratios": (2.0, 5.0, 10.0, 25.0, 50.0),
+            "shift_lists": "",
+            "prior_strength": 0.3,
+            "prior_significance": 0.01,
+            "aggregation_epochs": 0,
+            "aggregation_rate": 0.1,
+        }
+    )
+    config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
+    config.profile = ConfigDict({"steps": ()})
+    return config
+
+
+def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config's values, and the defaults of the fields that it was recorded before.
+
+    Args:
+        recorded: as nested dictionaries; lists, which tuples become in JSON, become tuples again.
+    """
+    defaults = default_config().to_dict()
+    method = recorded.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else None
+    if isinstance(name, str) and name in METHODS:
+        defaults["method"] = settings(METHODS[name]())
+    for section in AUGMENTATIONS:
+        if section in recorded:
+            defaults[section] = dict(defaults["augment"])
+    return _merged(defaults, recorded)
+
+
+def _merged(default: Any, recorded: Any) -> Any:
+    """Recorded values over defaults, section by section."""
+    if isinstance(recorded, Mapping):
+        default = default if isinstance(default, Mapping) else {}
+        merged = {name: _merged(default.get(name), value) for name, value in recorded.items()}
+        return {**default, **merged}
+    return tuple(_merged(None, x) for x in recorded) if isinstance(recorded, list) else recorded
+
+
+def resolve_taus(config: ConfigDict) -> tuple[float, ...]:
+    """The tau of each expert, from the list or from its two ends.
+
+    Raises:
+        UserError (a `ValueError`): a list whose length is not the number of experts.
+    """
+    experts = config.model.num_experts
+    if not config.loss.taus:
+        return equidistant_taus(config.loss.tau_min, config.loss.tau_max, experts)
+    if len(config.loss.taus) != experts:
+        raise UserError(
+            f"loss.taus must have one value for each of the {experts} experts, got "
+            f"{len(config.loss.taus)} ({config.loss.taus}); change the list or model.num_experts."
+        )
+    return tuple(float(tau) for tau in config.loss.taus)
+
+
+def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
+    """Parses `key=value,...` against typed defaults.
+
+    Args:
+        text: what stands after the colon of `--config=FILE:text`; None or empty for nothing.
+        **specification: by key, the default, whose type the value must have; a type, for a value
+            that is None by default; or a tuple of the valid values, the default first.
+
+    Returns:
+        A namespace with every key.
+
+    Raises:
+        UserError (a `ValueError`): an unknown key, a key given twice, or a value that is not valid.
+    """
+    values = {
+        key: default[0]
+        if isinstance(default, tuple)
+        else None
+        if isinstance(default, type)
+        else default
+        for key, default in specification.items()
+    }
+    seen: set[str] = set()
+    for item in filter(None, (text or "").split(",")):
+        key, equals, value = item.partition("=")
+        if key not in specification:
+            raise UserError(
+                f"Unknown config argument {_shown(key)!r}; choose from {', '.join(specification)}."
+            )
+        if not equals or key in seen:
+            raise UserError(f"Write each config argument once, as key=value; got {_shown(item)!r}.")
+        seen.add(key)
+        values[key] = _parse_value(key, value, specification[key])
+    return SimpleNamespace(**values)
+
+
+def _parse_value(key: str, value: str, default: Any) -> Any:
+    choices = default if isinstance(default, tuple) else None
+    kind = default if isinstance(default, type) else type(choices[0] if choices else default)
+    try:
+        parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError) as error:
+        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise UserError(
+            f"Config argument {key} must be {wanted}, got {_shown(value)!r}."
+        ) from error
+    if kind is int and abs(parsed) > _LONGEST:
+        raise UserError(f"Config argument {key} must be at most {_LONGEST}, got {_shown(value)!r}.")
+    if choices and parsed not in choices:
+        valid = ", ".join(str(choice) for choice in choices)
+        raise UserError(f"Config argument {key} must be one of {valid}; got {_shown(value)!r}.")
+    return parsed
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses values that no part below would refuse by itself, before anything is written.
+
+    Raises:
+        UserError (a `ValueError`): naming the field, its value and what is valid.
+    """
+    for field, limits in LIMITS.items():
+        for named in _with_views(config, field):
+            _check_number(config, named, limits)
+    for field, limits_of_members in MEMBERS.items():
+        for named in _with_views(config, field):
+            _check_members(config, named, limits_of_members)
+    if config.model.dtype not in DTYPES:
+        raise UserError(
+            f"Unknown config.model.dtype {_shown(config.model.dtype)!r}; choose from "
+            f"{', '.join(DTYPES)}."
+        )
+    precision = config.model.precision
+    if precision is not None and (precision not in PRECISIONS or config.model.dtype != "float32"):
+        raise UserError(
+            f"config.model.precision must be one of {', '.join(PRECISIONS)} with "
+            f"config.model.dtype=float32, or None, got {_shown(precision)!r} with "
+            f"{config.model.dtype}."
+        )
+    if config.data.on_bad_image not in BAD_IMAGE_POLICIES:
+        raise UserError(
+            f"Unknown config.data.on_bad_image {_shown(config.data.on_bad_image)!r}; choose from "
+            f"{', '.join(BAD_IMAGE_POLICIES)}."
+        )
+    dispatched = config.data.steps_per_dispatch
+    if dispatched is not None and not 1 <= dispatched <= _MOST_STEPS:
+        raise UserError(
+            f"config.data.steps_per_dispatch must be 1 to {_MOST_STEPS}, or None for the default; "
+            f"got {_shown(dispatched)}."
+        )
+    steps = tuple(config.profile.steps)
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise UserError(
+            "config.profile.steps must be the first and the last step to trace, counted from 1, "
+            f"such as (11,13); got {steps}."
+        )
+    resolve_taus(config)
+    make_method(config.method.to_dict())
+
+
+def _with_views(config: ConfigDict, field: str) -> list[str]:
+    """The field, and if it is one of augmentation the same one of each further view."""
+    section, _, name = field.partition(".")
+    sections = AUGMENTATIONS if section == "augment" else ()
+    views = [view for view in sections if view in config]
+    return [field, *(f"{view}.{name}" for view in views)]
+
+
+def _check_number(config: ConfigDict, field: str, limits: tuple[float, float]) -> None:
+    value, (least, most) = _field(config, field), limits
+    if not value >= least:
+        raise UserError(f"config.{field} must be at least {least:g}, got {_shown(value)}.")
+    if not value <= most:
+        raise UserError(f"config.{field} must be at most {most:.10g}, got {_shown(value)}.")
+
+
+def _check_members(config: ConfigDict, field: str, limits: tuple[int | None, float, float]) -> None:
+    values, (length, least, most) = _field(config, field), limits
+    if not (isinstance(values, tuple | list) and all(map(_is_number, values))) or (
+        length is not None and len(values) != length
+    ):
+        wanted = "numbers" if length is None else f"{length} numbers"
+        raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {_shown(values)}.")
+    if not all(least <= value <= most for value in values):
+        raise UserError(
+            f"config.{field} must be from {least:.10g} to {most:g}, got {_shown(values)}."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value[name]
+    return value

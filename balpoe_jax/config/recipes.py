@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes as data, and the configs that they make of a config file's arguments.
+
+BalPoE's training is the one to start from; a method's own recipe, which `balpoe_jax.methods` holds,
+changes it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from balpoe_jax import config as config_lib
+from balpoe_jax.methods import RECIPES, settings
+from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
+
+# Which schedule and augmentation a config file's argument asks for: the method's own, or one of
+# BalPoE's, with which all methods can be compared.
+RECIPE_CHOICES = ("own", "standard", "strong", "long")
+
+# The second stage of a method that has one: what is not here is as in the first stage.
+_STAGE2 = {
+    "epochs": 0,
+    "batch_size": 0,
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "schedule": "cosine",
+    "boundaries": (),
+    "factor": 0.1,
+    "warmup_epochs": 0,
+    "warmup_start": 0.0,
+    "sampler": "shuffle",
+    "class_run": 1,
+}
+
+# The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
+# augmented strongly (AutoAugment) instead of rotated.
+CIFAR_RECIPES = {
+    "standard": (200, (160, 180), 5, False),
+    "strong": (200, (160, 180), 5, True),
+    "long": (400, (320, 360), 10, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotoRecipe:
+    """How the reference trains on a data set of photographs.
+
+    Attributes:
+        name: of the data set, see `balpoe_jax.data.datasets.photos.NATURAL`.
+        argument: what methods' recipes call it.
+        imbalance_ratio: of the published training set.
+        mean, std: of the normalisation, by channel.
+        epochs: of the standard and of the long schedule.
+        batch_size, learning_rate, weight_decay: of all recipes.
+        taus: ends of BalPoE's range of taus.
+        mixup_alpha: of all recipes.
+        color_jitter: of the standard recipe; the others have 0.4.
+        shift_ratios: of the published target distributions.
+    """
+
+    name: str
+    argument: str
+    imbalance_ratio: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    epochs: tuple[int, int]
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    taus: tuple[float, float]
+    mixup_alpha: float
+    color_jitter: float
+    shift_ratios: tuple[float, ...]
+
+
+IMAGENET_LT = PhotoRecipe(
+    name="imagenet_lt",
+    argument="imagenet_lt",
+    imbalance_ratio=256.0,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    epochs=(180, 400),
+    batch_size=64,
+    learning_rate=0.025,
+    weight_decay=5e-4,
+    # Their mean is 1.25, not 1: the reference's own setting.
+    taus=(0.0, 2.5),
+    mixup_alpha=0.3,
+    color_jitter=0.4,
+    shift_ratios=(2.0, 5.0, 10.0, 25.0, 50.0),
+)
+
+INATURALIST2018 = PhotoRecipe(
+    name="i_naturalist2018",
+    argument="inaturalist2018",
+    imbalance_ratio=500.0,
+    mean=(0.466, 0.471, 0.380),
+    std=(0.195, 0.194, 0.192),
+    epochs=(100, 400),
+    batch_size=512,
+    learning_rate=0.2,
+    weight_decay=2e-4,
+    taus=(-1.0, 3.0),
+    mixup_alpha=0.2,
+    color_jitter=0.0,
+    shift_ratios=(2.0, 3.0),
+)
+
+
+def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> ConfigDict:
+    """The experiment on a long-tailed CIFAR that a config file's arguments ask for.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        mixup_alpha: of the data set's recipes.
+        arguments: ir, recipe, method, mixup, experts, backbone, epochs; see `configs/`.
+
+    Raises:
+        UserError (a `ValueError`): an argument that is not valid.
+    """
+    args = config_lib.parse_arguments(
+        arguments,
+        ir=(100, 50, 10),
+        recipe=RECIPE_CHOICES,
+        method=tuple(RECIPES),
+        mixup=bool,
+        experts=0,
+        backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
+        epochs=0,
+    )
+    config = config_lib.default_config()
+    config.data.name = name
+    config.data.imbalance_ratio = float(args.ir)
+    config.model.name = args.backbone
+    config.mixup.alpha = mixup_alpha
+    _set_cifar_recipe(config, "standard" if args.recipe == "own" else args.recipe)
+    set_method(config, f"{name}_lt", args, f"ir={args.ir}")
+    return config
+
+
+def set_method(
+    config: ConfigDict,
+    dataset: str,
+    args: SimpleNamespace,
+    *arguments: str,
+    balpoe_taus: tuple[float, float] = (0.0, 2.0),
+) -> None:
+    """Makes a config that holds BalPoE's training that of another method.
+
+    Args:
+        config: changed in place; with a data set, its mixup, and one of BalPoE's recipes.
+        dataset: as in `Recipe.on`.
+        args: `method`, one of `RECIPES`; `recipe`, one of `RECIPE_CHOICES`; `experts`, 0 for the
+            method's own number; `mixup`, None for the method's own way; `epochs`, to which the
+            training is scaled, 0 for its own length.
+        *arguments: as in `Recipe.own`.
+        balpoe_taus: ends of BalPoE's range, which depend on the data set.
+    """
+    recipe = RECIPES[args.method]
+    config.method = ConfigDict(settings(recipe.method))
+    config.model.num_experts = args.experts or recipe.experts
+    config.loss.tau_min, config.loss.tau_max = recipe.taus or balpoe_taus
+    alpha = config.mixup.alpha
+    if not recipe.mixup:
+        config.mixup.alpha = 0.0
+    own_long = f"{dataset}:recipe=long" in recipe.on and args.recipe == "long"
+    fields = recipe.own(dataset, *arguments, *(["recipe=long"] if own_long else []))
+    own_epochs = fields.get("total_epochs", recipe.epochs)
+    if args.recipe != "own" and not own_long:
+        fields = {name: value for name, value in fields.items() if not _is_of_schedule(name)}
+    _set_fields(config, fields)
+    for number in range(2, recipe.method.views + 1):
+        if f"view{number}" not in config:  # which the recipe does not describe: as the first one
+            config[f"view{number}"] = config.augment.copy_and_resolve_references()
+    if args.mixup is not None:
+        config.mixup.alpha = (config.mixup.alpha or alpha) if args.mixup else 0.0
+    _scale_epochs(config, fields, own_epochs, args.epochs or config.total_epochs)
+
+
+def _is_of_schedule(field: str) -> bool:
+    """Whether a field is one of those that BalPoE's recipes set for all methods."""
+    return field in ("total_epochs", "batch_size") or field.startswith(
+        ("optim.", "augment.", f"{config_lib.OTHER_AUGMENT}.")
+    )
+
+
+def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
+    for field, value in fields.items():
+        section, _, name = field.rpartition(".")
+        if section == "stage2" and section not in config:
+            config.stage2 = ConfigDict(_STAGE2)
+        if section in config_lib.AUGMENTATIONS and section not in config:
+            config[section] = ConfigDict(config_lib.default_config().augment)
+        part = config[section] if section else config
+        if name not in part:
+            raise KeyError(f"The recipe's field {field} is none of a config.")
+        part[name] = value
+
+
+def _scale_epochs(
+    config: ConfigDict, fields: Mapping[str, Any], own_epochs: int, epochs: int
+) -> None:
+    """Sets the length of the training, and what of the recipe happens at an epoch with it."""
+    scale = epochs / config.total_epochs
+    config.total_epochs = epochs
+    config.optim.boundaries = tuple(round(x * scale) for x in config.optim.boundaries)
+    config.optim.warmup_epochs = round(config.optim.warmup_epochs * scale)
+    # Each once: a recipe may set a method's field for a data set.
+    for field in {**{f"method.{name}": None for name in config.method}, **fields}:
+        section, _, name = field.rpartition(".")
+        # What a trained model is evaluated with does not depend on how long it was trained.
+        if section not in ("", "optim", "eval") and name.endswith(
+            ("epoch", "epochs", "boundaries")
+        ):
+            config[section][name] = _scaled(config[section][name], epochs / own_epochs)
+
+
+def _scaled(value: Any, scale: float) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_scaled(each, scale) for each in value)
+    return (
+        max(1, round(value * scale)) if value > 0 else value
+    )  # 0 and -1 have meanings of their own
+
+
+def _set_cifar_recipe(config: ConfigDict, recipe: str) -> None:
+    """Sets the schedule and augmentation of one of `CIFAR_RECIPES`."""
+    epochs, boundaries, warmup, strong = CIFAR_RECIPES[recipe]
+    config.total_epochs = epochs
+    config.optim.boundaries = boundaries
+    config.optim.warmup_epochs = warmup
+    if strong:
+        config.augment.rotation = 0.0
+        config.augment.policy = "autoaugment_cifar"
+
+
+def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
+    """The experiment on photographs that a config file's arguments ask for.
+
+    Args:
+        recipe: of the data set.
+        arguments: backbone, recipe, method, mixup, experts, epochs, batch_size; see `configs/`.
+
+    Raises:
+        UserError (a `ValueError`): an argument that is not valid.
+    """
+    args = config_lib.parse_arguments(
+        arguments,
+        backbone=tuple(IMAGENET_MODELS),
+        recipe=RECIPE_CHOICES,
+        method=tuple(RECIPES),
+        mixup=bool,
+        experts=0,
+        epochs=0,
+        batch_size=0,
+    )
+    strong = args.recipe in ("strong", "long")
+    config = config_lib.default_config()
+    config.total_epochs = recipe.epochs[args.recipe == "long"]
+    config.batch_size = recipe.batch_size
+    config.log_every_steps = 100
+    _set_data(config, recipe)
+    config.augment.update(
+        crop_padding=0,
+        rotation=0.0,
+        color_jitter=(0.4 if strong else recipe.color_jitter,) * 3,
+        policy="randaugment" if strong else "none",
+    )
+    config.model.name = args.backbone
+    config.mixup.alpha = recipe.mixup_alpha
+    config.optim.update(
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        schedule="cosine",
+        boundaries=(),
+        warmup_epochs=0,
+    )
+    config.checkpoint.every_epochs = 1
+    backbone = f"backbone={args.backbone}"
+    set_method(config, recipe.argument, args, backbone, balpoe_taus=recipe.taus)
+    if args.batch_size:  # with the linear scaling rule
+        config.optim.learning_rate *= args.batch_size / config.batch_size
+        config.batch_size = args.batch_size
+    return config
+
+
+def _set_data(config: ConfigDict, recipe: PhotoRecipe) -> None:
+    config.data.update(
+        name=recipe.name,
+        imbalance_ratio=recipe.imbalance_ratio,
+        image_size=224,
+        mean=recipe.mean,
+        std=recipe.std,
+    )
+    config.eval.batch_size = 256
+    config.eval.shift_ratios = recipe.shift_ratios

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What replaces photographs that cannot be read or decoded."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.data.records.sources import RecordSource
+from balpoe_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What may be replaced of a training set: more is a damaged disk, or another data set.
+_LEAST_LIMIT, _LIMIT_SHARE = 10, 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be used.
+
+    Attributes:
+        step: to which the first update leads that would have used it, or its replacement.
+        index: its position in the training set.
+        id: what its source calls it.
+        where: its record and file.
+        reason: what is wrong with it.
+    """
+
+    step: int
+    index: int
+    id: str
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.id} (example {self.index}, {self.where}) cannot be read: {self.reason}"
+
+
+class Replacements:
+    """Images that take the place of those that cannot be used: a function of the data alone.
+
+    The place is taken, label and all, by the next image of the same class that can be read, in the
+    order of the training set and round its end. So class counts stay as they are seen, batches keep
+    their shapes, and another order or number of hosts finds the same replacement.
+
+    Args:
+        source: the training set.
+        known: found before, in the steps that are not made again.
+        report: called with all that are found, each time that there are more.
+
+    Attributes:
+        table: int64 `[N]`, which image is used for each.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        known: Iterable[BadImage] = (),
+        report: Callable[[list[BadImage]], None] = lambda found: None,
+    ) -> None:
+        self._source = source
+        self._report = report
+        self._found = {bad.index: bad for bad in known}
+        self.table: npt.NDArray[np.int64] = np.arange(len(source))
+        self._replace(0)
+
+    def find(self, indices: Iterable[int], step: int) -> bool:
+        """Whether images at `indices` cannot be used; from now on others take their places.
+
+        Args:
+            indices: positions in the training set, before replacement.
+            step: to which the update leads that needs them.
+
+        Raises:
+            UserError (a `ValueError`): a class without any image that can be read, or more than a
+                hundredth of the training set, and more than ten, that cannot.
+        """
+        before = len(self._found)
+        for index in self.table[list(indices)]:
+            self._examine(int(index), step)
+        self._replace(step)
+        if len(self._found) == before:
+            return False
+        self._report(list(self._found.values()))
+        return True
+
+    def _examine(self, index: int, step: int) -> bool:
+        """Whether an image can be used."""
+        if index not in self._found:
+            # Here and not above: it decodes with TensorFlow, which what only names images spares.
+            from balpoe_jax.data.batches import unreadable
+
+            bad = unreadable.examine(self._source, index, step)
+            if bad is None:
+                return True
+            self._found[index] = bad
+            log.warning("The training image %s", bad)
+            limit = max(_LEAST_LIMIT, int(_LIMIT_SHARE * len(self._source)))
+            if len(self._found) > limit:
+                raise UserError(
+                    f"More than {limit} of the {len(self._source)} training images cannot be read; "
+                    f"prepare the data set again (the last one: {bad})."
+                )
+        return False
+
+    def _replace(self, step: int) -> None:
+        """Finds the replacement of what has none yet; it may have to be replaced itself."""
+        while waiting := [i for i in self._found if self.table[i] in self._found]:
+            for index in waiting:
+                self.table[index] = self._next(index, step)
+
+    def _next(self, index: int, step: int) -> int:
+        labels = self._source.labels
+        members = np.flatnonzero(labels == labels[index])
+        after = np.searchsorted(members, index)
+        for candidate in np.roll(members, -after)[1:]:
+            if self._examine(int(candidate), step):
+                return int(candidate)
+        raise UserError(
+            f"No training image of class {labels[index]} can be read (one of them: "
+            f"{self._found[index]}); prepare the data set again."
+        )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages in which a training batch is made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from balpoe_jax.data.batches.mixing import Mix, Mixer, mix_images
+from balpoe_jax.data.images import decoding, packed_ops
+from balpoe_jax.data.images.augment import normalize
+from balpoe_jax.data.images.views import EitherView, View, make_view
+from balpoe_jax.data.randomness import RowRandom, stream_seed
+from balpoe_jax.data.records.readers import make_reader
+from balpoe_jax.data.records.sources import Source
+from balpoe_jax.data.settings import TrainSettings
+
+Batch = dict[str, Any]  # of tensors
+
+# The images that others are mixed with, where these are not the batch's own.
+_OTHERS = "others"
+
+
+class TrainStages:
+    """The stages in which a training batch is made, each a function inside the graph.
+
+    Args:
+        source: the training set.
+        settings: how its batches are made.
+        rows: this host's rows of each.
+    """
+
+    def __init__(self, source: Source, settings: TrainSettings, rows: slice) -> None:
+        self._reader = make_reader(source)
+        self._settings = settings
+        self._rows = rows
+        self._image_size = source.image_shape[:2]
+        # Each with the stream of random numbers that it draws from.
+        first = make_view(source, settings.augment, settings.other_augment)
+        self._views: dict[str, tuple[str, View | EitherView]] = {"images": ("augment", first)}
+        for number, augment in enumerate(settings.views, 2):
+            self._views[f"images_{number}"] = f"augment_{number}", View(source, augment)
+        self._mixer = None
+        if settings.mix.alpha > 0:
+            self._mixer = Mixer(
+                settings.mix,
+                source.labels,
+                source.image_shape,
+                settings.batch_size,
+                settings.seed,
+                rows,
+            )
+        if settings.mix.from_sampler:
+            self._views[_OTHERS] = "augment_others", first
+
+    def choose(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
+        """This host's part in a batch: positions in the training set, int32 `[rows]`."""
+        batch = {"step": step, "indices": indices[self._rows]}
+        if _OTHERS in self._views:
+            assert self._mixer is not None
+            batch["other_indices"] = self._mixer.partners_to_read(step)
+        return batch
+
+    def read(self, batch: Batch) -> Batch:
+        """Images, as they are stored, and labels."""
+        images, labels = self._reader.read(batch["indices"])
+        read = {"step": tf.fill(tf.shape(labels), batch["step"]), "labels": labels}
+        stored = {"images": images}
+        if _OTHERS in self._views:
+            stored[_OTHERS], read["read_labels"] = self._reader.read(batch["other_indices"])
+        return {**read, "stored": stored}
+
+    def draw_windows(self, batch: Batch) -> Batch:
+        """Adds what `decode` needs."""
+        shapes = {name: decoding.shapes(encoded) for name, encoded in batch["stored"].items()}
+        drawn = {
+            name: view.draw(_stored(shapes, name), self._random(batch, stream))
+            for name, (stream, view) in self._views.items()
+        }
+        return {**batch, "drawn": drawn}
+
+    def decode(self, row: Batch) -> Batch:
+        """A window for each view of one photograph, resized and changed; packed."""
+        stored, drawn = row.pop("stored"), row.pop("drawn")
+
+        def decode(name: str, view: View | EitherView) -> tf.Tensor:
+            return self._if_needed(
+                name,
+                row["step"],
+                lambda: view.decode(_stored(stored, name), drawn[name]),
+                lambda: tf.zeros(self._image_size, tf.uint32),
+            )
+
+        images = {name: decode(name, view) for name, (_, view) in self._views.items()}
+        return {**row, "stored": images}
+
+    def finish(self, batch: Batch) -> Batch:
+        """Augments, normalises and mixes images."""
+        labels = batch["labels"]
+
+        def augment(name: str, stream: str, view: View | EitherView) -> tf.Tensor:
+            images = _stored(batch["stored"], name)
+            return self._if_needed(
+                name,
+                batch["step"][0],
+                lambda: view.augment(images, self._random(batch, stream)),
+                lambda: tf.zeros_like(images),
+            )
+
+        images = {name: augment(name, *how) for name, how in self._views.items()}
+        mix, other_labels, weight = None, labels, tf.ones_like(labels, tf.float32)
+        if self._mixer is not None:
+            mix, (other_labels, weight) = self._mixer.draw(
+                batch["step"][0], labels, batch.get("read_labels")
+            )
+        others = images.pop(_OTHERS, None)
+        how = self._settings.mean, self._settings.std, self._settings.dtype
+        inputs = {"images": to_input(images.pop("images"), *how, others, mix)}
+        inputs |= {name: to_input(view, *how) for name, view in images.items()}
+        return {**inputs, "labels": labels, "other_labels": other_labels, "weight": weight}
+
+    def _if_needed(
+        self,
+        name: str,
+        step: tf.Tensor,
+        make: Callable[[], tf.Tensor],
+        blank: Callable[[], tf.Tensor],
+    ) -> tf.Tensor:
+        """Makes a view; spares that of others the work where the batch is not mixed with them."""
+        if name != _OTHERS or self._settings.mix.always:
+            return make()
+        assert self._mixer is not None
+        return tf.cond(self._mixer.mixes(step), make, blank)
+
+    def _random(self, batch: Batch, stream: str) -> RowRandom:
+        seed = stream_seed(self._settings.seed, stream, batch["step"][0])
+        return RowRandom(seed, self._settings.batch_size, self._rows)
+
+
+def to_input(
+    images: tf.Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: str,
+    others: tf.Tensor | None = None,
+    mix: Mix | None = None,
+) -> tf.Tensor:
+    """What the network gets: `dtype` `[rows, H, W, 3]`.
+
+    Args:
+        images: uint8 or packed, augmented.
+        mean, std: see `normalize`.
+        dtype: to which they are rounded at the end.
+        others: images that they are mixed with, if these are not among them.
+        mix: how; None for no mixing.
+    """
+
+    def convert(images: tf.Tensor, others: tf.Tensor | None, mix: Mix | None) -> tf.Tensor:
+        images = normalize(images, mean, std)
+        if mix is not None:
+            others = None if others is None else normalize(others, mean, std)
+            images = mix_images(images, others, mix)
+        return tf.cast(images, dtype)
+
+    # Of photographs a batch exceeds every cache: compiled, all this is one pass over it.
+    packed = images.dtype == tf.uint32
+    return (packed_ops.compiled(convert) if packed else convert)(images, others, mix)
+
+
+def _stored(stored: dict[str, tf.Tensor], name: str) -> tf.Tensor:
+    """Of the images that were read, those that a view shows; once decoded, each has its own."""
+    return stored.get(name, stored["images"])

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs that cannot be read or decoded: which of a batch they are.
+
+Nothing is examined on the way. When a batch cannot be made, its images are read again one by one.
+"""
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import tensorflow as tf
+
+from balpoe_jax.data.batches.replacements import BadImage
+from balpoe_jax.data.images import decoding
+from balpoe_jax.data.records.sources import RecordSource, Source
+from balpoe_jax.data.records.tfrecords import DamagedRecord
+from balpoe_jax.errors import PassingError, UserError, passes
+
+
+def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
+    """Reads and decodes the whole of an image; None if nothing is wrong with it.
+
+    Raises:
+        UserError (a `ValueError`): its file cannot be read at all; a `PassingError` when that may
+            pass.
+    """
+    try:
+        encoded = tf.constant(source.read_image(index))
+        whole = tf.concat([[0, 0], decoding.image_shape(encoded)], axis=0)
+        decoding.decode_window(encoded, whole, tf.constant(False), source.image_size)
+    except OSError as error:
+        path = source.paths[source.index.files[index]]
+        raise (PassingError if passes(error) else UserError)(
+            f"The records {path} cannot be read ({error.strerror or error}); start again when they "
+            "are there."
+        ) from error
+    except (DamagedRecord, tf.errors.OpError) as error:
+        (name,) = source.ids(np.array([index]))
+        return BadImage(step, index, name, source.where(index), explain(error))
+    return None
+
+
+def explain(error: Exception) -> str:
+    """TensorFlow's complaint without where in the graph it arose."""
+    message = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    # The first line; what follows, and what is in double braces, is about the graph.
+    first = re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0]
+    return re.sub(r"\s*\[Op:\w+\].*", "", first)[:300].rstrip(".")
+
+
+def refuse(source: Source, indices: Iterable[int], part: str, remedy: str) -> None:
+    """Raises UserError that names the first image of `indices` that cannot be used, if any.
+
+    Args:
+        source: of the images; of one in memory, all can be used.
+        indices: positions in it.
+        part: what the source is, such as "training".
+        remedy: what the message says can be done, besides mending the image.
+    """
+    if not isinstance(source, RecordSource):
+        return
+    for index in indices:
+        bad = examine(source, int(index))
+        if bad:
+            raise UserError(
+                f"The {part} image {bad}; replace it and prepare the data set anew{remedy}."
+            )

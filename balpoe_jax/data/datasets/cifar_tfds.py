@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CIFAR-10 and CIFAR-100 as TFDS has prepared them."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from balpoe_jax.data.batches import unreadable
+from balpoe_jax.data.datasets.tfds_folder import prepared_builder
+from balpoe_jax.data.records.sources import ArraySource
+from balpoe_jax.data.tracing import as_written
+from balpoe_jax.errors import UserError
+
+
+def read(name: str, data_dir: str, alternative: str = "") -> tuple[ArraySource, ArraySource]:
+    """The training and the test images, in the archive's order; keys are positions in it.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        data_dir: TFDS folder; empty for TFDS's own, into which the set is downloaded when absent.
+        alternative: a file of the same images, which the message names when the set is not there.
+
+    Raises:
+        UserError (a `ValueError`): a data set that is not there or cannot be read.
+    """
+    builder = prepared_builder(name, data_dir, alternative)
+    return _read_split(builder, "train"), _read_split(builder, "test")
+
+
+def _read_split(builder: Any, split: str) -> ArraySource:
+    """A whole split in memory, in the order of the original archive.
+
+    TFDS shuffles its records, but an `id` such as "train_00042" tells the original position, on
+    which the published selection depends.
+    """
+    records = builder.as_dataset(
+        split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    decoded = records.map(
+        as_written(
+            lambda record: {
+                "id": record["id"],
+                "label": record["label"],
+                "image": tf.io.decode_image(record["image"], channels=3, expand_animations=False),
+            }
+        ),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    try:
+        batches = list(decoded.batch(1024).as_numpy_iterator())
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"The {split} records in {builder.data_dir} cannot be read "
+            f"({_first_unreadable(records) or unreadable.explain(error)}); remove that folder and "
+            "prepare the data set again."
+        ) from error
+    if not batches:
+        raise UserError(f"The {split} split in {builder.data_dir} is empty; prepare it again.")
+    columns = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    keys = np.array([int(name.rsplit(b"_", 1)[-1]) for name in columns["id"]], np.int64)
+    order = np.argsort(keys, kind="stable")
+    source = ArraySource(columns["image"], columns["label"].astype(np.int64), keys)
+    return source.select(order)
+
+
+def _first_unreadable(records: tf.data.Dataset) -> str | None:
+    """The first record that cannot be read or decoded, and why."""
+    number = 0
+    try:
+        for record in records:
+            number += 1
+            try:
+                tf.io.decode_image(record["image"], channels=3)
+            except tf.errors.OpError as error:
+                return f"image {record['id'].numpy().decode()}: {unreadable.explain(error)}"
+    except tf.errors.OpError as error:
+        return f"record {number} of the split: {unreadable.explain(error)}"
+    return None

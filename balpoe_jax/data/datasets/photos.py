@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs that are long-tailed as published: ImageNet-LT and iNaturalist 2018, through TFDS."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.data import long_tail
+from balpoe_jax.data.datasets.tfds_folder import prepared_builder
+from balpoe_jax.data.datasets.types import LongTailed
+from balpoe_jax.data.records.sources import RecordSource
+from balpoe_jax.data.records.tfrecords import RecordIndex, load_index
+from balpoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A data set as it was published, and where its parts are in TFDS.
+
+    Attributes:
+        num_classes: `C`.
+        num_train, largest, smallest: training images in all, in the largest and smallest class.
+        num_test: test images, as many in each class.
+        test: the split that results are reported on.
+        held_out: a labelled split outside training and test; empty where there is none.
+        name_feature: what tells an example from others.
+    """
+
+    num_classes: int
+    num_train: int
+    largest: int
+    smallest: int
+    num_test: int
+    test: str
+    held_out: str
+    name_feature: str
+
+
+NATURAL = {
+    "imagenet_lt": Published(1000, 115_846, 1280, 5, 50_000, "test", "validation", "file_name"),
+    # Its test split has no labels; results are reported on the validation split.
+    "i_naturalist2018": Published(8142, 437_513, 1000, 2, 24_426, "validation", "", "id"),
+}
+
+
+def load_natural(
+    name: str,
+    image_size: int,
+    resize: int,
+    data_dir: str = "",
+    check_counts: bool = True,
+    held_out_per_class: int = 0,
+) -> LongTailed:
+    """Opens a data set of photographs; images stay in their files until they are read.
+
+    Args:
+        name: one of `NATURAL`.
+        image_size: height and width in pixels of the images that batches hold.
+        resize: short side in pixels to which test images are scaled before a central crop.
+        data_dir: TFDS folder; empty for TFDS's own.
+        check_counts: refuse a data set that is not complete. When False, a class may be empty in
+            the test set, but not in training.
+        held_out_per_class: of the held-out split, the first so many images of each class.
+
+    Raises:
+        UserError (a `ValueError`): a data set that is not there, prepared in another format, or
+            not as published; an empty training class.
+    """
+    published = NATURAL[name]
+    builder = prepared_builder(name, data_dir)
+
+    def split(part: str) -> RecordSource:
+        paths, index = _open_split(builder, part, published.name_feature)
+        return RecordSource(paths, index, image_size, resize)
+
+    train, test = split("train"), split(published.test)
+    counts = long_tail.class_counts(train.labels, published.num_classes)
+    test_counts = long_tail.class_counts(test.labels, published.num_classes)
+    complete = _is_complete(published, counts, test_counts)
+    if check_counts and not complete:
+        raise UserError(_explain_counts(name, published, counts, test_counts))
+    if (counts == 0).any():
+        raise UserError(
+            f"Class {np.argmin(counts)} of the {name} in {builder.data_dir} has no training image; "
+            "every class must have one."
+        )
+    held_out, description = None, ""
+    if published.held_out and held_out_per_class:
+        held_out = _first_of_each_class(split(published.held_out), held_out_per_class)
+        description = (
+            f"{len(held_out):,} images of the {published.held_out} split, up to "
+            f"{held_out_per_class} a class"
+        )
+    return LongTailed(train, test, test.index.names, held_out, description, counts, complete)
+
+
+def _open_split(builder: Any, part: str, name_feature: str) -> tuple[tuple[str, ...], RecordIndex]:
+    if part not in builder.info.splits:
+        raise UserError(
+            f"{builder.data_dir} has no {part} split but {', '.join(builder.info.splits)}; prepare "
+            "the data set anew."
+        )
+    if builder.info.file_format.value != "tfrecord":
+        raise UserError(
+            f"{builder.data_dir} holds {builder.info.file_format.value} files, of which no single "
+            "image can be read yet; prepare the data set with `tfds build --file_format=tfrecord`."
+        )
+    paths = tuple(str(path) for path in builder.info.splits[part].filepaths)
+    return paths, load_index(paths, name_feature)
+
+
+def _is_complete(
+    published: Published, counts: npt.NDArray[np.int64], test_counts: npt.NDArray[np.int64]
+) -> bool:
+    found = (counts.sum(), counts.max(), counts.min())
+    expected = (published.num_train, published.largest, published.smallest)
+    per_class = published.num_test // published.num_classes
+    return found == expected and bool((test_counts == per_class).all())
+
+
+def _explain_counts(
+    name: str,
+    published: Published,
+    counts: npt.NDArray[np.int64],
+    test_counts: npt.NDArray[np.int64],
+) -> str:
+    return (
+        f"{name} should have {published.num_train} training images, {published.largest} to "
+        f"{published.smallest} a class, and {published.num_test} test images, but the one found "
+        f"has {counts.sum()}, {counts.max()} to {counts.min()}, and {test_counts.sum()}; prepare "
+        "it anew, or pass --config.data.check_counts=False to use it as it is."
+    )
+
+
+def _first_of_each_class(source: RecordSource, per_class: int) -> RecordSource:
+    order = np.argsort(source.labels, kind="stable")
+    labels = source.labels[order]
+    rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    return source.select(np.sort(order[rank < per_class]))

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs from their encoded bytes: the window that is needed, decoded and resized.
+
+Windows are drawn for a whole batch at once, then each image is decoded:
+
+    windows = random_windows(shapes(encoded), random.stream("window"))
+    flips = random.stream("move").uniform("flip") < 0.5
+    images = decode_windows(encoded, windows, flips, size=224)
+
+Inside a `tf.data` map over batches this is as fast as a map of `decode_window` over single images.
+To mirror here costs nothing; `AugmentSettings.flip` would need a pass of its own.
+"""
+
+import math
+
+import tensorflow as tf
+
+from balpoe_jax.data.images.resize import resize
+from balpoe_jax.data.randomness import RowRandom
+
+_TRIES = 10
+# As Pillow decodes, to the bit; TensorFlow's default transform is off by up to six levels.
+_DCT = "INTEGER_ACCURATE"
+
+
+def shapes(encoded: tf.Tensor) -> tf.Tensor:
+    """Height and width of each image, int32 `[b, 2]`, of strings `[b]`; JPEGs are not decoded."""
+    return tf.map_fn(image_shape, encoded, fn_output_signature=tf.TensorSpec([2], tf.int32))
+
+
+def image_shape(encoded: tf.Tensor) -> tf.Tensor:
+    """Height and width int32 `[2]` of one image, a scalar string."""
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.extract_jpeg_shape(encoded)[:2],
+        lambda: tf.shape(_decode(encoded))[:2],
+    )
+
+
+def random_windows(
+    shapes: tf.Tensor,
+    random: RowRandom,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tf.Tensor:
+    """Draws the windows of Inception's random crop, by the rule of torchvision's RandomResizedCrop.
+
+    The share of the area is uniform in `scale` and the logarithm of width / height in `ratio`. Of
+    ten tries the first that fits is taken, at a uniform position; if none fits, the largest central
+    window whose ratio is within `ratio`.
+
+    Args:
+        shapes: int32 `[b, 2]`, height and width of each image, the rows of `random`.
+        random: source of the draws.
+        scale: least and greatest share of the area.
+        ratio: least and greatest ratio of width to height.
+
+    Returns:
+        int32 `[b, 4]`: top, left, height, width.
+    """
+    shapes = tf.cast(shapes, tf.float64)
+    area = random.uniform("area", scale[0], scale[1], tf.float64, (_TRIES,))
+    log_ratio = random.uniform(
+        "ratio", math.log(ratio[0]), math.log(ratio[1]), tf.float64, (_TRIES,)
+    )
+    area *= tf.reduce_prod(shapes, axis=1, keepdims=True)
+    spread = tf.exp(log_ratio)
+    tries = tf.round(tf.sqrt(tf.stack([area / spread, area * spread], axis=-1)))
+    fits = tf.reduce_all((tries > 0) & (tries <= shapes[:, None]), axis=-1)
+    first = tf.argmax(tf.cast(fits, tf.int32), axis=1)
+    drawn = tf.gather(tries, first, batch_dims=1)
+    position = random.uniform("position", 0, 1, tf.float64, (2,))
+    corner = tf.floor(position * (shapes - drawn + 1))
+    window = tf.concat([corner, drawn], axis=1)
+    any_fits = tf.reduce_any(fits, axis=1, keepdims=True)
+    return tf.cast(tf.where(any_fits, window, _central_windows(shapes, ratio)), tf.int32)
+
+
+def decode_windows(
+    encoded: tf.Tensor, windows: tf.Tensor, flips: tf.Tensor, size: int
+) -> tf.Tensor:
+    """`decode_window` of a batch: strings, int32 `[b, 4]`, bool -> packed `[b, size, size]`."""
+    return tf.map_fn(
+        lambda example: decode_window(example[0], example[1], example[2], size),
+        (encoded, windows, flips),
+        fn_output_signature=tf.TensorSpec([size, size], tf.uint32),
+    )
+
+
+def decode_window(encoded: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, size: int) -> tf.Tensor:
+    """Decodes a window of an image, resizes it and perhaps mirrors it.
+
+    Args:
+        encoded: scalar string, a JPEG (also grey or CMYK), PNG, GIF or BMP.
+        window: int32 `[4]`, top, left, height and width.
+        flip: bool scalar, mirror left and right.
+        size: side of the result.
+
+    Returns:
+        Packed `[size, size]`, see `pixels`.
+    """
+    image = _decode_window(encoded, window)
+    return resize(image, (size, size), (size, size), flip=flip, packed=True)
+
+
+def decode_central(encoded: tf.Tensor, resize_to: int = 256, size: int = 224) -> tf.Tensor:
+    """The centre of an image, as torchvision's Resize and CenterCrop make it.
+
+    The short side becomes `resize_to` and the long side is rounded down; half pixels of the corner
+    round to even. Only the part of the image that the result depends on is decoded.
+
+    Args:
+        encoded: scalar string, as in `decode_window`.
+        resize_to: length of the short side.
+        size: side of the result, at most `resize_to`.
+
+    Returns:
+        uint8 `[size, size, 3]`.
+    """
+    shape = image_shape(encoded)
+    full = resize_to * shape // tf.reduce_min(shape)
+    corner = tf.cast(tf.round((full - size) / 2), tf.int32)
+    image = tf.cond(
+        tf.reduce_all(full == shape),
+        lambda: _decode_window(encoded, tf.concat([corner, [size, size]], axis=0)),
+        lambda: _decode_and_resize(encoded, shape, full, corner, size),
+    )
+    return tf.ensure_shape(image, [size, size, 3])
+
+
+def _decode_and_resize(
+    encoded: tf.Tensor, shape: tf.Tensor, full: tf.Tensor, corner: tf.Tensor, size: int
+) -> tf.Tensor:
+    """The square of side `size` at `corner` of an image resized from `shape` to `full`."""
+    step = shape / full
+    # A pixel of the result depends on input within its own width, or one pixel if enlarged.
+    margin = tf.maximum(step, 1.0) + 1
+    start = tf.cast(tf.maximum(tf.floor(tf.cast(corner, tf.float64) * step - margin), 0), tf.int32)
+    stop = tf.cast(tf.math.ceil(tf.cast(corner + size, tf.float64) * step + margin), tf.int32)
+    extent = tf.minimum(stop, shape) - start
+    image = _decode_window(encoded, tf.concat([start, extent], axis=0))
+    scaled = tf.cast(extent, tf.float64) / step
+    offset = tf.cast(corner, tf.float64) - tf.cast(start, tf.float64) / step
+    return resize(image, tf.unstack(scaled), (size, size), tf.unstack(offset))
+
+
+def _central_windows(shapes: tf.Tensor, ratio: tuple[float, float]) -> tf.Tensor:
+    """Largest central windows within `ratio`, float64 `[b, 4]`, of float64 `[b, 2]` shapes."""
+    height, width = shapes[:, 0], shapes[:, 1]
+    extent = tf.stack(
+        [
+            tf.where(width < ratio[0] * height, tf.round(width / ratio[0]), height),
+            tf.where(width > ratio[1] * height, tf.round(height * ratio[1]), width),
+        ],
+        axis=1,
+    )
+    return tf.concat([tf.floor((shapes - extent) / 2), extent], axis=1)
+
+
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
+    """All of an image, uint8 `[h, w, 3]`."""
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
+        lambda: _decode_other(encoded),
+    )
+
+
+def _decode_window(encoded: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+    """The part of an image at int32 `[4]` top, left, height and width, uint8 `[h, w, 3]`."""
+    return tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: _decode_jpeg_window(encoded, window),
+        lambda: _crop(_decode_other(encoded), window),
+    )
+
+
+def _decode_jpeg_window(encoded: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+    """Decodes with a margin, because a pixel's colour is interpolated from its neighbours."""
+    corner, extent = window[:2], window[2:]
+    start = tf.maximum(corner - 1, 0)
+    stop = tf.minimum(corner + extent + 1, tf.io.extract_jpeg_shape(encoded)[:2])
+    outer = tf.concat([start, stop - start], axis=0)
+    image = tf.io.decode_and_crop_jpeg(encoded, outer, channels=3, dct_method=_DCT)
+    return _crop(image, tf.concat([corner - start, extent], axis=0))
+
+
+def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _crop(image: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+    return tf.slice(image, [window[0], window[1], 0], [window[2], window[3], 3])

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RandAugment as timm's `rand-n2-m10-mstd0.5`, which the reference's long recipes use.
+
+Two of fifteen operations, or another number, are drawn for each image, with replacement, and each
+is applied with probability 1/2. The magnitude is normal around 10, or another one, with deviation
+0.5, clipped to [0, 10]: exactly 10 in half of the cases. Geometric operations go either way, and
+interpolate linearly or cubically with even odds; rotation is linear here always, where the
+reference draws for it too.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from balpoe_jax.data.images import packed_ops
+from balpoe_jax.data.magnitudes import RANDAUGMENT_DEVIATION, RANDAUGMENT_PROBABILITY
+from balpoe_jax.data.randomness import RowRandom
+from balpoe_jax.data.settings import (
+    IMAGENET_MEAN,
+    RANDAUGMENT_GREATEST,
+    RANDAUGMENT_LAYERS,
+    RANDAUGMENT_MAGNITUDE,
+)
+
+
+class Draw(NamedTuple):
+    """What is drawn for each image, one value for each of its operations, in turn.
+
+    Attributes:
+        which: int32 `[rows, layers]`, the operation's number from 1; 0 for none.
+        level: float32 `[rows, layers]` in [0, 1], the magnitude over its greatest.
+        sign: float32 `[rows, layers]`, 1 or -1.
+        cubic: bool `[rows, layers]`, how geometric operations interpolate.
+    """
+
+    which: tf.Tensor
+    level: tf.Tensor
+    sign: tf.Tensor
+    cubic: tf.Tensor
+
+
+Operation = Callable[[tf.Tensor, Draw], tf.Tensor]
+
+
+def draw(
+    random: RowRandom, layers: int = RANDAUGMENT_LAYERS, magnitude: float = RANDAUGMENT_MAGNITUDE
+) -> Draw:
+    """Draws for all rows of `random`.
+
+    Args:
+        random: source of the draws.
+        layers: how many operations an image gets, of which half are applied in the mean.
+        magnitude: around which those of the operations are drawn, 0 to `RANDAUGMENT_GREATEST`.
+    """
+    shape = (layers,)
+    which = 1 + random.uniform("operation", 0, len(_operations(IMAGENET_MEAN)), tf.int32, shape)
+    runs = random.uniform("gate", per_row=shape) < RANDAUGMENT_PROBABILITY
+    drawn = magnitude + RANDAUGMENT_DEVIATION * random.normal("magnitude", shape)
+    level = tf.clip_by_value(drawn, 0, RANDAUGMENT_GREATEST) / RANDAUGMENT_GREATEST
+    sign = tf.where(random.uniform("sign", per_row=shape) < 0.5, -1.0, 1.0)
+    cubic = random.uniform("interpolation", per_row=shape) < 0.5
+    return Draw(tf.where(runs, which, 0), level, sign, cubic)
+
+
+def apply(image: tf.Tensor, drawn: Draw, fill: Sequence[int] = IMAGENET_MEAN) -> tf.Tensor:
+    """Applies what is drawn for one image, and computes nothing else.
+
+    Args:
+        image: packed `[H, W]`, see `pixels`.
+        drawn: a row of a `Draw`.
+        fill: colour outside the image after a geometric operation; the reference takes ImageNet's
+            mean for iNaturalist too.
+
+    Returns:
+        Packed `[H, W]`.
+    """
+    operations: list[Operation] = [lambda image, _: image, *_operations(fill).values()]
+    for layer in range(drawn.which.shape[-1]):
+        one = Draw(*(x[layer] for x in drawn))
+        branches = [functools.partial(operation, image, one) for operation in operations]
+        image = tf.switch_case(one.which, branches)
+    return image
+
+
+def _operations(fill: Sequence[int]) -> dict[str, Operation]:
+    """The operations with the reference's ranges, in its order."""
+
+    def whole(draw: Draw, greatest: float) -> tf.Tensor:
+        return tf.floor(draw.level * greatest)
+
+    def factor(draw: Draw) -> tf.Tensor:
+        return 0.1 + 1.8 * draw.level
+
+    def signed(draw: Draw, greatest: float) -> tf.Tensor:
+        return tf.cast(draw.sign * draw.level, tf.float64) * greatest
+
+    def shear(image: tf.Tensor, draw: Draw, axis: int) -> tf.Tensor:
+        size = image.shape[1 - axis]
+        return shift(
+            image, signed(draw, 0.3) * (tf.range(size, dtype=tf.float64) + 0.5), draw, axis
+        )
+
+    def translate(image: tf.Tensor, draw: Draw, axis: int) -> tf.Tensor:
+        distance = signed(draw, 0.45 * image.shape[axis])
+        return shift(image, tf.fill([image.shape[1 - axis]], distance), draw, axis)
+
+    def shift(image: tf.Tensor, shifts: tf.Tensor, draw: Draw, axis: int) -> tf.Tensor:
+        along = packed_ops.shift_rows if axis else packed_ops.shift_columns
+        return along(image, shifts, draw.cubic, fill)
+
+    return {
+        "autocontrast": lambda image, _: packed_ops.autocontrast(image),
+        "equalize": lambda image, _: packed_ops.equalize(image),
+        "invert": lambda image, _: packed_ops.invert(image),
+        "rotate": lambda image, draw: packed_ops.rotate(image, signed(draw, 30), fill),
+        "posterize": lambda image, draw: packed_ops.posterize(
+            image, tf.cast(whole(draw, 4), tf.int32)
+        ),
+        "solarize": lambda image, draw: packed_ops.solarize(image, whole(draw, 256)),
+        "solarize_add": lambda image, draw: packed_ops.solarize_add(image, whole(draw, 110)),
+        "color": lambda image, draw: packed_ops.color(image, factor(draw)),
+        "contrast": lambda image, draw: packed_ops.contrast(image, factor(draw)),
+        "brightness": lambda image, draw: packed_ops.brightness(image, factor(draw)),
+        "sharpness": lambda image, draw: packed_ops.sharpness(image, factor(draw)),
+        "shear_x": lambda image, draw: shear(image, draw, axis=1),
+        "shear_y": lambda image, draw: shear(image, draw, axis=0),
+        "translate_x": lambda image, draw: translate(image, draw, axis=1),
+        "translate_y": lambda image, draw: translate(image, draw, axis=0),
+    }

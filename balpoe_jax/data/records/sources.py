@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random access to the examples of a split.
+
+A source has `labels` int64 `[N]`, says with `encoded` whether its images are files to be decoded
+and with `image_shape` what becomes of them. `balpoe_jax.data.records.readers` reads given positions
+of one inside a tf.data graph; nothing here needs TensorFlow.
+"""
+
+import dataclasses
+import os
+import resource
+import threading
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.data.records.tfrecords import RecordIndex, read_image, record_number
+from balpoe_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Decoded images of one size, in memory.
+
+    Attributes:
+        images: uint8 `[N, H, W, 3]`.
+        labels: int64 `[N]`.
+        keys: int64 `[N]`, positions in the original data set.
+    """
+
+    encoded: ClassVar[bool] = False
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not len(self.images) == len(self.labels) == len(self.keys) or not len(self.labels):
+            raise UserError(
+                "A source needs as many images as labels and keys, at least one, "
+                f"got {len(self.images)}, {len(self.labels)} and {len(self.keys)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(H, W, 3)`."""
+        return self.images.shape[1:]
+
+    def select(self, indices: npt.NDArray[np.int64]) -> "ArraySource":
+        """The examples at `indices`, in that order."""
+        return ArraySource(self.images[indices], self.labels[indices], self.keys[indices])
+
+    def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """What the examples at `indices` are called: their positions in the original data set."""
+        return [str(key) for key in self.keys[indices]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """Encoded photographs in TFRecord files, read one by one.
+
+    Attributes:
+        paths: the files.
+        index: where in them the images are.
+        image_size: height and width in pixels that images are brought to.
+        resize: short side in pixels to which an image is scaled for a central crop, in testing.
+    """
+
+    encoded: ClassVar[bool] = True
+    paths: tuple[str, ...]
+    index: RecordIndex
+    image_size: int
+    resize: int
+
+    def __post_init__(self) -> None:
+        if not len(self.index.labels):
+            raise UserError(f"There is no example in {', '.join(self.paths) or 'no file'}.")
+        if not 1 <= self.image_size <= self.resize:
+            raise UserError(
+                "Expected an image size of at least 1 pixel and a resized short side of at least "
+                f"that, got {self.image_size} and {self.resize}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.index.labels)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 `[N]`."""
+        return self.index.labels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(H, W, 3)` after decoding."""
+        return self.image_size, self.image_size, 3
+
+    def select(self, indices: npt.NDArray[np.int64]) -> "RecordSource":
+        """The examples at `indices`, in that order."""
+        return dataclasses.replace(self, index=self.index.select(indices))
+
+    def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
+        """What the examples at `indices` are called: the names stored beside the images."""
+        return [str(name) for name in self.index.names[indices]]
+
+    def read_image(self, i: int) -> bytes:
+        """The encoded image at position `i`; raises `DamagedRecord` or `OSError`."""
+        return read_image(_FILES.descriptor(self.paths[self.index.files[i]]), self.index, i)
+
+    def where(self, i: int) -> str:
+        """The record and the file of an example."""
+        path = self.paths[self.index.files[i]]
+        return f"record {record_number(path, int(self.index.starts[i]))} of {path}"
+
+    def make_room(self) -> None:
+        """Lets this process have all files of the source open at once.
+
+        Raises:
+            UserError (a `ValueError`): the system allows fewer.
+        """
+        _FILES.make_room(len(self.paths))
+
+
+class _OpenFiles:
+    """Files that are open for reading, until the process ends.
+
+    They belong to no reader: TensorFlow keeps every Python function that a graph has called, and
+    with it what that refers to, so that a reader is never collected.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, path: str) -> int:
+        """Opens a file the first time it is asked for."""
+        found = self._descriptors.get(path)
+        if found is None:
+            with self._lock:
+                found = self._descriptors.get(path)
+                if found is None:
+                    found = self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return found
+
+    def make_room(self, files: int) -> None:
+        """Lets this process open so many more, beside what else it has open.
+
+        Raises:
+            UserError (a `ValueError`): the system allows fewer.
+        """
+        needed = len(self._descriptors) + files + _OTHER_FILES
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY or needed <= soft:
+            return
+        if hard != resource.RLIM_INFINITY and needed > hard:
+            raise UserError(
+                f"Reading the records needs {needed} open files, but this machine allows {hard}; "
+                "raise the limit (`ulimit -Hn`), or prepare the data set with fewer shards."
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+_FILES = _OpenFiles()
+_OTHER_FILES = 512  # of the interpreter, the libraries and the run
+
+
+Source = ArraySource | RecordSource

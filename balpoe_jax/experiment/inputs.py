@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the batches of an experiment are made: with tf.data on the host, or on the devices.
+
+Both kinds of inputs have the same verbs, so that training and evaluation ask neither which it is.
+They are two streams of one distribution: batch k is a function of (seed, k) in each, and the draws
+are not the same.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from balpoe_jax.data import extras
+from balpoe_jax.data.datasets.types import LongTailed
+from balpoe_jax.data.device.batches import make_batch, normalize
+from balpoe_jax.data.device.packing import pack_on_host, unpack
+from balpoe_jax.data.device.plans import Planner
+from balpoe_jax.data.device.randomness import generator
+from balpoe_jax.data.device.views import DeviceView
+from balpoe_jax.data.records.sources import ArraySource, Source
+from balpoe_jax.data.settings import AugmentSettings, Host, TrainSettings
+from balpoe_jax.errors import UserError
+from balpoe_jax.parallel import AXIS_NAME, Parallel, Prefetcher
+
+log = logging.getLogger(__name__)
+
+PIPELINES = ("host", "device")
+
+# Of a device's memory, what a data set may take; where it does not tell how much it has, in bytes.
+_SHARE_OF_MEMORY, _ASSUMED_LIMIT = 0.25, 2 * 2**30
+
+Dispatches = Iterable[tuple[int, int]]
+
+
+def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) -> str:
+    """One of `PIPELINES`.
+
+    Args:
+        wanted: One of them; None for the device's where the data set fits and the platform is an
+            accelerator, or where TensorFlow is not installed, and the host's otherwise.
+        data: The data set.
+        parallel: The devices.
+
+    Raises:
+        UserError (a `ValueError`): a pipeline that cannot be had.
+    """
+    if wanted not in (None, *PIPELINES):
+        raise UserError(
+            f"config.data.pipeline must be None, {' or '.join(PIPELINES)}; got {wanted!r}."
+        )
+    sources = [source for source in (data.train, data.test, data.held_out) if source is not None]
+    in_memory = all(isinstance(source, ArraySource) for source in sources)
+    has_tensorflow = extras.has_tensorflow()
+    device = parallel.mesh.devices.flat[0]
+    if wanted is None:
+        fits = in_memory and sum(map(_num_bytes, sources)) <= _memory_for_data(device)
+        on_device = fits and (device.platform != "cpu" or not has_tensorflow)
+        wanted = "device" if on_device else "host"
+    if wanted == "device" and not in_memory:
+        raise UserError(
+            "config.data.pipeline=device holds all images in device memory, and these are "
+            "photographs that are read from files; set it to host."
+        )
+    if wanted == "host" and not has_tensorflow:
+        raise UserError(
+            "config.data.pipeline=host needs TensorFlow, which is not installed; "
+            f"{extras.INSTALL}{', or set it to device' if in_memory else ''}."
+        )
+    return wanted
+
+
+def _num_bytes(source: Source) -> int:
+    assert isinstance(source, ArraySource)
+    return source.images.nbytes // 3 * 4  # as packed pixels
+
+
+def _memory_for_data(device: jax.Device) -> float:
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # of a device that is not here
+        limit = None
+    return limit * _SHARE_OF_MEMORY if limit else _ASSUMED_LIMIT
+
+
+class HostInputs:
+    """Batches of a tf.data pipeline, placed on the devices before they are asked for.
+
+    Args:
+        parallel: The devices.
+        data: The data set.
+        settings: How training batches are made in each stage.
+        test_view: How random views of test images are augmented.
+        seed: Seed of the run.
+        threads: Number of the pipeline's threads; 0 for all cores.
+    """
+
+    pipeline = "host"
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        data: LongTailed,
+        settings: tuple[TrainSettings, ...],
+        test_view: AugmentSettings,
+        seed: int,
+        threads: int = 0,
+    ) -> None:
+        self._parallel, self._data, self._settings = parallel, data, settings
+        self._test_view, self._seed = test_view, seed
+        self._host = Host(jax.process_index(), parallel.num_hosts, threads)
+        extras.require_tensorflow("config.data.pipeline=host")
+
+    def steps_per_dispatch(self, stage: int) -> int:
+        """Steps that one call makes."""
+        return 1
+
+    def map_train_step(self, step: Callable[..., Any], stage: int) -> Callable[..., Any]:
+        """The compiled update `(state, inputs) -> (state, metrics)`, which donates the state.
+
+        Args:
+            step: Update of one device, see `step.make_train_step`.
+            stage: Position in the settings.
+        """
+        return self._parallel.map_step(step, donate=True)
+
+    def train(self, stage: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
+        """What `map_train_step`'s function takes, one dispatch after the other.
+
+        Args:
+            stage: Position in the settings.
+            dispatches: Pairs of the first step, counted from 0 in the stage, and the one after the
+                last; consecutive.
+            replacements: Images for those that cannot be read, see `data.unreadable.Replacements`.
+        """
+        from balpoe_jax.data import pipeline
+
+        steps = list(dispatches)
+        (first_step, _), (_, last_step) = steps[0], steps[-1]
+        batches = pipeline.train_batches(
+            self._data.train, self._settings[stage], first_step, last_step, self._host, replacements
+        )
+        return Prefetcher(batches, self._parallel)
+
+    def positions(self, stage: int, step: int) -> npt.NDArray[np.int64]:
+        """Training examples that a step's batch is made of, int64 `[B]`; steps count from 0."""
+        from balpoe_jax.data import pipeline
+
+        return pipeline.batch_indices(self._data.train.labels, self._settings[stage], step)
+
+    def map_eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled prediction `(variables, inputs, source) -> outputs`.
+
+        Args:
+            step: Prediction of one device, see `step.make_eval_step`.
+        """
+        mapped = self._parallel.map_step(step)
+        return lambda variables, inputs, source: mapped(variables, inputs)
+
+    def predict(self, source: Source, batch_size: int, view: int | None = None) -> Prefetcher:
+        """Every example of a source once, in order, as `map_eval_step`'s function takes them.
+
+        Args:
+            source: The examples.
+            batch_size: Size of the global batch; the last one is padded.
+            view: Number of a random view of them; None for the images as they are.
+        """
+        from balpoe_jax.data import pipeline
+
+        settings = self._settings[0]
+        options = (source, batch_size, settings.mean, settings.std)
+        if view is None:
+            batches = pipeline.eval_batches(*options, self._host, settings.dtype)
+        else:
+            batches = pipeline.view_batches(
+                *options, self._test_view, self._seed, view, self._host, settings.dtype
+            )
+        return Prefetcher(batches, self._parallel)
+
+
+class DeviceInputs:
+    """Batches that the compiled step makes of the data set in device memory, as NumPy plans them.
+
+    Args:
+        parallel: The devices.
+        train: The training set, in memory.
+        settings: How training batches are made in each stage.
+        test_view: How random views of test images are augmented.
+        seed: Seed of the run.
+        steps_per_dispatch: Steps that one call makes: 1 for single steps; None for an epoch on an
+            accelerator and single steps on a CPU, where loops are slow.
+    """
+
+    pipeline = "device"
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        train: ArraySource,
+        settings: tuple[TrainSettings, ...],
+        test_view: AugmentSettings,
+        seed: int,
+        steps_per_dispatch: int | None = None,
+    ) -> None:
+        self._parallel, self._train, self._settings = parallel, train, settings
+        shape = train.image_shape
+        self._planners = tuple(Planner(train.labels, shape, each) for each in settings)
+        self._test_view, self._seed = DeviceView(test_view, shape), seed
+        self._steps = steps_per_dispatch
+        self._host = Host(jax.process_index(), parallel.num_hosts)
+        self._placed: dict[int, jax.Array] = {}
+
+    def steps_per_dispatch(self, stage: int) -> int:
+        """Steps that one call makes."""
+        if self._steps is not None:
+            return self._steps
+        if self._parallel.mesh.devices.flat[0].platform == "cpu":
+            return 1
+        return -(-len(self._train) // self._settings[stage].batch_size)
+
+    def map_train_step(self, step: Callable[..., Any], stage: int) -> Callable[..., Any]:
+        """The compiled updates `(state, inputs) -> (state, metrics)`, which donate the state.
+
+        Several steps are a loop in the program, and so is what is left of them, be it one: loops of
+        any length make the same bits, which a bare step need not.
+
+        Args:
+            step: Update of one device, see `step.make_train_step`.
+            stage: Position in the settings.
+        """
+        scanned = self.steps_per_dispatch(stage) > 1
+        mapped = map_planned_step(self._parallel, step, self._planners[stage], scanned)
+        tables = self._parallel.replicate(self._planners[stage].tables())
+        constants = {"images": self._images(self._train), "tables": tables}
+        return lambda state, inputs: mapped(state, inputs, constants)
+
+    def train(self, stage: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
+        """What `map_train_step`'s function takes, one dispatch after the other.
+
+        Args:
+            stage: Position in the settings.
+            dispatches: Pairs of the first step, counted from 0 in the stage, and the one after the
+                last.
+            replacements: None; images in memory can all be read.
+        """
+        assert replacements is None
+        planner = self._planners[stage]
+        rows = self._host.rows(self._settings[stage].batch_size)
+        scanned = self.steps_per_dispatch(stage) > 1
+
+        def plan(dispatch: tuple[int, int]) -> Any:
+            if scanned:
+                return jax.tree.map(lambda x: x[:, rows], planner.steps(*dispatch))
+            return jax.tree.map(lambda x: x[rows], planner.step(dispatch[0]))
+
+        return Prefetcher(_made_ahead(plan, dispatches), self._parallel, axis=int(scanned))
+
+    def positions(self, stage: int, step: int) -> npt.NDArray[np.int64]:
+        """Training examples that a step's batch is made of, int64 `[B]`; steps count from 0."""
+        return self._planners[stage].positions(step).astype(np.int64)
+
+    def map_eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled prediction `(variables, inputs, source) -> outputs`.
+
+        Args:
+            step: Prediction of one device, see `step.make_eval_step`.
+        """
+        settings, view = self._settings[0], self._test_view
+
+        def predict(variables: Any, rows: Any, constants: Any) -> Any:
+            images, index = constants["images"], rows["index"]
+            if "view" in rows:
+                images = view.augment(images, index, rows["view"], constants["tables"])
+            else:
+                images = unpack(images[index])
+            images = normalize(images, settings.mean, settings.std).astype(settings.dtype)
+            return step(variables, {**rows, "images": images})
+
+        mapped = self._parallel.map_step(predict, constants=1)
+        tables = self._parallel.replicate(view.tables())
+
+        def run(variables: Any, inputs: Any, source: Source) -> Any:
+            return mapped(variables, inputs, {"images": self._images(source), "tables": tables})
+
+        return run
+
+    def predict(self, source: Source, batch_size: int, view: int | None = None) -> Prefetcher:
+        """Every example of a source once, in order, as `map_eval_step`'s function takes them.
+
+        Args:
+            source: The examples.
+            batch_size: Size of the global batch; the last one is padded.
+            view: Number of a random view of them, which does not depend on the batch size; None for
+                the images as they are.
+        """
+        rows = self._host.rows(batch_size)
+        drawn = None
+        if view is not None:
+            drawn = self._test_view.draw(generator(self._seed, "views", view), len(source))
+
+        def batches() -> Iterator[Any]:
+            for first in range(0, len(source), batch_size):
+                positions = (first + np.arange(batch_size))[rows]
+                index = np.minimum(positions, len(source) - 1).astype(np.int32)
+                batch: dict[str, Any] = {
+                    "index": index,
+                    "labels": source.labels[index].astype(np.int32),
+                }
+                batch["mask"] = positions < len(source)
+                if drawn is not None:
+                    batch["view"] = jax.tree.map(lambda x: x[index], drawn)  # noqa: B023
+                yield batch
+
+        return Prefetcher(batches(), self._parallel)
+
+    def _images(self, source: Source) -> jax.Array:
+        """The images of a source in device memory, placed when they are first asked for."""
+        assert isinstance(source, ArraySource)
+        if id(source) not in self._placed:
+            self._placed[id(source)] = self._parallel.replicate(pack_on_host(source.images))
+        return self._placed[id(source)]
+
+
+Inputs = HostInputs | DeviceInputs
+
+
+def map_planned_step(
+    parallel: Parallel, step: Callable[..., Any], planner: Planner, scanned: bool
+) -> Callable[..., Any]:
+    """The compiled `(state, plan, constants) -> (state, metrics)`, which donates the state.
+
+    Args:
+        parallel: The devices.
+        step: Update of one device, see `step.make_train_step`.
+        planner: What makes the plans.
+        scanned: Whether plans and metrics are of several steps, with a leading axis.
+    """
+
+    def one(state: Any, plan: Any, constants: Any) -> Any:
+        return step(state, make_batch(constants, plan, planner, AXIS_NAME))
+
+    def several(state: Any, plans: Any, constants: Any) -> Any:
+        made = jax.lax.scan if len(plans["index"]) > 1 else _loop_once
+        return made(lambda state, plan: one(state, plan, constants), state, plans)
+
+    function = several if scanned else one
+    return parallel.map_step(function, donate=True, constants=1, axis=int(scanned))
+
+
+def _loop_once(body: Callable[..., Any], state: Any, plans: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` of length 1 as a loop in the compiled program, too.
+
+    The compiler takes away a loop that it knows to run once, and the bare step rounds otherwise. So
+    the length is computed, from a count of steps that is never negative.
+    """
+    plan = jax.tree.map(lambda x: x[0], plans)
+    _, metrics = jax.eval_shape(body, state, plan)
+    empty = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), metrics)
+    length = jnp.where(state.step < 0, 2, 1)
+
+    def more(carry: Any) -> jax.Array:
+        return carry[0] < length
+
+    def step(carry: Any) -> Any:
+        i, state, metrics = carry
+        state, made = body(state, jax.tree.map(lambda x: x[i], plans))
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return i + 1, state, jax.tree.map(put, metrics, made)
+
+    _, state, metrics = jax.lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state, empty))
+    return state, metrics
+
+
+def _made_ahead(make: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+    """What `make` returns for each argument; the next one is made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for argument in arguments:
+            following = thread.submit(make, argument)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

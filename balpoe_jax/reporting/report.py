@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a run for people: tables for the terminal and files, a page with figures.
+
+Everything is read from the plain files of the workdir, so a report can be written again at any
+time.
+"""
+
+import contextlib
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from balpoe_jax import metrics
+from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation import predictions, scoring
+from balpoe_jax.reporting import figures, html, schema, tables
+
+# Those that fit the terminal's attention; the page and the files have all.
+_PRINTED = (
+    "result", "calibration", "shift", "prior_estimates", "aggregation", "bias", "experts",
+)  # fmt: skip
+
+
+def result_text(results: Mapping[str, Any], width: int = 80) -> str:
+    """The remark on the run, if any, and the main tables, for a terminal of `width` characters.
+
+    Args:
+        results: what `results.json` holds.
+        width: 80 or more.
+    """
+    printed = [table for table in tables.result_tables(results) if table.name in _PRINTED]
+    parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
+    if results.get("remark"):
+        parts.insert(0, textwrap.fill(f"Remark: {results['remark']}", width))
+    return "\n\n".join(parts)
+
+
+def write_report(workdir: str) -> Path:
+    """Writes `report/` from the files of a run and returns the path of its page.
+
+    Beside `index.html` there are `tables.md` with all tables and a CSV file for each.
+    `results.json` must be there; what else is missing (predictions, metrics.jsonl, config.json) is
+    left out of the page, which says so.
+
+    Raises:
+        UserError (a `ValueError`): no results, or results or a config that are damaged.
+    """
+    path = Path(workdir).absolute()
+    results = schema.load_results(path)
+    if results is None:
+        raise UserError(
+            f"{path} holds no results.json to report; evaluate the run first, with --mode=eval."
+        )
+    run = schema.load_config(path) or {}
+    content = {table.name: table for table in tables.result_tables(results)}
+    summaries = _summaries(path, results)
+    title, subtitle = _headline(results, run)
+    folder = path / "report"
+    tables.write_files(
+        folder,
+        list(content.values()),
+        f"# {title}\n\n{subtitle}",
+        remark=results.get("remark") or "",
+    )
+    sections = [
+        html.section("Result", html.table(content["result"], heading=False)),
+        _calibration_section(content, results, summaries),
+        _classes_section(results, run, summaries),
+        *(_shift_section(content, results) if "shift" in content else ()),
+        *(_experts_section(content, results, summaries) if "bias" in content else ()),
+        html.section("Training", _curves(path, results)),
+        html.section("The run", _facts(results, run)),
+    ]
+    return html.write(folder / "index.html", title, subtitle, sections)
+
+
+class _Summaries:
+    """What the page needs of the predictions: each classifier's summary, the ensemble last."""
+
+    def __init__(self, test: predictions.Predictions) -> None:
+        self.labels = test.labels
+        ensemble, self.experts = scoring.summarize_experts(test)
+        self.ensemble = ensemble
+
+
+def _summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
+    """Those of the run's predictions, or a sentence that says why there are none."""
+    try:
+        test = predictions.load(path / predictions.FOLDER)
+        experts, _, classes = test.expert_logits.shape
+        if (experts, classes) != (len(results["experts"]), len(results["class_counts"])):
+            return "The predictions in this folder are not those of its results."
+        return _Summaries(test)
+    except FileNotFoundError:
+        return "There are no predictions in this folder."
+    except UserError as error:
+        return str(error)
+
+
+def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
+    config = run.get("config", {})
+    data, model = config.get("data", {}), config.get("model", {})
+    experts = len(results["experts"])
+    counts = np.array(results["class_counts"])
+    title = (
+        f"{data.get('name', 'Run')}, {model.get('name', 'model')} with {experts} "
+        f"expert{'s' if experts > 1 else ''}"
+    )
+    subtitle = (
+        f"{counts.sum():,} training images in {len(counts)} classes, {counts.max():,} down to "
+        f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
+        f"epoch {results['epoch']}, step {results['step']:,}"
+    )
+    if results.get("remark"):
+        subtitle += f"; {results['remark']}"
+    return title, subtitle
+
+
+def _calibration_section(
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
+) -> str:
+    parts = [html.table(content["calibration"], heading=False), _reliability(results, summaries)]
+    if "calibration_groups" in content:
+        parts.append(html.table(content["calibration_groups"]))
+    return html.section("Calibration", *parts)
+
+
+def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str:
+    if isinstance(summaries, str):
+        return html.absent(summaries)
+    named = {"ensemble": summaries.ensemble}
+    if len(summaries.experts) > 1:
+        named |= dict(zip(_expert_names(results), summaries.experts, strict=True))
+    drawn = []
+    for i, (name, summary) in enumerate(named.items()):
+        correct = summary.predicted == summaries.labels
+        bins = metrics.bin_confidences(summary.confidence, correct, (results.get("num_bins") or 15))
+        drawn.append(
+            html.figure(
+                figures.reliability_diagram(name, bins, f"reliability{i}"),
+                f"Reliability diagram of {name}: expected calibration error "
+                f"{100 * bins.ece:.1f}%, maximum {100 * bins.mce:.1f}%.",
+            )
+        )
+    caption = (
+        "Accuracy of the test examples in each bin of confidence, and the gap to their mean "
+        "confidence: orange where it exceeds the accuracy, light blue where it falls short. "
+        "Beneath, how the examples spread over the bins."
+    )
+    return html.figures(*drawn) + html.absent(caption)
+
+
+def _classes_section(
+    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
+) -> str:
+    counts, test = np.array(results["class_counts"]), results["test"]
+    low, high = thresholds = _thresholds(run)
+    names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
+    accuracies = [*results["experts"], test]
+    means = ", ".join(f"{group} {_percent(test[group])}%" for group in scoring.GROUPS)
+    drawn = [
+        html.figure(
+            figures.group_accuracies([*names, "ensemble"], accuracies),
+            f"Accuracy of each expert and the ensemble by shot group; ensemble: {means}.",
+            f"Many-shot classes have more than {high} training images, few-shot ones fewer than "
+            f"{low}.",
+        )
+    ]
+    if results.get("group_confusion"):
+        confusion = np.array(results["group_confusion"], float)
+        stays = ", ".join(
+            f"{group} {_percent(value)}%"
+            for group, value in zip(scoring.GROUPS, confusion.diagonal(), strict=True)
+        )
+        drawn.append(
+            html.figure(
+                figures.group_confusion(confusion),
+                f"Confusion between shot groups. Examples predicted in their own group: {stays}.",
+                "Where the ensemble puts the examples of each group, right class or not.",
+            )
+        )
+    if isinstance(summaries, str):
+        drawn.append(html.absent(summaries))
+    else:
+        predicted = summaries.ensemble.predicted
+        per_class = metrics.shot_accuracy(predicted, summaries.labels, counts, thresholds).per_class
+        drawn.insert(
+            0,
+            html.figure(
+                figures.class_accuracies(
+                    counts, per_class, metrics.shot_groups(counts, thresholds)
+                ),
+                f"Test accuracy of each class against its training images; group means: {means}.",
+                "A point is a class under the ensemble.",
+            ),
+        )
+    return html.section("Classes and shot groups", html.figures(*drawn, broad=True))
+
+
+def _shift_section(
+    content: Mapping[str, tables.Table], results: Mapping[str, Any]
+) -> tuple[str, ...]:
+    shift = results["shift"]
+    names = [tables.short_name(name) for name in shift]
+    ends = [name for name in shift if name in (next(iter(shift)), "uniform", next(reversed(shift)))]
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {_percent(shift[name][kind])}%" for kind in shift[name])
+        for name in ends
+    )
+    details = ("aggregation", "prior_estimates", "estimate_accuracies", "shift_calibration")
+    drawn = html.figure(
+        figures.shift_accuracies(shift, names),
+        f"Accuracy by target distribution with each kind of prior. {said}.",
+    )
+    return (
+        html.section(
+            "Target distributions",
+            html.table(content["shift"], heading=False),
+            html.figures(drawn, broad=True),
+            *(html.table(content[name]) for name in details if name in content),
+        ),
+    )
+
+
+def _experts_section(
+    content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
+) -> tuple[str, ...]:
+    bias = [html.table(content["bias"], heading=False)]
+    if isinstance(summaries, str):
+        bias.append(html.absent(summaries))
+    else:
+        bias.append(html.figures(*_marginals(results, summaries)))
+    sections = [html.section("Bias of the experts", *bias)]
+    if len(results["experts"]) > 1:
+        curve = _experts_curve(results)
+        sections.append(
+            html.section("Number of experts", html.table(content["experts"], heading=False), curve)
+        )
+    return tuple(sections)
+
+
+def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
+    counts = np.array(results["class_counts"])
+    uniform = np.full(len(counts), 1 / len(counts))
+    panels = [
+        (name, metrics.target_prior(counts, expert["tau"]), summary.marginal, bias["kl"])
+        for name, expert, summary, bias in zip(
+            _expert_names(results),
+            results["experts"],
+            summaries.experts,
+            results["bias"]["experts"],
+            strict=True,
+        )
+        if expert["tau"] is not None
+    ]
+    kl = results["bias"]["ensemble"]["kl"]
+    panels.append(("ensemble", uniform, summaries.ensemble.marginal, kl))
+    return [
+        html.figure(
+            figures.marginal(f"{name}: KL {_nats(kl)}", counts, target, expected, f"marginal{i}"),
+            f"Expected marginal of {name} against its target prior: KL divergence "
+            f"{_nats(kl)} nats.",
+        )
+        for i, (name, target, expected, kl) in enumerate(panels)
+    ]
+
+
+def _experts_curve(results: Mapping[str, Any]) -> str:
+    by_size = tables.subsets_by_size(results)
+    keys = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
+    values = {
+        label: [[_number(subset[key]) for subset in subsets] for subsets in by_size.values()]
+        for label, key in keys.items()
+    }
+    means = {label: [float(np.mean(v)) for v in per_size] for label, per_size in values.items()}
+    spreads = {label: [(min(v), max(v)) for v in per_size] for label, per_size in values.items()}
+    said = ", ".join(
+        f"{size}: {100 * mean:.1f}%" for size, mean in zip(by_size, means["all"], strict=True)
+    )
+    return html.figures(
+        html.figure(
+            figures.experts_curve(list(by_size), means, spreads),
+            f"Mean accuracy over subsets by number of experts: {said}.",
+            "Lines are means over the subsets of each size, bands go from the worst to the best.",
+        ),
+        broad=True,
+    )
+
+
+def _curves(path: Path, results: Mapping[str, Any]) -> str:
+    rows = _read_rows(path / "metrics.jsonl")
+    train_rows = [row for row in rows if "expert_losses" in row]
+    test_rows = [row for row in rows if "test_top1" in row]
+    if not train_rows:
+        return html.absent("There are no training metrics in this folder.")
+    first, last = train_rows[0], train_rows[-1]
+    drawn = [
+        html.figure(
+            figures.training_losses(train_rows, _expert_names(results)),
+            f"Training over epochs {first['epoch']:.1f} to {last['epoch']:.1f}: the loss goes from "
+            f"{first['loss']:.3f} to {last['loss']:.3f}.",
+            "Losses are means over the steps since the row before.",
+        )
+    ]
+    if len(test_rows) > 1:
+        drawn.append(
+            html.figure(
+                figures.test_curves(test_rows),
+                f"Test accuracy over the epochs: from {_percent(test_rows[0]['test_top1'])}% to "
+                f"{_percent(test_rows[-1]['test_top1'])}%.",
+                "The ensemble's.",
+            )
+        )
+    return html.figures(*drawn, broad=True)
+
+
+def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    config, environment = run.get("config", {}), run.get("environment") or {}
+    if not config:
+        return html.absent("There is no config.json in this folder.")
+    data, optim = config["data"], config["optim"]
+    versions = environment.get("versions") or {}
+    return html.facts(
+        {
+            "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
+            "class counts": "as they should be for this data set"
+            if (run.get("data") or {}).get("counts_as_published")
+            else "not as they should be for this data set",
+            "taus": ", ".join(_tau(expert) for expert in results["experts"]),
+            "method": config.get("method", {}).get("name", "balpoe"),
+            "mixing": f"{config['mixup'].get('rule', 'mixup')}, alpha {config['mixup']['alpha']:g}"
+            if config["mixup"]["alpha"]
+            else "none",
+            "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
+            f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "
+            f"{optim['weight_decay']:g}",
+            "seed": config["seed"],
+            "devices": f"{environment.get('device_count')} x {environment.get('device_kind')}",
+            "started": environment.get("started"),
+            "source": environment.get("git_commit") or "not from a git repository",
+            "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+            "command": " ".join(environment.get("command") or []),
+        }
+    )
+
+
+def _expert_names(results: Mapping[str, Any]) -> list[str]:
+    return [
+        f"expert {i}" if expert["tau"] is None else f"expert {i}, tau {_tau(expert)}"
+        for i, expert in enumerate(results["experts"], start=1)
+    ]
+
+
+def _tau(expert: Mapping[str, Any]) -> str:
+    return "-" if expert["tau"] is None else f"{expert['tau']:.4g}"
+
+
+def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
+    data = run.get("config", {}).get("data", {})
+    low, high = data.get("shot_thresholds") or metrics.DEFAULT_THRESHOLDS
+    return low, high
+
+
+def _read_rows(path: Path) -> Sequence[dict[str, Any]]:
+    """The rows of a file of one object a line, without those that an interruption tore."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _nats(kl: float | None) -> str:
+    return tables.Column("", "decimal").show(tables.divergence(kl))
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None or np.isnan(fraction) else f"{100 * fraction:.1f}"

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`results.json` and `config.json` of a run, read and checked.
+
+Both may come from another version, from an interruption or from an editor. Whoever reads them
+through here can rely on what stands below, and gets one sentence where it does not hold.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.run import record
+
+# A shape of plain values: a kind by its name; a list of one shape for lists of it; an object's keys
+# with their shapes. A key that ends in "?" may be missing or null, "*" stands for any other key,
+# and keys that are not listed are free.
+_COUNT, _NUMBER, _TEXT = "a whole number", "a number", "text"
+_FIGURE = "a number or null"
+
+_ACCURACIES = dict.fromkeys(("top1", "many", "medium", "few"), _FIGURE)
+_CALIBRATION = dict.fromkeys(("ece", "mce", "adaptive_ece", "nll", "brier"), _FIGURE)
+_ERRORS = dict.fromkeys(("ece", "mce"), _FIGURE)
+_OTHERS = dict.fromkeys(("balanced?", "adaptive_ece?", "nll?", "brier?"), _FIGURE)
+_SCORES = {**_ACCURACIES, **_ERRORS, **_OTHERS}
+_BY_GROUP = dict.fromkeys(("many", "medium", "few"), _CALIBRATION)
+_TEMPERATURE = {"value": _NUMBER, "ece": _FIGURE, "nll": _FIGURE, "groups?": _BY_GROUP}
+_BY_PRIOR = dict.fromkeys(("none", "prior", "estimated"), _FIGURE)
+
+_RESULTS = {
+    "step": _COUNT,
+    "epoch": _COUNT,
+    "num_parameters": _COUNT,
+    "class_counts": [_COUNT],
+    "test": _SCORES,
+    "experts": [{"tau": _FIGURE, **_SCORES}],
+    "remark?": _TEXT,
+    "num_bins?": _COUNT,
+    "experts_used?": _NUMBER,
+    "settings?": {},
+    "group_confusion?": [[_FIGURE]],
+    "calibration_groups?": {"ensemble": _BY_GROUP},
+    "ensemble?": {
+        "gain": _NUMBER,
+        "disagreement": [[_FIGURE]],
+        "mean_disagreement": _FIGURE,
+        "subsets": [{"experts": [_COUNT], **_ACCURACIES, "top1": _NUMBER}],
+    },
+    "bias?": {
+        "experts": [{"lambda": _FIGURE, "kl": _FIGURE}],
+        "ensemble": {"kl": _FIGURE},
+    },
+    "temperature?": {"fitted_on": _TEXT, "ensemble": _TEMPERATURE, "experts": [_TEMPERATURE]},
+    "shift?": {"*": _BY_PRIOR},
+    "aggregation?": {
+        "*": {"weights": [_NUMBER], "top1": dict.fromkeys(("equal", "learnt", "used"), _NUMBER)}
+    },
+    "shift_sets?": {
+        "*": {
+            "origin": _TEXT,
+            "l1_of_uniform": _NUMBER,
+            "ece?": _BY_PRIOR,
+            "estimates": {"*": {"top1": _FIGURE, "l1": _NUMBER}},
+        }
+    },
+}
+
+_CONFIG = {
+    "config": {
+        "seed": _COUNT,
+        "total_epochs": _COUNT,
+        "batch_size": _COUNT,
+        "data": {"name": _TEXT, "imbalance_ratio": _NUMBER, "shot_thresholds?": [_NUMBER]},
+        "model": {"name": _TEXT, "num_experts": _COUNT},
+        "mixup": {"alpha": _NUMBER},
+        "optim": {"learning_rate": _NUMBER, "schedule": _TEXT, "weight_decay": _NUMBER},
+    },
+    "resolved?": {"total_steps?": _COUNT},
+    "data?": {},
+    "environment?": {"versions?": {}, "command?": [_TEXT]},
+}
+
+
+def load_results(workdir: Path) -> dict[str, Any] | None:
+    """What `results.json` of a workdir holds; None if there is no such file.
+
+    Raises:
+        UserError (a `ValueError`): a file that cannot be read, or that is not what an evaluation
+            writes: naming the first part that is wrong.
+    """
+    return _load(workdir / record.RESULTS, _RESULTS, _check_results)
+
+
+def load_config(workdir: Path) -> dict[str, Any] | None:
+    """What `config.json` of a workdir holds, the fields under "config"; None if there is no file.
+
+    Raises:
+        UserError (a `ValueError`): as for `load_results`. Fields that came later may be missing.
+    """
+    return _load(workdir / record.CONFIG, _CONFIG, _check_config)
+
+
+def _load(
+    path: Path, shape: Mapping[str, Any], check: Callable[[Mapping[str, Any]], str | None]
+) -> dict[str, Any] | None:
+    content = record.read_json(path)
+    if content is None:
+        if path.exists():
+            raise _damaged(path, "it is no readable JSON object")
+        return None
+    problem = _mismatch(content, shape, "") or check(content)
+    if problem:
+        raise _damaged(path, problem)
+    return content
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    # An evaluation writes results anew, but never a config.
+    results = path.name == record.RESULTS
+    remedy = "evaluate the run anew, with --mode=eval" if results else "mend it"
+    return UserError(
+        f"{path} is damaged or of another version: {problem}; {remedy}, or leave the run out."
+    )
+
+
+def _mismatch(value: Any, shape: Any, name: str) -> str | None:
+    """The first part of a value that has not its shape, as a clause; None if all have."""
+    if isinstance(shape, str):
+        return None if _is_kind(value, shape) else f"{name} should be {shape}, not {_shown(value)}"
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} should be a list, not {_shown(value)}"
+        parts = [(f"{name}[{i}]", item, shape[0]) for i, item in enumerate(value)]
+    else:
+        if not isinstance(value, dict):
+            return f"{name} should be an object, not {_shown(value)}"
+        parts = []
+        for key, inner in shape.items():
+            optional, bare = key.endswith("?"), key.removesuffix("?")
+            path = f"{name}.{bare}" if name else bare
+            if key == "*":
+                parts += [(f"{name}.{other}", item, inner) for other, item in value.items()]
+            elif bare not in value and not optional:
+                return f"{path} is missing"
+            elif not optional or value.get(bare) is not None:
+                parts.append((path, value[bare], inner))
+    problems = (_mismatch(item, inner, path) for path, item, inner in parts)
+    return next((problem for problem in problems if problem), None)
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == _FIGURE and value is None:
+        return True
+    if kind == _TEXT:
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        return False
+    return kind != _COUNT or (value >= 0 and value == int(value))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _check_results(results: Mapping[str, Any]) -> str | None:
+    """The first section whose size does not fit the others', as a clause; None if all do."""
+    experts = len(results["experts"])
+    if not experts or not sum(results["class_counts"]):
+        return f"{'class_counts' if experts else 'experts'} is empty"
+    for section in ("bias", "temperature"):
+        if results.get(section) and len(results[section]["experts"]) != experts:
+            return f"{section}.experts is not of {experts} experts"
+    squares = {"group_confusion": (results.get("group_confusion"), 3)}
+    if results.get("ensemble"):
+        squares["ensemble.disagreement"] = (results["ensemble"]["disagreement"], experts)
+    for name, (rows, size) in squares.items():
+        if rows is not None and [len(row) for row in rows] != [size] * size:
+            return f"{name} is not {size} x {size}"
+    sets = results.get("shift_sets")
+    if sets is not None and sets.keys() != (results.get("shift") or {}).keys():
+        return "shift and shift_sets are not of the same distributions"
+    return None
+
+
+def _check_config(content: Mapping[str, Any]) -> str | None:
+    thresholds = content["config"]["data"].get("shot_thresholds")
+    if thresholds is not None and len(thresholds) != 2:
+        return f"config.data.shot_thresholds should be two numbers, not {thresholds}"
+    return None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps whose loss, gradient or new state is not finite: named, counted, skipped or refused.
+
+Each is a line of the workdir's `non_finite.jsonl`, with the examples of its batch, which the seed
+and the step determine: `{"step", "learning_rate", "loss", "expert_losses", "grad_norm", "skipped",
+"indices", "ids"}`. Indices are positions in the training set, ids what its source calls them.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.run import multihost, record
+
+if TYPE_CHECKING:  # which takes long to import
+    from balpoe_jax.experiment.build import Experiment
+
+NON_FINITE = "non_finite.jsonl"
+
+_MOST_LISTED = 8
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteSteps:
+    """Those of a run so far, of which the config lets so many pass without an update.
+
+    Args:
+        experiment: of the run.
+        workdir: likewise.
+        first_step: after which this start goes on; what is recorded of later steps is discarded,
+            since they will be made again.
+
+    Attributes:
+        skipped: how many there were.
+    """
+
+    def __init__(self, experiment: "Experiment", workdir: Path, first_step: int) -> None:
+        self._experiment = experiment
+        self._path = workdir / NON_FINITE
+        rows = _read(self._path)
+        self._rows = [row for row in rows if row["step"] <= first_step and row["skipped"]]
+        self.skipped = len(self._rows)
+        multihost.on_first(self._write)
+
+    def check(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes down a step that is not finite.
+
+        Args:
+            step: to which the update leads.
+            metrics: of the step.
+
+        Raises:
+            UserError (a `ValueError`): it is one too many.
+        """
+        limit = self._experiment.config["optim"]["skip_non_finite"]
+        batch = self._experiment.batch_before(step)
+        skip = self.skipped < limit
+        row = {
+            "step": step,
+            "learning_rate": self._experiment.rate_before(step),
+            **{name: metrics[name] for name in ("loss", "expert_losses", "grad_norm")},
+            "skipped": skip,
+            "indices": batch,
+            "ids": self._experiment.data.train.ids(batch),
+        }
+        self._rows.append(record.plain(row))
+        if multihost.is_first():
+            self._write()
+        if not skip:
+            raise UserError(self._explain(row, limit))
+        self.skipped += 1
+        log.warning("Step %d is not finite and skipped, %d of %d", step, self.skipped, limit)
+
+    def _explain(self, row: dict[str, Any], limit: int) -> str:
+        listed = ", ".join(
+            f"{index} ({name})"
+            for index, name in zip(row["indices"][:_MOST_LISTED], row["ids"], strict=False)
+        )
+        more = len(row["indices"]) - _MOST_LISTED
+        others = f" and {more} more" if more > 0 else ""
+        before = f", after {limit} that were skipped" if limit else ""
+        return (
+            f"The loss, its gradient or the update is not finite at step {row['step']} (learning "
+            f"rate {row['learning_rate']:g}){before}; its batch is training examples {listed}"
+            f"{others}, all listed in {self._path}; training stopped and the checkpoints so far "
+            "are kept: try a lower --config.optim.learning_rate in a new workdir, or go on without "
+            f"the step, with --config.optim.skip_non_finite={self.skipped + 1}."
+        )
+
+    def _write(self) -> None:
+        if self._rows or self._path.exists():
+            text = "".join(json.dumps(row) + "\n" for row in self._rows)
+            record.write_atomically(self._path, text)
+
+
+def summary(config: dict[str, Any], workdir: Path, step: int) -> dict[str, int]:
+    """What `results.json` says: `skipped_steps` up to a step, if any may or did pass."""
+    skipped = sum(row["skipped"] and row["step"] <= step for row in _read(workdir / NON_FINITE))
+    return {"skipped_steps": skipped} if skipped or config["optim"]["skip_non_finite"] else {}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all(isinstance(row["step"], int) and row["skipped"] in (True, False) for row in rows):
+            return rows
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(
+        f"{path} is damaged: it should hold an object with step and skipped on each line; mend it, "
+        "or remove it to count anew."
+    )

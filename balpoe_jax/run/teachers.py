@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained runs that another one learns from: what they were, and their variables."""
+
+import json
+import logging
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from balpoe_jax.config import with_defaults
+from balpoe_jax.errors import UserError
+from balpoe_jax.run import record
+from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
+    """The config of a teacher's run, with batches that the student's devices can share.
+
+    Args:
+        workdir: of the teacher.
+        student: the config of the run that learns from it.
+
+    Raises:
+        UserError (a `ValueError`): no run there, one that cannot be read, or one on other data.
+    """
+    path = record.locate(workdir) / record.CONFIG
+    try:
+        saved = json.loads(path.read_text())["config"]
+        config = ConfigDict(with_defaults(saved))
+        data = config.data.name
+    except FileNotFoundError as error:
+        raise UserError(
+            f"The teacher's workdir {path.parent} holds no run (there is no {record.CONFIG}); "
+            "train it first, or name another one with --config.method.teacher=DIR."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The teacher's {path} cannot be read ({error}); name another one with "
+            "--config.method.teacher=DIR."
+        ) from error
+    if data != student.data.name:
+        raise UserError(
+            f"The teacher in {path.parent} was trained on {data}, not on "
+            f"{student.data.name}; name another one with --config.method.teacher=DIR."
+        )
+    config.batch_size, config.optim.accumulate = student.batch_size, 1
+    config.mixup.groups = student.mixup.groups
+    if "stage2" in config:
+        config.stage2.batch_size = 0
+    return config
+
+
+def load(workdir: str, like: TrainState) -> dict[str, Any]:
+    """`params` and `batch_stats` of a teacher's newest checkpoint, as a program would hold them.
+
+    Args:
+        workdir: of the teacher.
+        like: the abstract state of its program.
+
+    Raises:
+        UserError (a `ValueError`): no checkpoint there, or one that does not fit.
+    """
+    path = record.locate(workdir)
+    with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
+        state = checkpoints.restore_latest(like)
+    if state is None:
+        raise UserError(
+            f"There is no checkpoint of the teacher in {path}; train it first, or name another one "
+            "with --config.method.teacher=DIR."
+        )
+    log.info("The teacher is the checkpoint of step %d in %s", int(state.step), path)
+    return state.variables

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the reference's PyTorch code, as parameters and as a workdir to evaluate.
+
+    python -m balpoe_jax.torch_import FILE --config=configs/NAME.py[:args] --workdir=DIR
+
+then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir.
+"""
+
+from balpoe_jax.torch_import.conversion import (
+    check_against,
+    convert,
+    import_checkpoint,
+    load_state_dict,
+)
+
+__all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the reference's PyTorch code, as parameters and as a workdir to evaluate.
+
+    python -m balpoe_jax.torch_import FILE --config=configs/NAME.py[:args] --workdir=DIR
+
+then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir. FILE is
+a checkpoint of the reference (.pth), or its state dict as .npz or .safetensors. The table of names
+below is one-to-one, so that what does not fit is reported by the names in the checkpoint.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from absl import flags
+
+from balpoe_jax.errors import UserError
+from balpoe_jax.models import IMAGENET_MODELS, create_model
+from balpoe_jax.torch_import.files import load_checkpoint, load_state_dict
+
+__all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]
+
+log = logging.getLogger("balpoe_jax.torch_import")  # also when it runs as a command
+
+# Our module's path -> the reference's name, where {expert} is empty if there is only one expert.
+_MODULES = (
+    (r"trunk/(conv1|bn1)", r"backbone.\1"),
+    (r"trunk/layer(\d+)/block(\d+)/([\w.]+)", r"backbone.layer\1.\2.\3"),
+    (r"expert/body/layer(\d+)/block(\d+)/([\w.]+)", r"backbone.layer\1{expert}.\2.\3"),
+    (r"expert/head(?:/dense)?", r"backbone.linear{expert}"),
+)
+
+# Modules of a block that the reference only numbers.
+_SHORTCUTS = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
+
+# The last part of a name.
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+# PyTorch's axes in our order, by the rank of a kernel: OIHW to HWIO, and [C, F] to [F, C].
+_KERNEL_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
+
+_MOST_LISTED = 10
+
+
+def convert(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
+    """The reference's parameters and statistics as variables of a model of `create_model`.
+
+    The architecture (blocks, widths, experts, classes, classifier) is inferred from the names and
+    shapes; all that `create_model` makes are known.
+
+    Args:
+        state_dict: float arrays by the reference's names, such as
+            `backbone.layer2s.0.4.conv1.weight`, any number of experts. A prefix `module.` of all
+            names and the counters `num_batches_tracked` are dropped.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}` of new NumPy arrays of the given dtypes, expert leaves
+        stacked on a leading axis `[E, ...]`. Running variances stay as they are: PyTorch averages
+        unbiased variances and Flax biased ones, which matters only to further training.
+
+    Raises:
+        UserError (a `ValueError`): listing names that are missing, unexpected or misshapen.
+    """
+    arrays = _arrays(state_dict)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    model = _infer_model(shapes)
+    _check_fit(shapes, _torch_shapes(model), "the network that its names describe")
+    converted: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for leaf in _leaves(model):
+        per_expert = [np.transpose(arrays[name], leaf.axes) for name in leaf.names]
+        node = converted
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = np.stack(per_expert) if leaf.stacked else np.array(per_expert[0])
+    return converted
+
+
+def check_against(variables: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses converted variables that another model than theirs is to use.
+
+    Args:
+        variables: see `convert`.
+        expected: of the model; anything with shapes.
+
+    Raises:
+        UserError (a `ValueError`): listing, by the reference's names, those that are missing,
+            unexpected or misshapen.
+    """
+    _check_fit(_torch_shapes(variables), _torch_shapes(expected), "the model of the config")
+
+
+def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -> None:
+    """Makes a workdir that `--mode=eval` evaluates, with a checkpoint of the reference as its own.
+
+    The imported state has the step at which the checkpoint's epoch ended (the last step of the
+    config if the file tells no epoch), and an optimizer without momentum.
+
+    Args:
+        path: see `balpoe_jax.torch_import.files.load_checkpoint`.
+        config: the experiment's `ConfigDict`; its model must be the checkpoint's.
+        workdir: without a run; created if needed.
+
+    Raises:
+        UserError (a `ValueError`): a file that cannot be read, parameters that do not fit the
+            model, a workdir that holds a run, or what `balpoe_jax.experiment.build.build` refuses.
+    """
+    # Here and not above: `convert` is of use without what these import.
+    from balpoe_jax.experiment.build import build
+    from balpoe_jax.experiment.phases import step_at
+    from balpoe_jax.run import record
+    from balpoe_jax.run.checkpoint import Checkpoints
+
+    state_dict, epoch = load_checkpoint(path)
+    variables = convert(state_dict)
+    _refuse_non_finite(state_dict)
+    directory = record.open_workdir(workdir)
+    _refuse_used(directory)
+    with record.log_to_file(directory):
+        experiment = build(config)
+        expected = experiment.abstract_state()
+        if experiment.network is not experiment.model or jax.tree.leaves(expected.extra):
+            raise UserError(
+                f"The method {config.method.name} trains more than the reference's network; import "
+                "into a config of method=balpoe."
+            )
+        check_against(variables, expected.variables)
+        step = experiment.total_steps if epoch is None else step_at(experiment.stages, epoch)
+        try:
+            with Checkpoints(str(directory / "checkpoints")) as checkpoints:
+                checkpoints.save(_make_state(experiment, expected, variables, step))
+            record.claim(
+                directory, experiment.config, experiment.resolved(), experiment.data_record()
+            )
+        except BaseException:  # half an import would be in the way of the next try
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            raise
+        log.info("Imported %s as step %d of %s; evaluate with --mode=eval", path, step, directory)
+
+
+def define_flags() -> None:
+    """Defines --config and --workdir."""
+    from balpoe_jax import cli
+
+    cli.define_run_flags()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Imports the file that is named on the command line as the flags say."""
+    if len(arguments) != 2:
+        raise UserError(
+            f"Expected one FILE beside --config and --workdir, got {len(arguments) - 1}: "
+            f"{', '.join(arguments[1:]) or 'nothing'}."
+        )
+    import_checkpoint(arguments[1], flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+class _Leaf(NamedTuple):
+    """One of our arrays, and where the checkpoint has it.
+
+    Attributes:
+        path: in our variables.
+        names: the reference's; one for each expert if stacked.
+        axes: of the reference's arrays, in our order.
+        shape: of each of the reference's arrays.
+        stacked: whether ours has a leading axis of experts.
+    """
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    stacked: bool
+
+
+def _leaves(variables: Mapping[str, Any]) -> Iterator[_Leaf]:
+    """The table above, applied to a tree of arrays or of shapes."""
+    for keys, array in jax.tree_util.tree_leaves_with_path(variables):
+        path = tuple(key.key for key in keys)
+        stacked = path[1] == "expert"
+        shape = array.shape[1:] if stacked else array.shape
+        axes = tuple(range(len(shape)))
+        # The cosine classifier's weight, alone, is [F, C] in PyTorch too.
+        if path[-1] == "kernel" and path[-2] != "head":
+            axes = _KERNEL_AXES[len(shape)]
+        yield _Leaf(
+            path=path,
+            names=_torch_names(path, array.shape[0] if stacked else 1),
+            axes=axes,
+            shape=tuple(shape[axes.index(axis)] for axis in range(len(axes))),
+            stacked=stacked,
+        )
+
+
+def _torch_names(path: tuple[str, ...], experts: int) -> tuple[str, ...]:
+    module = "/".join(_SHORTCUTS.get(key, key) for key in path[1:-1])
+    for pattern, replacement in _MODULES:
+        match = re.fullmatch(pattern, module)
+        if match:
+            name = f"{match.expand(replacement)}.{_LEAVES[path[-1]]}"
+            numbers = [""] if experts == 1 else [f"s.{expert}" for expert in range(experts)]
+            return tuple(dict.fromkeys(name.format(expert=number) for number in numbers))
+    raise NotImplementedError(f"the reference's name of {'/'.join(path)}")
+
+
+def _torch_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for leaf in _leaves(variables) for name in leaf.names}
+
+
+def _arrays(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, np.ndarray]:
+    """Arrays by name without what PyTorch wraps around a model and what we have no use for."""
+    prefix = "module." if all(str(name).startswith("module.") for name in state_dict) else ""
+    arrays = {
+        str(name)[len(prefix) :]: np.asarray(value)
+        for name, value in state_dict.items()
+        if not str(name).endswith(".num_batches_tracked")
+    }
+    if not arrays:
+        raise UserError("The checkpoint holds no parameters; give one with a state dict.")
+    strange = [
+        f"{name} of {array.dtype}"
+        for name, array in arrays.items()
+        if not jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    if strange:
+        raise UserError(f"Expected arrays of floating-point numbers, got {_listed(strange)}.")
+    return arrays
+
+
+def _refuse_non_finite(state_dict: Mapping[str, npt.ArrayLike]) -> None:
+    strange = [name for name, value in _arrays(state_dict).items() if not np.isfinite(value).all()]
+    if strange:
+        raise UserError(
+            f"The checkpoint has values that are not finite in {_listed(strange)}; it is damaged, "
+            "or of a training that diverged."
+        )
+
+
+def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The abstract variables of the model whose names these seem to be."""
+    name = _infer_name(shapes)
+    stages, last_norm = ((1, 2, 3, 4), "bn3") if name in IMAGENET_MODELS else ((1, 2, 3), "bn2")
+    features = _size(shapes, rf"backbone\.layer{stages[-1]}(?:s\.\d+)?\.0\.{last_norm}\.weight", 0)
+    head = r"backbone\.linear(?:s\.\d+)?"
+    linear = any(re.fullmatch(rf"{head}\.bias", found) for found in shapes)
+    # At most two digits, so that a nonsensical name is reported and not built.
+    experts = _indices(shapes, r"backbone\.(?:layer\d+|linear)s\.(\d{1,2})\.")
+    blocks = [
+        _indices(shapes, rf"backbone\.layer{stage}(?:s\.\d+)?\.(\d{{1,2}})\.") for stage in stages
+    ]
+    model = create_model(
+        name,
+        num_classes=max(_size(shapes, rf"{head}\.weight", 0 if linear else 1), 1),
+        num_experts=max(experts, default=0) + 1,
+        classifier="linear" if linear else "cosine",
+        reduce_dimension=features in (48, 1536),
+        stage_sizes=[max(found, default=0) + 1 for found in blocks],
+    )
+    image = jnp.zeros((1, 32, 32, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+
+
+def _infer_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The model but for its numbers of blocks, from the widths of the stem and the first block."""
+    if _size(shapes, r"backbone\.(?:conv1|bn1)\.weight", 0) != 64:
+        return "resnet32"
+    inner = _size(shapes, r"backbone\.layer1\.0\.(?:conv1|bn1)\.weight", 0)
+    return "resnext50" if inner == 128 else "resnet50"
+
+
+def _indices(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> list[int]:
+    """The numbers that a pattern captures at the start of names."""
+    matches = (re.match(pattern, name) for name in shapes)
+    return [int(match[1]) for match in matches if match]
+
+
+def _size(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int) -> int:
+    """The length of an axis of the first array whose name is the pattern's; 1 if there is none."""
+    found = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
+    return next((shape[axis] for shape in found if axis < len(shape)), 1)
+
+
+def _check_fit(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in sorted(found.keys() & expected.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    parts = [f"{kind} {_listed(names)}" for kind, names in problems.items() if names]
+    if parts:
+        raise UserError(f"The checkpoint does not fit {what}: {'; '.join(parts)}.")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
+
+
+def _refuse_used(workdir: Path) -> None:
+    from balpoe_jax.run import record
+
+    used = [name for name in (record.CONFIG, "checkpoints") if (workdir / name).exists()]
+    if used:
+        raise UserError(
+            f"The workdir {workdir} already holds a run ({', '.join(used)}); import into another "
+            "one with --workdir=DIR."
+        )
+
+
+def _make_state(experiment: Any, expected: Any, variables: dict[str, Any], step: int) -> Any:
+    """The state of a run at `step` with these variables, on every device."""
+    import optax
+
+    cast = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), variables, expected.variables)
+    opt_state = experiment.stages[0].optimizer.init(cast["params"])
+    state = expected.replace(
+        step=jnp.asarray(step, expected.step.dtype),
+        params=cast["params"],
+        batch_stats=cast["batch_stats"],
+        # The schedule's counter, so that the learning rate would be that of the step.
+        opt_state=optax.tree_utils.tree_set(opt_state, count=jnp.asarray(step, jnp.int32)),
+    )
+    return experiment.parallel.replicate(state)
