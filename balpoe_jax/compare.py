@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from balpoe_jax import cli, metrics
+from balpoe_jax import cli, files, metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions, scoring
 from balpoe_jax.reporting import figures, html, tables
@@ -103,8 +103,8 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
         }
         for group in groups
     }
-    record.write_atomically(
-        folder / "compare.json", json.dumps(record.plain(figures_of), indent=2) + "\n"
+    files.write_atomically(
+        folder / "compare.json", json.dumps(files.plain(figures_of), indent=2) + "\n"
     )
     sections = [html.section(table.title, html.table(table, heading=False)) for table in content]
     sections.insert(1, html.section("Reliability", _reliability(groups)))

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exceptions that mean "the program is not wrong"."""
 
-import contextlib
 import errno
 import signal as signal_module
-from collections.abc import Iterator
-from pathlib import Path
 
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM)
 
@@ -35,21 +32,6 @@ class Preempted(Exception):  # noqa: N818
     def __init__(self, message: str, signal: signal_module.Signals | None = None) -> None:
         super().__init__(message)
         self.signal = signal or signal_module.SIGTERM
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write a file or folder into a `UserError`.
-
-    It is a `PassingError` when `passes` says so of the refusal.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise (PassingError if passes(error) else UserError)(
-            f"{path} cannot be written ({error.strerror or error}); move away what is in its "
-            "place, make room, or choose another folder."
-        ) from error
 
 
 def passes(error: OSError) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
+from balpoe_jax import files
 from balpoe_jax.data.records.sources import Source
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import expert_weights, predictions, scoring
@@ -191,7 +192,7 @@ class Evaluator:
             "settings": {name: evaluation[name] for name in record.EVALUATION_SETTINGS},
             **scores,
         }
-        return record.plain(results)
+        return files.plain(results)
 
 
 def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Iterator[_Batch]:
@@ -203,7 +204,7 @@ def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Itera
 
 def publish(results: dict[str, Any], workdir: Path) -> None:
     """Writes `results.json` and the report, and logs the main tables."""
-    record.write_atomically(workdir / record.RESULTS, json.dumps(results, indent=2) + "\n")
+    files.write_atomically(workdir / record.RESULTS, json.dumps(results, indent=2) + "\n")
     page = report.write_report(str(workdir))
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n\nReport: %s", report.result_text(results, width), page)

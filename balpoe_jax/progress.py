@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from balpoe_jax import files
 from balpoe_jax.experiment.build import Experiment
 from balpoe_jax.parallel import Prefetcher
-from balpoe_jax.run import non_finite, record
+from balpoe_jax.run import non_finite
 from balpoe_jax.step import TrainState, all_finite
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Progress:
             row["skipped_steps"] = self._trouble.skipped
         self._log(row, steps, steps * seconds)
         self._last_step = mark.step
-        return record.plain(row)
+        return files.plain(row)
 
     def _log(self, row: dict[str, Any], steps: int, elapsed: float) -> None:
         if self._last_step > self._first_step:  # the first interval is mostly compilation

@@ -21,7 +21,8 @@ from typing import Any
 from absl import flags
 
 from balpoe_jax import cli
-from balpoe_jax.errors import UserError, writing
+from balpoe_jax.errors import UserError
+from balpoe_jax.files import writing
 from benchmarks import sides, step_cases
 from benchmarks.sides import Clock, Job, Row
 

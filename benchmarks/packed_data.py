@@ -16,7 +16,8 @@ import numpy.typing as npt
 from balpoe_jax.data import datasets
 from balpoe_jax.data.datasets import cifar
 from balpoe_jax.data.datasets.types import LongTailed
-from balpoe_jax.errors import UserError, writing
+from balpoe_jax.errors import UserError
+from balpoe_jax.files import writing
 
 NAME = "cifar100"
 LABELS = "labels.npz"

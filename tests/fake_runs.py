@@ -10,7 +10,7 @@ import numpy as np
 from balpoe_jax.data.datasets.test_distributions import make_targets
 from balpoe_jax.evaluation.predictions import Predictions
 from balpoe_jax.evaluation.scoring import score
-from balpoe_jax.run.record import plain
+from balpoe_jax.files import plain
 
 COUNTS = np.array([300, 120, 50, 8])
 

@@ -9,6 +9,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import scoring
 from balpoe_jax.evaluation.predictions import Predictions
 from balpoe_jax.evaluation.priors import estimate_prior
+from balpoe_jax.files import plain
 from balpoe_jax.metrics import (
     MeanLogits,
     brier_score,
@@ -21,7 +22,6 @@ from balpoe_jax.metrics import (
 )
 from balpoe_jax.metrics import summary as blocks
 from balpoe_jax.reporting.tables import result_tables
-from balpoe_jax.run.record import plain
 
 COUNTS = np.array([300, 120, 50, 8])
 TAUS = (0.0, 1.0, 2.0)

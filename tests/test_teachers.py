@@ -16,11 +16,11 @@ from test_config import get_config
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import Program, build_program
+from balpoe_jax.files import plain
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.run import teachers
 from balpoe_jax.run.checkpoint import Checkpoints
-from balpoe_jax.run.record import plain
 from balpoe_jax.step import TrainState, create_state
 
 COUNTS = np.array([130, 94, 68, 49, 35, 26, 18, 13, 9, 5])

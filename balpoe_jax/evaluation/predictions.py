@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.errors import UserError, writing
-from balpoe_jax.leftovers import temporary
+from balpoe_jax.errors import UserError
+from balpoe_jax.files import temporary, writing
 from balpoe_jax.metrics import MeanLogits
 
 FOLDER = "predictions"

@@ -5,9 +5,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from balpoe_jax.errors import writing
+from balpoe_jax import files
+from balpoe_jax.files import writing
 from balpoe_jax.reporting.tables import Table
-from balpoe_jax.run import record
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -77,7 +77,7 @@ def write(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> Pat
     text = _PAGE.format(
         title=html.escape(title), subtitle=html.escape(subtitle), sections="\n".join(sections)
     )
-    record.write_atomically(path, text)
+    files.write_atomically(path, text)
     return path
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from balpoe_jax import files
 from balpoe_jax.errors import UserError
 from balpoe_jax.run import record
 
@@ -104,7 +105,7 @@ def load_config(workdir: Path) -> dict[str, Any] | None:
 def _load(
     path: Path, shape: Mapping[str, Any], check: Callable[[Mapping[str, Any]], str | None]
 ) -> dict[str, Any] | None:
-    content = record.read_json(path)
+    content = files.read_json(path)
     if content is None:
         if path.exists():
             raise _damaged(path, "it is no readable JSON object")

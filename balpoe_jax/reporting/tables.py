@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from balpoe_jax.errors import writing
+from balpoe_jax.files import writing
 
 _LABEL_WIDTH = 10
 _WIDE = 110

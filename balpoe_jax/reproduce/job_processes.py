@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from balpoe_jax.errors import Preempted, writing
+from balpoe_jax.errors import Preempted
+from balpoe_jax.files import writing
 
 OUTPUT = "terminal.log"
 

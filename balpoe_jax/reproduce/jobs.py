@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
+from balpoe_jax import files
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import schema, tables
 from balpoe_jax.reporting.runs import Group, Run, Spread, load_run
@@ -76,7 +77,7 @@ class Job:
         claimed = schema.load_config(self.workdir) or {}
         last = (claimed.get("resolved") or {}).get("total_steps")
         # The step alone, so that results which are damaged can be written again.
-        step = (record.read_json(self.workdir / record.RESULTS) or {}).get("step")
+        step = (files.read_json(self.workdir / record.RESULTS) or {}).get("step")
         return "done" if last is not None and step == last else "begun"
 
     def _fields(self) -> dict[str, object]:
@@ -249,7 +250,7 @@ def _run_together(jobs: Sequence[Job], extra: Sequence[str], at_once: int) -> li
 
 
 def _top1(command: job_processes.Command) -> str:
-    results = record.read_json(command.workdir / record.RESULTS) or {}
+    results = files.read_json(command.workdir / record.RESULTS) or {}
     test = results.get("test")
     top1 = test.get("top1") if isinstance(test, dict) else None
     return f"top-1 {100 * top1:.1f}%" if isinstance(top1, int | float) else "no top-1"
@@ -380,10 +381,8 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], rema
     logs = "\n".join(
         f"- {method}: {cells[-1] or 'not run'}" for method, cells in dict(long.rows).items()
     )
-    record.write_atomically(
-        root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n"
-    )
-    record.write_atomically(root / f"{name}.csv", tables.as_csv(long, remark))
+    files.write_atomically(root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n")
+    files.write_atomically(root / f"{name}.csv", tables.as_csv(long, remark))
     written = {
         "title": content.title,
         "remark": remark,
@@ -392,9 +391,7 @@ def _write(root: Path, name: str, content: Table, entries: Sequence[Entry], rema
             for method, cells in long.rows
         ],
     }
-    record.write_atomically(
-        root / f"{name}.json", json.dumps(record.plain(written), indent=2) + "\n"
-    )
+    files.write_atomically(root / f"{name}.json", json.dumps(files.plain(written), indent=2) + "\n")
 
 
 def _only(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:

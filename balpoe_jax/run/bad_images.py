@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 
+from balpoe_jax import files
 from balpoe_jax.data.batches.replacements import BadImage, Replacements
 from balpoe_jax.data.records.sources import RecordSource, Source
 from balpoe_jax.errors import UserError
-from balpoe_jax.run import multihost, record
+from balpoe_jax.run import multihost
 
 _FILE = "bad_images{}.jsonl"
 
@@ -56,7 +57,7 @@ def count(config: dict[str, Any], workdir: Path, step: int) -> dict[str, int]:
 
 def _write(path: Path, found: Iterable[BadImage]) -> None:
     lines = (json.dumps(dataclasses.asdict(bad)) + "\n" for bad in found)
-    record.write_atomically(path, "".join(lines))
+    files.write_atomically(path, "".join(lines))
 
 
 def _read(path: Path) -> list[BadImage]:

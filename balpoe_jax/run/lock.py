@@ -19,7 +19,8 @@ import threading
 import time
 from pathlib import Path
 
-from balpoe_jax.errors import PassingError, UserError, writing
+from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.files import writing
 from balpoe_jax.run import multihost
 
 LOCK = "run.lock"

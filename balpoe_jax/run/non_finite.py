@@ -11,8 +11,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from balpoe_jax import files
 from balpoe_jax.errors import UserError
-from balpoe_jax.run import multihost, record
+from balpoe_jax.run import multihost
 
 if TYPE_CHECKING:  # which takes long to import
     from balpoe_jax.experiment.build import Experiment
@@ -66,7 +67,7 @@ class NonFiniteSteps:
             "indices": batch,
             "ids": self._experiment.data.train.ids(batch),
         }
-        self._rows.append(record.plain(row))
+        self._rows.append(files.plain(row))
         if multihost.is_first():
             self._write()
         if not skip:
@@ -93,7 +94,7 @@ class NonFiniteSteps:
     def _write(self) -> None:
         if self._rows or self._path.exists():
             text = "".join(json.dumps(row) + "\n" for row in self._rows)
-            record.write_atomically(self._path, text)
+            files.write_atomically(self._path, text)
 
 
 def summary(config: dict[str, Any], workdir: Path, step: int) -> dict[str, int]:

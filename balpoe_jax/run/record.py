@@ -23,9 +23,10 @@ from typing import Any
 import jax
 
 import balpoe_jax
-from balpoe_jax import leftovers
+from balpoe_jax import files
 from balpoe_jax.config import with_defaults
-from balpoe_jax.errors import PassingError, UserError, passes, writing
+from balpoe_jax.errors import PassingError, UserError, passes
+from balpoe_jax.files import plain, read_json, write_atomically, writing
 from balpoe_jax.run import multihost
 from balpoe_jax.run.events import EventFile
 
@@ -91,8 +92,8 @@ def open_workdir(workdir: str) -> Path:
 
 
 def _make_writable(path: Path) -> None:
-    leftovers.clear(path, path / "predictions", path / "report")
-    probe = leftovers.temporary(path / "writable")
+    files.clear(path, path / "predictions", path / "report")
+    probe = files.temporary(path / "writable")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -286,47 +287,6 @@ class _LogFile(logging.FileHandler):
         """Closes the file, whether or not it has all lines."""
         with contextlib.suppress(OSError):
             super().close()
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None when there is no readable one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the last, of very many brackets
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that no reader ever sees half of it.
-
-    Raises:
-        UserError (a `ValueError`): the file cannot be written.
-    """
-    temporary = leftovers.temporary(path)
-    with writing(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut leaves the new name without the content
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def plain(value: Any) -> Any:
-    """Values that JSON can hold: tuples become lists, arrays lists, and not-a-number null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def has_test_row(workdir: Path, step: int) -> bool:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files written as a whole or not at all, JSON, and names of files that are being written."""
+
+import contextlib
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from balpoe_jax.errors import PassingError, UserError, passes
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal to write a file or folder into a `UserError`.
+
+    It is a `PassingError` when `passes` says so of the refusal.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise (PassingError if passes(error) else UserError)(
+            f"{path} cannot be written ({error.strerror or error}); move away what is in its "
+            "place, make room, or choose another folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None when there is no readable one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # the last, of very many brackets
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole, so that no reader ever sees half of it.
+
+    Raises:
+        UserError (a `ValueError`): the file cannot be written.
+    """
+    partial = temporary(path)
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves the new name without the content
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON can hold: tuples become lists, arrays lists, and not-a-number null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def temporary(path: Path) -> Path:
+    """A name of this process's own beside `path`, hidden."""
+    return path.with_name(f"{_of_this_host()}{os.getpid()}.{path.name}")
+
+
+def clear(*folders: Path) -> None:
+    """Deletes what processes of this host left that do not live any more."""
+    for folder in folders:
+        for path in folder.glob(f"{_of_this_host()}*"):
+            pid = path.name.removeprefix(_of_this_host()).partition(".")[0]
+            if pid.isdecimal() and not _lives(int(pid)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _of_this_host() -> str:
+    return f".{socket.gethostname()}."
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
