@@ -17,7 +17,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import expert_weights, predictions, scoring
 from balpoe_jax.experiment.build import Experiment, build_together, num_parameters
 from balpoe_jax.reporting import report
-from balpoe_jax.run import bad_images, multihost, non_finite, record
+from balpoe_jax.run import bad_images, metric_writer, multihost, non_finite, record
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.step import TrainState
 
@@ -43,7 +43,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     multihost.on_first(lambda: record.check_claim(there, config.to_dict()))
     path = record.open_workdir(workdir)
     record.check_same_config(config.to_dict())
-    with record.log_to_file(path):
+    with metric_writer.log_to_file(path):
         experiment = build_together(config)
         with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
             state = checkpoints.restore_latest(experiment.abstract_state())
@@ -204,7 +204,7 @@ def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Itera
 
 def publish(results: dict[str, Any], workdir: Path) -> None:
     """Writes `results.json` and the report, and logs the main tables."""
-    files.write_atomically(workdir / record.RESULTS, json.dumps(results, indent=2) + "\n")
+    files.write_atomically(workdir / files.RESULTS, json.dumps(results, indent=2) + "\n")
     page = report.write_report(str(workdir))
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n\nReport: %s", report.result_text(results, width), page)

@@ -12,6 +12,15 @@ from typing import Any
 
 from balpoe_jax.errors import PassingError, UserError, passes
 
+# The names of what a run leaves in its workdir.
+CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
+    "config.json",
+    "metrics.jsonl",
+    "metrics.discarded.jsonl",
+    "results.json",
+    "train.log",
+)
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:

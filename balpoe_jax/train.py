@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from balpoe_jax import files
 from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, Interrupted, publish
@@ -19,7 +20,7 @@ from balpoe_jax.experiment.build import Experiment, build_together, num_paramete
 from balpoe_jax.experiment.phases import StagePlan
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.progress import Progress
-from balpoe_jax.run import bad_images, multihost, non_finite, record
+from balpoe_jax.run import bad_images, metric_writer, multihost, non_finite, record
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.run.lock import WorkdirLock
 from balpoe_jax.run.preemption import PreemptionNotice
@@ -57,7 +58,7 @@ def train(
     check_config(config)
     path = record.open_workdir(workdir)
     record.check_same_config(config.to_dict())
-    with record.log_to_file(path), WorkdirLock(path) as lock:
+    with metric_writer.log_to_file(path), WorkdirLock(path) as lock:
         notice.at_exit(lock.release)
         multihost.on_first(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
@@ -76,7 +77,7 @@ def _check_workdir(path: Path, config: ConfigDict) -> None:
         record.check_claim(path, config.to_dict())
     elif any((path / "checkpoints").glob("[0-9]*")):
         raise UserError(
-            f"{path} holds checkpoints but no {record.CONFIG} to tell whose they are; choose "
+            f"{path} holds checkpoints but no {files.CONFIG} to tell whose they are; choose "
             "another --workdir."
         )
 
@@ -121,7 +122,7 @@ def _train(
         evaluator = Evaluator(experiment)
 
         with (
-            record.MetricWriter(workdir, first_step) as writer,
+            metric_writer.MetricWriter(workdir, first_step) as writer,
             StepProfiler(workdir, config["profile"]["steps"]) as profiler,
         ):
 
@@ -200,7 +201,7 @@ def _train(
             checkpoints.wait()
             notice.work_saved(f"step {total_steps} is saved")
             results = evaluator.score(state, workdir / "predictions")
-            if results and not record.has_test_row(workdir, total_steps):
+            if results and not metric_writer.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, experiment.epoch_at(total_steps)))
     if results:
         results |= non_finite.summary(config, workdir, total_steps)
@@ -297,7 +298,7 @@ def lacks_test(experiment: Experiment, workdir: Path, step: int) -> bool:
     due = _due(experiment, step, experiment.config["eval"]["every_epochs"])
     if not due or not 0 < step < experiment.total_steps:
         return False
-    return multihost.first_says(lambda: not record.has_test_row(workdir, step))
+    return multihost.first_says(lambda: not metric_writer.has_test_row(workdir, step))
 
 
 def _due(experiment: Experiment, step: int, every_epochs: int) -> bool:

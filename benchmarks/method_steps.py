@@ -108,11 +108,10 @@ def _config(method: str, backbone: str) -> Any:
 def _pretend_to_have_trained(config: Any, state: Any, workdir: Path) -> None:
     """Makes a folder the run of a config whose newest checkpoint is this state."""
     from balpoe_jax import files
-    from balpoe_jax.run import record
     from balpoe_jax.run.checkpoint import Checkpoints
 
     text = json.dumps({"config": files.plain(config.to_dict())})
-    (workdir / record.CONFIG).write_text(text, encoding="utf-8")
+    (workdir / files.CONFIG).write_text(text, encoding="utf-8")
     with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
         checkpoints.save(state)
 

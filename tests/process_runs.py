@@ -231,7 +231,7 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     from balpoe_jax.evaluate import Evaluator
     from balpoe_jax.experiment import build
     from balpoe_jax.reporting import report
-    from balpoe_jax.run import record
+    from balpoe_jax.run import metric_writer
     from balpoe_jax.run.checkpoint import Checkpoints
     from balpoe_jax.train import train
 
@@ -239,13 +239,13 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     if not twin:
         build.create_model = tiny_network.create_model
         report.write_report = lambda workdir: "no page"
-    with record.log_to_file(folder):
+    with metric_writer.log_to_file(folder):
         agree(folder)
     results = train(digits_config(), str(folder / "run"))
     assert bool(results) == (who == 0)
     if twin:
         dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
-    with record.log_to_file(folder):
+    with metric_writer.log_to_file(folder):
         program = build.build(digits_config(parallel__mode="shard_map"))
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
         state = checkpoints.restore_latest(program.abstract_state())

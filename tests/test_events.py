@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from balpoe_jax.run import record
+from balpoe_jax.run import metric_writer
 from balpoe_jax.run.events import EventFile
 
 ROWS = [
@@ -19,7 +19,7 @@ ROWS = [
 
 
 def write_rows(workdir: Path) -> None:
-    with record.MetricWriter(workdir, 0) as writer:
+    with metric_writer.MetricWriter(workdir, 0) as writer:
         for row in ROWS:
             writer.write(row)
         assert (workdir / "metrics.jsonl").read_text().count("\n") == len(ROWS)

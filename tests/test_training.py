@@ -21,7 +21,7 @@ from balpoe_jax.experiment.build import build
 from balpoe_jax.parallel import Parallel
 from balpoe_jax.progress import Progress
 from balpoe_jax.reporting import report
-from balpoe_jax.run import record
+from balpoe_jax.run import environment, metric_writer, record
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.run.lock import WorkdirLock
 from balpoe_jax.run.preemption import PreemptionNotice
@@ -461,8 +461,8 @@ def test_the_commit_is_never_that_of_another_repository(monkeypatch, tmp_path: P
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(record.balpoe_jax, "__file__", str(package / "__init__.py"))
-    assert record._git_commit() is None
+    monkeypatch.setattr(environment.balpoe_jax, "__file__", str(package / "__init__.py"))
+    assert environment._git_commit() is None
 
 
 def test_workdirs_are_local_and_may_begin_at_home(monkeypatch, tmp_path: Path) -> None:
@@ -530,9 +530,9 @@ def test_rows_that_cannot_be_written_are_an_error_and_log_lines_are_not(
     tmp_path: Path, capsys
 ) -> None:
     (tmp_path / "train.log").symlink_to("/dev/full")
-    with record.log_to_file(tmp_path):
+    with metric_writer.log_to_file(tmp_path):
         logging.getLogger("balpoe_jax").info("a line")
-        with record.MetricWriter(tmp_path, 0) as writer, Path("/dev/full").open("a") as full:
+        with metric_writer.MetricWriter(tmp_path, 0) as writer, Path("/dev/full").open("a") as full:
             writer._file.close()
             writer._file = full
             with pytest.raises(PassingError, match=r"metrics\.jsonl cannot be written \(No space"):

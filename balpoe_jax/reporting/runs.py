@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from balpoe_jax import files
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import schema
 from balpoe_jax.run import record
@@ -107,7 +108,7 @@ def load_run(path: Path) -> Run:
     results, written = schema.load_results(path), schema.load_config(path)
     if results is None or written is None:
         raise UserError(
-            f"{path} holds no evaluated run (a {record.RESULTS} and a {record.CONFIG}); "
+            f"{path} holds no evaluated run (a {files.RESULTS} and a {files.CONFIG}); "
             "train or evaluate it first, with --workdir."
         )
     return Run(path, written["config"], results)
@@ -122,7 +123,7 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     found: dict[Path, Run] = {}
     for folder in folders:
         path = Path(folder).expanduser().absolute()
-        inside = sorted(item.parent for item in path.rglob(record.RESULTS))
+        inside = sorted(item.parent for item in path.rglob(files.RESULTS))
         for workdir in inside or [path]:
             found[workdir] = load_run(workdir)
     return list(found.values())

@@ -12,7 +12,6 @@ from typing import Any
 
 from balpoe_jax import files
 from balpoe_jax.errors import UserError
-from balpoe_jax.run import record
 
 # A shape of plain values: a kind by its name; a list of one shape for lists of it; an object's keys
 # with their shapes. A key that ends in "?" may be missing or null, "*" stands for any other key,
@@ -90,7 +89,7 @@ def load_results(workdir: Path) -> dict[str, Any] | None:
         UserError (a `ValueError`): a file that cannot be read, or that is not what an evaluation
             writes: naming the first part that is wrong.
     """
-    return _load(workdir / record.RESULTS, _RESULTS, _check_results)
+    return _load(workdir / files.RESULTS, _RESULTS, _check_results)
 
 
 def load_config(workdir: Path) -> dict[str, Any] | None:
@@ -99,7 +98,7 @@ def load_config(workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError (a `ValueError`): as for `load_results`. Fields that came later may be missing.
     """
-    return _load(workdir / record.CONFIG, _CONFIG, _check_config)
+    return _load(workdir / files.CONFIG, _CONFIG, _check_config)
 
 
 def _load(
@@ -118,7 +117,7 @@ def _load(
 
 def _damaged(path: Path, problem: str) -> UserError:
     # An evaluation writes results anew, but never a config.
-    results = path.name == record.RESULTS
+    results = path.name == files.RESULTS
     remedy = "evaluate the run anew, with --mode=eval" if results else "mend it"
     return UserError(
         f"{path} is damaged or of another version: {problem}; {remedy}, or leave the run out."

@@ -77,7 +77,7 @@ class Job:
         claimed = schema.load_config(self.workdir) or {}
         last = (claimed.get("resolved") or {}).get("total_steps")
         # The step alone, so that results which are damaged can be written again.
-        step = (files.read_json(self.workdir / record.RESULTS) or {}).get("step")
+        step = (files.read_json(self.workdir / files.RESULTS) or {}).get("step")
         return "done" if last is not None and step == last else "begun"
 
     def _fields(self) -> dict[str, object]:
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
     if failed:
-        file = record.LOG if values.jobs == 1 else job_processes.OUTPUT
+        file = files.LOG if values.jobs == 1 else job_processes.OUTPUT
         raise UserError(
             f"{len(failed)} of {len(wanted)} runs failed: "
             f"{', '.join(str(job.workdir) for job in failed)}; see the {file} there, and start "
@@ -250,7 +250,7 @@ def _run_together(jobs: Sequence[Job], extra: Sequence[str], at_once: int) -> li
 
 
 def _top1(command: job_processes.Command) -> str:
-    results = files.read_json(command.workdir / record.RESULTS) or {}
+    results = files.read_json(command.workdir / files.RESULTS) or {}
     test = results.get("test")
     top1 = test.get("top1") if isinstance(test, dict) else None
     return f"top-1 {100 * top1:.1f}%" if isinstance(top1, int | float) else "no top-1"
@@ -366,7 +366,7 @@ def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
                 entry.ours,
                 entry.difference,
                 entry.seeds,
-                " ".join(str(run.path.relative_to(root) / record.LOG) for run in entry.runs),
+                " ".join(str(run.path.relative_to(root) / files.LOG) for run in entry.runs),
             ],
         )
         for entry in entries

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from balpoe_jax import files
 from balpoe_jax.config import with_defaults
 from balpoe_jax.errors import UserError
 from balpoe_jax.run import record
@@ -26,14 +27,14 @@ def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
     Raises:
         UserError (a `ValueError`): no run there, one that cannot be read, or one on other data.
     """
-    path = record.locate(workdir) / record.CONFIG
+    path = record.locate(workdir) / files.CONFIG
     try:
         saved = json.loads(path.read_text())["config"]
         config = ConfigDict(with_defaults(saved))
         data = config.data.name
     except FileNotFoundError as error:
         raise UserError(
-            f"The teacher's workdir {path.parent} holds no run (there is no {record.CONFIG}); "
+            f"The teacher's workdir {path.parent} holds no run (there is no {files.CONFIG}); "
             "train it first, or name another one with --config.method.teacher=DIR."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -121,7 +121,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     # Here and not above: `convert` is of use without what these import.
     from balpoe_jax.experiment.build import build
     from balpoe_jax.experiment.phases import step_at
-    from balpoe_jax.run import record
+    from balpoe_jax.run import metric_writer, record
     from balpoe_jax.run.checkpoint import Checkpoints
 
     state_dict, epoch = load_checkpoint(path)
@@ -129,7 +129,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     _refuse_non_finite(state_dict)
     directory = record.open_workdir(workdir)
     _refuse_used(directory)
-    with record.log_to_file(directory):
+    with metric_writer.log_to_file(directory):
         experiment = build(config)
         expected = experiment.abstract_state()
         if experiment.network is not experiment.model or jax.tree.leaves(expected.extra):
@@ -316,9 +316,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _refuse_used(workdir: Path) -> None:
-    from balpoe_jax.run import record
+    from balpoe_jax import files
 
-    used = [name for name in (record.CONFIG, "checkpoints") if (workdir / name).exists()]
+    used = [name for name in (files.CONFIG, "checkpoints") if (workdir / name).exists()]
     if used:
         raise UserError(
             f"The workdir {workdir} already holds a run ({', '.join(used)}); import into another "
