@@ -32,8 +32,9 @@ from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment.build import build
 from balpoe_jax.models import create_model
 from balpoe_jax.run.checkpoint import Checkpoints
-from balpoe_jax.torch_import import check_against, convert, import_checkpoint, load_state_dict
-from balpoe_jax.torch_import.files import load_checkpoint
+from balpoe_jax.torch_import import check_against, convert
+from balpoe_jax.torch_import.files import load_checkpoint, load_state_dict
+from balpoe_jax.torch_import.workdir import import_checkpoint
 
 ROOT = Path(__file__).parents[1]
 State = dict[str, np.ndarray]

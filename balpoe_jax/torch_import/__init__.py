@@ -6,11 +6,6 @@
 then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir.
 """
 
-from balpoe_jax.torch_import.conversion import (
-    check_against,
-    convert,
-    import_checkpoint,
-    load_state_dict,
-)
+from balpoe_jax.torch_import.conversion import check_against, convert
 
-__all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]
+__all__ = ["check_against", "convert"]

@@ -1,8 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports a checkpoint of PyTorch: `python -m balpoe_jax.torch_import`."""
+"""Imports a checkpoint of PyTorch: `python -m balpoe_jax.torch_import FILE`."""
+
+from collections.abc import Sequence
+
+from absl import flags
 
 from balpoe_jax import cli
-from balpoe_jax.torch_import.conversion import define_flags, main
+from balpoe_jax.errors import UserError
+
+
+def define_flags() -> None:
+    """Defines --config and --workdir."""
+    cli.define_run_flags()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Imports the file that is named on the command line as the flags say."""
+    if len(arguments) != 2:
+        raise UserError(
+            f"Expected one FILE beside --config and --workdir, got {len(arguments) - 1}: "
+            f"{', '.join(arguments[1:]) or 'nothing'}."
+        )
+    # Here and not above, so that wrong flags are told at once.
+    from balpoe_jax.torch_import.workdir import import_checkpoint
+
+    import_checkpoint(arguments[1], flags.FLAGS.config, flags.FLAGS.workdir)
+
 
 if __name__ == "__main__":
     cli.run(define_flags, main)

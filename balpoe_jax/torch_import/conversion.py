@@ -1,34 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the reference's PyTorch code, as parameters and as a workdir to evaluate.
+"""The names and layouts of the reference's PyTorch code, as those of our parameters.
 
-    python -m balpoe_jax.torch_import FILE --config=configs/NAME.py[:args] --workdir=DIR
-
-then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir. FILE is
-a checkpoint of the reference (.pth), or its state dict as .npz or .safetensors. The table of names
-below is one-to-one, so that what does not fit is reported by the names in the checkpoint.
+The table of names below is one-to-one, so that what does not fit is reported by the names in the
+checkpoint.
 """
 
-import logging
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from absl import flags
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.models import IMAGENET_MODELS, create_model
-from balpoe_jax.torch_import.files import load_checkpoint, load_state_dict
-
-__all__ = ["check_against", "convert", "import_checkpoint", "load_state_dict"]
-
-log = logging.getLogger("balpoe_jax.torch_import")  # also when it runs as a command
 
 # Our module's path -> the reference's name, where {expert} is empty if there is only one expert.
 _MODULES = (
@@ -103,69 +90,18 @@ def check_against(variables: Mapping[str, Any], expected: Mapping[str, Any]) -> 
     _check_fit(_torch_shapes(variables), _torch_shapes(expected), "the model of the config")
 
 
-def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -> None:
-    """Makes a workdir that `--mode=eval` evaluates, with a checkpoint of the reference as its own.
-
-    The imported state has the step at which the checkpoint's epoch ended (the last step of the
-    config if the file tells no epoch), and an optimizer without momentum.
-
-    Args:
-        path: see `balpoe_jax.torch_import.files.load_checkpoint`.
-        config: the experiment's `ConfigDict`; its model must be the checkpoint's.
-        workdir: without a run; created if needed.
+def refuse_non_finite(state_dict: Mapping[str, npt.ArrayLike]) -> None:
+    """Refuses a state dict with values that are not finite.
 
     Raises:
-        UserError (a `ValueError`): a file that cannot be read, parameters that do not fit the
-            model, a workdir that holds a run, or what `balpoe_jax.experiment.build.build` refuses.
+        UserError (a `ValueError`): naming the arrays that have such values.
     """
-    # Here and not above: `convert` is of use without what these import.
-    from balpoe_jax.experiment.build import build
-    from balpoe_jax.experiment.phases import step_at
-    from balpoe_jax.run import metric_writer, record
-    from balpoe_jax.run.checkpoint import Checkpoints
-
-    state_dict, epoch = load_checkpoint(path)
-    variables = convert(state_dict)
-    _refuse_non_finite(state_dict)
-    directory = record.open_workdir(workdir)
-    _refuse_used(directory)
-    with metric_writer.log_to_file(directory):
-        experiment = build(config)
-        expected = experiment.abstract_state()
-        if experiment.network is not experiment.model or jax.tree.leaves(expected.extra):
-            raise UserError(
-                f"The method {config.method.name} trains more than the reference's network; import "
-                "into a config of method=balpoe."
-            )
-        check_against(variables, expected.variables)
-        step = experiment.total_steps if epoch is None else step_at(experiment.stages, epoch)
-        try:
-            with Checkpoints(str(directory / "checkpoints")) as checkpoints:
-                checkpoints.save(_make_state(experiment, expected, variables, step))
-            record.claim(
-                directory, experiment.config, experiment.resolved(), experiment.data_record()
-            )
-        except BaseException:  # half an import would be in the way of the next try
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            raise
-        log.info("Imported %s as step %d of %s; evaluate with --mode=eval", path, step, directory)
-
-
-def define_flags() -> None:
-    """Defines --config and --workdir."""
-    from balpoe_jax import cli
-
-    cli.define_run_flags()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Imports the file that is named on the command line as the flags say."""
-    if len(arguments) != 2:
+    strange = [name for name, value in _arrays(state_dict).items() if not np.isfinite(value).all()]
+    if strange:
         raise UserError(
-            f"Expected one FILE beside --config and --workdir, got {len(arguments) - 1}: "
-            f"{', '.join(arguments[1:]) or 'nothing'}."
+            f"The checkpoint has values that are not finite in {_listed(strange)}; it is damaged, "
+            "or of a training that diverged."
         )
-    import_checkpoint(arguments[1], flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 class _Leaf(NamedTuple):
@@ -240,15 +176,6 @@ def _arrays(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _refuse_non_finite(state_dict: Mapping[str, npt.ArrayLike]) -> None:
-    strange = [name for name, value in _arrays(state_dict).items() if not np.isfinite(value).all()]
-    if strange:
-        raise UserError(
-            f"The checkpoint has values that are not finite in {_listed(strange)}; it is damaged, "
-            "or of a training that diverged."
-        )
-
-
 def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The abstract variables of the model whose names these seem to be."""
     name = _infer_name(shapes)
@@ -313,30 +240,3 @@ def _check_fit(
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return ", ".join(names[:_MOST_LISTED]) + more
-
-
-def _refuse_used(workdir: Path) -> None:
-    from balpoe_jax import files
-
-    used = [name for name in (files.CONFIG, "checkpoints") if (workdir / name).exists()]
-    if used:
-        raise UserError(
-            f"The workdir {workdir} already holds a run ({', '.join(used)}); import into another "
-            "one with --workdir=DIR."
-        )
-
-
-def _make_state(experiment: Any, expected: Any, variables: dict[str, Any], step: int) -> Any:
-    """The state of a run at `step` with these variables, on every device."""
-    import optax
-
-    cast = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), variables, expected.variables)
-    opt_state = experiment.stages[0].optimizer.init(cast["params"])
-    state = expected.replace(
-        step=jnp.asarray(step, expected.step.dtype),
-        params=cast["params"],
-        batch_stats=cast["batch_stats"],
-        # The schedule's counter, so that the learning rate would be that of the step.
-        opt_state=optax.tree_utils.tree_set(opt_state, count=jnp.asarray(step, jnp.int32)),
-    )
-    return experiment.parallel.replicate(state)
