@@ -63,7 +63,7 @@ def _serve() -> None:
     # Imports alone: no device is touched and no thread of TensorFlow's or JAX's is started.
     import balpoe_jax.compare
     import balpoe_jax.evaluate
-    import balpoe_jax.reproduce.jobs
+    import balpoe_jax.reproduce.scores
     import balpoe_jax.torch_import
     import balpoe_jax.train  # noqa: F401
 

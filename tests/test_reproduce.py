@@ -16,6 +16,7 @@ from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.tables import as_csv, as_text
 from balpoe_jax.reproduce import jobs as reproduce
+from balpoe_jax.reproduce import scores
 from balpoe_jax.reproduce.paper import SCALES, TABLES, Experiment, PaperTable, Row, Score
 from balpoe_jax.run import record
 
@@ -190,7 +191,7 @@ def test_two_real_runs_at_once(tmp_path: Path) -> None:
     jobs = reproduce.plan(table, SCALES["full"], [1, 2], tmp_path)
     assert reproduce.run(jobs, at_once=2) == []
     assert [job.state() for job in jobs] == ["done", "done"]
-    (entry,) = reproduce.collect(table, jobs)
+    (entry,) = scores.collect(table, jobs)
     assert entry.seeds == "1,2" and 0 < entry.ours.mean < 1
     for job in jobs:
         assert "images/s" in (job.workdir / "terminal.log").read_text()
@@ -210,11 +211,11 @@ def test_a_teacher_is_trained_before_its_student_and_named(tmp_path: Path) -> No
     assert named == [[], [f"{option}1"], [], [f"{option}2"]]
     # As the command sets it, so that a run is known again.
     assert jobs[1]._fields()["method"]["teacher"] == f"{tmp_path}/digits_teacher/seed1"
-    assert reproduce._only(jobs, ["digits_student"]) == jobs
-    assert reproduce._only(jobs, ["digits_teacher"]) == jobs[::2]
+    assert reproduce.only(jobs, ["digits_student"]) == jobs
+    assert reproduce.only(jobs, ["digits_teacher"]) == jobs[::2]
     pretend(jobs[1], 0.5)
     assert [job.state() for job in jobs[:2]] == ["to do", "done"]
-    (entry,) = reproduce.collect(table, jobs)
+    (entry,) = scores.collect(table, jobs)
     assert entry.ours.mean == 0.5
 
 
@@ -233,16 +234,16 @@ def test_scores_are_collected_over_the_seeds_that_are_done(tmp_path: Path) -> No
     jobs = reproduce.plan(tiny_table(), SCALES["full"], [1, 2, 3], tmp_path)
     pretend(jobs[0], 0.80)
     pretend(jobs[2], 0.84)
-    entries = reproduce.collect(tiny_table(), jobs)
+    entries = scores.collect(tiny_table(), jobs)
     first = entries[0]
     assert (first.method, first.score, first.seeds) == ("first", "ACC", "1,2")
     assert first.ours.mean == pytest.approx(0.82)
     assert first.difference == pytest.approx(-0.08)
-    text = as_text(reproduce.result_table("A table", entries))
+    text = as_text(scores.result_table("A table", entries))
     assert "  ours, seeds 1,2 82.0±2.8" in text
     assert "  paper           90.0±1.5" in text
     assert "  ours: not run          -" in text
-    long = as_csv(reproduce.entries_table("A table", entries, tmp_path)).splitlines()
+    long = as_csv(scores.entries_table("A table", entries, tmp_path)).splitlines()
     assert long[1].endswith('"1,2",digits_one/seed1/train.log digits_one/seed2/train.log')
     assert long[3] == "second,ACC,0.9,0.015,,,,not run,"
 
@@ -307,7 +308,7 @@ def test_a_damaged_score_is_refused(tmp_path: Path, score) -> None:
     job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
     pretend(job, score)
     with pytest.raises(UserError, match=r"test\.top1 should be a number or null"):
-        reproduce.collect(tiny_table(), [job])
+        scores.collect(tiny_table(), [job])
     assert job.state() == "done"  # so that --mode=eval writes it again
 
 
@@ -345,4 +346,4 @@ def test_runs_that_were_evaluated_differently_are_not_averaged(tmp_path: Path) -
         settings = {"settings": {"prior_strength": strength}}
         path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(UserError, match=r"eval\.prior_strength 0\.3 and 1\.0"):
-        reproduce.collect(tiny_table(), jobs)
+        scores.collect(tiny_table(), jobs)

@@ -1,8 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's steps for absent devices: `python -m balpoe_jax.aot`."""
+"""Tells what an experiment's steps need on a TPU slice or a GPU that is not here.
+
+python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
+python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
 
 from balpoe_jax import cli
-from balpoe_jax.aot.examine import define_flags, main
+from balpoe_jax.aot.examine import as_text, examine
+from balpoe_jax.errors import UserError
+from balpoe_jax.files import writing
+
+
+def define_flags() -> None:
+    """Defines --config, --topology and --output."""
+    cli.define_config_flag()
+    flags.DEFINE_string(
+        "topology", None, "TPU slice or GPU to compile for, such as v5e:4x4 or h100."
+    )
+    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.mark_flag_as_required("topology")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compiles and prints as the flags say."""
+    if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"--output must be a file in a folder that is there, got {output}.")
+    jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays untouched
+    found = examine(flags.FLAGS.config, flags.FLAGS.topology)
+    print(as_text(found))
+    if output:
+        with writing(output):
+            output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
 
 if __name__ == "__main__":
     cli.run(define_flags, main)

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles an experiment's steps for a TPU slice or a GPU without one, and tells what they need.
 
-    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
-    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
-
 The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
 (the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
 The data set need not be there: class counts are the published ones.
@@ -14,7 +11,6 @@ at least, and what computing the products in bfloat16 does. A GPU's compiler cho
 of convolutions where it runs.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,16 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from absl import flags
 from ml_collections import ConfigDict
 
-from balpoe_jax import cli
 from balpoe_jax.aot import gpus, hlo, kernels
 from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.aot.gpus import Gpu
 from balpoe_jax.aot.topologies import Chip, chip_of, compile_only_devices
 from balpoe_jax.errors import UserError
-from balpoe_jax.files import writing
 from balpoe_jax.parallel import make_parallel
 
 if TYPE_CHECKING:  # it takes a second to import
@@ -325,28 +318,3 @@ def _figure(step: dict[str, Any], path: tuple[str, ...], unit: float) -> str:
 def _shown(value: float) -> str:
     """Four digits, all digits of large numbers, and none of an exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{float(f'{value:.3g}'):g}"
-
-
-def define_flags() -> None:
-    """Defines --config, --topology and --output."""
-    cli.define_config_flag()
-    flags.DEFINE_string(
-        "topology", None, "TPU slice or GPU to compile for, such as v5e:4x4 or h100."
-    )
-    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
-    flags.mark_flag_as_required("topology")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Compiles and prints as the flags say."""
-    if len(arguments) > 1:
-        raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
-    output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
-    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UserError(f"--output must be a file in a folder that is there, got {output}.")
-    jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays untouched
-    found = examine(flags.FLAGS.config, flags.FLAGS.topology)
-    print(as_text(found))
-    if output:
-        with writing(output):
-            output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

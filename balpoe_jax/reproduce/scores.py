@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scores of a table of the paper, and ours over the seeds that are done."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from balpoe_jax import files
+from balpoe_jax.errors import UserError
+from balpoe_jax.reporting import tables
+from balpoe_jax.reporting.runs import Group, Run, Spread, load_run
+from balpoe_jax.reporting.tables import Column, Table
+from balpoe_jax.reproduce.jobs import Job
+from balpoe_jax.reproduce.paper import PaperTable
+from balpoe_jax.run import record
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A score of a row: the paper's and ours, as fractions.
+
+    Attributes:
+        method: the row.
+        score: which one.
+        paper: as published; both None where the paper prints nothing.
+        ours: over the seeds; both None when nothing has been run.
+        runs: those that are done.
+    """
+
+    method: str
+    score: str
+    paper: Spread
+    ours: Spread
+    runs: tuple[Run, ...]
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        if self.paper.mean is None or self.ours.mean is None:
+            return None
+        return self.ours.mean - self.paper.mean
+
+    @property
+    def seeds(self) -> str:
+        """Those that are done, or that none is."""
+        return ",".join(str(run.seed) for run in self.runs) or "not run"
+
+
+def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
+    """Every score of a table, ours over the seeds that are done.
+
+    Raises:
+        UserError (a `ValueError`): a run whose files are damaged, or of another config, or runs of
+            a row that were evaluated with different settings.
+    """
+    entries = []
+    for row in table.rows:
+        done = [job for job in jobs if job.experiment == row.experiment and job.state() == "done"]
+        runs = tuple(load_run(job.workdir) for job in done)
+        _refuse_mixed_settings(runs)
+        for score in row.scores:
+            published = (
+                None if value is None else value / 100 for value in (score.paper, score.paper_std)
+            )
+            ours = Group(row.method, runs).spread(*score.keys)
+            entries.append(Entry(row.method, score.name, Spread(*published), ours, runs))
+    return entries
+
+
+def _refuse_mixed_settings(runs: Sequence[Run]) -> None:
+    """Raises UserError unless runs of one experiment were evaluated alike."""
+    for run in runs[1:]:
+        first, other = runs[0].fields, run.fields
+        for name in (name for name in first if name.startswith("eval.")):
+            if first[name] != other.get(name):
+                raise UserError(
+                    f"{runs[0].path} and {run.path} were evaluated with different settings ({name} "
+                    f"{first[name]!r} and {other.get(name)!r}); evaluate them alike, with "
+                    "--mode=eval."
+                )
+
+
+def result_table(title: str, entries: Sequence[Entry]) -> Table:
+    """Three lines for each method: the paper's scores, ours, and the difference."""
+    names = tuple(dict.fromkeys(entry.score for entry in entries))
+    spread, points = Column("", "spread"), Column("", "points")
+    rows: list[tuple[str, list[str]]] = []
+    for method in dict.fromkeys(entry.method for entry in entries):
+        own = [entry for entry in entries if entry.method == method]
+        seeds = own[0].seeds
+        rows.append((method, ["" for _ in own]))
+        rows.append(("  paper", [spread.show(entry.paper) for entry in own]))
+        if not own[0].runs:
+            rows.append(("  ours: not run", ["-" for _ in own]))
+            continue
+        rows.append((f"  ours, seeds {seeds}", [spread.show(entry.ours) for entry in own]))
+        if any(entry.difference is not None for entry in own):
+            rows.append(("  difference", [points.show(entry.difference) for entry in own]))
+    return Table(
+        "result",
+        title,
+        tuple(Column(name) for name in names),
+        rows,
+        "Percent; mean ± sample standard deviation over seeds, last epoch. A dash is a figure that "
+        "the paper does not print, or that has not been measured.",
+    )
+
+
+def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
+    """A line for each score, with the logs of its runs below `root`."""
+    columns = (
+        Column("score"),
+        Column("paper", "spread"),
+        Column("ours", "spread"),
+        Column("difference", "points"),
+        Column("seeds"),
+        Column("logs"),
+    )
+    rows = [
+        (
+            entry.method,
+            [
+                entry.score,
+                entry.paper,
+                entry.ours,
+                entry.difference,
+                entry.seeds,
+                " ".join(str(run.path.relative_to(root) / files.LOG) for run in entry.runs),
+            ],
+        )
+        for entry in entries
+    ]
+    return Table("entries", title, columns, rows)
+
+
+def write(root: Path, name: str, content: Table, entries: Sequence[Entry], remark: str) -> None:
+    """Writes `NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score.
+
+    Args:
+        root: folder of all runs, created when missing.
+        name: of the files.
+        content: the table, as `result_table` makes it.
+        entries: what it was made of.
+        remark: on the runs, for the CSV and the JSON file.
+
+    Raises:
+        UserError (a `ValueError`): a folder or a file that cannot be written.
+    """
+    record.open_workdir(str(root))
+    long = entries_table(content.title, entries, root)
+    logs = "\n".join(
+        f"- {method}: {cells[-1] or 'not run'}" for method, cells in dict(long.rows).items()
+    )
+    files.write_atomically(root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n")
+    files.write_atomically(root / f"{name}.csv", tables.as_csv(long, remark))
+    written = {
+        "title": content.title,
+        "remark": remark,
+        "rows": [
+            {"method": method, **dict(zip((c.name for c in long.columns), cells, strict=True))}
+            for method, cells in long.rows
+        ],
+    }
+    files.write_atomically(root / f"{name}.json", json.dumps(files.plain(written), indent=2) + "\n")
