@@ -20,7 +20,7 @@ from absl import flags
 from balpoe_jax import cli, files, metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions, scoring
-from balpoe_jax.reporting import figures, html, tables
+from balpoe_jax.reporting import figures, html, result_tables, tables
 from balpoe_jax.reporting.runs import (
     Group,
     differing_fields,
@@ -186,7 +186,7 @@ def _shift(groups: Sequence[Group]) -> Table:
     return Table(
         "shift",
         "Accuracy by target distribution",
-        (Column("prior"), *(Column(tables.short_name(name)) for name in names)),
+        (Column("prior"), *(Column(result_tables.short_name(name)) for name in names)),
         rows,
         "Percent, means over seeds; F forward, B backward. The prior of the test set is not used, "
         "known, or estimated from the unlabelled examples.",
@@ -232,7 +232,7 @@ def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
     if any(bias.get("lambda", 0) is None for bias in found):
         return None  # of experts without a tau
     values = [bias["kl"] for bias in found]
-    return tables.divergence(None) if None in values else spread(values).mean
+    return result_tables.divergence(None) if None in values else spread(values).mean
 
 
 def _reliability(groups: Sequence[Group]) -> str:
@@ -273,7 +273,7 @@ def _shift_figures(groups: Sequence[Group]) -> str:
             name: {kind: group.spread("shift", name, kind).mean for kind in _KINDS}
             for name in names
         }
-        short = [tables.short_name(name) for name in names]
+        short = [result_tables.short_name(name) for name in names]
         drawn.append(
             html.figure(
                 figures.shift_accuracies(means, short, f"shift{i}", group.name),

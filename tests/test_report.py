@@ -14,8 +14,8 @@ from fake_runs import make_run
 from balpoe_jax import compare
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.report import result_text, write_report
+from balpoe_jax.reporting.result_tables import result_tables
 from balpoe_jax.reporting.runs import find_runs, group_runs
-from balpoe_jax.reporting.tables import result_tables
 
 VOID = {"meta", "br", "link"}
 

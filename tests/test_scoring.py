@@ -21,7 +21,7 @@ from balpoe_jax.metrics import (
     summarize,
 )
 from balpoe_jax.metrics import summary as blocks
-from balpoe_jax.reporting.tables import result_tables
+from balpoe_jax.reporting.result_tables import result_tables
 
 COUNTS = np.array([300, 120, 50, 8])
 TAUS = (0.0, 1.0, 2.0)

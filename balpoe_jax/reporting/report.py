@@ -17,7 +17,7 @@ import numpy as np
 from balpoe_jax import metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions, scoring
-from balpoe_jax.reporting import figures, html, schema, tables
+from balpoe_jax.reporting import figures, html, result_tables, schema, tables
 
 # Those that fit the terminal's attention; the page and the files have all.
 _PRINTED = (
@@ -32,7 +32,7 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
         results: what `results.json` holds.
         width: 80 or more.
     """
-    printed = [table for table in tables.result_tables(results) if table.name in _PRINTED]
+    printed = [table for table in result_tables.result_tables(results) if table.name in _PRINTED]
     parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
     if results.get("remark"):
         parts.insert(0, textwrap.fill(f"Remark: {results['remark']}", width))
@@ -56,7 +56,7 @@ def write_report(workdir: str) -> Path:
             f"{path} holds no results.json to report; evaluate the run first, with --mode=eval."
         )
     run = schema.load_config(path) or {}
-    content = {table.name: table for table in tables.result_tables(results)}
+    content = {table.name: table for table in result_tables.result_tables(results)}
     summaries = _summaries(path, results)
     title, subtitle = _headline(results, run)
     folder = path / "report"
@@ -205,7 +205,7 @@ def _shift_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any]
 ) -> tuple[str, ...]:
     shift = results["shift"]
-    names = [tables.short_name(name) for name in shift]
+    names = [result_tables.short_name(name) for name in shift]
     ends = [name for name in shift if name in (next(iter(shift)), "uniform", next(reversed(shift)))]
     said = "; ".join(
         f"{name}: " + ", ".join(f"{kind} {_percent(shift[name][kind])}%" for kind in shift[name])
@@ -270,7 +270,7 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
 
 
 def _experts_curve(results: Mapping[str, Any]) -> str:
-    by_size = tables.subsets_by_size(results)
+    by_size = result_tables.subsets_by_size(results)
     keys = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
     values = {
         label: [[_number(subset[key]) for subset in subsets] for subsets in by_size.values()]
@@ -383,7 +383,7 @@ def _number(value: float | None) -> float:
 
 
 def _nats(kl: float | None) -> str:
-    return tables.Column("", "decimal").show(tables.divergence(kl))
+    return tables.Column("", "decimal").show(result_tables.divergence(kl))
 
 
 def _percent(fraction: float | None) -> str:
