@@ -12,8 +12,8 @@ import pytest
 from fake_runs import make_run
 from scipy import stats
 
-from balpoe_jax.compare import compare, write
 from balpoe_jax.errors import UserError
+from balpoe_jax.reporting.comparison import compare, write
 from balpoe_jax.reporting.runs import find_runs, group_runs, significance, spread
 from balpoe_jax.reporting.tables import Column, as_text
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from fake_runs import make_run
 
-from balpoe_jax import compare
 from balpoe_jax.errors import UserError
+from balpoe_jax.reporting import comparison
 from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.result_tables import result_tables
 from balpoe_jax.reporting.runs import find_runs, group_runs
@@ -258,7 +258,7 @@ def test_predictions_that_cannot_be_used_are_said_to_be_there(
     out = tmp_path / "out"
     groups = group_runs(find_runs([str(tmp_path / "run")]))
     if "its results" not in sentence:
-        assert sentence in parse(compare.write(out, groups, compare.compare(groups))).text
+        assert sentence in parse(comparison.write(out, groups, comparison.compare(groups))).text
 
 
 def test_estimates_whose_rounds_ran_out_are_named(tmp_path: Path) -> None:

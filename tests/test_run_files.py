@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fake_runs import make_run
 
-from balpoe_jax.compare import compare, write
 from balpoe_jax.errors import UserError
+from balpoe_jax.reporting.comparison import compare, write
 from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.runs import find_runs, group_runs
 from balpoe_jax.reporting.schema import load_config, load_results

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.files import temporary, writing
-from balpoe_jax.metrics import MeanLogits
+from balpoe_jax.metrics import MeanLogits, Summary, summarize
 
 FOLDER = "predictions"
 TEST, HELD_OUT = "", "held_out_"
@@ -169,3 +169,9 @@ def load(folder: Path, prefix: str = TEST) -> Predictions:
             f"{labels.shape} do not fit; evaluate the run anew, with --mode=eval."
         )
     return Predictions(logits, labels, combined, used)
+
+
+def summarize_experts(test: Predictions) -> tuple[Summary, list[Summary]]:
+    """The ensemble's summary and each expert's."""
+    ensemble = summarize(test.ensemble, test.labels)
+    return ensemble, [summarize(logits, test.labels) for logits in test.expert_logits]

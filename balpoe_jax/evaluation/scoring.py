@@ -14,7 +14,7 @@ import numpy.typing as npt
 from balpoe_jax import metrics
 from balpoe_jax.data.datasets.test_distributions import Target
 from balpoe_jax.evaluation.expert_weights import Aggregation
-from balpoe_jax.evaluation.predictions import Predictions
+from balpoe_jax.evaluation.predictions import Predictions, summarize_experts
 from balpoe_jax.evaluation.priors import TOLERANCE, PriorEstimate, estimate_prior, log_target_prior
 from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
 
@@ -116,12 +116,6 @@ def score_test(
 ) -> dict[str, Any]:
     """`class_counts`, `test`, `experts`, `group_confusion` and `experts_used`, for a look."""
     return _score_test(test, class_counts, taus, num_bins, thresholds)[0]
-
-
-def summarize_experts(test: Predictions) -> tuple[Summary, list[Summary]]:
-    """The ensemble's summary and each expert's."""
-    ensemble = summarize(test.ensemble, test.labels)
-    return ensemble, [summarize(logits, test.labels) for logits in test.expert_logits]
 
 
 def _score_test(

@@ -83,7 +83,7 @@ class _Summaries:
 
     def __init__(self, test: predictions.Predictions) -> None:
         self.labels = test.labels
-        ensemble, self.experts = scoring.summarize_experts(test)
+        ensemble, self.experts = predictions.summarize_experts(test)
         self.ensemble = ensemble
 
 
