@@ -3,6 +3,7 @@
 
 import errno
 import signal as signal_module
+from typing import Any
 
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM)
 
@@ -37,3 +38,12 @@ class Preempted(Exception):  # noqa: N818
 def passes(error: OSError) -> bool:
     """Whether it is of a full disk or of storage that does not answer, and not of a wrong path."""
     return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message, cut where it is long."""
+    try:
+        text = str(value)
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of an experiment: fields, arguments of config files, checks, recipes."""
 
+from balpoe_jax.config.arguments import parse_arguments
+from balpoe_jax.config.checks import check_config
 from balpoe_jax.config.fields import (
     AUGMENTATIONS,
     BAD_IMAGE_POLICIES,
@@ -9,9 +11,7 @@ from balpoe_jax.config.fields import (
     PRECISIONS,
     TEST_VIEW,
     VIEWS,
-    check_config,
     default_config,
-    parse_arguments,
     resolve_taus,
     with_defaults,
 )

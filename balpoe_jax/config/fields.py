@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields of an experiment, their defaults, and the arguments after a config file's colon.
+"""The fields of an experiment and their defaults.
 
 A file in `configs/` has a function `get_config(arguments)` that starts from `default_config`, sets
 what its data set needs, and returns it; `--config=FILE:key=value,...` passes the arguments, and
@@ -7,28 +7,20 @@ what its data set needs, and returns it; `--config=FILE:key=value,...` passes th
 """
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from balpoe_jax.config.limits import LIMITS, MEMBERS
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import equidistant_taus
-from balpoe_jax.methods import METHODS, make_method, settings
-
-# In one call of a compiled program, whose plan is made on the host and sent to the devices.
-_MOST_STEPS = 10_000
+from balpoe_jax.methods import METHODS, settings
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
 
 # Of float32 convolutions and products, by what JAX calls them.
 PRECISIONS = {"tf32": "tensorfloat32", "full": "highest"}
-
-# What a whole number in a config file's arguments may be, before `check_config` looks closer.
-_LONGEST = 2**31
 
 # Sections of further views of the training images, which not every config has.
 VIEWS = ("view2", "view3")
@@ -291,150 +283,3 @@ def resolve_taus(config: ConfigDict) -> tuple[float, ...]:
             f"{len(config.loss.taus)} ({config.loss.taus}); change the list or model.num_experts."
         )
     return tuple(float(tau) for tau in config.loss.taus)
-
-
-def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
-    """Parses `key=value,...` against typed defaults.
-
-    Args:
-        text: what stands after the colon of `--config=FILE:text`; None or empty for nothing.
-        **specification: by key, the default, whose type the value must have; a type, for a value
-            that is None by default; or a tuple of the valid values, the default first.
-
-    Returns:
-        A namespace with every key.
-
-    Raises:
-        UserError (a `ValueError`): an unknown key, a key given twice, or a value that is not valid.
-    """
-    values = {
-        key: default[0]
-        if isinstance(default, tuple)
-        else None
-        if isinstance(default, type)
-        else default
-        for key, default in specification.items()
-    }
-    seen: set[str] = set()
-    for item in filter(None, (text or "").split(",")):
-        key, equals, value = item.partition("=")
-        if key not in specification:
-            raise UserError(
-                f"Unknown config argument {_shown(key)!r}; choose from {', '.join(specification)}."
-            )
-        if not equals or key in seen:
-            raise UserError(f"Write each config argument once, as key=value; got {_shown(item)!r}.")
-        seen.add(key)
-        values[key] = _parse_value(key, value, specification[key])
-    return SimpleNamespace(**values)
-
-
-def _parse_value(key: str, value: str, default: Any) -> Any:
-    choices = default if isinstance(default, tuple) else None
-    kind = default if isinstance(default, type) else type(choices[0] if choices else default)
-    try:
-        parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-    except (ValueError, KeyError) as error:
-        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
-        raise UserError(
-            f"Config argument {key} must be {wanted}, got {_shown(value)!r}."
-        ) from error
-    if kind is int and abs(parsed) > _LONGEST:
-        raise UserError(f"Config argument {key} must be at most {_LONGEST}, got {_shown(value)!r}.")
-    if choices and parsed not in choices:
-        valid = ", ".join(str(choice) for choice in choices)
-        raise UserError(f"Config argument {key} must be one of {valid}; got {_shown(value)!r}.")
-    return parsed
-
-
-def check_config(config: ConfigDict) -> None:
-    """Refuses values that no part below would refuse by itself, before anything is written.
-
-    Raises:
-        UserError (a `ValueError`): naming the field, its value and what is valid.
-    """
-    for field, limits in LIMITS.items():
-        for named in _with_views(config, field):
-            _check_number(config, named, limits)
-    for field, limits_of_members in MEMBERS.items():
-        for named in _with_views(config, field):
-            _check_members(config, named, limits_of_members)
-    if config.model.dtype not in DTYPES:
-        raise UserError(
-            f"Unknown config.model.dtype {_shown(config.model.dtype)!r}; choose from "
-            f"{', '.join(DTYPES)}."
-        )
-    precision = config.model.precision
-    if precision is not None and (precision not in PRECISIONS or config.model.dtype != "float32"):
-        raise UserError(
-            f"config.model.precision must be one of {', '.join(PRECISIONS)} with "
-            f"config.model.dtype=float32, or None, got {_shown(precision)!r} with "
-            f"{config.model.dtype}."
-        )
-    if config.data.on_bad_image not in BAD_IMAGE_POLICIES:
-        raise UserError(
-            f"Unknown config.data.on_bad_image {_shown(config.data.on_bad_image)!r}; choose from "
-            f"{', '.join(BAD_IMAGE_POLICIES)}."
-        )
-    dispatched = config.data.steps_per_dispatch
-    if dispatched is not None and not 1 <= dispatched <= _MOST_STEPS:
-        raise UserError(
-            f"config.data.steps_per_dispatch must be 1 to {_MOST_STEPS}, or None for the default; "
-            f"got {_shown(dispatched)}."
-        )
-    steps = tuple(config.profile.steps)
-    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        raise UserError(
-            "config.profile.steps must be the first and the last step to trace, counted from 1, "
-            f"such as (11,13); got {steps}."
-        )
-    resolve_taus(config)
-    make_method(config.method.to_dict())
-
-
-def _with_views(config: ConfigDict, field: str) -> list[str]:
-    """The field, and if it is one of augmentation the same one of each further view."""
-    section, _, name = field.partition(".")
-    sections = AUGMENTATIONS if section == "augment" else ()
-    views = [view for view in sections if view in config]
-    return [field, *(f"{view}.{name}" for view in views)]
-
-
-def _check_number(config: ConfigDict, field: str, limits: tuple[float, float]) -> None:
-    value, (least, most) = _field(config, field), limits
-    if not value >= least:
-        raise UserError(f"config.{field} must be at least {least:g}, got {_shown(value)}.")
-    if not value <= most:
-        raise UserError(f"config.{field} must be at most {most:.10g}, got {_shown(value)}.")
-
-
-def _check_members(config: ConfigDict, field: str, limits: tuple[int | None, float, float]) -> None:
-    values, (length, least, most) = _field(config, field), limits
-    if not (isinstance(values, tuple | list) and all(map(_is_number, values))) or (
-        length is not None and len(values) != length
-    ):
-        wanted = "numbers" if length is None else f"{length} numbers"
-        raise UserError(f"config.{field} must be {wanted}, such as (1,2,3); got {_shown(values)}.")
-    if not all(least <= value <= most for value in values):
-        raise UserError(
-            f"config.{field} must be from {least:.10g} to {most:g}, got {_shown(values)}."
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = str(value)
-    except ValueError:  # Python does not print whole numbers of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _field(config: ConfigDict, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = value[name]
-    return value
