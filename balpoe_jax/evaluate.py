@@ -15,7 +15,8 @@ from balpoe_jax import files
 from balpoe_jax.data.records.sources import Source
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import expert_weights, predictions, scoring
-from balpoe_jax.experiment.build import Experiment, build_together, num_parameters
+from balpoe_jax.experiment.build import Experiment, build_together
+from balpoe_jax.experiment.program import num_parameters
 from balpoe_jax.reporting import report
 from balpoe_jax.run import bad_images, metric_writer, multihost, non_finite, record
 from balpoe_jax.run.checkpoint import Checkpoints

@@ -16,8 +16,9 @@ from balpoe_jax import files
 from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, Interrupted, publish
-from balpoe_jax.experiment.build import Experiment, build_together, num_parameters
+from balpoe_jax.experiment.build import Experiment, build_together
 from balpoe_jax.experiment.phases import StagePlan
+from balpoe_jax.experiment.program import num_parameters
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.progress import Progress
 from balpoe_jax.run import bad_images, metric_writer, multihost, non_finite, record

@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import cli
 from balpoe_jax.aot.flops import count_flops
-from balpoe_jax.experiment.build import Experiment, Program, build
+from balpoe_jax.experiment.build import Experiment, build
+from balpoe_jax.experiment.program import Program
 from balpoe_jax.torch_import import convert
 from benchmarks import measuring, step_cases, toy_network
 from benchmarks.sides import Job, Results, Row

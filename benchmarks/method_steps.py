@@ -57,7 +57,8 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
     from balpoe_jax import parallel
     from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment.build import build_program, num_parameters
+    from balpoe_jax.experiment.build import build_program
+    from balpoe_jax.experiment.program import num_parameters
     from balpoe_jax.methods import RECIPES
 
     config = _config(method, backbone)

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from balpoe_jax import parallel
 from balpoe_jax.config.recipes import IMAGENET_LT, cifar_config, photo_config
 from balpoe_jax.data.datasets import published
-from balpoe_jax.experiment.build import Program, build_program
+from balpoe_jax.experiment.build import build_program
+from balpoe_jax.experiment.program import Program
 from balpoe_jax.models import create_model
 from benchmarks.step_cases import EXPERTS, Case, Sizes, TorchCase, batch_size
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from balpoe_jax import cli
-from balpoe_jax.experiment.build import Program
+from balpoe_jax.experiment.program import Program
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import CIFAR_MODELS
 from benchmarks import measuring, step_cases, torch_resnet, torch_resnet50

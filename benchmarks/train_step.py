@@ -40,7 +40,8 @@ def run(
     from balpoe_jax import parallel
     from balpoe_jax.config.recipes import cifar_config
     from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment.build import build_program, num_parameters
+    from balpoe_jax.experiment.build import build_program
+    from balpoe_jax.experiment.program import num_parameters
     from balpoe_jax.losses import log_prior
     from balpoe_jax.models import CIFAR_MODELS
     from balpoe_jax.torch_import import convert

@@ -122,9 +122,7 @@ def digits_config(**changes):
 
 def cifar_steps(mode: str):
     """Three steps at CIFAR's size, cropped, flipped and mixed in two groups: losses and state."""
-    from balpoe_jax.data.pipeline import (
-        train_batches,
-    )
+    from balpoe_jax.data.pipeline import train_batches
     from balpoe_jax.data.records.sources import ArraySource
     from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
     from balpoe_jax.methods import Facts

@@ -14,7 +14,7 @@ from tiny_network import COUNTS, numeric_gradient
 
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment.build import check
+from balpoe_jax.experiment.settings import check
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss

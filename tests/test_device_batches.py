@@ -31,8 +31,8 @@ from balpoe_jax.data.settings import (
     steps_per_epoch,
 )
 from balpoe_jax.data.tracing import as_written
-from balpoe_jax.experiment.build import _stage_configs, _train_settings
 from balpoe_jax.experiment.inputs import DeviceInputs, map_planned_step
+from balpoe_jax.experiment.settings import stage_configs, train_settings
 from balpoe_jax.methods import RECIPES
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import TrainState
@@ -300,7 +300,7 @@ def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
         if name == "digits_lt" and recipe in ("strong", "long"):
             continue
         config = get_config(name, f"recipe={recipe},method={method}")
-        for settings in map(partial(_train_settings, stage=0), _stage_configs(config)):
+        for settings in map(partial(train_settings, stage=0), stage_configs(config)):
             if settings in planned:
                 continue
             planned.add(settings)

@@ -15,7 +15,7 @@ from test_config import get_config
 
 from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment.build import check
+from balpoe_jax.experiment.settings import check
 from balpoe_jax.methods import RECIPES, Facts, Network, make_method, settings
 from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.optim import make_optimizer

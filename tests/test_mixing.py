@@ -9,9 +9,7 @@ import tensorflow as tf
 from test_pipeline import assert_equal, make_settings
 
 from balpoe_jax.data.batches.mixing import Mixer, box_mask, mix_images, relabel
-from balpoe_jax.data.pipeline import (
-    train_batches,
-)
+from balpoe_jax.data.pipeline import train_batches
 from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import (
     NO_MIXING,

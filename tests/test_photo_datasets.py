@@ -16,10 +16,7 @@ from balpoe_jax.data.datasets import photos
 from balpoe_jax.data.images import decoding, packed_ops
 from balpoe_jax.data.images.augment import augment_batch, normalize
 from balpoe_jax.data.images.views import EitherView, View
-from balpoe_jax.data.pipeline import (
-    eval_batches,
-    train_batches,
-)
+from balpoe_jax.data.pipeline import eval_batches, train_batches
 from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.records import sources
 from balpoe_jax.data.records.readers import make_reader

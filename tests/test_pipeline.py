@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from balpoe_jax.data.pipeline import (
-    eval_batches,
-    train_batches,
-)
+from balpoe_jax.data.pipeline import eval_batches, train_batches
 from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import (
     AugmentSettings,

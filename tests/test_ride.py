@@ -15,7 +15,7 @@ from test_config import get_config
 from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment.build import check
+from balpoe_jax.experiment.settings import check
 from balpoe_jax.methods import Facts, Network
 from balpoe_jax.methods.reweighting import Reweighted
 from balpoe_jax.methods.ride import (

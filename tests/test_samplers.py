@@ -7,10 +7,7 @@ import tensorflow as tf
 from test_pipeline import PLAIN, assert_equal, make_settings, numbered_source, positions_of
 
 from balpoe_jax.data.batches import samplers
-from balpoe_jax.data.pipeline import (
-    batch_indices,
-    train_batches,
-)
+from balpoe_jax.data.pipeline import batch_indices, train_batches
 from balpoe_jax.data.randomness import RowRandom, fold_in
 from balpoe_jax.data.settings import SAMPLERS, Host, steps_per_epoch
 from balpoe_jax.errors import UserError

@@ -15,7 +15,8 @@ import tiny_network
 from test_config import get_config
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment.build import Program, build_program
+from balpoe_jax.experiment.build import build_program
+from balpoe_jax.experiment.program import Program
 from balpoe_jax.files import plain
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import make_parallel

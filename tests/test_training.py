@@ -16,7 +16,7 @@ from test_config import get_config
 
 from balpoe_jax.errors import PassingError, Preempted, UserError
 from balpoe_jax.evaluate import evaluate
-from balpoe_jax.experiment import build as experiment
+from balpoe_jax.experiment import program
 from balpoe_jax.experiment.build import build
 from balpoe_jax.parallel import Parallel
 from balpoe_jax.progress import Progress
@@ -105,7 +105,7 @@ def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> 
 
 def test_a_quickly_compiled_state_has_the_usual_bits(monkeypatch) -> None:
     quick = jax.device_get(build(tiny_config()).init_state())
-    monkeypatch.setattr(experiment, "_QUICK", None)
+    monkeypatch.setattr(program, "_QUICK", None)
     usual = jax.device_get(build(tiny_config()).init_state())
     jax.tree.map(np.testing.assert_array_equal, quick, usual)
 

@@ -19,10 +19,7 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.data.batches import unreadable
 from balpoe_jax.data.batches.mixing import Mixer
 from balpoe_jax.data.batches.replacements import Replacements
-from balpoe_jax.data.pipeline import (
-    eval_batches,
-    train_batches,
-)
+from balpoe_jax.data.pipeline import eval_batches, train_batches
 from balpoe_jax.data.records import sources, tfrecords
 from balpoe_jax.data.records.sources import RecordSource
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings

@@ -22,15 +22,11 @@ from balpoe_jax.data.images.hue import change_hue
 from balpoe_jax.data.images.jitter import color_jitter
 from balpoe_jax.data.images.resize import enlarge_windows
 from balpoe_jax.data.images.views import View, make_view
-from balpoe_jax.data.pipeline import (
-    eval_batches,
-    train_batches,
-    view_batches,
-)
+from balpoe_jax.data.pipeline import eval_batches, train_batches, view_batches
 from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings, Host
 from balpoe_jax.errors import UserError
-from balpoe_jax.experiment.build import _train_settings
+from balpoe_jax.experiment.settings import train_settings
 from balpoe_jax.methods import RECIPES
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_views.npz"
@@ -247,14 +243,14 @@ def test_batches_of_two_ways_are_the_same_on_any_hosts() -> None:
 
 def test_a_config_may_describe_a_second_way() -> None:
     config = get_config("cifar100_lt", "method=cmo_bs,recipe=long")
-    settings = _train_settings(config, 0)
+    settings = train_settings(config, 0)
     assert settings.augment.policy == "autoaugment_cifar" and settings.augment.cutout == 16
     assert settings.other_augment == SIM
     for recipe in ("own", "strong"):
         config = get_config("cifar100_lt", f"method=cmo_bs,recipe={recipe}")
-        assert _train_settings(config, 0).other_augment is None
+        assert train_settings(config, 0).other_augment is None
     photos = get_config("imagenet_lt", "method=cmo_bs,recipe=long")
-    other = _train_settings(photos, 0).other_augment
+    other = train_settings(photos, 0).other_augment
     assert other is not None and (other.policy, other.blur) == ("none", 0.5)
     photos.other_augment.blur = 2.0
     with pytest.raises(UserError, match=r"config\.other_augment\.blur must be at most 1, got 2\.0"):
@@ -268,18 +264,18 @@ def test_another_methods_training_has_no_second_way(monkeypatch) -> None:
     monkeypatch.setitem(RECIPES, "cmo_bs", dataclasses.replace(recipe, on=own))
     for training, has in (("own", True), ("strong", False)):
         config = get_config("cifar100_lt", f"method=cmo_bs,recipe={training}")
-        assert (_train_settings(config, 0).other_augment is not None) is has
+        assert (train_settings(config, 0).other_augment is not None) is has
 
 
 def test_a_config_describes_its_views() -> None:
     config = default_config()
-    assert _train_settings(config, 0).views == ()
+    assert train_settings(config, 0).views == ()
     with config.unlocked():
         config.view2 = config.augment.copy_and_resolve_references()
         config.view3 = config.augment.copy_and_resolve_references()
     config.view3.hue = 0.1
-    second, third = _train_settings(config, 0).views
-    assert second == _train_settings(config, 0).augment and third.hue == 0.1
+    second, third = train_settings(config, 0).views
+    assert second == train_settings(config, 0).augment and third.hue == 0.1
     config.data.name = "digits"
     check_config(config)
     config.view3.blur = 2.0

@@ -31,7 +31,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.parallel import make_parallel
 
 if TYPE_CHECKING:  # it takes a second to import
-    from balpoe_jax.experiment.build import Program
+    from balpoe_jax.experiment.program import Program
 
 Batch = dict[str, jax.ShapeDtypeStruct]
 
@@ -88,7 +88,8 @@ def examine_on(
     """The same for given devices, each of which is such a chip; without the eval step if wanted."""
     # Here and not above, so that wrong flags are told at once.
     from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment.build import build_program, num_parameters
+    from balpoe_jax.experiment.build import build_program
+    from balpoe_jax.experiment.program import num_parameters
 
     counts, image_shape = published(
         config.data.name, config.data.imbalance_ratio, config.data.image_size
@@ -165,8 +166,8 @@ def _planned_step(
 ) -> tuple[Any, Any, Any]:
     """The train step that makes its own batch, with its abstract plan and constants."""
     from balpoe_jax.data.device.plans import Planner
-    from balpoe_jax.experiment.build import stage_settings
     from balpoe_jax.experiment.inputs import map_planned_step
+    from balpoe_jax.experiment.settings import stage_settings
 
     labels = np.repeat(np.arange(len(counts)), counts)
     planner = Planner(labels, program.image_shape, stage_settings(config)[0])

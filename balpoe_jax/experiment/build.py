@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config describes, built: data, devices, model, optimizer."""
+"""Builds what a config describes: data, devices, model, optimizers."""
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
@@ -20,174 +17,24 @@ from balpoe_jax.data import datasets
 from balpoe_jax.data.datasets import test_distributions
 from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.data.records.sources import ArraySource, Source
-from balpoe_jax.data.settings import (
-    AugmentSettings,
-    MixSettings,
-    TrainSettings,
-    steps_per_epoch,
-)
+from balpoe_jax.data.settings import TrainSettings, steps_per_epoch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
 from balpoe_jax.experiment.inputs import DeviceInputs, HostInputs, Inputs, choose_pipeline
 from balpoe_jax.experiment.phases import StagePlan
+from balpoe_jax.experiment.program import Program, saves_kernels
+from balpoe_jax.experiment.settings import (
+    check,
+    learning_rates,
+    stage_configs,
+    stage_settings,
+    test_view,
+)
 from balpoe_jax.methods import Facts, Method, Network, make_method
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, create_model
 from balpoe_jax.run import multihost, teachers
-from balpoe_jax.step import TrainState, create_state, make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
-
-# Beyond all seeds of configs.
-_STAGE_SEED = 2**31
-
-# On a CPU the drawing of initial values takes XLA 10 times as long to compile at its usual level,
-# for the same bits (jaxlib 0.10.2, ResNet-8 with 3 experts: 25.5 s against 2.7).
-_QUICK = {"xla_backend_optimization_level": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is compiled for an experiment, which takes its data set's counts but not its images.
-
-    Attributes:
-        config: the resolved values, plain and immutable by convention; for the record only.
-        image_shape: `(H, W, 3)`.
-        parallel: the devices.
-        method: how it is trained, and what it predicts.
-        model: the experts.
-        network: what is trained, the model or more; to be applied within `parallel`'s mapped steps.
-        stages: of the training.
-        taus: one for each expert, None where the method's loss has none.
-        teacher: of the method's `teacher_run`; None without one.
-    """
-
-    config: dict[str, Any]
-    image_shape: tuple[int, int, int]
-    parallel: parallel.Parallel
-    method: Method
-    model: ExpertEnsemble
-    network: nn.Module
-    stages: tuple[StagePlan, ...]
-    taus: tuple[float | None, ...]
-    teacher: "Program | None"
-
-    @property
-    def facts(self) -> Facts:
-        """What the method knows of the run in its first stage."""
-        return self.stages[0].facts
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole training."""
-        return self.stages[-1].last_step
-
-    def init_state(self) -> TrainState:
-        """A fresh state, a function of the seed alone, on every device."""
-        create = jax.jit(
-            lambda seed: self._create_state(jax.random.key(seed)),
-            out_shardings=self.parallel.replicated,
-            compiler_options=_QUICK if jax.default_backend() == "cpu" else None,
-        )
-        # A NumPy value: an array of one process's device could not be spread over all processes.
-        state = create(np.int32(self.config["seed"]))
-        if self.teacher is None:
-            return state
-        variables = teachers.load(self.method.teacher_run, self.teacher.abstract_state())
-        return state.replace(extra={**state.extra, "teacher": variables})
-
-    def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and placement of the state, without computing one."""
-        shapes = jax.eval_shape(lambda: self._create_state(jax.random.key(0)))
-        placement = self.parallel.replicated
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), shapes
-        )
-
-    def _create_state(self, key: jax.Array) -> TrainState:
-        return create_state(
-            self.network,
-            self.stages[0].optimizer,
-            key,
-            self.image_shape,
-            lambda network, key: self.method.init_extra(network, self.facts, key),
-        )
-
-    def begin_stage(self, stage: int, state: TrainState) -> TrainState:
-        """The state at which the stage before ended, with an optimizer that starts anew."""
-        init = jax.jit(self.stages[stage].optimizer.init, out_shardings=self.parallel.replicated)
-        return state.replace(opt_state=init(state.params))
-
-    def train_step(self, stage: int = 0) -> Callable[..., Any]:
-        """The update of one device."""
-        plan = self.stages[stage]
-        step = make_train_step(
-            self.network,
-            plan.optimizer,
-            self.method,
-            plan.facts,
-            plan.index,
-            self.config["optim"]["accumulate"],
-            self.config["optim"]["skip_non_finite"] > 0,
-            saves_kernels(self.config["model"]["name"], self.parallel.platform),
-        )
-        return self._with_precision(step)
-
-    def eval_step(self) -> Callable[..., Any]:
-        """The prediction of one device, which takes the network's variables."""
-        step = make_eval_step(self.network, self.method, self.stages[-1].facts)
-        return self._with_precision(step)
-
-    def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
-        """The update on all devices of a batch, which gives the state's memory to the new one."""
-        return self.parallel.map_step(self.train_step(stage), donate=True)
-
-    def map_eval_step(self) -> Callable[..., Any]:
-        """The prediction on all devices of a batch."""
-        return self.parallel.map_step(self.eval_step())
-
-    def _with_precision(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step with convolutions and products of the config's precision."""
-        name = self.config["model"]["precision"]
-        if name is None:
-            return step
-
-        def precise(*arguments: Any) -> Any:
-            with jax.default_matmul_precision(config_lib.PRECISIONS[name]):
-                return step(*arguments)
-
-        return precise
-
-    @property
-    def eval_batch_size(self) -> int:
-        """The config's, rounded up to what the devices can share; what is too much is padding."""
-        devices = self.parallel.num_devices
-        return -(-self.config["eval"]["batch_size"] // devices) * devices
-
-    def rate_before(self, step: int) -> float:
-        """The learning rate of the update that leads to `step`."""
-        return phases.before(self.stages, step).rate_before(step)
-
-    def epoch_at(self, step: int) -> float:
-        """How many epochs `step` updates are."""
-        return phases.epoch_at(self.stages, step)
-
-    @property
-    def precision(self) -> str:
-        """The precision of convolutions and products: "bfloat16", "tf32" or "full"."""
-        model, platform = self.config["model"], self.parallel.platform
-        if platform == "cpu" or model["dtype"] != "float32":
-            return "full" if model["dtype"] == "float32" else model["dtype"]
-        return model["precision"] or ("tf32" if platform == "gpu" else "bfloat16")
-
-    def resolved(self) -> dict[str, Any]:
-        """What the config leaves to its defaults and the devices, as it is in use."""
-        return {
-            "taus": self.taus,
-            "expert_map": self.model.expert_map,
-            "precision": self.precision,
-            "steps_per_epoch": self.facts.steps_per_epoch,
-            "total_steps": self.total_steps,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,8 +208,8 @@ def _plan_stages(
         known = Network(teacher.network, **teacher.abstract_state().variables)
     plans: list[StagePlan] = []
     first_step = first_epoch = 0
-    for index, stage in enumerate(_stage_configs(config)):
-        rates = _learning_rates(stage)
+    for index, stage in enumerate(stage_configs(config)):
+        rates = learning_rates(stage)
         per_epoch = steps_per_epoch(int(class_counts.sum()), stage.batch_size)
         facts = Facts(
             class_counts=class_counts,
@@ -388,110 +235,6 @@ def _plan_stages(
     return tuple(plans)
 
 
-def _stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
-    """The config of each stage: the second one's section over the first one's fields, unmixed."""
-    second = config.get("stage2")
-    if not second or not second.epochs:
-        return (config,)
-    changed = config.copy_and_resolve_references()
-    changed.total_epochs = second.epochs
-    changed.batch_size = second.batch_size or config.batch_size
-    changed.optim.update({name: second[name] for name in second if name in changed.optim})
-    changed.data.update({name: second[name] for name in second if name in changed.data})
-    changed.mixup.alpha = 0.0
-    return config, changed
-
-
-def check(config: ConfigDict, devices: parallel.Parallel) -> None:
-    """Refuses what cannot be built of a config on these devices, whatever the data.
-
-    Raises:
-        UserError (a `ValueError`): a value that is not valid, or a batch that the devices cannot
-            share.
-    """
-    config_lib.check_config(config)
-    method = make_method(config.method.to_dict())
-    views = 1 + sum(name in config for name in config_lib.VIEWS)
-    if views != method.views:
-        raise UserError(
-            f"The method {config.method.name} takes {method.views} views of an image, and the "
-            f"config describes {views}; choose a method by the config file's argument method=..."
-        )
-    if config.mixup.alpha > 0 and not method.mixes:
-        raise UserError(
-            f"The method {config.method.name} knows no mixed labels: config.mixup.alpha must be 0, "
-            f"got {config.mixup.alpha:g}."
-        )
-    if method.whole_batch and config.optim.accumulate > 1:
-        raise UserError(
-            f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
-            f"one of the whole batch, got {config.optim.accumulate}."
-        )
-    _test_view(config)
-    configs = _stage_configs(config)
-    if len(configs) > len(method.stages()):
-        raise UserError(
-            f"config.stage2.epochs asks for a second stage, which the method {config.method.name} "
-            "does not have as it is set; set it to 0 or choose another method."
-        )
-    for stage in configs:
-        devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
-        settings = _train_settings(stage, 0)
-        settings.mix.check_groups(stage.batch_size, devices.num_hosts)
-        _learning_rates(stage)
-
-
-def _learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
-    return optim.learning_rates(
-        config.total_epochs,
-        config.optim.learning_rate,
-        config.optim.schedule,
-        config.optim.boundaries,
-        config.optim.factor,
-        config.optim.warmup_epochs,
-        config.optim.warmup_start,
-    )
-
-
-def stage_settings(config: ConfigDict) -> tuple[TrainSettings, ...]:
-    """How training batches are made in each stage of an experiment."""
-    return tuple(_train_settings(stage, i) for i, stage in enumerate(_stage_configs(config)))
-
-
-def _train_settings(config: ConfigDict, stage: int) -> TrainSettings:
-    return TrainSettings(
-        batch_size=config.batch_size,
-        # Another stage is not to begin with the batches that the first one began with.
-        seed=config.seed + stage * _STAGE_SEED,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-        augment=_augmentation(config, "augment"),
-        mix=MixSettings(**config.mixup.to_dict()),
-        # The network would round them first of all; here that halves what is copied and sent.
-        dtype=config.model.dtype,
-        views=tuple(_augmentation(config, name) for name in config_lib.VIEWS if name in config),
-        sampler=config.data.sampler,
-        class_run=config.data.class_run,
-        other_augment=(
-            _augmentation(config, config_lib.OTHER_AUGMENT)
-            if config_lib.OTHER_AUGMENT in config
-            else None
-        ),
-    )
-
-
-def _augmentation(config: ConfigDict, section: str) -> AugmentSettings:
-    try:
-        return AugmentSettings(**config[section].to_dict())
-    except UserError as error:
-        raise UserError(str(error).replace("augment.", f"config.{section}.", 1)) from error
-
-
-def _test_view(config: ConfigDict) -> AugmentSettings:
-    name = config_lib.TEST_VIEW
-    return _augmentation(config, name if name in config else "augment")
-
-
 def _make_inputs(
     config: ConfigDict,
     pipeline: str | None,
@@ -500,7 +243,7 @@ def _make_inputs(
     settings: tuple[TrainSettings, ...],
 ) -> Inputs:
     chosen = choose_pipeline(config.data.pipeline or pipeline, data, devices)
-    arguments = (settings, _test_view(config), config.seed)
+    arguments = (settings, test_view(config), config.seed)
     steps = config.data.steps_per_dispatch
     if chosen == "device":
         assert isinstance(data.train, ArraySource)
@@ -584,18 +327,3 @@ def auto_expert_map(model: str, platform: str) -> str:
     if saves_kernels(model, platform):
         return "stacked"
     return "vmap" if platform == "tpu" and model in CIFAR_MODELS else "loop"
-
-
-def saves_kernels(model: str, platform: str) -> bool:
-    """Whether a step does better with fewer kernels, at the price of some more memory traffic.
-
-    On a GPU the networks for small images do, by the counts in `benchmarks/README.md`: a kernel
-    takes longer to start than to run. ResNet-50's step would move half as many bytes again. Not
-    measured.
-    """
-    return platform == "gpu" and model in CIFAR_MODELS
-
-
-def num_parameters(params: Any) -> int:
-    """Trainable numbers in a tree of arrays, or of their abstract twins."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

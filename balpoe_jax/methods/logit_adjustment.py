@@ -14,15 +14,7 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods import lade
-from balpoe_jax.methods.base import (
-    Batch,
-    Facts,
-    Losses,
-    Method,
-    Network,
-    Prediction,
-    mixed_targets,
-)
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction, mixed_targets
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.recipe import Published, Recipe
 from balpoe_jax.models import Outputs

@@ -19,15 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import linen as nn
 
-from balpoe_jax.methods.base import (
-    Batch,
-    Facts,
-    Losses,
-    Method,
-    Network,
-    Stage,
-    mixed_targets,
-)
+from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Stage, mixed_targets
 from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.recipe import Published, Recipe
 from balpoe_jax.models import ExpertEnsemble, Outputs

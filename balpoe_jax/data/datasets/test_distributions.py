@@ -16,12 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data.long_tail import (
-    check_counts,
-    class_counts,
-    exponential_counts,
-    select_indices,
-)
+from balpoe_jax.data.long_tail import check_counts, class_counts, exponential_counts, select_indices
 from balpoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)

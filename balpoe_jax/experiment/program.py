@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compiled for an experiment: network, phases, steps, and the state they begin with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from balpoe_jax import config as config_lib
+from balpoe_jax import parallel
+from balpoe_jax.experiment import phases
+from balpoe_jax.experiment.phases import StagePlan
+from balpoe_jax.methods import Facts, Method
+from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble
+from balpoe_jax.run import teachers
+from balpoe_jax.step import TrainState, create_state, make_eval_step, make_train_step
+
+# On a CPU the drawing of initial values takes XLA 10 times as long to compile at its usual level,
+# for the same bits (jaxlib 0.10.2, ResNet-8 with 3 experts: 25.5 s against 2.7).
+_QUICK = {"xla_backend_optimization_level": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled for an experiment, which takes its data set's counts but not its images.
+
+    Attributes:
+        config: the resolved values, plain and immutable by convention; for the record only.
+        image_shape: `(H, W, 3)`.
+        parallel: the devices.
+        method: how it is trained, and what it predicts.
+        model: the experts.
+        network: what is trained, the model or more; to be applied within `parallel`'s mapped steps.
+        stages: of the training.
+        taus: one for each expert, None where the method's loss has none.
+        teacher: of the method's `teacher_run`; None without one.
+    """
+
+    config: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    parallel: parallel.Parallel
+    method: Method
+    model: ExpertEnsemble
+    network: nn.Module
+    stages: tuple[StagePlan, ...]
+    taus: tuple[float | None, ...]
+    teacher: "Program | None"
+
+    @property
+    def facts(self) -> Facts:
+        """What the method knows of the run in its first stage."""
+        return self.stages[0].facts
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole training."""
+        return self.stages[-1].last_step
+
+    def init_state(self) -> TrainState:
+        """A fresh state, a function of the seed alone, on every device."""
+        create = jax.jit(
+            lambda seed: self._create_state(jax.random.key(seed)),
+            out_shardings=self.parallel.replicated,
+            compiler_options=_QUICK if jax.default_backend() == "cpu" else None,
+        )
+        # A NumPy value: an array of one process's device could not be spread over all processes.
+        state = create(np.int32(self.config["seed"]))
+        if self.teacher is None:
+            return state
+        variables = teachers.load(self.method.teacher_run, self.teacher.abstract_state())
+        return state.replace(extra={**state.extra, "teacher": variables})
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and placement of the state, without computing one."""
+        shapes = jax.eval_shape(lambda: self._create_state(jax.random.key(0)))
+        placement = self.parallel.replicated
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), shapes
+        )
+
+    def _create_state(self, key: jax.Array) -> TrainState:
+        return create_state(
+            self.network,
+            self.stages[0].optimizer,
+            key,
+            self.image_shape,
+            lambda network, key: self.method.init_extra(network, self.facts, key),
+        )
+
+    def begin_stage(self, stage: int, state: TrainState) -> TrainState:
+        """The state at which the stage before ended, with an optimizer that starts anew."""
+        init = jax.jit(self.stages[stage].optimizer.init, out_shardings=self.parallel.replicated)
+        return state.replace(opt_state=init(state.params))
+
+    def train_step(self, stage: int = 0) -> Callable[..., Any]:
+        """The update of one device."""
+        plan = self.stages[stage]
+        step = make_train_step(
+            self.network,
+            plan.optimizer,
+            self.method,
+            plan.facts,
+            plan.index,
+            self.config["optim"]["accumulate"],
+            self.config["optim"]["skip_non_finite"] > 0,
+            saves_kernels(self.config["model"]["name"], self.parallel.platform),
+        )
+        return self._with_precision(step)
+
+    def eval_step(self) -> Callable[..., Any]:
+        """The prediction of one device, which takes the network's variables."""
+        step = make_eval_step(self.network, self.method, self.stages[-1].facts)
+        return self._with_precision(step)
+
+    def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
+        """The update on all devices of a batch, which gives the state's memory to the new one."""
+        return self.parallel.map_step(self.train_step(stage), donate=True)
+
+    def map_eval_step(self) -> Callable[..., Any]:
+        """The prediction on all devices of a batch."""
+        return self.parallel.map_step(self.eval_step())
+
+    def _with_precision(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step with convolutions and products of the config's precision."""
+        name = self.config["model"]["precision"]
+        if name is None:
+            return step
+
+        def precise(*arguments: Any) -> Any:
+            with jax.default_matmul_precision(config_lib.PRECISIONS[name]):
+                return step(*arguments)
+
+        return precise
+
+    @property
+    def eval_batch_size(self) -> int:
+        """The config's, rounded up to what the devices can share; what is too much is padding."""
+        devices = self.parallel.num_devices
+        return -(-self.config["eval"]["batch_size"] // devices) * devices
+
+    def rate_before(self, step: int) -> float:
+        """The learning rate of the update that leads to `step`."""
+        return phases.before(self.stages, step).rate_before(step)
+
+    def epoch_at(self, step: int) -> float:
+        """How many epochs `step` updates are."""
+        return phases.epoch_at(self.stages, step)
+
+    @property
+    def precision(self) -> str:
+        """The precision of convolutions and products: "bfloat16", "tf32" or "full"."""
+        model, platform = self.config["model"], self.parallel.platform
+        if platform == "cpu" or model["dtype"] != "float32":
+            return "full" if model["dtype"] == "float32" else model["dtype"]
+        return model["precision"] or ("tf32" if platform == "gpu" else "bfloat16")
+
+    def resolved(self) -> dict[str, Any]:
+        """What the config leaves to its defaults and the devices, as it is in use."""
+        return {
+            "taus": self.taus,
+            "expert_map": self.model.expert_map,
+            "precision": self.precision,
+            "steps_per_epoch": self.facts.steps_per_epoch,
+            "total_steps": self.total_steps,
+        }
+
+
+def saves_kernels(model: str, platform: str) -> bool:
+    """Whether a step does better with fewer kernels, at the price of some more memory traffic.
+
+    On a GPU the networks for small images do, by the counts in `benchmarks/README.md`: a kernel
+    takes longer to start than to run. ResNet-50's step would move half as many bytes again. Not
+    measured.
+    """
+    return platform == "gpu" and model in CIFAR_MODELS
+
+
+def num_parameters(params: Any) -> int:
+    """Trainable numbers in a tree of arrays, or of their abstract twins."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config says of each phase of a training, and whether it can be built."""
+
+import numpy as np
+import numpy.typing as npt
+from ml_collections import ConfigDict
+
+from balpoe_jax import config as config_lib
+from balpoe_jax import optim, parallel
+from balpoe_jax.data.settings import AugmentSettings, MixSettings, TrainSettings
+from balpoe_jax.errors import UserError
+from balpoe_jax.methods import make_method
+
+# Beyond all seeds of configs.
+_STAGE_SEED = 2**31
+
+
+def check(config: ConfigDict, devices: parallel.Parallel) -> None:
+    """Refuses what cannot be built of a config on these devices, whatever the data.
+
+    Raises:
+        UserError (a `ValueError`): a value that is not valid, or a batch that the devices cannot
+            share.
+    """
+    config_lib.check_config(config)
+    method = make_method(config.method.to_dict())
+    views = 1 + sum(name in config for name in config_lib.VIEWS)
+    if views != method.views:
+        raise UserError(
+            f"The method {config.method.name} takes {method.views} views of an image, and the "
+            f"config describes {views}; choose a method by the config file's argument method=..."
+        )
+    if config.mixup.alpha > 0 and not method.mixes:
+        raise UserError(
+            f"The method {config.method.name} knows no mixed labels: config.mixup.alpha must be 0, "
+            f"got {config.mixup.alpha:g}."
+        )
+    if method.whole_batch and config.optim.accumulate > 1:
+        raise UserError(
+            f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
+            f"one of the whole batch, got {config.optim.accumulate}."
+        )
+    test_view(config)
+    configs = stage_configs(config)
+    if len(configs) > len(method.stages()):
+        raise UserError(
+            f"config.stage2.epochs asks for a second stage, which the method {config.method.name} "
+            "does not have as it is set; set it to 0 or choose another method."
+        )
+    for stage in configs:
+        devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
+        settings = train_settings(stage, 0)
+        settings.mix.check_groups(stage.batch_size, devices.num_hosts)
+        learning_rates(stage)
+
+
+def stage_settings(config: ConfigDict) -> tuple[TrainSettings, ...]:
+    """How training batches are made in each stage of an experiment."""
+    return tuple(train_settings(stage, i) for i, stage in enumerate(stage_configs(config)))
+
+
+def train_settings(config: ConfigDict, stage: int) -> TrainSettings:
+    """How training batches are made in a stage.
+
+    Args:
+        config: of the stage, see `stage_configs`.
+        stage: its number, from 0.
+    """
+    return TrainSettings(
+        batch_size=config.batch_size,
+        # Another stage is not to begin with the batches that the first one began with.
+        seed=config.seed + stage * _STAGE_SEED,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        augment=_augmentation(config, "augment"),
+        mix=MixSettings(**config.mixup.to_dict()),
+        # The network would round them first of all; here that halves what is copied and sent.
+        dtype=config.model.dtype,
+        views=tuple(_augmentation(config, name) for name in config_lib.VIEWS if name in config),
+        sampler=config.data.sampler,
+        class_run=config.data.class_run,
+        other_augment=(
+            _augmentation(config, config_lib.OTHER_AUGMENT)
+            if config_lib.OTHER_AUGMENT in config
+            else None
+        ),
+    )
+
+
+def stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
+    """The config of each stage: the second one's section over the first one's fields, unmixed."""
+    second = config.get("stage2")
+    if not second or not second.epochs:
+        return (config,)
+    changed = config.copy_and_resolve_references()
+    changed.total_epochs = second.epochs
+    changed.batch_size = second.batch_size or config.batch_size
+    changed.optim.update({name: second[name] for name in second if name in changed.optim})
+    changed.data.update({name: second[name] for name in second if name in changed.data})
+    changed.mixup.alpha = 0.0
+    return config, changed
+
+
+def learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
+    """float64 `[epochs]`, the rate in force during each epoch of a stage."""
+    return optim.learning_rates(
+        config.total_epochs,
+        config.optim.learning_rate,
+        config.optim.schedule,
+        config.optim.boundaries,
+        config.optim.factor,
+        config.optim.warmup_epochs,
+        config.optim.warmup_start,
+    )
+
+
+def test_view(config: ConfigDict) -> AugmentSettings:
+    """The random views of test images, from which weights of experts are learnt."""
+    name = config_lib.TEST_VIEW
+    return _augmentation(config, name if name in config else "augment")
+
+
+def _augmentation(config: ConfigDict, section: str) -> AugmentSettings:
+    try:
+        return AugmentSettings(**config[section].to_dict())
+    except UserError as error:
+        raise UserError(str(error).replace("augment.", f"config.{section}.", 1)) from error
