@@ -31,6 +31,9 @@ _PRIOR_EPSILON = 1e-9
 # Up to which whole numbers are exact as floats.
 _LARGEST = 2**53
 
+# Below this the focal factor no longer changes: its gradient stays finite for an exponent below 1.
+_LEAST_DISTANCE = 1e-12
+
 
 def log_prior(class_counts: npt.ArrayLike, allow_empty: bool = False) -> jax.Array:
     """Logarithm of the training prior, `log(n / sum(n) + 1e-9)`.
@@ -197,3 +200,78 @@ def _check_shapes(logits: jax.Array, labels: jax.Array, log_prior: jax.Array) ->
             f"{kind} must have shape {expected} to fit logits of shape {logits.shape}, "
             f"got {labels.shape}."
         )
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of float logits `[B, C]` and int labels `[B]`, in nats: float `[B]`."""
+    return logit_adjusted_cross_entropy(logits, labels, jnp.zeros(logits.shape[-1:]), 0.0)
+
+
+def focal_loss(losses: jax.Array, gamma: float) -> jax.Array:
+    """`(1 - p)^gamma * loss`, where `p = exp(-loss)` is the probability of the label.
+
+    The focal loss of Lin et al. (ICCV 2017).
+
+    Args:
+        losses: float `[B]`, cross-entropies.
+        gamma: not negative; 0 leaves them as they are.
+    """
+    if gamma == 0:
+        return losses
+    return jnp.maximum(-jnp.expm1(-losses), _LEAST_DISTANCE) ** gamma * losses
+
+
+def class_balanced_weights(
+    class_counts: npt.NDArray[np.integer], beta: float
+) -> npt.NDArray[np.float64]:
+    """Inverse effective numbers of examples `(1 - beta) / (1 - beta^n)`, scaled to sum to C.
+
+    The weights of Cui et al. (CVPR 2019). With `beta = 0.9999` and classes of up to a few hundred
+    examples they are nearly proportional to `1 / n`.
+
+    Args:
+        class_counts: int `[C]`, none of them 0.
+        beta: in [0, 1); 0 gives equal weights.
+
+    Returns:
+        float64 `[C]`.
+    """
+    weights = (1 - beta) / (1 - np.power(beta, np.asarray(class_counts, np.float64)))
+    return weights * len(weights) / weights.sum()
+
+
+def ldam_margins(
+    class_counts: npt.NDArray[np.integer], max_margin: float
+) -> npt.NDArray[np.float64]:
+    """Margins `max_margin * (n / n_min)^(-1/4)` of cosines, the rarest class's being the largest.
+
+    Args:
+        class_counts: int `[C]`, none of them 0.
+        max_margin: of the rarest class.
+
+    Returns:
+        float64 `[C]`.
+    """
+    counts = np.asarray(class_counts, np.float64)
+    return max_margin * (counts / counts.min()) ** -0.25
+
+
+def ldam_loss(
+    logits: jax.Array, labels: jax.Array, margins: npt.ArrayLike, scale: float
+) -> jax.Array:
+    """Cross-entropy of logits of which the label's was lowered by its class's margin.
+
+    The loss of Cao et al. (NeurIPS 2019).
+
+    Args:
+        logits: float `[B, C]`, of a cosine head, its scale included.
+        labels: int `[B]`.
+        margins: float `[C]`, see `ldam_margins`.
+        scale: of the cosine head; the margin is scaled by it.
+
+    Returns:
+        float `[B]`, in nats.
+    """
+    lowered = jnp.asarray(margins, logits.dtype)[labels] * scale
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return cross_entropy(logits - lowered[:, None] * one_hot, labels)

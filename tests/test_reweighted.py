@@ -12,13 +12,9 @@ from golden import cases, golden, max_relative
 from test_config import get_config
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.losses import class_balanced_weights, focal_loss, ldam_margins
 from balpoe_jax.methods import Facts
-from balpoe_jax.methods.reweighting import (
-    Reweighted,
-    class_balanced_weights,
-    focal_loss,
-    ldam_margins,
-)
+from balpoe_jax.methods.reweighting import Reweighted
 
 COUNTS = np.array([500, 120, 30, 8, 2])
 

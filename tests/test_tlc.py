@@ -10,9 +10,9 @@ import pytest
 import scipy.special
 from tiny_network import COUNTS, logits_as_images
 
+from balpoe_jax.losses import class_balanced_weights, ldam_margins
 from balpoe_jax.methods import Facts
 from balpoe_jax.methods.evidence import Opinion, divergence_from_uniform, fuse, opinion
-from balpoe_jax.methods.reweighting import class_balanced_weights, ldam_margins
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.methods.tlc import TLC, fused, remaining_uncertainty
 from balpoe_jax.models import Outputs

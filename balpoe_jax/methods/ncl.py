@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from balpoe_jax.losses import log_prior
+from balpoe_jax.losses import cross_entropy, log_prior
 from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
 from balpoe_jax.methods.checks import check_choice, check_range
@@ -37,7 +37,6 @@ from balpoe_jax.methods.contrastive import (
     slow_copy,
 )
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.reweighting import cross_entropy
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
 

@@ -17,10 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpy.typing as npt
 
-from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
+from balpoe_jax.losses import (
+    class_balanced_weights,
+    cross_entropy,
+    focal_loss,
+    ldam_loss,
+    ldam_margins,
+    log_prior,
+)
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mix_losses
 from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.recipe import Published, Recipe
@@ -29,80 +34,6 @@ BASES = ("cross_entropy", "focal", "ldam")
 WEIGHTS = ("none", "class_balanced")
 WEIGHT_NORMS = ("sum_w", "batch")
 FOCAL_PS = ("unweighted", "weighted")
-
-# Below this the focal factor no longer changes: its gradient stays finite for an exponent below 1.
-_LEAST_DISTANCE = 1e-12
-
-
-def class_balanced_weights(
-    class_counts: npt.NDArray[np.integer], beta: float
-) -> npt.NDArray[np.float64]:
-    """Inverse effective numbers of examples `(1 - beta) / (1 - beta^n)`, scaled to sum to C.
-
-    With `beta = 0.9999` and classes of up to a few hundred examples they are nearly proportional
-    to `1 / n`.
-
-    Args:
-        class_counts: int `[C]`, none of them 0.
-        beta: in [0, 1); 0 gives equal weights.
-
-    Returns:
-        float64 `[C]`.
-    """
-    weights = (1 - beta) / (1 - np.power(beta, np.asarray(class_counts, np.float64)))
-    return weights * len(weights) / weights.sum()
-
-
-def ldam_margins(
-    class_counts: npt.NDArray[np.integer], max_margin: float
-) -> npt.NDArray[np.float64]:
-    """Margins `max_margin * (n / n_min)^(-1/4)` of cosines, the rarest class's being the largest.
-
-    Args:
-        class_counts: int `[C]`, none of them 0.
-        max_margin: of the rarest class.
-
-    Returns:
-        float64 `[C]`.
-    """
-    counts = np.asarray(class_counts, np.float64)
-    return max_margin * (counts / counts.min()) ** -0.25
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of float logits `[B, C]` and int labels `[B]`, in nats: float `[B]`."""
-    return logit_adjusted_cross_entropy(logits, labels, jnp.zeros(logits.shape[-1:]), 0.0)
-
-
-def focal_loss(losses: jax.Array, gamma: float) -> jax.Array:
-    """`(1 - p)^gamma * loss`, where `p = exp(-loss)` is the probability of the label.
-
-    Args:
-        losses: float `[B]`, cross-entropies.
-        gamma: not negative; 0 leaves them as they are.
-    """
-    if gamma == 0:
-        return losses
-    return jnp.maximum(-jnp.expm1(-losses), _LEAST_DISTANCE) ** gamma * losses
-
-
-def ldam_loss(
-    logits: jax.Array, labels: jax.Array, margins: npt.ArrayLike, scale: float
-) -> jax.Array:
-    """Cross-entropy of logits of which the label's was lowered by its class's margin.
-
-    Args:
-        logits: float `[B, C]`, of a cosine head, its scale included.
-        labels: int `[B]`.
-        margins: float `[C]`, see `ldam_margins`.
-        scale: of the cosine head; the margin is scaled by it.
-
-    Returns:
-        float `[B]`, in nats.
-    """
-    lowered = jnp.asarray(margins, logits.dtype)[labels] * scale
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return cross_entropy(logits - lowered[:, None] * one_hot, labels)
 
 
 @dataclasses.dataclass(frozen=True)

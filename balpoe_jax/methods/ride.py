@@ -23,10 +23,11 @@ import numpy.typing as npt
 from flax import linen as nn
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.losses import cross_entropy
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction, Stage
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.reweighting import Reweighted, cross_entropy
+from balpoe_jax.methods.reweighting import Reweighted
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import LinearHead, normalize
 

@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balpoe_jax.losses import class_balanced_weights, cross_entropy, ldam_margins
 from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.recipe import Published, Recipe
-from balpoe_jax.methods.reweighting import class_balanced_weights, cross_entropy, ldam_margins
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.models import Outputs
 
