@@ -9,7 +9,7 @@ from balpoe_jax.reporting.runs import spread
 from balpoe_jax.reproduce.paper import TABLES, Score
 from benchmarks.sides import Row
 
-# As `experiments` names them, in the order in which they are trained.
+# As `reproduce.paper` names them, in the order in which they are trained.
 ROWS = ("BalPoE", "BalPoE, no mixup", "CE", "Mixup", "balanced softmax")
 
 _SCORES = {

@@ -234,7 +234,7 @@ def test_whole_numbers_make_colours_of_hues_as_floats_do() -> None:
 
 def test_hue_is_that_of_tensorflow_for_many_colours() -> None:
     from balpoe_jax.data.images import packed_ops
-    from balpoe_jax.data.images.hue import change_hue
+    from balpoe_jax.data.images.color_jitter import change_hue
 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (2, 512, 512, 3), np.uint8)

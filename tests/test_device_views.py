@@ -18,8 +18,7 @@ from test_views import SIM
 from balpoe_jax.data.device.randaugment import KINDS, NAMES
 from balpoe_jax.data.device.randomness import RowUniforms, generator
 from balpoe_jax.data.device.views import DeviceView
-from balpoe_jax.data.images import batch_ops, packed_ops
-from balpoe_jax.data.images import jitter as jitter_by_tensorflow
+from balpoe_jax.data.images import batch_ops, color_jitter, packed_ops
 from balpoe_jax.data.images.blur import blur, box_weights
 from balpoe_jax.data.images.resize import enlarge_windows
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, BLUR_SIGMA, AugmentSettings
@@ -96,7 +95,7 @@ def test_a_contrastive_view_is_what_its_stages_make() -> None:
         order = drawn["jitter"]["order"][i]
         if order[0] < 4:
             factors = np.append(drawn["jitter"]["factors"][i], hue[i])
-            image = jitter_by_tensorflow.color_jitter(
+            image = color_jitter.color_jitter(
                 image, tf.constant(factors), tf.constant(order.astype(np.int32))
             )
         if drawn["grayscale"][i]:

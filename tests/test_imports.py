@@ -23,7 +23,7 @@ TENSORFLOW = {
     for module in (
         "batches.mixing", "batches.samplers", "batches.train_batch", "batches.unreadable",
         "datasets.cifar_tfds", "images.affine", "images.augment", "images.autoaugment",
-        "images.batch_ops", "images.blur", "images.decoding", "images.hue", "images.jitter",
+        "images.batch_ops", "images.blur", "images.decoding", "images.color_jitter",
         "images.packed_ops", "images.randaugment", "images.resize", "images.views", "pipeline",
         "randomness", "records.readers", "tracing",
     )

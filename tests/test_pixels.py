@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from balpoe_jax.data.images import packed_ops
-from balpoe_jax.data.images.jitter import color_jitter
+from balpoe_jax.data.images.color_jitter import color_jitter
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
 

@@ -18,8 +18,7 @@ from balpoe_jax.config import check_config, default_config
 from balpoe_jax.data.images import packed_ops
 from balpoe_jax.data.images.augment import augment_batch, draw_changes
 from balpoe_jax.data.images.blur import GREATEST_SIGMA, blur, box_weights
-from balpoe_jax.data.images.hue import change_hue
-from balpoe_jax.data.images.jitter import color_jitter
+from balpoe_jax.data.images.color_jitter import change_hue, color_jitter
 from balpoe_jax.data.images.resize import enlarge_windows
 from balpoe_jax.data.images.views import View, make_view
 from balpoe_jax.data.pipeline import eval_batches, train_batches, view_batches

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How policies turn magnitudes into parameters, and how often their operations run. NumPy only.
 
-Both pipelines read it: `policies` and `randaugment` by TensorFlow, `device` by JAX.
+Both pipelines read it: `autoaugment` and `randaugment` by TensorFlow, `device` by JAX.
 """
 
 from typing import NamedTuple

@@ -43,7 +43,7 @@ class Variants:
     Attributes:
         kinds: Names of the kinds of operations that occur, "none" first.
         names: Operation of each variant; variant 0 is none.
-        parameters: Parameter of each, as `image_ops` has it, float32 `[variants]`.
+        parameters: Parameter of each, as `batch_ops` has it, float32 `[variants]`.
         numbers: What `operations.apply` needs, with a row for each variant.
     """
 
@@ -140,7 +140,7 @@ def numbers_of(
 
     Args:
         names: Operations, "none" among them.
-        parameters: One for each, as `image_ops` has it, float `[n]`.
+        parameters: One for each, as `batch_ops` has it, float `[n]`.
         kinds: Names of the kinds that occur.
         height, width: Size of the images.
     """

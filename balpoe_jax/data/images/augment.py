@@ -10,8 +10,8 @@ import tensorflow as tf
 from balpoe_jax.data.images import batch_ops, packed_ops, randaugment
 from balpoe_jax.data.images.autoaugment import apply_policy
 from balpoe_jax.data.images.blur import blur, box_weights
+from balpoe_jax.data.images.color_jitter import color_jitter, draw_jitter
 from balpoe_jax.data.images.decoding import random_windows
-from balpoe_jax.data.images.jitter import color_jitter, draw_jitter
 from balpoe_jax.data.images.resize import enlarge_windows
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings
@@ -21,7 +21,7 @@ def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSetting
     """Augments each image by draws of its own.
 
     Args:
-        images: uint8 `[rows, H, W, 3]`, or packed (see `pixels`) `[rows, H, W]`; the rows of
+        images: uint8 `[rows, H, W, 3]`, or packed (see `packed_ops`) `[rows, H, W]`; the rows of
             `random`.
         random: source of the draws; the same source gives the same images.
         settings: what to do.
@@ -76,7 +76,7 @@ def change_image(image: tf.Tensor, drawn: Changes, settings: AugmentSettings) ->
     """Changes of colour, blur and RandAugment: what is done image by image.
 
     Args:
-        image: packed `[H, W]`, see `pixels`.
+        image: packed `[H, W]`, see `packed_ops`.
         drawn: a row of `draw_changes`.
         settings: for which they were drawn.
 
@@ -100,8 +100,8 @@ def normalize(images: tf.Tensor, mean: Sequence[float], std: Sequence[float]) ->
     """`(x / 255 - mean) / std` as float32 `[..., H, W, 3]`.
 
     Args:
-        images: uint8 `[..., H, W, 3]`, or packed (see `pixels`) `[..., H, W]`. The latter is fast
-            within a function that XLA compiles.
+        images: uint8 `[..., H, W, 3]`, or packed (see `packed_ops`) `[..., H, W]`. The latter is
+            fast within a function that XLA compiles.
         mean, std: by channel.
     """
     scale = 1 / (255 * np.asarray(std, np.float64))

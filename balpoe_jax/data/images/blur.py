@@ -41,7 +41,7 @@ def blur(image: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Blurs an image.
 
     Args:
-        image: packed `[H, W]`, see `pixels`.
+        image: packed `[H, W]`, see `packed_ops`.
         weights: int64 `[3]` of `box_weights`.
 
     Returns:

@@ -97,7 +97,7 @@ def decode_window(encoded: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, size: 
         size: side of the result.
 
     Returns:
-        Packed `[size, size]`, see `pixels`.
+        Packed `[size, size]`, see `packed_ops`.
     """
     image = _decode_window(encoded, window)
     return resize(image, (size, size), (size, size), flip=flip, packed=True)

@@ -68,7 +68,7 @@ def apply(image: tf.Tensor, drawn: Draw, fill: Sequence[int] = IMAGENET_MEAN) ->
     """Applies what is drawn for one image, and computes nothing else.
 
     Args:
-        image: packed `[H, W]`, see `pixels`.
+        image: packed `[H, W]`, see `packed_ops`.
         drawn: a row of a `Draw`.
         fill: colour outside the image after a geometric operation; the reference takes ImageNet's
             mean for iNaturalist too.

@@ -37,7 +37,7 @@ def resize(
         size: height and width of the result.
         corner: top and left of the result within the scaled image.
         flip: bool scalar, whether to mirror left and right afterwards; None for no.
-        packed: whether to return packed pixels, see `pixels`.
+        packed: whether to return packed pixels, see `packed_ops`.
 
     Returns:
         uint8 `[*size, 3]`, or packed `[*size]`.
