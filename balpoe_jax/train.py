@@ -142,7 +142,14 @@ def _train(
 
             if lacks_test(experiment, workdir, first_step):
                 score_test(state, first_step)
-            trouble = non_finite.NonFiniteSteps(experiment, workdir, first_step)
+            trouble = non_finite.NonFiniteSteps(
+                workdir,
+                first_step,
+                limit=experiment.config["optim"]["skip_non_finite"],
+                batch_before=experiment.batch_before,
+                rate_before=experiment.rate_before,
+                ids=experiment.data.train.ids,
+            )
             progress = Progress(experiment, first_step, trouble)
             for plan in experiment.stages:
                 if plan.last_step <= first_step:

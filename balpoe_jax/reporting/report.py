@@ -16,7 +16,7 @@ import numpy as np
 
 from balpoe_jax import metrics
 from balpoe_jax.errors import UserError
-from balpoe_jax.evaluation import predictions, scoring
+from balpoe_jax.evaluation import predictions
 from balpoe_jax.reporting import figures, html, result_tables, schema, tables
 
 # Those that fit the terminal's attention; the page and the files have all.
@@ -161,7 +161,7 @@ def _classes_section(
     low, high = thresholds = _thresholds(run)
     names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
     accuracies = [*results["experts"], test]
-    means = ", ".join(f"{group} {_percent(test[group])}%" for group in scoring.GROUPS)
+    means = ", ".join(f"{group} {_percent(test[group])}%" for group in metrics.ShotGroups._fields)
     drawn = [
         html.figure(
             figures.group_accuracies([*names, "ensemble"], accuracies),
@@ -174,7 +174,7 @@ def _classes_section(
         confusion = np.array(results["group_confusion"], float)
         stays = ", ".join(
             f"{group} {_percent(value)}%"
-            for group, value in zip(scoring.GROUPS, confusion.diagonal(), strict=True)
+            for group, value in zip(metrics.ShotGroups._fields, confusion.diagonal(), strict=True)
         )
         drawn.append(
             html.figure(

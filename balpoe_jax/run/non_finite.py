@@ -8,15 +8,16 @@ and the step determine: `{"step", "learning_rate", "loss", "expert_losses", "gra
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from balpoe_jax import files
 from balpoe_jax.errors import UserError
 from balpoe_jax.run import multihost
-
-if TYPE_CHECKING:  # which takes long to import
-    from balpoe_jax.experiment.build import Experiment
 
 NON_FINITE = "non_finite.jsonl"
 
@@ -29,17 +30,29 @@ class NonFiniteSteps:
     """Those of a run so far, of which the config lets so many pass without an update.
 
     Args:
-        experiment: of the run.
-        workdir: likewise.
-        first_step: after which this start goes on; what is recorded of later steps is discarded,
-            since they will be made again.
+        workdir: Folder of the run.
+        first_step: Step after which this start goes on; what is recorded of later steps is
+            discarded, since they will be made again.
+        limit: Number of steps that the config lets pass.
+        batch_before: Positions of the training examples of the update that leads to a step.
+        rate_before: Learning rate of that update.
+        ids: Names of training examples at given positions.
 
     Attributes:
         skipped: how many there were.
     """
 
-    def __init__(self, experiment: "Experiment", workdir: Path, first_step: int) -> None:
-        self._experiment = experiment
+    def __init__(
+        self,
+        workdir: Path,
+        first_step: int,
+        limit: int,
+        batch_before: Callable[[int], npt.NDArray[np.int64]],
+        rate_before: Callable[[int], float],
+        ids: Callable[[npt.NDArray[np.int64]], list[str]],
+    ) -> None:
+        self._limit = limit
+        self._batch_before, self._rate_before, self._ids = batch_before, rate_before, ids
         self._path = workdir / NON_FINITE
         rows = _read(self._path)
         self._rows = [row for row in rows if row["step"] <= first_step and row["skipped"]]
@@ -56,33 +69,32 @@ class NonFiniteSteps:
         Raises:
             UserError (a `ValueError`): it is one too many.
         """
-        limit = self._experiment.config["optim"]["skip_non_finite"]
-        batch = self._experiment.batch_before(step)
-        skip = self.skipped < limit
+        batch = self._batch_before(step)
+        skip = self.skipped < self._limit
         row = {
             "step": step,
-            "learning_rate": self._experiment.rate_before(step),
+            "learning_rate": self._rate_before(step),
             **{name: metrics[name] for name in ("loss", "expert_losses", "grad_norm")},
             "skipped": skip,
             "indices": batch,
-            "ids": self._experiment.data.train.ids(batch),
+            "ids": self._ids(batch),
         }
         self._rows.append(files.plain(row))
         if multihost.is_first():
             self._write()
         if not skip:
-            raise UserError(self._explain(row, limit))
+            raise UserError(self._explain(row))
         self.skipped += 1
-        log.warning("Step %d is not finite and skipped, %d of %d", step, self.skipped, limit)
+        log.warning("Step %d is not finite and skipped, %d of %d", step, self.skipped, self._limit)
 
-    def _explain(self, row: dict[str, Any], limit: int) -> str:
+    def _explain(self, row: dict[str, Any]) -> str:
         listed = ", ".join(
             f"{index} ({name})"
             for index, name in zip(row["indices"][:_MOST_LISTED], row["ids"], strict=False)
         )
         more = len(row["indices"]) - _MOST_LISTED
         others = f" and {more} more" if more > 0 else ""
-        before = f", after {limit} that were skipped" if limit else ""
+        before = f", after {self._limit} that were skipped" if self._limit else ""
         return (
             f"The loss, its gradient or the update is not finite at step {row['step']} (learning "
             f"rate {row['learning_rate']:g}){before}; its batch is training examples {listed}"
