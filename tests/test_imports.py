@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importing the package does nothing, and the library parts stay light."""
+"""Importing the package does nothing, the library parts stay light, and the import rule holds."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,10 @@ def run_python(code: str, cwd: Path) -> str:
             ["losses", "models", "metrics", "optim", "step", "parallel", "data.long_tail"],
             ["tensorflow", "ml_collections"],
         ),
-        (["metrics", "data.long_tail"], ["jax", "tensorflow"]),
+        (["errors", "files", "metrics", "data.long_tail"], ["jax", "tensorflow"]),
+        (["cli", "run.preemption"], ["jax", "tensorflow"]),
+        # Not the tables of several runs, which ask the config for the defaults of older ones.
+        (["reporting.report", "reporting.html", "reporting.figures"], ["jax", "tensorflow"]),
         (
             ["data.datasets", "data.datasets.test_distributions"],
             ["jax", "tensorflow", "tensorflow_datasets"],
@@ -80,31 +84,188 @@ def test_the_library_parts_stay_light(
     assert not set(absent) & set(loaded)
 
 
+# Who may import whom, by top module or package: what stands further up, and itself.
+RULE = (
+    # Trees as vectors are of use to both the optimizer and the step.
+    ("errors", "one_vector"),
+    ("files", "cli", "losses", "optim", "parallel", "metrics", "models", "data"),
+    ("methods", "evaluation"),
+    ("config", "step"),
+    ("run",),
+    ("experiment", "reporting"),
+    ("progress", "evaluate"),
+    ("train", "compare", "reproduce", "aot", "torch_import"),
+    ("main",),
+)
+
+# The same within `data`.
+RULE_OF_DATA = (
+    ("extras", "cache", "long_tail", "magnitudes", "randomness", "settings", "tracing"),
+    ("records", "device"),
+    ("images",),
+    ("batches",),
+    ("datasets",),
+    ("pipeline",),
+)
+
+# What the rule allows in spite of that, with the reason.
+EXEMPT: dict[tuple[str, str], str] = {}
+
+_JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
+_TENSORFLOW = ("tensorflow", "tensorflow_datasets")
+_COMMANDS = ("absl", "ml_collections")
+
+# Libraries that a module or package must not name, and whether it may inside a function.
+WALLS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
+    (("losses", "optim", "parallel", "one_vector"), (*_TENSORFLOW, *_COMMANDS), False),
+    (("models", "methods", "step"), (*_TENSORFLOW, *_COMMANDS), False),
+    (("errors", "files", "metrics", "reporting"), (*_JAX, *_TENSORFLOW, *_COMMANDS), False),
+    (("data",), (*_JAX, *_COMMANDS), False),
+    (("data.device",), (*_TENSORFLOW, "flax", "optax", "orbax", *_COMMANDS), False),
+    (("data.long_tail", "data.datasets.test_distributions"), (*_JAX, *_TENSORFLOW), False),
+    (("config", "evaluation", "run", "reproduce", "aot", "torch_import"), _TENSORFLOW, False),
+    # A command starts at once: what these need of JAX they import once the flags are read.
+    (("cli", "run.preemption"), (*_JAX, *_TENSORFLOW), True),
+)
+
+# What the walls are not for: the part of a package that has a wall of its own.
+APART = {"data": ("data.device",)}
+
+COMMANDS = ("main", "compare", "report", "aot.__main__", "reproduce.__main__")
+COMMANDS += ("torch_import.__main__",)
+
+
+def violations(root: Path) -> list[str]:
+    """The imports below `root/balpoe_jax` that break the rule or a wall, each in a sentence."""
+    found = []
+    for path in sorted((root / "balpoe_jax").rglob("*.py")):
+        parts = path.relative_to(root / "balpoe_jax").with_suffix("").parts
+        module = ".".join(parts).removesuffix("__init__").rstrip(".")
+        if not module:
+            continue
+        for name, inside in imported(path):
+            own = name.removeprefix("balpoe_jax").lstrip(".")
+            if name.startswith("."):
+                found.append(f"{module} imports {name} relatively")
+            elif name.partition(".")[0] == "balpoe_jax":
+                found += _broken_rules(module, own)
+            else:
+                found += _broken_walls(module, name.partition(".")[0], inside)
+    return found
+
+
+def imported(path: Path) -> Iterator[tuple[str, bool]]:
+    """Dotted names that a file imports, wherever it does, and whether inside a function."""
+
+    def walk(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                start = "." * child.level + (child.module or "")
+                yield from ((f"{start}.{alias.name}", inside) for alias in child.names)
+            else:
+                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+                yield from walk(child, inside or function)
+
+    return walk(ast.parse(path.read_text()), False)
+
+
+def _broken_rules(module: str, other: str) -> Iterator[str]:
+    if not other or other.startswith("__version__"):
+        return
+    tops = module.partition(".")[0], other.partition(".")[0]
+    if tops[0] == tops[1] == "data":
+        pairs = [(module.split(".")[1], other.split(".")[1], RULE_OF_DATA)] if "." in module else []
+    else:
+        pairs = [(*tops, RULE)]
+    for here, there, rule in pairs:
+        levels = [_level(name, rule) for name in (here, there)]
+        if None in levels:
+            yield f"{module} imports {other}, and the rule does not say where both stand"
+        elif here != there and levels[1] >= levels[0] and (module, other) not in EXEMPT:
+            yield f"{module} imports {other}, which does not stand to its left"
+    if any(_within(other, command) for command in COMMANDS):
+        yield f"{module} imports {other}, which is a command"
+
+
+def _broken_walls(module: str, library: str, inside: bool) -> Iterator[str]:
+    for modules, forbidden, inside_too in WALLS:
+        if library not in forbidden or (inside and inside_too):
+            continue
+        for one in modules:
+            apart = any(_within(module, other) for other in APART.get(one, ()))
+            if _within(module, one) and not apart:
+                yield f"{module} imports {library}"
+
+
+def _level(name: str, rule: tuple[tuple[str, ...], ...]) -> int | None:
+    return next((i for i, names in enumerate(rule) if name in names), None)
+
+
+def _within(module: str, other: str) -> bool:
+    return module == other or module.startswith(f"{other}.")
+
+
+def test_the_import_rule_holds() -> None:
+    """By the text of all files: imports inside functions and for types count."""
+    assert violations(ROOT) == []
+
+
+def test_the_rule_names_all_that_there_is_and_nothing_else() -> None:
+    for rule, folder in ((RULE, ROOT / "balpoe_jax"), (RULE_OF_DATA, ROOT / "balpoe_jax" / "data")):
+        there = {
+            path.stem
+            for path in folder.iterdir()
+            if path.suffix == ".py" or (path / "__init__.py").exists()
+        }
+        assert {name for names in rule for name in names} == there - {"__init__"}
+
+
 @pytest.mark.parametrize(
-    ("folder", "forbidden"),
+    ("file", "line", "sentence"),
     [
-        ("data", {"jax", "flax", "optax", "ml_collections"}),
-        ("data/device", {"tensorflow", "tensorflow_datasets", "flax", "optax", "ml_collections"}),
-        ("models", {"tensorflow", "ml_collections", "absl"}),
-        ("metrics", {"jax", "tensorflow", "ml_collections", "absl"}),
+        ("losses.py", "from balpoe_jax.methods import Method", "does not stand to its left"),
+        ("metrics/one.py", "import balpoe_jax.models.heads", "does not stand to its left"),
+        ("run/lock.py", "def f():\n    from balpoe_jax import train", "does not stand to its left"),
+        ("run/lock.py", "if TYPE_CHECKING:\n    from balpoe_jax.experiment import build", "left"),
+        ("evaluate.py", "from balpoe_jax.progress import Progress", "does not stand to its left"),
+        ("run/lock.py", "from balpoe_jax import stray", "the rule does not say where both stand"),
+        ("main.py", "import balpoe_jax.aot.__main__ as command", "which is a command"),
+        ("data/records/one.py", "from balpoe_jax.data.batches import mixing", "to its left"),
+        ("data/pipeline.py", "import jax.numpy as jnp", "data.pipeline imports jax"),
+        ("data/device/one.py", "def f():\n    import tensorflow", "imports tensorflow"),
+        ("models/heads.py", "def f():\n    import tensorflow as tf", "imports tensorflow"),
+        ("reporting/html.py", "import jax", "reporting.html imports jax"),
+        ("cli.py", "import jax", "cli imports jax"),
+        ("run/lock.py", "from . import record", "run.lock imports ..record relatively"),
     ],
 )
-def test_layers_name_only_what_they_may(folder: str, forbidden: set[str]) -> None:
-    """By their text, since TensorFlow itself imports JAX where it can."""
-    for path in (ROOT / "balpoe_jax" / folder).rglob("*.py"):
-        if folder == "data" and "device" in path.parts:
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not forbidden & {name.partition(".")[0] for name in names}, path
-            own = [name for name in names if name.startswith("balpoe_jax.")]
-            layer = folder.partition("/")[0]
-            allowed = (f"balpoe_jax.{layer}", "balpoe_jax.errors")
-            assert all(name.startswith(allowed) for name in own), (path, own)
+def test_a_violation_is_found(tmp_path: Path, file: str, line: str, sentence: str) -> None:
+    path = tmp_path / "balpoe_jax" / file
+    path.parent.mkdir(parents=True)
+    allowed = "import os\nimport numpy as np\nfrom balpoe_jax import errors\n"
+    path.write_text(allowed)
+    assert violations(tmp_path) == []
+    path.write_text(f"{allowed}{line}\n")
+    (found,) = violations(tmp_path)
+    assert sentence in found
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("data/device/one.py", "import jax"),
+        ("cli.py", "def f():\n    import jax"),
+        ("data/pipeline.py", "import tensorflow as tf\nfrom balpoe_jax.data.images import views"),
+        ("run/environment.py", "import balpoe_jax"),
+    ],
+)
+def test_what_is_allowed_is_not_found(tmp_path: Path, file: str, line: str) -> None:
+    path = tmp_path / "balpoe_jax" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert violations(tmp_path) == []
 
 
 def test_importing_everything_touches_no_device_file_or_flag(tmp_path: Path) -> None:
