@@ -94,7 +94,7 @@ RULE = (
     ("run",),
     ("experiment", "reporting"),
     ("progress", "evaluate"),
-    ("train", "compare", "reproduce", "aot", "torch_import"),
+    ("train", "compare", "report", "reproduce", "aot", "torch_import"),
     ("main",),
 )
 

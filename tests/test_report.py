@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from fake_runs import make_run
@@ -270,3 +271,34 @@ def test_estimates_whose_rounds_ran_out_are_named(tmp_path: Path) -> None:
     note = {table.name: table.note for table in result_tables(results)}["prior_estimates"]
     assert "ML still changed on F50, uni when its rounds ran out" in note
     assert "MAP still" not in note
+
+
+def test_the_command_writes_the_report_again(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    (tmp_path / "run" / "report").mkdir()
+    (tmp_path / "run" / "report" / "index.html").write_text("an older page")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    done = commands.run("balpoe_jax.report", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    page = tmp_path / "run" / "report" / "index.html"
+    assert f"Report: {page}" in done.stderr + done.stdout
+    assert f"{100 * results['test']['top1']:.1f}" in parse(page).text
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Expected the folder of one run, got 0 arguments"),
+        (["one", "two"], "Expected the folder of one run, got 2 arguments"),
+        (["nowhere"], "holds no results.json to report; evaluate the run first"),
+    ],
+)
+def test_the_command_refuses_with_one_sentence(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    done = commands.run("balpoe_jax.report", *(str(tmp_path / name) for name in arguments))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

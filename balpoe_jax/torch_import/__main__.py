@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports a checkpoint of PyTorch: `python -m balpoe_jax.torch_import FILE`."""
+"""Makes a workdir to evaluate of a checkpoint of the reference's PyTorch code.
+
+    python -m balpoe_jax.torch_import FILE --config=configs/NAME.py[:args] --workdir=DIR
+
+then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir. FILE is
+a checkpoint of the reference (.pth), or its state dict as .npz or .safetensors.
+"""
 
 from collections.abc import Sequence
 
