@@ -1,4 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Balanced Product of Calibrated Experts, and long-tailed recognition, in JAX."""
+"""Balanced Product of Calibrated Experts, and long-tailed recognition, in JAX.
+
+The parts for a training loop of one's own are attributes, imported when they are first asked for:
+`balpoe_jax.losses`, `balpoe_jax.models` and `balpoe_jax.metrics`. None of them needs TensorFlow.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_LAZY = ("losses", "metrics", "models")
+
+if TYPE_CHECKING:
+    from balpoe_jax import losses as losses
+    from balpoe_jax import metrics as metrics
+    from balpoe_jax import models as models
+else:  # not for type checkers, which would believe in any attribute
+
+    def __getattr__(name: str) -> ModuleType:
+        """A part of the library, imported when it is first asked for."""
+        if name in _LAZY:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What there is, with the parts that are not imported yet."""
+    return sorted({*globals(), *_LAZY})

@@ -268,6 +268,29 @@ def test_what_is_allowed_is_not_found(tmp_path: Path, file: str, line: str) -> N
     assert violations(tmp_path) == []
 
 
+def test_the_package_has_its_light_parts_as_attributes(tmp_path: Path) -> None:
+    """None is imported before it is asked for, and none brings TensorFlow."""
+    code = f"""
+{WITHOUT_THE_EXTRA}
+import balpoe_jax
+assert not {{"jax", "numpy", "balpoe_jax.losses"}} & set(sys.modules)
+assert {{"losses", "metrics", "models"}} <= set(dir(balpoe_jax))
+print(balpoe_jax.metrics.shot_accuracy.__name__)
+assert "jax" not in sys.modules
+print(balpoe_jax.losses.balpoe_loss.__name__, balpoe_jax.models.create_model.__name__)
+assert not asked, asked
+try:
+    balpoe_jax.nothing
+except AttributeError as error:
+    print(error)
+"""
+    assert run_python(code, tmp_path).splitlines() == [
+        "shot_accuracy",
+        "balpoe_loss create_model",
+        "module 'balpoe_jax' has no attribute 'nothing'",
+    ]
+
+
 def test_importing_everything_touches_no_device_file_or_flag(tmp_path: Path) -> None:
     imports = "\n".join(f"import {module}" for module in MODULES)
     code = f"""
