@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `accelerator` measured, as Markdown for `benchmarks/README.md` and for `docs/results/`."""
+"""What `accelerator` measured, as Markdown for `benchmarks/README.md` and for `results/`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

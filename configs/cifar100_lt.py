@@ -22,8 +22,8 @@ experts, balanced test set; no figure of ours is measured yet, for want of an ac
     ir=50,recipe=long / ir=10,recipe=long        60.1 / 68.1            not yet measured
 
 `python -m balpoe_jax.reproduce --table=2` runs and collects them. What we measured is ResNet-8 on
-two CPU cores: docs/results/cifar100_lt_cpu.md (15 epochs, three seeds, BalPoE's rows of Table 2),
-docs/results/methods_cpu.md (all methods) and docs/results/cifar100_lt_small.md (30 epochs).
+two CPU cores: results/cifar100_lt_cpu.md (15 epochs, three seeds, BalPoE's rows of Table 2),
+results/methods_cpu.md (all methods) and results/cifar100_lt_small.md (30 epochs).
 """
 
 from ml_collections import ConfigDict
