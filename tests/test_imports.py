@@ -2,6 +2,7 @@
 """Importing the package does nothing, the library parts stay light, and the import rule holds."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -220,6 +221,19 @@ def test_the_rule_names_all_that_there_is_and_nothing_else() -> None:
             if path.suffix == ".py" or (path / "__init__.py").exists()
         }
         assert {name for names in rule for name in names} == there - {"__init__"}
+
+
+def test_the_page_says_the_same_rule_and_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for rule in (RULE, RULE_OF_DATA):
+        assert "\n  < ".join(", ".join(names) for names in rule) in page
+    described = page.partition("## The packages")[2].partition("## The way")[0]
+    for name in (name for names in RULE for name in names):
+        assert f"`{name}`" in described
+    answers = page.partition("## I look for")[2]
+    paths = re.findall(r"`(balpoe_jax/[^`]+)`", answers)
+    assert len(answers.splitlines()) > 12 and paths
+    assert all((ROOT / path).is_file() for path in paths), paths
 
 
 @pytest.mark.parametrize(
