@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells what an experiment's steps need on a TPU slice or a GPU that is not here.
+"""Compiles an experiment's steps for a TPU slice or a GPU without one, and tells what they need.
 
-python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
-python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
+    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
+    python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
+
+The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
+(the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
+The data set need not be there: class counts are the published ones.
+
+Nothing is measured. A TPU's figures of time are the compiler's model of a core, without
+communication, which runs at the same time at best. A GPU's are limits: what moving the bytes takes
+at least, and what computing the products in bfloat16 does. A GPU's compiler chooses the algorithms
+of convolutions where it runs.
 """
 
 import json

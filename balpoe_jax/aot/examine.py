@@ -1,15 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's steps for a TPU slice or a GPU without one, and tells what they need.
-
-The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
-(the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
-The data set need not be there: class counts are the published ones.
-
-Nothing is measured. A TPU's figures of time are the compiler's model of a core, without
-communication, which runs at the same time at best. A GPU's are limits: what moving the bytes takes
-at least, and what computing the products in bfloat16 does. A GPU's compiler chooses the algorithms
-of convolutions where it runs.
-"""
+"""What the compiled steps of an experiment need: memory, operations, traffic, communication."""
 
 import tempfile
 import time

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long-tailed selection, image operations and step-indexed tf.data pipelines.
+"""Data sets, and the batches that are made of them: on the host in TensorFlow, or on the devices.
 
-`long_tail` needs NumPy only; everything else here needs TensorFlow. Nothing here imports JAX.
+Both pipelines are indexed by the step: a batch is a function of the seed and the step alone. Data
+sets in memory need NumPy only; tf.data and records need TensorFlow, `device` needs JAX.
 """
