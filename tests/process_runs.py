@@ -26,6 +26,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 HEARTBEAT_SECONDS = 10
 STEPS = 3
+MODES = ("pmap", "shard_map")
 
 
 def free_port() -> int:
@@ -118,6 +119,11 @@ def digits_config(**changes):
     config.eval.held_out_per_class = 0
     config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
     return config
+
+
+def device_config(mode: str):
+    """The same digits, whose batches the devices make: two steps in a dispatch, and one left."""
+    return digits_config(data__pipeline="device", data__steps_per_dispatch=2, parallel__mode=mode)
 
 
 def cifar_steps(mode: str):
@@ -241,6 +247,8 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
         agree(folder)
     results = train(digits_config(), str(folder / "run"))
     assert bool(results) == (who == 0)
+    for mode in MODES:
+        train(device_config(mode), str(folder / f"device-{mode}"))
     if twin:
         dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
     with metric_writer.log_to_file(folder):

@@ -7,10 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.datasets import load_digits
 from test_config import get_config
 
 from balpoe_jax.data import datasets, long_tail
-from balpoe_jax.data.datasets import cifar_tfds
+from balpoe_jax.data.datasets import balanced, cifar_tfds
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build
 
@@ -133,6 +134,16 @@ def test_digits_are_long_tailed_for_training_and_balanced_for_test() -> None:
     assert not set(data.train.keys) & set(data.test.keys)
     assert data.train.image_shape == (8, 8, 3)
     assert data.train.images.max() == 255
+
+
+@pytest.mark.parametrize("installed_as_usual", [True, False])
+def test_digits_are_those_of_scikit_learn(monkeypatch, installed_as_usual: bool) -> None:
+    if not installed_as_usual:
+        monkeypatch.setattr(balanced.importlib.util, "find_spec", lambda name: None)
+    expected = load_digits()
+    values, labels = balanced._read_digits()
+    np.testing.assert_array_equal(values, expected.images)
+    np.testing.assert_array_equal(labels, expected.target)
 
 
 def test_records_that_cannot_be_read_are_named(monkeypatch, tmp_path) -> None:

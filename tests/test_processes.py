@@ -113,6 +113,37 @@ def test_two_processes_train_what_one_does(reference: Path, two: Path) -> None:
         assert distance(fresh, wanted, part) > 50 * tolerance
 
 
+@pytest.fixture(scope="module")
+def device_reference(tiny_experts, tmp_path_factory) -> Path:
+    """The digits, by one process whose four devices make their batches."""
+    workdir = tmp_path_factory.mktemp("device_reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda workdir: "no page")
+        train(process_runs.device_config("pmap"), str(workdir))
+    return workdir
+
+
+@pytest.mark.parametrize("mode", process_runs.MODES)
+def test_two_processes_make_the_batches_of_one_on_their_devices(
+    device_reference: Path, two: Path, mode: str
+) -> None:
+    """Each plans its own rows; the rows of a dispatch come together as the global batch."""
+    workdir = two / f"device-{mode}"
+    expected, found = rows(device_reference), rows(workdir)
+    assert [row["step"] for row in found] == [2, 3, 3]
+    np.testing.assert_allclose(
+        [row["loss"] for row in found[:2]], [row["loss"] for row in expected[:2]], **TOLERANCE
+    )
+    assert_same_training(restore(workdir), restore(device_reference))
+    resolved = json.loads((workdir / "config.json").read_text())["resolved"]
+    assert (resolved["pipeline"], resolved["steps_per_dispatch"]) == ("device", 2)
+    logits = [
+        np.load(folder / "predictions" / "expert_logits.npy")
+        for folder in (device_reference, workdir)
+    ]
+    np.testing.assert_allclose(logits[1], logits[0], **GRADIENTS)
+
+
 def test_the_twin_mode_trains_what_one_process_does(two: Path) -> None:
     losses, state = process_runs.cifar_steps("shard_map")
     first, second = (process_runs.load(two / f"cifar-{i}.npz") for i in range(2))

@@ -2,7 +2,9 @@
 """Balanced data sets made long-tailed by leaving images out: digits, CIFAR-10 and CIFAR-100."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -122,18 +124,33 @@ def _load_digits(data_dir: str, check_archive: bool) -> tuple[ArraySource, Array
     174 to 183).
     """
     del data_dir, check_archive
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    values, labels = _read_digits()
+    images = np.round(values * (255 / 16)).astype(np.uint8)
     images = np.repeat(images[..., None], 3, axis=-1)
-    labels = digits.target.astype(np.int64)
     everything = ArraySource(images, labels, np.arange(len(labels)))
     both = _DIGITS_TEST_PER_CLASS + _DIGITS_TRAIN_PER_CLASS
     chosen = long_tail.select_indices(labels, [both] * 10).reshape(10, both)
     test, train = np.split(chosen, [_DIGITS_TEST_PER_CLASS], axis=1)
     # Sorted: the order of a data set is that of its original positions.
     return everything.select(np.sort(train.ravel())), everything.select(np.sort(test.ravel()))
+
+
+def _read_digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """scikit-learn's digits: values of 0 to 16, [1797, 8, 8], and labels, [1797].
+
+    Importing scikit-learn takes longer than the first step of a training, so its file is read
+    where it lies, and scikit-learn is asked only where the file is somewhere else.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is not None and spec.origin:
+        path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            table = np.loadtxt(path, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target.astype(np.int64)
 
 
 BALANCED: dict[str, tuple[Profile, Callable[[str, bool], tuple[ArraySource, ArraySource]]]] = {
