@@ -16,7 +16,7 @@ from balpoe_jax.reporting.runs import find_runs, group_runs
 from balpoe_jax.reporting.schema import load_config, load_results
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = sorted((ROOT / "docs" / "results").rglob("results.json"))
+COMMITTED = sorted((ROOT / "results").rglob("results.json"))
 
 
 @pytest.fixture(scope="module")
