@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from balpoe_jax.errors import PassingError, Preempted, UserError
+from balpoe_jax.errors import Preempted, TransientError, UserError
 
 _EXIT_ERROR = 1
 _EXIT_USER_ERROR = 2
@@ -45,8 +45,8 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
     """Runs a command: defines and parses flags, then calls `main` with what is left of them.
 
     Wrong flags and every `UserError` end the process with one line on stderr and exit code 2, a
-    `PassingError` with one and 75, an interruption from the keyboard with one and 130, a preemption
-    (SIGTERM) with one and 143.
+    `TransientError` with one and 75, an interruption from the keyboard with one and 130, a
+    preemption (SIGTERM) with one and 143.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -76,7 +76,7 @@ def report(error: BaseException) -> int:
     """Prints what ended a command, in one line if it is of a known kind; returns the exit code."""
     if isinstance(error, UserError):
         _print_error(str(error))
-        return _EXIT_PASSING_ERROR if isinstance(error, PassingError) else _EXIT_USER_ERROR
+        return _EXIT_PASSING_ERROR if isinstance(error, TransientError) else _EXIT_USER_ERROR
     if isinstance(error, Preempted):
         interrupted = error.signal == signal.SIGINT
         print(f"{'Interrupted' if interrupted else 'Preempted'}: {error}", file=sys.stderr)

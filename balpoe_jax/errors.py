@@ -16,7 +16,7 @@ class UserError(ValueError):
     """
 
 
-class PassingError(UserError):
+class TransientError(UserError):
     """What may have passed when the same command is started again: a full disk, a host not there.
 
     The command line prints it likewise and exits with code 75, so that whoever restarts can tell.
@@ -35,7 +35,7 @@ class Preempted(Exception):  # noqa: N818
         self.signal = signal or signal_module.SIGTERM
 
 
-def passes(error: OSError) -> bool:
+def is_transient(error: OSError) -> bool:
     """Whether it is of a full disk or of storage that does not answer, and not of a wrong path."""
     return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
 

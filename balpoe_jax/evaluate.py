@@ -41,9 +41,9 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         UserError (a `ValueError`): no run or no checkpoint there, or one of another config.
     """
     there = record.locate(workdir)
-    multihost.on_first(lambda: record.check_claim(there, config.to_dict()))
+    multihost.run_on_process_0(lambda: record.check_same_config(there, config.to_dict()))
     path = record.open_workdir(workdir)
-    record.check_same_config(config.to_dict())
+    record.check_config_everywhere(config.to_dict())
     with metric_writer.log_to_file(path):
         experiment = build_together(config)
         with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
@@ -193,7 +193,7 @@ class Evaluator:
             "settings": {name: evaluation[name] for name in record.EVALUATION_SETTINGS},
             **scores,
         }
-        return files.plain(results)
+        return files.to_json(results)
 
 
 def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Iterator[_Batch]:

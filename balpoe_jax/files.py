@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from balpoe_jax.errors import PassingError, UserError, passes
+from balpoe_jax.errors import TransientError, UserError, is_transient
 
 # The names of what a run leaves in its workdir.
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
@@ -23,15 +23,15 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def reports_write_errors(path: Path) -> Iterator[None]:
     """Turns an operating system's refusal to write a file or folder into a `UserError`.
 
-    It is a `PassingError` when `passes` says so of the refusal.
+    It is a `TransientError` when `passes` says so of the refusal.
     """
     try:
         yield
     except OSError as error:
-        raise (PassingError if passes(error) else UserError)(
+        raise (TransientError if is_transient(error) else UserError)(
             f"{path} cannot be written ({error.strerror or error}); move away what is in its "
             "place, make room, or choose another folder."
         ) from error
@@ -53,7 +53,7 @@ def write_atomically(path: Path, text: str) -> None:
         UserError (a `ValueError`): the file cannot be written.
     """
     partial = temporary(path)
-    with writing(path):
+    with reports_write_errors(path):
         try:
             with partial.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -65,14 +65,14 @@ def write_atomically(path: Path, text: str) -> None:
             raise
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Values that JSON can hold: tuples become lists, arrays lists, and not-a-number null."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

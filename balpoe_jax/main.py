@@ -69,7 +69,7 @@ def _processes() -> contextlib.AbstractContextManager[None]:
             f"--process_id must be below --num_processes, got {values.process_id} of "
             f"{values.num_processes}."
         )
-    return multihost.group(
+    return multihost.process_group(
         *which,
         heartbeat_timeout_seconds=values.heartbeat_timeout_seconds,
         start_timeout_seconds=values.start_timeout_seconds,

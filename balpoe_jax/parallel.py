@@ -3,7 +3,7 @@
 
 `pmap` is the default; `shard_map` is its twin on jit. Both give the same numbers, and both keep the
 state without a device axis. With several processes a state under `pmap` consists of local arrays,
-one equal copy in each process, which `rewrap` turns into what can be saved, and back.
+one equal copy in each process, which `to_local_arrays` turns into what can be saved, and back.
 """
 
 import collections
@@ -162,7 +162,7 @@ def make_parallel(mode: str = "pmap", devices: Iterable[jax.Device] | None = Non
     return Parallel(mode, Mesh(np.array(list(devices)), (AXIS_NAME,)))
 
 
-def globalized(like: Any) -> Any:
+def to_global_arrays(like: Any) -> Any:
     """The abstract twin of a state, with whole copies on all devices of all processes."""
 
     def convert(x: Any) -> jax.ShapeDtypeStruct:
@@ -174,7 +174,7 @@ def globalized(like: Any) -> Any:
     return jax.tree.map(convert, like)
 
 
-def rewrap(state: Any, like: Any) -> Any:
+def to_local_arrays(state: Any, like: Any) -> Any:
     """The copies of `state` on this process's devices under the shardings of `like`, not moved.
 
     Turns a state of local arrays into one over the devices of all processes, and back.

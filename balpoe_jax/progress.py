@@ -124,7 +124,7 @@ class Progress:
             "step": mark.step,
             "epoch": self._experiment.epoch_at(mark.step),
             **{name: _mean(values) for name, values in finite.items() if name != "finite"},
-            "learning_rate": self._experiment.rate_before(mark.step),
+            "learning_rate": self._experiment.learning_rate(mark.step),
             "images_per_second": self._batch_size / seconds,
             "data_wait_fraction": waited,
         }
@@ -132,7 +132,7 @@ class Progress:
             row["skipped_steps"] = self._trouble.skipped
         self._log(row, steps, steps * seconds)
         self._last_step = mark.step
-        return files.plain(row)
+        return files.to_json(row)
 
     def _log(self, row: dict[str, Any], steps: int, elapsed: float) -> None:
         if self._last_step > self._first_step:  # the first interval is mostly compilation

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
 from balpoe_jax.one_vector import join
 
 Metrics = dict[str, Any]
@@ -25,14 +25,14 @@ class TrainState(flax.struct.PyTreeNode):
         params: parameters; those of the experts are stacked `[E, ...]`.
         batch_stats: running averages of BatchNorm.
         opt_state: of the optimizer.
-        extra: what a method keeps beside them, see `balpoe_jax.methods`; most keep nothing.
+        method_state: what a method keeps beside them, see `balpoe_jax.methods`; most keep nothing.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
-    extra: Any = flax.struct.field(default_factory=dict)
+    method_state: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -45,20 +45,22 @@ def create_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     image_shape: Any,
-    init_extra: Callable[[Network, jax.Array], Any] | None = None,
+    init_method_state: Callable[[Network, jax.Array], Any] | None = None,
 ) -> TrainState:
-    """A fresh state; `image_shape` is `(H, W, 3)` and `init_extra` a method's."""
+    """A fresh state; `image_shape` is `(H, W, 3)` and `init_method_state` a method's."""
     variables = network.init(key, jnp.zeros((1, *image_shape)), train=False)
     params, batch_stats = variables["params"], variables["batch_stats"]
-    extra = {}
-    if init_extra is not None:
-        extra = init_extra(Network(network, params, batch_stats), jax.random.fold_in(key, 1))
+    method_state = {}
+    if init_method_state is not None:
+        method_state = init_method_state(
+            Network(network, params, batch_stats), jax.random.fold_in(key, 1)
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        extra=extra,
+        method_state=method_state,
     )
 
 
@@ -66,19 +68,19 @@ def make_train_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     method: Method,
-    facts: Facts,
-    stage: int = 0,
+    context: Context,
+    phase: int = 0,
     accumulate: int = 1,
     skip_non_finite: bool = False,
     as_one_vector: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update of one device, which must run mapped over the axis `facts.axis_name`.
+    """The update of one device, which must run mapped over the axis `context.axis_name`.
 
     The returned function takes the replicated state and this device's part of the batch:
     `images` float `[b, H, W, 3]` (and `images_2`, `images_3` for a method of several views),
     `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the share of `labels`. It returns
-    the new state and metrics, equal on all devices. With `facts.sync_batch_norm=False` the model's
-    statistics are each device's own: they are averaged.
+    the new state and metrics, equal on all devices. With `context.sync_batch_norm=False` the
+    model's statistics are each device's own: they are averaged.
 
     With `accumulate=k` the part is worked off in k microbatches of `b / k` rows, one after the
     other, in a k-th of the memory for activations. The gradient is the mean of theirs, the large
@@ -93,24 +95,24 @@ def make_train_step(
 
     Args:
         network: what `method.network` returned.
-        optimizer: of the stage.
+        optimizer: of the phase.
         method: whose loss it is.
-        facts: of the run and the stage.
-        stage: position in `method.stages()`.
+        context: Constants of the run and the phase.
+        phase: position in `method.phases()`.
         accumulate: see above; 1 for a method that wants the whole batch.
         skip_non_finite: see above.
         as_one_vector: whether the gradient's norm and `finite` are taken of all numbers at once,
             see `one_vector`; the optimizer has a setting of its own.
     """
     gathered = join if as_one_vector else lambda tree: tree
-    _, loss_of, rate_factor = method.stages()[stage]
-    axis_name = str(facts.axis_name)
+    _, loss_of, rate_factor = method.phases()[phase]
+    axis_name = str(context.axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
         vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
-        epoch = facts.epoch(state.step)
-        extra = method.refresh(state.extra, state.params, facts, epoch)
+        epoch = context.epoch(state.step)
+        method_state = method.on_step_start(state.method_state, state.params, context, epoch)
 
         def gradients(batch: Batch) -> tuple[Any, Losses]:
             """Of a batch's loss, and beside them the rest of what the loss function returns."""
@@ -118,7 +120,7 @@ def make_train_step(
             def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
                 params = _freeze(params, rate_factor)
                 losses = loss_of(
-                    Network(network, params, state.batch_stats), extra, batch, facts, epoch
+                    Network(network, params, state.batch_stats), method_state, batch, context, epoch
                 )
                 return losses.total, losses
 
@@ -130,7 +132,7 @@ def make_train_step(
             (grads, (losses.total, losses.by_expert, losses.terms)), axis_name
         )
         batch_stats = losses.batch_stats
-        if not facts.sync_batch_norm:
+        if not context.sync_batch_norm:
             batch_stats = jax.lax.pmean(batch_stats, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = TrainState(
@@ -138,7 +140,7 @@ def make_train_step(
             params=optax.apply_updates(state.params, _scale(updates, rate_factor)),
             batch_stats=batch_stats,
             opt_state=opt_state,
-            extra=losses.extra,
+            method_state=losses.method_state,
         )
         grad_norm = optax.tree.norm(gathered(grads))
         finite = jnp.isfinite(grad_norm) & all_finite(gathered((shown, batch_stats)))
@@ -221,22 +223,22 @@ def _mean_over_microbatches(
 
 
 def make_eval_step(
-    network: nn.Module, method: Method, facts: Facts
+    network: nn.Module, method: Method, context: Context
 ) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
-    """The prediction of one device, which must run mapped over the axis `facts.axis_name`.
+    """The prediction of one device, which must run mapped over the axis `context.axis_name`.
 
     The returned function takes the network's variables and this device's part of the batch:
     `images`, `labels` and `mask` (False for padding). It returns the whole batch, on every
     device: `logits` `[E, B, C]`, `labels` `[B]` and `mask` `[B]`, and of a method that does not
     average its experts `ensemble` `[B, C]` and perhaps `experts_used` `[B]`.
     """
-    axis_name = str(facts.axis_name)
+    axis_name = str(context.axis_name)
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         outputs, _ = Network(network, variables["params"], variables["batch_stats"])(
             batch["images"], train=False
         )
-        predicted = method.predict(outputs, variables["params"], facts)
+        predicted = method.predict(outputs, variables["params"], context)
         gather = partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
         rows = {
             "labels": batch["labels"],

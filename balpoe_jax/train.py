@@ -17,7 +17,7 @@ from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, Interrupted, publish
 from balpoe_jax.experiment.build import Experiment, build_together
-from balpoe_jax.experiment.phases import StagePlan
+from balpoe_jax.experiment.phases import PhasePlan
 from balpoe_jax.experiment.program import num_parameters
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.progress import Progress
@@ -58,24 +58,24 @@ def train(
     start_up, notice = start_up or StartUp(), notice or PreemptionNotice()
     check_config(config)
     path = record.open_workdir(workdir)
-    record.check_same_config(config.to_dict())
+    record.check_config_everywhere(config.to_dict())
     with metric_writer.log_to_file(path), WorkdirLock(path) as lock:
         notice.at_exit(lock.release)
-        multihost.on_first(partial(_check_workdir, path, config))
+        multihost.run_on_process_0(partial(_check_workdir, path, config))
         with start_up.measure("devices"):
             jax.local_devices()
         begun_in = record.recorded_pipeline(path)
         _check_pipeline(path, config, begun_in)
         with start_up.measure("data"):
             experiment = build_together(config, begun_in)
-        multihost.on_first(partial(_claim, path, experiment))
+        multihost.run_on_process_0(partial(_claim, path, experiment))
         return _train(experiment, path, start_up, notice, lock)
 
 
 def _check_workdir(path: Path, config: ConfigDict) -> None:
     """Refuses a workdir that belongs to another run."""
-    if record.is_claimed(path):
-        record.check_claim(path, config.to_dict())
+    if record.has_config(path):
+        record.check_same_config(path, config.to_dict())
     elif any((path / "checkpoints").glob("[0-9]*")):
         raise UserError(
             f"{path} holds checkpoints but no {files.CONFIG} to tell whose they are; choose "
@@ -94,8 +94,10 @@ def _check_pipeline(path: Path, config: ConfigDict, begun_in: str | None) -> Non
 
 
 def _claim(path: Path, experiment: Experiment) -> None:
-    if not record.is_claimed(path):
-        record.claim(path, experiment.config, experiment.resolved(), experiment.data_record())
+    if not record.has_config(path):
+        record.write_config(
+            path, experiment.config, experiment.resolved(), experiment.data_record()
+        )
 
 
 def _train(
@@ -140,31 +142,31 @@ def _train(
                 checkpoints.wait()
                 raise notice.preempted(f"step {step} is saved")
 
-            if lacks_test(experiment, workdir, first_step):
+            if missing_test_row(experiment, workdir, first_step):
                 score_test(state, first_step)
             trouble = non_finite.NonFiniteSteps(
                 workdir,
                 first_step,
                 limit=experiment.config["optim"]["skip_non_finite"],
-                batch_before=experiment.batch_before,
-                rate_before=experiment.rate_before,
+                batch_indices=experiment.batch_indices,
+                learning_rate=experiment.learning_rate,
                 ids=experiment.data.train.ids,
             )
             progress = Progress(experiment, first_step, trouble)
-            for plan in experiment.stages:
+            for plan in experiment.phases:
                 if plan.last_step <= first_step:
                     continue
                 start = max(first_step, plan.first_step)
                 if start == plan.first_step > 0:
-                    log.info("Step %d: the stage %s begins", start, plan.name)
-                    state = experiment.begin_stage(plan.index, state)
+                    log.info("Step %d: the phase %s begins", start, plan.name)
+                    state = experiment.begin_phase(plan.index, state)
                 train_steps = experiment.inputs.map_train_step(
                     experiment.train_step(plan.index), plan.index
                 )
                 dispatches = list(_dispatches(experiment, plan, start))
                 with start_up.measure("pipeline"):
                     inputs = _make_inputs(experiment, plan, dispatches, workdir)
-                progress.follow(inputs, plan.facts.batch_size)
+                progress.follow(inputs, plan.context.batch_size)
                 compiled: set[int] = set()
                 # Each is one call of a compiled program: a step, or a loop of steps.
                 for before, step in dispatches:
@@ -172,8 +174,8 @@ def _train(
                         with profiler.annotate(step):
                             state, metrics = _first_dispatch(train_steps, state, inputs, start_up)
                         if start == first_step:
-                            multihost.on_first(partial(start_up.finish, workdir, step))
-                            notice.work_unsaved()
+                            multihost.run_on_process_0(partial(start_up.finish, workdir, step))
+                            notice.mark_unsaved()
                             progress.prepare(state)
                     else:
                         # A loop of another length is compiled, which fetches constants.
@@ -182,8 +184,8 @@ def _train(
                             state, metrics = train_steps(state, next(inputs))
                     compiled.add(step - before)
                     profiler.after(step, metrics)
-                    save = _due(experiment, step, config["checkpoint"]["every_epochs"])
-                    test = _due(experiment, step, config["eval"]["every_epochs"])
+                    save = _is_time(experiment, step, config["checkpoint"]["every_epochs"])
+                    test = _is_time(experiment, step, config["eval"]["every_epochs"])
                     last = step == total_steps
                     stop = notice.requested() and not last
                     ends = save or test or stop or step == plan.last_step
@@ -207,7 +209,7 @@ def _train(
                         score_test(state, step)
                         progress.restart_clock()
             checkpoints.wait()
-            notice.work_saved(f"step {total_steps} is saved")
+            notice.mark_saved(f"step {total_steps} is saved")
             results = evaluator.score(state, workdir / "predictions")
             if results and not metric_writer.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, experiment.epoch_at(total_steps)))
@@ -218,8 +220,8 @@ def _train(
     return results
 
 
-def _dispatches(experiment: Experiment, plan: StagePlan, start: int) -> Iterator[tuple[int, int]]:
-    """The steps of a stage from `start` on, as they are made together: after one, up to another.
+def _dispatches(experiment: Experiment, plan: PhasePlan, start: int) -> Iterator[tuple[int, int]]:
+    """The steps of a phase from `start` on, as they are made together: after one, up to another.
 
     A dispatch ends where something is to be done, and at multiples of its length otherwise, so that
     an interruption changes nothing.
@@ -232,17 +234,17 @@ def _dispatches(experiment: Experiment, plan: StagePlan, start: int) -> Iterator
             (step - plan.first_step) % length == 0
             or step == plan.last_step
             or step in (first - 1, last)
-            or _due(experiment, step, config["checkpoint"]["every_epochs"])
-            or _due(experiment, step, config["eval"]["every_epochs"])
+            or _is_time(experiment, step, config["checkpoint"]["every_epochs"])
+            or _is_time(experiment, step, config["eval"]["every_epochs"])
         ):
             yield before, step
             before = step
 
 
 def _make_inputs(
-    experiment: Experiment, plan: StagePlan, dispatches: list[tuple[int, int]], workdir: Path
+    experiment: Experiment, plan: PhasePlan, dispatches: list[tuple[int, int]], workdir: Path
 ) -> Prefetcher:
-    """The inputs of a stage, placed on the devices before they are asked for."""
+    """The inputs of a phase, placed on the devices before they are asked for."""
     policy, start = experiment.config["data"]["on_bad_image"], dispatches[0][0]
     replacements = bad_images.make_replacements(policy, experiment.data.train, workdir, start)
     within = [(before - plan.first_step, step - plan.first_step) for before, step in dispatches]
@@ -268,7 +270,7 @@ def _first_dispatch(
 
 
 def _announce(experiment: Experiment) -> None:
-    config, devices, facts = experiment.config, experiment.parallel, experiment.facts
+    config, devices, context = experiment.config, experiment.parallel, experiment.context
     log.info(
         "%s, %s with %d experts, taus %s; %d steps, %d an epoch, learning rate %g",
         config["model"]["name"],
@@ -276,7 +278,7 @@ def _announce(experiment: Experiment) -> None:
         len(experiment.taus),
         ", ".join("-" if tau is None else f"{tau:g}" for tau in experiment.taus),
         experiment.total_steps,
-        facts.steps_per_epoch,
+        context.steps_per_epoch,
         config["optim"]["learning_rate"],
     )
     log.info(
@@ -301,15 +303,15 @@ def _announce(experiment: Experiment) -> None:
         )
 
 
-def lacks_test(experiment: Experiment, workdir: Path, step: int) -> bool:
+def missing_test_row(experiment: Experiment, workdir: Path, step: int) -> bool:
     """Whether the run was stopped before it wrote the scores that are due after `step`."""
-    due = _due(experiment, step, experiment.config["eval"]["every_epochs"])
+    due = _is_time(experiment, step, experiment.config["eval"]["every_epochs"])
     if not due or not 0 < step < experiment.total_steps:
         return False
-    return multihost.first_says(lambda: not metric_writer.has_test_row(workdir, step))
+    return multihost.broadcast_bool(lambda: not metric_writer.has_test_row(workdir, step))
 
 
-def _due(experiment: Experiment, step: int, every_epochs: int) -> bool:
+def _is_time(experiment: Experiment, step: int, every_epochs: int) -> bool:
     """Whether an epoch ends with a step, and as many epochs do as something is to be done after."""
     epoch = experiment.epoch_at(step)
     return every_epochs > 0 and epoch == int(epoch) and int(epoch) % every_epochs == 0

@@ -22,7 +22,7 @@ from absl import flags
 
 from balpoe_jax import cli
 from balpoe_jax.errors import UserError
-from balpoe_jax.files import writing
+from balpoe_jax.files import reports_write_errors
 from benchmarks import sides, step_cases
 from benchmarks.sides import Clock, Job, Row
 
@@ -322,7 +322,7 @@ def write_tables(bench: Bench) -> None:
         "results.md": accelerator_tables.results(bench.rows),
     }
     for name, text in texts.items():
-        with writing(bench.output / name):
+        with reports_write_errors(bench.output / name):
             (bench.output / name).write_text(text, encoding="utf-8")
         print(f"\n{text}", flush=True)
 
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(values.output).expanduser().absolute()
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; choose another --output.")
-    with writing(output):
+    with reports_write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     bench = Bench(output, values.minutes, values.data_dir, values.toy)
     with sides.preemptible():

@@ -6,7 +6,7 @@ from typing import Any
 
 from balpoe_jax.reporting import tables
 from balpoe_jax.reporting.runs import spread
-from balpoe_jax.reproduce.paper import TABLES, Score
+from balpoe_jax.reproduce.paper import TABLES, PaperFigure
 from benchmarks.sides import Row
 
 # As `reproduce.paper` names them, in the order in which they are trained.
@@ -165,11 +165,11 @@ def results(rows: Sequence[Row]) -> str:
 
 def _paper(name: str) -> list[str | None]:
     (row,) = (row for row in TABLES["2"].rows if row.method == name)
-    published: dict[str, Score] = {score.name: score for score in row.scores}
+    published: dict[str, PaperFigure] = {score.name: score for score in row.scores}
     return [_figure(published[score]) for score in ("ACC", "ECE", "MCE")]
 
 
-def _figure(score: Score) -> str | None:
+def _figure(score: PaperFigure) -> str | None:
     if score.paper is None:
         return None
     return f"{score.paper:.1f}" + ("" if score.paper_std is None else f"±{score.paper_std:.1f}")

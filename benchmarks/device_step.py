@@ -161,7 +161,7 @@ def _build(config: ConfigDict, data: str, many: int) -> Experiment:
 def _place_batch(program: Program) -> Any:
     """A ready batch on the devices, with images of the network's precision."""
     size = program.config["batch_size"]
-    batch = step_cases.ready_batch(size, program.image_shape, program.facts.class_counts)
+    batch = step_cases.ready_batch(size, program.image_shape, program.context.class_counts)
     images = batch["images"].astype(jax.numpy.dtype(program.config["model"]["dtype"]))
     return program.parallel.shard(batch | {"images": images})
 

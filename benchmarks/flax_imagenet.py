@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train step of Flax's own ImageNet example (google/flax, examples/imagenet), to compare with.
 
-A re-creation from its facts, which are: ResNet-50 whose strided convolutions pad as "SAME" does;
+A re-creation from its context, which are: ResNet-50 whose strided convolutions pad as "SAME" does;
 everything in bfloat16 but the parameters and BatchNorm's statistics, the images, the linear head
 and the loss included; cross-entropy of one label; L2 of 1e-4 on kernels as part of the loss; SGD
 with Nesterov momentum 0.9 after a warm-up and a cosine; gradients, statistics and metrics averaged

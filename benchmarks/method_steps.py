@@ -59,7 +59,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment.build import build_program
     from balpoe_jax.experiment.program import num_parameters
-    from balpoe_jax.methods import RECIPES
+    from balpoe_jax.methods import PRESETS
 
     config = _config(method, backbone)
     config.batch_size = batch_size
@@ -69,7 +69,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
         build_program, devices=devices, class_counts=counts, image_shape=image_shape
     )
     with tempfile.TemporaryDirectory() as folder:
-        if teacher := RECIPES[method.partition(":")[0]].teacher:
+        if teacher := PRESETS[method.partition(":")[0]].teacher:
             taught_by = _config(":".join(teacher), backbone)
             _pretend_to_have_trained(taught_by, build(taught_by).init_state(), Path(folder))
             config.method.teacher = folder
@@ -111,7 +111,7 @@ def _pretend_to_have_trained(config: Any, state: Any, workdir: Path) -> None:
     from balpoe_jax import files
     from balpoe_jax.run.checkpoint import Checkpoints
 
-    text = json.dumps({"config": files.plain(config.to_dict())})
+    text = json.dumps({"config": files.to_json(config.to_dict())})
     (workdir / files.CONFIG).write_text(text, encoding="utf-8")
     with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
         checkpoints.save(state)
@@ -162,11 +162,11 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
     values = flags.FLAGS
     measuring.pin(values.cores)
-    from balpoe_jax.methods import RECIPES
+    from balpoe_jax.methods import PRESETS
 
-    unknown = [name for name in values.methods if name.partition(":")[0] not in RECIPES]
+    unknown = [name for name in values.methods if name.partition(":")[0] not in PRESETS]
     if unknown:
-        raise UserError(f"Unknown method {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
+        raise UserError(f"Unknown method {unknown[0]!r}; choose from {', '.join(PRESETS)}.")
     options: dict[str, Any] = {
         name: values[name].value for name in ("backbone", "batch_size", "repeats", "seconds")
     }
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str]) -> None:
         **options,
         "methods": {},
     }
-    for name, figures in run(values.methods or list(RECIPES), **options):
+    for name, figures in run(values.methods or list(PRESETS), **options):
         found["methods"][name] = figures
         print(f"{name}: {1 / figures['cpu_ratio']:.2f}", flush=True)
         if values.output:  # each time, for all of them take long

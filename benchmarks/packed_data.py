@@ -17,7 +17,7 @@ from balpoe_jax.data import datasets
 from balpoe_jax.data.datasets import cifar
 from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.errors import UserError
-from balpoe_jax.files import writing
+from balpoe_jax.files import reports_write_errors
 
 NAME = "cifar100"
 LABELS = "labels.npz"
@@ -59,7 +59,7 @@ def pack(data_dir: str, folder: Path, ratio: float = 100.0, check_counts: bool =
         )
     chosen = datasets.load(NAME, ratio, data_dir, check_counts, 0, HELD_OUT_PER_CLASS)
     keys = _keys(chosen)
-    with writing(folder):
+    with reports_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_mosaics(folder, "train", train.images[keys])
         _write_mosaics(folder, "test", test.images)
@@ -131,7 +131,7 @@ def generate(path: Path, train_per_class: int, test_per_class: int) -> None:
 
 def save(path: Path, train: Images, train_labels: Any, test: Images, test_labels: Any) -> None:
     """Writes images and labels of both splits as the product reads them."""
-    with writing(path):
+    with reports_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
             path,

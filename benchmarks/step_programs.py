@@ -50,12 +50,12 @@ def with_stages(program: Program, stage_sizes: Sequence[int]) -> Program:
     """The program with another number of blocks in each stage of its network."""
     model = create_model(
         program.config["model"]["name"],
-        num_classes=len(program.facts.class_counts),
+        num_classes=len(program.context.class_counts),
         num_experts=EXPERTS,
         axis_name=parallel.AXIS_NAME,
         expert_map=program.model.expert_map,
         stage_sizes=stage_sizes,
         dtype=jnp.dtype(program.config["model"]["dtype"]),
     )
-    network = program.method.network(model, program.facts)
+    network = program.method.network(model, program.context)
     return dataclasses.replace(program, model=model, network=network)

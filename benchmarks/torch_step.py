@@ -58,13 +58,13 @@ class Step:
         self._device, self._how, self._half = device, case.how, case.dtype == "bfloat16"
         last: Any = torch.channels_last
         self._model = model.to(device=device, memory_format=last).train()
-        prior = torch.from_numpy(np.array(log_prior(program.facts.class_counts))).to(device)
-        taus = torch.tensor(program.facts.taus, device=device)
+        prior = torch.from_numpy(np.array(log_prior(program.context.class_counts))).to(device)
+        taus = torch.tensor(program.context.taus, device=device)
         self._bias = taus[:, None, None] * prior
         options = program.config["optim"]
         self._optimizer = torch.optim.SGD(
             model.parameters(),
-            program.rate_before(1),
+            program.learning_rate(1),
             options["momentum"],
             weight_decay=options["weight_decay"],
             nesterov=options["nesterov"],
@@ -126,7 +126,7 @@ class Step:
 def make_model(case: TorchCase, program: Program, sizes: Sizes) -> nn.Module:
     """The network of a case, with weights that are the same each time."""
     torch.manual_seed(0)
-    classes = len(program.facts.class_counts)
+    classes = len(program.context.class_counts)
     if case.network == "small":
         blocks = CIFAR_MODELS[sizes.small].stage_sizes[0]
         return torch_resnet.Ensemble(blocks, EXPERTS, classes)
@@ -146,7 +146,7 @@ def first_losses(case: TorchCase, sizes: Sizes, device: str, path: Path) -> Row:
         `losses` in full precision, and `losses_tf32` as the device computes by default.
     """
     program = make_program(make_config(case, sizes), sizes)
-    counts, shape = program.facts.class_counts, program.image_shape
+    counts, shape = program.context.class_counts, program.image_shape
     batch = step_cases.ready_batch(step_cases.batch_size(case, sizes), shape, counts)
     losses: dict[str, list[float]] = {}
     for name, tf32 in (("losses", False), ("losses_tf32", True)):
@@ -166,7 +166,7 @@ def first_losses(case: TorchCase, sizes: Sizes, device: str, path: Path) -> Row:
 def measure(case: TorchCase, sizes: Sizes, device: str) -> Row:
     """Times a case."""
     program = make_program(make_config(case, sizes), sizes)
-    counts, shape = program.facts.class_counts, program.image_shape
+    counts, shape = program.context.class_counts, program.image_shape
     size = step_cases.batch_size(case, sizes)
     batch = step_cases.ready_batch(size, shape, counts)
     step = Step(make_model(case, program, sizes), program, batch, device, case)

@@ -58,8 +58,8 @@ def run(
     trainer = torch_resnet.Trainer(
         model,
         np.array(log_prior(counts)),
-        program.facts.taus,
-        program.rate_before(1),
+        program.context.taus,
+        program.learning_rate(1),
         config.optim.momentum,
         config.optim.weight_decay,
     )

@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
 from balpoe_jax.config.recipes import RECIPE_CHOICES, set_method
-from balpoe_jax.methods import RECIPES
+from balpoe_jax.methods import PRESETS
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The experiment; `arguments` is what stands after the colon."""
     args = config_lib.parse_arguments(
         arguments,
-        method=tuple(RECIPES),
+        method=tuple(PRESETS),
         recipe=RECIPE_CHOICES[:2],
         mixup=bool,
         experts=0,

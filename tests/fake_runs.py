@@ -10,7 +10,7 @@ import numpy as np
 from balpoe_jax.data.datasets.test_distributions import make_targets
 from balpoe_jax.evaluation.predictions import Predictions
 from balpoe_jax.evaluation.scoring import score
-from balpoe_jax.files import plain
+from balpoe_jax.files import to_json
 
 COUNTS = np.array([300, 120, 50, 8])
 
@@ -40,7 +40,7 @@ def make_run(
         held_out_description="34 of the very same",
         targets=make_targets(labels, COUNTS, (2, 50)),
     )
-    results = plain({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
+    results = to_json({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
     if remark:
         results["remark"] = remark
     config: dict[str, Any] = {

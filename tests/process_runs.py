@@ -131,7 +131,7 @@ def cifar_steps(mode: str):
     from balpoe_jax.data.pipeline import train_batches
     from balpoe_jax.data.records.sources import ArraySource
     from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
-    from balpoe_jax.methods import Facts
+    from balpoe_jax.methods import Context
     from balpoe_jax.methods.balpoe import BalPoE
     from balpoe_jax.models import create_model
     from balpoe_jax.optim import make_optimizer, rate_of_step
@@ -160,8 +160,8 @@ def cifar_steps(mode: str):
     state = jax.jit(lambda seed: create(jax.random.key(seed)), out_shardings=devices.replicated)(
         np.int32(0)
     )
-    facts = Facts(np.arange(10, 0, -1), (1.0,), axis_name=AXIS_NAME)
-    step = devices.map_step(make_train_step(model, optimizer, BalPoE(), facts), donate=True)
+    context = Context(np.arange(10, 0, -1), (1.0,), axis_name=AXIS_NAME)
+    step = devices.map_step(make_train_step(model, optimizer, BalPoE(), context), donate=True)
     losses = []
     for batch in Prefetcher(batches, devices):
         state, metrics = step(state, batch)
@@ -198,7 +198,7 @@ def agree(folder: Path) -> None:
         assert multihost.is_first()
         raise UserError("No.")
 
-    profile, load = balanced.BALANCED["digits"]
+    profile, load = balanced.BALANCED_DATASETS["digits"]
 
     def load_own(*place: object):
         train, test = load(*place)
@@ -207,11 +207,11 @@ def agree(folder: Path) -> None:
         return train.select(order if multihost.is_first() else order[::-1]), test
 
     refusals = []
-    balanced.BALANCED["digits"] = (profile, load_own)
+    balanced.BALANCED_DATASETS["digits"] = (profile, load_own)
     for attempt in (
         lambda: record.open_workdir(str(own)),
-        lambda: record.check_same_config({"seed": jax.process_index()}),
-        lambda: multihost.on_first(refuse),
+        lambda: record.check_config_everywhere({"seed": jax.process_index()}),
+        lambda: multihost.run_on_process_0(refuse),
         lambda: record.open_workdir("/dev/null/x" if multihost.is_first() else str(own)),
         lambda: build_together(digits_config()),
     ):
@@ -219,8 +219,8 @@ def agree(folder: Path) -> None:
             attempt()
         except UserError as error:
             refusals.append(str(error))
-    balanced.BALANCED["digits"] = (profile, load)
-    record.check_same_config({"seed": 1})
+    balanced.BALANCED_DATASETS["digits"] = (profile, load)
+    record.check_config_everywhere({"seed": 1})
     record.open_workdir(str(folder / "shared"))
     (folder / f"refusals-{jax.process_index()}.json").write_text(json.dumps(refusals))
 
@@ -322,7 +322,7 @@ def main() -> None:
         "save": save,
         "restore": partial(save, restore=True),
     }
-    with multihost.group(
+    with multihost.process_group(
         f"127.0.0.1:{port}",
         2,
         int(process_id),

@@ -15,9 +15,9 @@ from flax import linen as nn
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import mixed_targets
+from balpoe_jax.methods.base import soft_labels
 from balpoe_jax.models import Outputs
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
@@ -90,8 +90,8 @@ def fresh_state(model: nn.Module) -> TrainState:
 
 def step(model: nn.Module, mode: str, num_devices: int, accumulate: int, sync: bool = True):
     devices = make_parallel(mode, jax.devices()[:num_devices])
-    facts = Facts(COUNTS, tuple(TAUS), axis_name=AXIS_NAME, sync_batch_norm=sync)
-    function = make_train_step(model, OPTIMIZER, BalPoE(), facts, accumulate=accumulate)
+    context = Context(COUNTS, tuple(TAUS), axis_name=AXIS_NAME, sync_batch_norm=sync)
+    function = make_train_step(model, OPTIMIZER, BalPoE(), context, accumulate=accumulate)
     state = devices.replicate(fresh_state(model))
     return jax.device_get(devices.map_step(function)(state, devices.shard(batch())))
 
@@ -128,7 +128,7 @@ def by_hand(num_devices: int, accumulate: int, sync: bool):
         losses = expert_losses(outputs.logits, targets, prior(), jnp.asarray(TAUS))
         return losses.mean(), updated["batch_stats"]
 
-    targets = mixed_targets(batch(), CLASSES)
+    targets = soft_labels(batch(), CLASSES)
     found = [gradient(state.params, batch()["images"][rows], targets[rows]) for rows in sets]
     grads, stats = jax.tree.map(lambda *each: sum(each) / len(sets), *found)
     updates, _ = OPTIMIZER.update(grads, state.opt_state, state.params)

@@ -223,7 +223,7 @@ def test_what_is_done_image_by_image_can_be_done_before_the_rest() -> None:
     settings = AugmentSettings(
         color_jitter=(0.4, 0.4, 0.4), policy="randaugment", fill=(1, 2, 3), cutout=4
     )
-    rest, only = settings.without_changes()
+    rest, only = settings.split_per_image_ops()
     assert rest == AugmentSettings(fill=(1, 2, 3), cutout=4)
     images = augment_batch(augment_batch(noise(12), source(12), only), source(12), rest)
     np.testing.assert_array_equal(images, augment_batch(noise(12), source(12), settings))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.step import TrainState
 
@@ -89,7 +89,7 @@ def test_a_failed_write_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
     with Checkpoints(str(tmp_path)) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", fail)
         with pytest.raises(
-            PassingError, match=r"could not be written to .*No space left on device"
+            TransientError, match=r"could not be written to .*No space left on device"
         ):
             checkpoints.save(make_state(3))
 
@@ -97,8 +97,8 @@ def test_a_failed_write_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (ValueError("UNKNOWN: Failed to read [os_error_code='5']"), PassingError),  # EIO
-        (OSError(errno.ESTALE, "Stale file handle"), PassingError),
+        (ValueError("UNKNOWN: Failed to read [os_error_code='5']"), TransientError),  # EIO
+        (OSError(errno.ESTALE, "Stale file handle"), TransientError),
         (ValueError("UNKNOWN: Failed to open [os_error_code='40']"), UserError),  # ELOOP
         (ValueError("DATA_LOSS: Invalid manifest"), UserError),
     ],
@@ -143,8 +143,8 @@ def test_a_lost_connection_is_not_an_error_of_the_storage(tmp_path: Path, monkey
 def test_extra_state_is_saved_where_there_is_any(tmp_path: Path) -> None:
     """And leaves no trace elsewhere: checkpoints from before there was any are restored."""
     kept = {"queue": jnp.arange(6.0).reshape(3, 2), "labels": jnp.array([-1, 2, 0])}
-    for extra, name in (({}, "none"), (kept, "some")):
-        state = make_state(4).replace(extra=extra)
+    for method_state, name in (({}, "none"), (kept, "some")):
+        state = make_state(4).replace(method_state=method_state)
         with Checkpoints(str(tmp_path / name)) as checkpoints:
             checkpoints.save(state)
             restored = checkpoints.restore_latest(abstract(state))

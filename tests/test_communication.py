@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from balpoe_jax.aot.hlo import collective_sizes
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer
@@ -28,8 +28,8 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
         "resnet8", num_classes=5, num_experts=1, axis_name=AXIS_NAME if sync else None
     )
     optimizer = make_optimizer(0.1)
-    facts = Facts(np.array([9, 5, 3, 2, 1]), (1.0,), axis_name=AXIS_NAME, sync_batch_norm=sync)
-    step = make_train_step(model, optimizer, BalPoE(), facts, accumulate=accumulate)
+    context = Context(np.array([9, 5, 3, 2, 1]), (1.0,), axis_name=AXIS_NAME, sync_batch_norm=sync)
+    step = make_train_step(model, optimizer, BalPoE(), context, accumulate=accumulate)
     create = partial(create_state, model, optimizer, image_shape=(8, 8, 3))
     state = jax.eval_shape(create, key=jax.random.key(0))
     batch = {

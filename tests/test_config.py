@@ -63,7 +63,7 @@ def test_epochs_scale_the_schedule() -> None:
     assert config.total_epochs == 30
     assert config.optim.boundaries == (24, 27)
     assert config.optim.warmup_epochs == 1
-    assert get_config("cifar100_lt", "method=mislas,epochs=60").stage2.epochs == 3
+    assert get_config("cifar100_lt", "method=mislas,epochs=60").phase2.epochs == 3
     assert get_config("cifar100_lt", "method=sade,epochs=60").eval.aggregation_epochs == 5
 
 

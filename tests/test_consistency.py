@@ -15,10 +15,10 @@ from tiny_network import COUNTS, logits_as_images, numeric_gradient
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import Facts, Network
+from balpoe_jax.methods.base import Context, Network
 from balpoe_jax.methods.mdcs import MDCS, BalPoECS, consistency
 
-FACTS = Facts(COUNTS, taus=(0.0, 1.0, 2.0))
+FACTS = Context(COUNTS, taus=(0.0, 1.0, 2.0))
 VIEWS = ("images", "images_2", "images_3")
 
 

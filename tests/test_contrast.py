@@ -16,7 +16,7 @@ from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods import Facts, Network
+from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss
 from balpoe_jax.methods.contrastive import ProjectedOutputs
 from balpoe_jax.methods.paco import PaCo, paco_loss
@@ -100,12 +100,12 @@ def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
     """The keys are the slow network's, which is twice the fast one here."""
     method = PaCo(alpha=0.3, temperature=0.5, width=4, queue_size=8)
     queue, queue_labels = unit(8, 4), np.array([0, 1, 2, -1, -1, 4, 0, 3])
-    extra = {"params": 2.0, "batch_stats": 0.0, "queue": queue, "labels": queue_labels}
+    method_state = {"params": 2.0, "batch_stats": 0.0, "queue": queue, "labels": queue_labels}
     found = method.loss(
         Network(Linear(), 1.0, 0.0),
-        jax.tree.map(jnp.asarray, extra),
+        jax.tree.map(jnp.asarray, method_state),
         jax.tree.map(jnp.asarray, TWO_VIEWS),
-        Facts(COUNTS),
+        Context(COUNTS),
         jnp.asarray(0),
     )
     first, second = TWO_VIEWS["images"], TWO_VIEWS["images_2"]
@@ -115,16 +115,16 @@ def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
     similarities = first[:, 5:] @ contrasts.T / 0.5
     expected = paco_twin(first[:, :5], similarities, LABELS, others, 0.3)
     np.testing.assert_allclose(found.total, expected, rtol=1e-6)
-    np.testing.assert_allclose(found.extra["queue"], np.concatenate([keys, queue[:2]]))
-    np.testing.assert_array_equal(found.extra["labels"], [*LABELS, *queue_labels[:2]])
+    np.testing.assert_allclose(found.method_state["queue"], np.concatenate([keys, queue[:2]]))
+    np.testing.assert_array_equal(found.method_state["labels"], [*LABELS, *queue_labels[:2]])
     assert found.batch_stats == pytest.approx(first.mean())
-    assert found.extra["batch_stats"] == pytest.approx(second.mean())
+    assert found.method_state["batch_stats"] == pytest.approx(second.mean())
 
 
 def test_the_whole_loss_of_gpaco_contrasts_both_views(x64) -> None:
     method = PaCo(alpha=0.3, temperature=0.5, width=4, momentum=0.0)
     batch = jax.tree.map(jnp.asarray, TWO_VIEWS)
-    found = method.loss(Network(Linear(), 1.0, 0.0), {}, batch, Facts(COUNTS), jnp.asarray(0))
+    found = method.loss(Network(Linear(), 1.0, 0.0), {}, batch, Context(COUNTS), jnp.asarray(0))
     both = np.concatenate([TWO_VIEWS["images"], TWO_VIEWS["images_2"]])
     labels, similarities = np.tile(LABELS, 2), both[:, 5:] @ both[:, 5:].T / 0.5
     expected = paco_twin(both[:, :5], similarities, labels, labels, 0.3)
@@ -157,45 +157,51 @@ def test_the_queue_and_the_slow_network_move_as_they_should(name: str, x64) -> N
 
     Looked at in the second step, in which the slow network is not yet that of the first one.
     """
-    method, facts, network = parts(name)
-    start = fresh(name).extra
+    method, context, network = parts(name)
+    start = fresh(name).method_state
     np.testing.assert_array_equal(start.get("labels", -1), -1)
     np.testing.assert_allclose(np.linalg.norm(start["queue"], axis=-1), 1, rtol=1e-5)
     (state, _), (after, _), *_ = run(name, "pmap", 1, 0, np.float64)
     m = method.momentum
-    expected = jax.tree.map(lambda a, b: m * a + (1 - m) * b, state.extra["params"], state.params)
+    expected = jax.tree.map(
+        lambda a, b: m * a + (1 - m) * b, state.method_state["params"], state.params
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13),
-        after.extra["params"],
+        after.method_state["params"],
         expected,
     )
-    size = facts.batch_size
+    size = context.batch_size
     batch = tiny_network.batch(size, seed=1, dtype=np.float64)
-    slow = Network(network, expected, state.extra["batch_stats"])
-    projected = jax.vmap(lambda images: slow(images)[0].projections, axis_name=facts.axis_name)(
+    slow = Network(network, expected, state.method_state["batch_stats"])
+    projected = jax.vmap(lambda images: slow(images)[0].projections, axis_name=context.axis_name)(
         batch["images_2"][None]
     )[0]
     keys = np.moveaxis(projected, -2, 0)  # rows first, where there are several networks
     new = {"queue": keys, "labels": batch["labels"]}
-    for kept in sorted(new.keys() & after.extra.keys()):
-        np.testing.assert_allclose(after.extra[kept][:size], new[kept], atol=1e-9)
-        np.testing.assert_array_equal(after.extra[kept][size:], state.extra[kept][:-size])
+    for kept in sorted(new.keys() & after.method_state.keys()):
+        np.testing.assert_allclose(after.method_state[kept][:size], new[kept], atol=1e-9)
+        np.testing.assert_array_equal(
+            after.method_state[kept][size:], state.method_state[kept][:-size]
+        )
 
 
 def test_the_slow_network_gets_no_gradient_and_the_queue_none() -> None:
     """Only what went through the fast network and the classifier is learnt from."""
     method, _, network = parts("paco", None)
-    facts = dataclasses.replace(parts("paco", None)[1])
+    context = dataclasses.replace(parts("paco", None)[1])
     variables = tiny_network.init(network)
     net = Network(network, variables["params"], variables["batch_stats"])
-    extra = method.init_extra(net, facts, jax.random.key(1))
+    method_state = method.init_state(net, context, jax.random.key(1))
     batch = {k: jnp.asarray(v) for k, v in tiny_network.batch(8).items()}
 
     def loss(params, slow):
         network = dataclasses.replace(net, params=params)
-        return method.loss(network, {**extra, **slow}, batch, facts, jnp.zeros((), int)).total
+        return method.loss(
+            network, {**method_state, **slow}, batch, context, jnp.zeros((), int)
+        ).total
 
-    slow = {"params": extra["params"], "queue": extra["queue"]}
+    slow = {"params": method_state["params"], "queue": method_state["queue"]}
     fast, of_slow = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], slow)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(fast) if leaf.ndim > 1)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_slow["params"]))
@@ -242,7 +248,7 @@ def test_the_whole_loss_of_bcl_classifies_one_view_and_contrasts_two(x64) -> Non
     method = BCL(classification=1.5, contrast=0.4, temperature=0.5)
     batch = {**TWO_VIEWS, "images_3": np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)])}
     placed = jax.tree.map(jnp.asarray, batch)
-    found = method.loss(Network(Linear(), 1.0, 0.0), {}, placed, Facts(COUNTS), jnp.asarray(0))
+    found = method.loss(Network(Linear(), 1.0, 0.0), {}, placed, Context(COUNTS), jnp.asarray(0))
     features = np.concatenate([batch["images_2"][:, 5:], batch["images_3"][:, 5:]])
     contrasted = bcl_twin(features, np.tile(LABELS, 2), PROTOTYPES, 0.5)
     rows = zip(batch["images"][:, :5] + PRIOR, LABELS, strict=True)
@@ -303,7 +309,7 @@ def test_prototypes_learn_through_head_and_classifier() -> None:
 @pytest.mark.parametrize("method", [PaCo(), BCL()])
 def test_one_expert_it_is(method) -> None:
     with pytest.raises(UserError, match="trains one expert, got 3; leave experts alone"):
-        method.network(tiny_network.experts(3), Facts(COUNTS))
+        method.network(tiny_network.experts(3), Context(COUNTS))
 
 
 def test_mixed_images_are_refused() -> None:

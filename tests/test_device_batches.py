@@ -30,10 +30,10 @@ from balpoe_jax.data.settings import (
     TrainSettings,
     steps_per_epoch,
 )
-from balpoe_jax.data.tracing import as_written
+from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.experiment.inputs import DeviceInputs, map_planned_step
 from balpoe_jax.experiment.settings import stage_configs, train_settings
-from balpoe_jax.methods import RECIPES
+from balpoe_jax.methods import PRESETS
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import TrainState
 
@@ -209,7 +209,7 @@ def test_both_pipelines_mix_by_one_distribution(alpha: float, rule: str) -> None
     def draw(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return theirs.draw(step, tf.constant(labels))[1]
 
-    host = list(tf.data.Dataset.range(400).map(as_written(draw)).as_numpy_iterator())
+    host = list(tf.data.Dataset.range(400).map(no_autograph(draw)).as_numpy_iterator())
     weights, partners = zip(*((x["weight"][3], x["other_labels"][3]) for x in drawn), strict=True)
     host_partners, host_weights = zip(*((x[0][3], x[1][3]) for x in host), strict=True)
     assert stats.ks_2samp(weights, host_weights).pvalue > 1e-4
@@ -295,12 +295,12 @@ def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
     """Of all methods on CIFAR and digits; of the views the shapes alone, which tracing tells."""
     planned, traced = set(), set()
     for name, recipe, method in itertools.product(
-        ("cifar100_lt", "digits_lt"), ("own", "standard", "strong", "long"), RECIPES
+        ("cifar100_lt", "digits_lt"), ("own", "standard", "strong", "long"), PRESETS
     ):
         if name == "digits_lt" and recipe in ("strong", "long"):
             continue
         config = get_config(name, f"recipe={recipe},method={method}")
-        for settings in map(partial(train_settings, stage=0), stage_configs(config)):
+        for settings in map(partial(train_settings, phase=0), stage_configs(config)):
             if settings in planned:
                 continue
             planned.add(settings)

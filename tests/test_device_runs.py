@@ -113,7 +113,7 @@ def test_a_step_that_is_not_finite_is_named_within_its_dispatch(tmp_path: Path) 
     (row,) = rows(tmp_path, "non_finite.jsonl")
     assert f"step {row['step']} " in str(raised.value)
     experiment = build(config)
-    np.testing.assert_array_equal(row["indices"], experiment.batch_before(row["step"]))
+    np.testing.assert_array_equal(row["indices"], experiment.batch_indices(row["step"]))
 
 
 def test_both_pipelines_evaluate_alike(finished: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_random_views_do_not_depend_on_the_batch_size() -> None:
 def test_dispatches_end_where_something_is_to_be_done() -> None:
     config = config_of(steps=4, eval__every_epochs=2, checkpoint__every_epochs=3)
     experiment = build(config)
-    (plan,) = experiment.stages
+    (plan,) = experiment.phases
     assert list(_dispatches(experiment, plan, 0)) == [(0, 4), (4, 6), (6, 8), (8, 9)]
     assert list(_dispatches(experiment, plan, 5)) == [(5, 6), (6, 8), (8, 9)]
     traced = build(config_of(steps=100, profile__steps=(2, 2), checkpoint__every_epochs=3))

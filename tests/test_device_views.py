@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views on devices: whole batches against their stages, the draws, and where they run."""
+"""Views on devices: whole batches against their phases, the draws, and where they run."""
 
 import dataclasses
 from functools import cache, partial

@@ -11,7 +11,7 @@ import pytest
 import tiny_network
 from flax import linen as nn
 
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.models.batch_norm import BatchNormInParts, _number_of_parts
@@ -167,7 +167,7 @@ def test_a_step_of_one_vector_is_that_of_the_tree(skip_non_finite: bool) -> None
         dtype=None,
         axis_name=AXIS_NAME,
     )
-    facts = Facts(np.array([9, 5, 3, 2, 1]), (0.0, 1.0), axis_name=AXIS_NAME)
+    context = Context(np.array([9, 5, 3, 2, 1]), (0.0, 1.0), axis_name=AXIS_NAME)
     devices = make_parallel("shard_map", jax.devices()[:2])
     random = np.random.default_rng(5)
     batch = {
@@ -182,7 +182,7 @@ def test_a_step_of_one_vector_is_that_of_the_tree(skip_non_finite: bool) -> None
         optimizer = make_optimizer(0.1, as_one_vector=one)
         state = create_state(model, optimizer, jax.random.key(0), (8, 8, 3))
         step = devices.map_step(
-            make_train_step(model, optimizer, BalPoE(), facts, 0, 1, skip_non_finite, one)
+            make_train_step(model, optimizer, BalPoE(), context, 0, 1, skip_non_finite, one)
         )
         state, first = step(devices.replicate(state), devices.shard(batch))
         found.append((first, *step(state, devices.shard(bad))))

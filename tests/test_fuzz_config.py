@@ -15,7 +15,7 @@ from test_config import ROOT, get_config
 from balpoe_jax import cli
 from balpoe_jax import config as config_lib
 from balpoe_jax.experiment.build import build
-from balpoe_jax.methods import RECIPES
+from balpoe_jax.methods import PRESETS
 
 # Of ml_collections, when it loads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -57,7 +57,7 @@ KEYS = st.one_of(
 PLAUSIBLE = {
     "ir": st.sampled_from(["100", "50", "10"]),
     "recipe": st.sampled_from(["standard", "strong", "long"]),
-    "method": st.sampled_from(list(RECIPES)),
+    "method": st.sampled_from(list(PRESETS)),
     "mixup": st.sampled_from(["true", "False"]),
     "experts": st.integers(0, 9).map(str),
     "epochs": st.integers(0, 900).map(str),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_checkpoint import abstract, make_state
 
-from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import checksums
 from balpoe_jax.run.checkpoint import Checkpoints
 
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
             checkpoints.save(state(step))
             checkpoints.wait()
 
-    with pytest.raises(PassingError, match=r"could not be written to .*; make room"):
+    with pytest.raises(TransientError, match=r"could not be written to .*; make room"):
         save_on()
     for path in small_disk.glob("fills-*"):
         path.unlink()

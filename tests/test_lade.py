@@ -11,7 +11,7 @@ import tiny_network
 from golden import cases, golden, max_relative
 
 from balpoe_jax.losses import log_prior
-from balpoe_jax.methods import RECIPES, Facts, Network
+from balpoe_jax.methods import PRESETS, Context, Network
 from balpoe_jax.methods.lade import LADE, lade_regulariser
 
 COUNTS = tiny_network.COUNTS
@@ -82,11 +82,11 @@ def losses_of(method, taus=(1.0, 1.0)):
     module = tiny_network.experts(2)
     network = Network(module, **tiny_network.init(module))
     batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
-    return method.loss(network, {}, batch, Facts(COUNTS, taus), jnp.asarray(0))
+    return method.loss(network, {}, batch, Context(COUNTS, taus), jnp.asarray(0))
 
 
 def test_without_its_regulariser_it_is_balanced_softmax() -> None:
-    plain = losses_of(RECIPES["balanced_softmax"].method)
+    plain = losses_of(PRESETS["balanced_softmax"].method)
     np.testing.assert_allclose(losses_of(LADE(alpha=0.0)).by_expert, plain.by_expert, rtol=1e-6)
     regularised = losses_of(LADE(alpha=0.3))
     terms = regularised.terms

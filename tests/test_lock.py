@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import lock
 from balpoe_jax.run.lock import LOCK, Owner, WorkdirLock
 
@@ -167,7 +167,7 @@ def test_a_run_notices_that_its_workdir_is_not_its_own_any_more(tmp_path: Path) 
     (workdir / LOCK).unlink()
     with WorkdirLock(workdir) as held:
         shutil.rmtree(workdir)
-        with pytest.raises(PassingError, match=r"run vanished, or its run\.lock was deleted"):
+        with pytest.raises(TransientError, match=r"run vanished, or its run\.lock was deleted"):
             held.check()
 
 

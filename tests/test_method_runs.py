@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs of methods, with a tiny network: their batches, their stages, their evaluation."""
+"""Whole runs of methods, with a tiny network: their batches, their phases, their evaluation."""
 
 import json
 import sys
@@ -18,11 +18,11 @@ from balpoe_jax import evaluate, methods
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
 
-# One with a second stage and one that keeps a queue and a moving average; test_methods.py takes the
+# One with a second phase and one that keeps a queue and a moving average; test_methods.py takes the
 # state of every method through a checkpoint.
 RESUMED = ("mislas", "paco")
 
-# Whose batches, stages and evaluation are another one's, or are tested by themselves below.
+# Whose batches, phases and evaluation are another one's, or are tested by themselves below.
 COVERED = {
     *("balpoe", "balanced_softmax", "lade", "focal_cb", "ldam_drw", "ncl", "ride_distill"),
     *("mdcs", "gpaco", "sade", "ncl_contrast"),
@@ -35,7 +35,7 @@ def _tiny_experts(monkeypatch) -> None:
 
 
 def config_of(name: str):
-    """Two epochs of three steps on the digits, and as many of a second stage."""
+    """Two epochs of three steps on the digits, and as many of a second phase."""
     config = get_config("digits_lt", f"method={name},epochs=2")
     config.batch_size = 140
     config.log_every_steps = 1
@@ -44,9 +44,9 @@ def config_of(name: str):
     config.eval.every_epochs = 0
     config.eval.shift_ratios = (10.0,)
     config.eval.held_out_per_class = 2
-    if config.get("stage2"):
-        config.stage2.epochs = 2
-        config.stage2.batch_size = 140
+    if config.get("phase2"):
+        config.phase2.epochs = 2
+        config.phase2.batch_size = 140
     return config
 
 
@@ -54,7 +54,7 @@ def config_of(name: str):
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in COVERED])
 def test_a_run(name: str, tmp_path: Path) -> None:
     config, finished, resumed = config_of(name), tmp_path / "finished", tmp_path / "resumed"
-    epochs = 4 if config.get("stage2") else 2
+    epochs = 4 if config.get("phase2") else 2
     results = train(config, str(finished))
     assert (results["step"], results["epoch"]) == (3 * epochs, epochs)
     assert 0 < results["test"]["top1"] <= 1 and results["shift"]["forward10"]["prior"] > 0
@@ -101,9 +101,9 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> 
 
 @pytest.mark.usefixtures("no_page")
 def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
-    """Resumed from the very end of the first stage, where the second one has yet to begin."""
+    """Resumed from the very end of the first phase, where the second one has yet to begin."""
     config, finished, resumed = config_of("mislas"), tmp_path / "finished", tmp_path / "resumed"
-    config.stage2.learning_rate = 0.025
+    config.phase2.learning_rate = 0.025
     results = train(config, str(finished))
     interrupt(finished, resumed, epoch=2)
     assert train(config, str(resumed)) == results
@@ -111,7 +111,7 @@ def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
     assert rates[6:9] == [0.025] * 3 and rates[9] < 0.025
     count = final_state(config, finished).opt_state[1][1].count
     assert int(count) == 6 and results["step"] == 12
-    assert "the stage classifier tuning begins" in (resumed / "train.log").read_text()
+    assert "the phase classifier tuning begins" in (resumed / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("no_page")
@@ -122,7 +122,7 @@ def test_the_example_of_a_method_of_ones_own(tmp_path: Path, monkeypatch) -> Non
     # Where the class looks its annotations up.
     monkeypatch.setitem(sys.modules, "ramp", module)
     exec(text.split("```python\n")[1].partition("```")[0], module.__dict__)
-    monkeypatch.setitem(methods.RECIPES, "ramp", module.RECIPES["ramp"])
+    monkeypatch.setitem(methods.PRESETS, "ramp", module.PRESETS["ramp"])
     monkeypatch.setitem(methods.METHODS, "ramp", module.Ramp)
     config = config_of("ramp")
     assert config.method.ramp_epochs == 1  # of 100 in 200

@@ -16,7 +16,7 @@ from test_config import get_config
 from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
-from balpoe_jax.methods import RECIPES, Facts, Network, make_method, settings
+from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
 from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
@@ -30,11 +30,11 @@ RATE = 0.01
 
 @cache
 def parts(name: str, axis_name: str | None = AXIS_NAME):
-    """Method, facts and network of a recipe for tiny experts, as its digits config has them."""
+    """Method, context and network of a recipe for tiny experts, as its digits config has them."""
     config = get_config("digits_lt", f"method={name},epochs={EPOCHS}")
     method = make_method(config.method.to_dict())
     cosine = config.model.classifier == "cosine"
-    facts = Facts(
+    context = Context(
         tiny_network.COUNTS,
         resolve_taus(config),
         scale=config.model.scale if cosine else 1.0,
@@ -43,37 +43,37 @@ def parts(name: str, axis_name: str | None = AXIS_NAME):
         axis_name=axis_name,
     )
     experts = tiny_network.experts(
-        config.model.num_experts, axis_name, config.model.classifier, facts.scale
+        config.model.num_experts, axis_name, config.model.classifier, context.scale
     )
-    if RECIPES[name].teacher:
+    if PRESETS[name].teacher:
         module = tiny_network.experts(2, axis_name)
         with jax.enable_x64(False):
             variables = tiny_network.init(module, seed=1)
-        facts = dataclasses.replace(facts, teacher=Network(module, **variables))
-    return method, facts, method.network(experts, facts)
+        context = dataclasses.replace(context, teacher=Network(module, **variables))
+    return method, context, method.network(experts, context)
 
 
 @cache
 def fresh(name: str):
     """A recipe's state in single precision, as a run has it, whoever asks first."""
-    method, facts, network = parts(name)
+    method, context, network = parts(name)
     create = partial(create_state, network, make_optimizer(RATE), image_shape=tiny_network.SHAPE)
-    extra = lambda network, key: method.init_extra(network, facts, key)  # noqa: E731
+    init = lambda network, key: method.init_state(network, context, key)  # noqa: E731
     with jax.enable_x64(False):
-        make = jax.jit(lambda key: create(key, init_extra=extra))
+        make = jax.jit(lambda key: create(key, init_method_state=init))
         state = make(jax.random.key(0))
-        if (teacher := facts.teacher) is not None:
+        if (teacher := context.teacher) is not None:
             trained = {"params": teacher.params, "batch_stats": teacher.batch_stats}
-            state = state.replace(extra={**state.extra, "teacher": trained})
+            state = state.replace(method_state={**state.method_state, "teacher": trained})
         return jax.device_get(state)
 
 
 @cache
-def run(name: str, mode: str, num_devices: int, stage: int = 0, dtype=np.float32):
-    """The states after each step of a stage that begins with the fresh one, and the metrics."""
-    method, facts, network = parts(name)
+def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32):
+    """The states after each step of a phase that begins with the fresh one, and the metrics."""
+    method, context, network = parts(name)
     devices = make_parallel(mode, jax.devices()[:num_devices])
-    step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, facts, stage))
+    step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, context, phase))
     start = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, fresh(name))
     state, history = devices.replicate(start), []
     for i in range(STEPS_PER_EPOCH * EPOCHS):
@@ -86,8 +86,8 @@ def run(name: str, mode: str, num_devices: int, stage: int = 0, dtype=np.float32
     return history
 
 
-def stages(name: str) -> range:
-    return range(len(parts(name)[0].stages()))
+def phases(name: str) -> range:
+    return range(len(parts(name)[0].phases()))
 
 
 # Of which another recipe has all that devices share: compiling them would teach nothing new.
@@ -102,26 +102,26 @@ COVERED = {
 def distinct() -> list[str]:
     """Recipes without those that differ in data and numbers of experts with a loss alone."""
     kinds: dict[tuple, str] = {}
-    for name, recipe in RECIPES.items():
+    for name, recipe in PRESETS.items():
         if name not in COVERED:
             kinds.setdefault((str(recipe.method), recipe.experts > 1), name)
     return list(kinds.values())
 
 
 DISTINCT = distinct()
-CASES = [(name, stage) for name in DISTINCT for stage in stages(name)]
+CASES = [(name, phase) for name in DISTINCT for phase in phases(name)]
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
-def test_devices_and_modes_change_nothing(name: str, stage: int, x64) -> None:
+@pytest.mark.parametrize(("name", "phase"), CASES)
+def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
     """In double precision, in which steps do not amplify roundings to be seen."""
-    expected = run(name, "pmap", 1, stage, np.float64)
+    expected = run(name, "pmap", 1, phase, np.float64)
     state, metrics = expected[-1]
     assert metrics["finite"] and int(state.step) == len(expected)
     # The two differentiate communication differently, and the others' losses have none.
-    whole_batch = parts(name)[0].whole_batch
-    for mode in ("pmap", "shard_map") if whole_batch else ("shard_map",):
-        found = run(name, mode, 4, stage, np.float64)
+    needs_global_batch = parts(name)[0].needs_global_batch
+    for mode in ("pmap", "shard_map") if needs_global_batch else ("shard_map",):
+        found = run(name, mode, 4, phase, np.float64)
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -134,8 +134,8 @@ def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) ->
     with Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(devices.replicate(history[middle - 1][0]))
         restored = checkpoints.restore_latest(devices.replicate(history[0][0]))
-    method, facts, network = parts(name)
-    step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, facts))
+    method, context, network = parts(name)
+    step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, context))
     state = restored
     for i in range(middle, len(history)):
         batch = tiny_network.batch(BATCH, seed=i, dtype=np.float64)
@@ -145,16 +145,16 @@ def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) ->
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_something_is_predicted(name: str) -> None:
-    method, facts, network = parts(name)
+    method, context, network = parts(name)
     devices = make_parallel("shard_map")
-    step = devices.map_step(make_eval_step(network, method, facts))
+    step = devices.map_step(make_eval_step(network, method, context))
     batch = {**tiny_network.batch(BATCH), "mask": np.arange(BATCH) < 13}
     images = {key: batch[key] for key in ("images", "labels", "mask")}
     state = devices.replicate(fresh(name))
     found = jax.device_get(step(state.variables, devices.shard(images)))
     experts = network.num_experts if hasattr(network, "num_experts") else len(found["logits"])
-    assert found["logits"].shape == (experts, BATCH, facts.num_classes)
-    assert found.get("ensemble", found["logits"][0]).shape == (BATCH, facts.num_classes)
+    assert found["logits"].shape == (experts, BATCH, context.num_classes)
+    assert found.get("ensemble", found["logits"][0]).shape == (BATCH, context.num_classes)
     chex.assert_tree_all_finite(found)
     np.testing.assert_array_equal(found["mask"], batch["mask"])
 
@@ -173,10 +173,10 @@ def test_the_taus_that_are_shown(names: str, taus: tuple) -> None:
     for name in names.split():
         config = get_config("cifar100_lt", f"method={name}")
         config_taus = (0.0, 1.0, 2.0) if config.model.num_experts > 1 else resolve_taus(config) * 3
-        assert RECIPES[name].method.target_taus(config_taus) == taus, name
+        assert PRESETS[name].method.expert_taus(config_taus) == taus, name
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("data", ["digits_lt", "cifar100_lt", "imagenet_lt", "inaturalist2018"])
 def test_recipes_make_valid_configs(name: str, data: str) -> None:
     config, devices = get_config(data, f"method={name}"), make_parallel()
@@ -188,7 +188,7 @@ def test_recipes_make_valid_configs(name: str, data: str) -> None:
 
 
 def test_what_a_recipe_publishes_it_can_run() -> None:
-    for name, recipe in RECIPES.items():
+    for name, recipe in PRESETS.items():
         assert len({(p.dataset, p.arguments) for p in recipe.published}) == len(recipe.published)
         for published in recipe.published:
             config = get_config(published.dataset, f"method={name},{published.arguments}")
@@ -208,8 +208,8 @@ def test_a_recipe_may_depend_on_the_backbone() -> None:
 
 
 def test_hyper_parameters_of_another_method_are_refused() -> None:
-    section = settings(RECIPES["balpoe"].method)
-    assert make_method(section) == RECIPES["balpoe"].method
+    section = settings(PRESETS["balpoe"].method)
+    assert make_method(section) == PRESETS["balpoe"].method
     with pytest.raises(UserError, match=r"method.alpha does not fit the method balpoe; choose"):
         make_method({**section, "alpha": 1.0})
     with pytest.raises(UserError, match=r"Unknown config.method.name 'x'; choose from balpoe"):
@@ -217,7 +217,7 @@ def test_hyper_parameters_of_another_method_are_refused() -> None:
 
 
 def test_methods_are_data() -> None:
-    for recipe in RECIPES.values():
+    for recipe in PRESETS.values():
         assert dataclasses.is_dataclass(recipe.method) and hash(recipe.method)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiSLAS: smoothing and its limits, and what each stage leaves alone."""
+"""MiSLAS: smoothing and its limits, and what each phase leaves alone."""
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,9 @@ def test_label_aware_smoothing_is_cross_entropy_with_smoothed_labels(x64) -> Non
     np.testing.assert_allclose(plain, expected, rtol=1e-12)
 
 
-def changed(stage: int) -> dict[str, bool]:
-    """Which parameters, and whether any statistic, a stage has changed."""
-    before, after = fresh("mislas"), run("mislas", "pmap", 1, stage)[-1][0]
+def changed(phase: int) -> dict[str, bool]:
+    """Which parameters, and whether any statistic, a phase has changed."""
+    before, after = fresh("mislas"), run("mislas", "pmap", 1, phase)[-1][0]
     paths = jax.tree_util.tree_flatten_with_path(before.params)[0]
     found = {
         "/".join(key.key for key in keys): not np.array_equal(leaf, new)
@@ -75,7 +75,7 @@ def test_the_second_stage_moves_classifier_scales_and_statistics_alone() -> None
 
 def test_the_classifier_learns_at_its_own_rate() -> None:
     """One step: what it moves is in proportion to the factor, but for the common rate."""
-    rate = Mislas(classifier_rate=0.2).stages()[1].rate_factor
+    rate = Mislas(classifier_rate=0.2).phases()[1].rate_factor
     assert (rate("class_scale"), rate("ensemble/expert/head/dense/kernel")) == (1.0, 0.2)
     assert rate("ensemble/expert/body/Dense_0/kernel") == rate("ensemble/trunk/Dense_0/bias") == 0
 

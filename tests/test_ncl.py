@@ -11,7 +11,7 @@ from test_methods import fresh, parts
 from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods import Facts, Network
+from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.contrastive import ProjectedExpertsOutputs
 from balpoe_jax.methods.ncl import (
     HARD_MASKS,
@@ -81,7 +81,7 @@ def test_the_whole_loss_is_the_twin_with_its_weights(x64) -> None:
     logits = RANDOM.normal(size=(3, 4, 5), scale=2)
     batch = {"images": jnp.asarray(np.moveaxis(logits, 0, 1)), "labels": jnp.asarray(LABELS)}
     method = NCL(distillation=0.7, hard_share=0.5)  # two of five classes
-    found = method.loss(logits_as_images, {}, batch, Facts(COUNTS), jnp.asarray(0))
+    found = method.loss(logits_as_images, {}, batch, Context(COUNTS), jnp.asarray(0))
     np.testing.assert_allclose(found.total, twin(logits, "zero", 2, 0.7), rtol=1e-6)
     parts = found.by_expert.sum() + found.terms["distillation"]
     np.testing.assert_allclose(found.total, parts, rtol=1e-9)
@@ -170,12 +170,12 @@ def test_the_whole_loss_with_contrast(x64) -> None:
     first, second = RANDOM.normal(size=(2, 4, 3, 11))
     queue = RANDOM.normal(size=(5, 3, 6))
     rows = {"images": first, "images_2": second, "labels": LABELS}
-    extra = {"params": 2.0, "batch_stats": 0.0, "queue": queue}
+    method_state = {"params": 2.0, "batch_stats": 0.0, "queue": queue}
     found = method.loss(
         Network(Scaled(), 1.0, 0.0),
-        jax.tree.map(jnp.asarray, extra),
+        jax.tree.map(jnp.asarray, method_state),
         jax.tree.map(jnp.asarray, rows),
-        Facts(COUNTS),
+        Context(COUNTS),
         jnp.asarray(0),
     )
     logits, queries = np.split(first.swapaxes(0, 1), [5], axis=-1)
@@ -185,18 +185,18 @@ def test_the_whole_loss_with_contrast(x64) -> None:
         found.total, twin(logits, "zero", 2, 0.7) + 0.4 * contrast, rtol=1e-6
     )
     np.testing.assert_allclose(found.terms["contrast"], 0.4 * contrast, rtol=1e-6)
-    np.testing.assert_allclose(found.extra["queue"], [*keys.swapaxes(0, 1), queue[0]])
+    np.testing.assert_allclose(found.method_state["queue"], [*keys.swapaxes(0, 1), queue[0]])
     assert found.batch_stats == pytest.approx(first.mean())
-    assert found.extra["batch_stats"] == pytest.approx(second.mean())
+    assert found.method_state["batch_stats"] == pytest.approx(second.mean())
 
 
 def test_contrast_takes_a_view_and_keeps_state() -> None:
     """A queue with a projection of each network; NCL without it has none of this."""
     method, plain = parts("ncl_contrast")[0], parts("ncl")[0]
-    assert (method.views, method.whole_batch) == (2, True)
-    queue = fresh("ncl_contrast").extra["queue"]
+    assert (method.views, method.needs_global_batch) == (2, True)
+    queue = fresh("ncl_contrast").method_state["queue"]
     assert queue.shape == (method.queue_size, 3, method.width)
-    assert (plain.views, plain.whole_batch, fresh("ncl").extra) == (1, False, {})
+    assert (plain.views, plain.needs_global_batch, fresh("ncl").method_state) == (1, False, {})
 
 
 def test_values_that_are_not_valid() -> None:

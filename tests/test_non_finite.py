@@ -15,7 +15,7 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment.build import build
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
@@ -61,8 +61,8 @@ def take_step(rate: float, skip: bool, pixel: float):
     labels = np.arange(8, dtype=np.int32) % 5
     batch = {"images": images, "labels": labels, "other_labels": labels}
     batch["weight"] = np.ones(8, np.float32)
-    facts = Facts(np.array([50, 20, 10, 5, 2]), (1.0,), axis_name=AXIS_NAME)
-    step = make_train_step(model, optimizer, BalPoE(), facts, skip_non_finite=skip)
+    context = Context(np.array([50, 20, 10, 5, 2]), (1.0,), axis_name=AXIS_NAME)
+    step = make_train_step(model, optimizer, BalPoE(), context, skip_non_finite=skip)
     placed = devices.replicate(before), devices.shard(batch)
     after, metrics = jax.device_get(devices.map_step(step)(*placed))
     return before, after, metrics

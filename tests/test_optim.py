@@ -10,7 +10,7 @@ from golden import golden
 from balpoe_jax.errors import UserError
 from balpoe_jax.optim import learning_rates, make_optimizer, rate_of_step
 
-RECIPES = {
+PRESETS = {
     "cifar_standard": (200, 0.1, "step", (160, 180), 0.1, 5),
     "cifar_long": (400, 0.1, "step", (320, 360), 0.1, 10),
     "imagenet_standard": (180, 0.025, "cosine"),
@@ -19,10 +19,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", PRESETS)
 def test_schedules_are_the_references(recipe: str) -> None:
     expected = golden("schedules")[recipe]
-    np.testing.assert_allclose(learning_rates(*RECIPES[recipe]), expected, rtol=1e-12)
+    np.testing.assert_allclose(learning_rates(*PRESETS[recipe]), expected, rtol=1e-12)
 
 
 def test_the_rate_is_constant_within_an_epoch() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import mixed_targets
+from balpoe_jax.methods.base import soft_labels
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer, rate_of_step
 from balpoe_jax.parallel import AXIS_NAME, Prefetcher, make_parallel
@@ -61,8 +61,8 @@ def _run(mode: str, num_devices: int, sync: bool, expert_map: str, remat: bool):
     optimizer = make_optimizer(rate_of_step([0.05, 0.01], steps_per_epoch=2))
     create = jax.jit(partial(create_state, model, optimizer, image_shape=SHAPE))
     state = devices.replicate(create(key=jax.random.key(0)))
-    facts = Facts(COUNTS, TAUS, axis_name=AXIS_NAME, sync_batch_norm=sync)
-    step = make_train_step(model, optimizer, BalPoE(), facts)
+    context = Context(COUNTS, TAUS, axis_name=AXIS_NAME, sync_batch_norm=sync)
+    step = make_train_step(model, optimizer, BalPoE(), context)
     traces = []
 
     def counted(state, batch):
@@ -147,7 +147,7 @@ def test_evaluation_gathers_the_whole_batch_in_order(mode: str) -> None:
         "labels": np.arange(BATCH, dtype=np.int32),
         "mask": np.arange(BATCH) < 13,
     }
-    mapped = devices.map_step(make_eval_step(model, BalPoE(), Facts(COUNTS, axis_name=AXIS_NAME)))
+    mapped = devices.map_step(make_eval_step(model, BalPoE(), Context(COUNTS, axis_name=AXIS_NAME)))
     output = jax.device_get(mapped(devices.replicate(variables), devices.shard(batch)))
     expected = jax.jit(partial(model.apply, train=False))(variables, batch["images"]).logits
     np.testing.assert_allclose(output["logits"], expected, atol=1e-4)
@@ -184,4 +184,4 @@ def test_mixed_targets_are_the_weighted_pair() -> None:
         "weight": jnp.array([0.25, 0.6]),
     }
     expected = [[0.25, 0.75, 0], [0, 0, 1]]
-    np.testing.assert_allclose(mixed_targets(batch, 3), expected, rtol=1e-6)
+    np.testing.assert_allclose(soft_labels(batch, 3), expected, rtol=1e-6)

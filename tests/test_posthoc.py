@@ -8,7 +8,7 @@ import tiny_network
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation.priors import log_target_prior
-from balpoe_jax.methods import RECIPES, Facts, Network, make_method, settings
+from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
 from balpoe_jax.methods.logit_adjustment import PostHoc
 from balpoe_jax.models import Outputs
 
@@ -21,7 +21,7 @@ def random_logits() -> np.ndarray:
 
 def predicted(tau: float, counts=COUNTS) -> np.ndarray:
     outputs = Outputs(jnp.asarray(random_logits()), jnp.zeros((2, 40, 1)))
-    return np.asarray(PostHoc(tau).predict(outputs, {}, Facts(counts)).logits)
+    return np.asarray(PostHoc(tau).predict(outputs, {}, Context(counts)).logits)
 
 
 def test_the_prior_is_taken_out_of_every_experts_logits() -> None:
@@ -49,8 +49,8 @@ def test_it_is_trained_as_cross_entropy_is() -> None:
     network = Network(network, **tiny_network.init(network))
     batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
     losses = [
-        make_method(settings(RECIPES[name].method)).loss(
-            network, {}, batch, Facts(COUNTS, taus), jnp.asarray(0)
+        make_method(settings(PRESETS[name].method)).loss(
+            network, {}, batch, Context(COUNTS, taus), jnp.asarray(0)
         )
         for name, taus in (("logit_adjustment", (1.0, 1.0)), ("cross_entropy", (0.0, 0.0)))
     ]

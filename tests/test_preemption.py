@@ -59,7 +59,7 @@ def test_with_work_unsaved_the_first_is_noticed_and_the_second_ends(
     left: list[int], number: int, code: int
 ) -> None:
     with PreemptionNotice(cli.report) as notice:
-        notice.work_unsaved()
+        notice.mark_unsaved()
         assert not notice.requested()
         os.kill(os.getpid(), number)
         until(notice.requested)
@@ -82,7 +82,7 @@ def test_two_signals_while_a_library_computes_end_at_once(left: list[int]) -> No
 
     when: list[float] = []
     with PreemptionNotice(cli.report) as notice:
-        notice.work_unsaved()
+        notice.mark_unsaved()
         sender = threading.Thread(target=send)
         sender.start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # a second or more, in one call
@@ -94,14 +94,14 @@ def test_two_signals_while_a_library_computes_end_at_once(left: list[int]) -> No
 
 def test_a_signal_before_all_is_saved_is_heeded_when_it_is(left: list[int]) -> None:
     with PreemptionNotice(cli.report) as notice:
-        notice.work_unsaved()
+        notice.mark_unsaved()
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: notice._first)
         with pytest.raises(Preempted, match=r"^step 9 is saved; start again to go on from there\."):
-            notice.work_saved("step 9 is saved")
+            notice.mark_saved("step 9 is saved")
     with PreemptionNotice(cli.report) as notice:
-        notice.work_unsaved()
-        notice.work_saved("step 9 is saved")
+        notice.mark_unsaved()
+        notice.mark_saved("step 9 is saved")
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: left)
     assert left == [143]
@@ -109,7 +109,7 @@ def test_a_signal_before_all_is_saved_is_heeded_when_it_is(left: list[int]) -> N
 
 def test_what_an_event_loop_takes_for_itself_is_noticed_all_the_same(left: list[int]) -> None:
     with PreemptionNotice(cli.report) as notice:
-        notice.work_unsaved()
+        notice.mark_unsaved()
         mine = signal.set_wakeup_fd(-1)
         os.kill(os.getpid(), signal.SIGTERM)
         until(notice.requested)
@@ -135,8 +135,8 @@ def test_an_ignored_interruption_stays_ignored_and_handlers_come_back(left: list
 def test_a_notice_that_is_not_entered_leaves_signals_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     notice = PreemptionNotice()
-    notice.work_unsaved()
-    notice.work_saved("all")
+    notice.mark_unsaved()
+    notice.mark_saved("all")
     assert not notice.requested()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -160,7 +160,7 @@ def test_of_several_processes_jax_decides_where_to_stop(
     with PreemptionNotice(cli.report) as notice:
         monkeypatch.setattr(preemption, "_is_shared", lambda: True)
         monkeypatch.setattr(os, "kill", lambda _, number: jax_noticed.append(number))
-        notice.work_unsaved()
+        notice.mark_unsaved()
         assert not notice.requested()
         signal.raise_signal(signal.SIGINT)
         until(lambda: jax_noticed)

@@ -262,11 +262,11 @@ def test_a_process_that_stays_alone_gives_up(tmp_path: Path, process: int) -> No
 def test_a_port_that_is_taken_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        joined = multihost.group(address, 2, 0, report=lambda error: 1)
+        joined = multihost.process_group(address, 2, 0, report=lambda error: 1)
         with pytest.raises(UserError, match=r"Process 0 cannot use port .* in use"), joined:
             pass
     for process in range(2):
-        joined = multihost.group("here", 2, process, report=lambda error: 1)
+        joined = multihost.process_group("here", 2, process, report=lambda error: 1)
         with pytest.raises(UserError, match="must be HOST:PORT, got 'here'"), joined:
             pass
 

@@ -108,7 +108,7 @@ def test_number_and_strength_of_the_operations_may_be_others() -> None:
         row = randaugment.Draw(*(x[i] for x in drawn))
         one = randaugment.apply(packed_ops.pack(image), row, (1, 2, 3))
         np.testing.assert_array_equal(augmented[i], packed_ops.unpack(one))
-    rest, only = settings.without_changes()
+    rest, only = settings.split_per_image_ops()
     assert (rest.policy, only) == ("none", settings)
 
 

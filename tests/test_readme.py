@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from balpoe_jax.methods import RECIPES, Recipe
+from balpoe_jax.methods import PRESETS, Preset
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -22,7 +22,7 @@ def test_the_library_example_runs(request) -> None:
     assert np.isfinite(names["loss"])
 
 
-def published(recipe: Recipe, dataset: str, arguments: str) -> str:
+def published(recipe: Preset, dataset: str, arguments: str) -> str:
     """The accuracy that is published under the method's own training, or a dash."""
     found = []
     for p in recipe.published:
@@ -38,7 +38,7 @@ def table_of_methods() -> str:
         "| `method=` | | CIFAR-100-LT, ratio 10 / 50 / 100 | ImageNet-LT | iNaturalist |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, recipe in RECIPES.items():
+    for name, recipe in PRESETS.items():
         ratios = [published(recipe, "cifar100_lt", f"ir={ratio}") for ratio in (10, 50, 100)]
         photos = [published(recipe, data, "") for data in ("imagenet_lt", "inaturalist2018")]
         cells = [f"`{name}`", recipe.about, " / ".join(ratios), *photos]

@@ -17,7 +17,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.tables import as_csv, as_text
 from balpoe_jax.reproduce import jobs as reproduce
 from balpoe_jax.reproduce import scores
-from balpoe_jax.reproduce.paper import SCALES, TABLES, Experiment, PaperTable, Row, Score
+from balpoe_jax.reproduce.paper import SCALES, TABLES, PaperFigure, PaperRow, PaperRun, PaperTable
 from balpoe_jax.run import record
 
 EXPERIMENTS = {
@@ -29,7 +29,7 @@ EXPERIMENTS = {
     "experiment", sorted(EXPERIMENTS, key=lambda e: e.name), ids=lambda e: e.name
 )
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_row_is_a_valid_config(experiment: Experiment, scale: str) -> None:
+def test_every_row_is_a_valid_config(experiment: PaperRun, scale: str) -> None:
     if scale == "cpu" and experiment.config != "cifar100_lt.py":
         with pytest.raises(UserError, match=f"no small version of {experiment.config}"):
             reproduce._arguments(experiment, SCALES[scale])
@@ -88,14 +88,14 @@ def test_the_papers_tables_are_whole() -> None:
 
 
 def tiny_table() -> PaperTable:
-    one = Experiment("digits_one", "digits_lt.py", "method=cross_entropy,mixup=false")
-    two = Experiment("digits_two", "digits_lt.py", "experts=2")
-    accuracy = Score("ACC", ("test", "top1"), 90.0, 1.5)
+    one = PaperRun("digits_one", "digits_lt.py", "method=cross_entropy,mixup=false")
+    two = PaperRun("digits_two", "digits_lt.py", "experts=2")
+    accuracy = PaperFigure("ACC", ("test", "top1"), 90.0, 1.5)
     return PaperTable(
         "A table",
         (
-            Row("first", one, (accuracy, Score("ECE", ("test", "ece")))),
-            Row("second", two, (accuracy, Score("ECE", ("test", "ece")))),
+            PaperRow("first", one, (accuracy, PaperFigure("ECE", ("test", "ece")))),
+            PaperRow("second", two, (accuracy, PaperFigure("ECE", ("test", "ece")))),
         ),
     )
 
@@ -103,7 +103,7 @@ def tiny_table() -> PaperTable:
 def pretend(job: reproduce.Job, top1: float, step: int = 6) -> None:
     """Writes the files that a run of this job would leave."""
     job.workdir.mkdir(parents=True)
-    record.claim(job.workdir, job._fields(), {"total_steps": 6}, {})
+    record.write_config(job.workdir, job._fields(), {"total_steps": 6}, {})
     scores = {"top1": top1, "many": 0.9, "medium": 0.8, "few": None, "ece": 0.1, "mce": 0.2}
     results = {
         "step": step,
@@ -186,8 +186,8 @@ def _pretended_command(job: reproduce.Job) -> list[str]:
 
 def test_two_real_runs_at_once(tmp_path: Path) -> None:
     settings = "epochs=1,method=cross_entropy,mixup=false"
-    one = Experiment("digits_one", "digits_lt.py", settings)
-    table = PaperTable("A table", (Row("one", one, (Score("ACC", ("test", "top1")),)),))
+    one = PaperRun("digits_one", "digits_lt.py", settings)
+    table = PaperTable("A table", (PaperRow("one", one, (PaperFigure("ACC", ("test", "top1")),)),))
     jobs = reproduce.plan(table, SCALES["full"], [1, 2], tmp_path)
     assert reproduce.run(jobs, at_once=2) == []
     assert [job.state() for job in jobs] == ["done", "done"]
@@ -198,9 +198,11 @@ def test_two_real_runs_at_once(tmp_path: Path) -> None:
 
 
 def test_a_teacher_is_trained_before_its_student_and_named(tmp_path: Path) -> None:
-    teacher = Experiment("digits_teacher", "digits_lt.py", "method=ride,experts=4")
-    student = Experiment("digits_student", "digits_lt.py", "method=ride_distill", teacher)
-    table = PaperTable("A table", (Row("student", student, (Score("ACC", ("test", "top1")),)),))
+    teacher = PaperRun("digits_teacher", "digits_lt.py", "method=ride,experts=4")
+    student = PaperRun("digits_student", "digits_lt.py", "method=ride_distill", teacher)
+    table = PaperTable(
+        "A table", (PaperRow("student", student, (PaperFigure("ACC", ("test", "top1")),)),)
+    )
     jobs = reproduce.plan(table, SCALES["full"], [1, 2], tmp_path)
     assert [job.workdir.relative_to(tmp_path).as_posix() for job in jobs] == [
         "digits_teacher/seed1", "digits_student/seed1",

@@ -13,7 +13,7 @@ from test_config import get_config
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import class_balanced_weights, focal_loss, ldam_margins
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.reweighting import Reweighted
 
 COUNTS = np.array([500, 120, 30, 8, 2])
@@ -26,13 +26,13 @@ def whole(labels) -> dict[str, jax.Array]:
 
 
 def loss_and_gradient(method: Reweighted, case, epoch: int, scale: float = 1.0):
-    facts = Facts(case["class_counts"], scale=scale)
+    context = Context(case["class_counts"], scale=scale)
 
     def total(logits: jax.Array) -> jax.Array:
         if method.focal_p == "weighted":  # by any weights, as the reference's case has them
             weights = jnp.asarray(case["per_class_weights"])
-            return method.row_losses(logits, case["labels"], weights, facts).mean()
-        return method.expert_losses(logits[None], whole(case["labels"]), facts, epoch)[0]
+            return method.row_losses(logits, case["labels"], weights, context).mean()
+        return method.expert_losses(logits[None], whole(case["labels"]), context, epoch)[0]
 
     return jax.jit(jax.value_and_grad(total))(jnp.asarray(case["logits"], jnp.float64))
 
@@ -91,10 +91,10 @@ def test_without_weights_and_exponent_all_are_cross_entropy(x64) -> None:
         Reweighted(reweight_epoch=7, **CLASS_BALANCED),
         Reweighted(reweight_epoch=-1, **CLASS_BALANCED),
     ):
-        actual = method.expert_losses(logits, whole(labels), Facts(COUNTS), jnp.asarray(6))
+        actual = method.expert_losses(logits, whole(labels), Context(COUNTS), jnp.asarray(6))
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
     switched = Reweighted(reweight_epoch=7, **CLASS_BALANCED)
-    after = switched.expert_losses(logits, whole(labels), Facts(COUNTS), jnp.asarray(7))
+    after = switched.expert_losses(logits, whole(labels), Context(COUNTS), jnp.asarray(7))
     assert not np.allclose(after, expected, rtol=1e-2)
 
 
@@ -105,7 +105,7 @@ def test_the_focal_factor_is_of_the_networks_probability(x64) -> None:
     weights = class_balanced_weights(COUNTS, 0.9999)[labels]
     expected = (weights * (1 - p[:, 0]) ** 2 * -np.log(p[:, 0])).sum() / weights.sum()
     method = Reweighted("focal", gamma=2.0, **CLASS_BALANCED)
-    actual = method.expert_losses(logits[:1], whole(labels), Facts(COUNTS), jnp.asarray(0))
+    actual = method.expert_losses(logits[:1], whole(labels), Context(COUNTS), jnp.asarray(0))
     np.testing.assert_allclose(actual, [expected], rtol=1e-10)
     assert np.isfinite(jax.grad(focal_loss)(0.0, 0.5))
 
@@ -115,7 +115,7 @@ def test_a_weighted_mean_divides_by_the_weights_or_by_the_rows(x64) -> None:
     weights = class_balanced_weights(COUNTS, 0.9999)[labels]
     means = [
         Reweighted(weight_norm=norm, **CLASS_BALANCED).expert_losses(
-            logits, whole(labels), Facts(COUNTS), jnp.asarray(0)
+            logits, whole(labels), Context(COUNTS), jnp.asarray(0)
         )
         for norm in ("sum_w", "batch")
     ]
@@ -128,7 +128,7 @@ def test_rows_of_two_labels_count_by_their_shares(x64) -> None:
     share = jnp.linspace(0.1, 0.9, 9)
     batch = {"labels": labels, "other_labels": others, "weight": share}
     method = Reweighted("ldam", **CLASS_BALANCED)
-    facts = Facts(COUNTS, scale=30.0)
+    context = Context(COUNTS, scale=30.0)
     weights = class_balanced_weights(COUNTS, 0.9999)
     total, norm = 0.0, 0.0
     for i in range(9):
@@ -138,7 +138,7 @@ def test_rows_of_two_labels_count_by_their_shares(x64) -> None:
             loss = np.log(np.exp(lowered - lowered.max()).sum()) + lowered.max() - lowered[label]
             total += part * weights[label] * loss
             norm += part * weights[label]
-    actual = method.expert_losses(logits[:1], batch, facts, jnp.asarray(0))
+    actual = method.expert_losses(logits[:1], batch, context, jnp.asarray(0))
     np.testing.assert_allclose(actual, [total / norm], rtol=1e-10)
 
 
@@ -159,7 +159,7 @@ def test_a_class_without_examples_is_refused() -> None:
     logits, labels = random_batch()
     with pytest.raises(UserError, match="Every class needs at least one training example"):
         Reweighted("ldam").expert_losses(
-            logits, whole(labels), Facts(np.array([5, 0, 1, 1, 1])), jnp.asarray(0)
+            logits, whole(labels), Context(np.array([5, 0, 1, 1, 1])), jnp.asarray(0)
         )
 
 

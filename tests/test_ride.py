@@ -16,7 +16,7 @@ from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
-from balpoe_jax.methods import Facts, Network
+from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.reweighting import Reweighted
 from balpoe_jax.methods.ride import (
     RIDE,
@@ -25,7 +25,7 @@ from balpoe_jax.methods.ride import (
     distillation,
     divergence_from_mean,
     prefix_means,
-    worth_going_on,
+    router_labels,
 )
 from balpoe_jax.models import Outputs
 from balpoe_jax.parallel import make_parallel
@@ -34,9 +34,9 @@ COUNTS = tiny_network.COUNTS
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def total(method: RIDE, facts: Facts, labels, epoch: int, logits: jax.Array) -> jax.Array:
+def total(method: RIDE, context: Context, labels, epoch: int, logits: jax.Array) -> jax.Array:
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
-    own, divergence = method.parts(logits, batch, facts, jnp.asarray(epoch))
+    own, divergence = method.expert_and_diversity_losses(logits, batch, context, jnp.asarray(epoch))
     return (own + method.diversity * divergence).sum()
 
 
@@ -49,9 +49,9 @@ def test_the_loss_is_the_references(name: str, x64) -> None:
         reweight_epoch=options["reweight_epoch"],
         temperature_spread=options["reweight_factor"],
     )
-    facts = Facts(case["class_counts"], scale=options["s"])
+    context = Context(case["class_counts"], scale=options["s"])
     # Epochs of the reference count from 1.
-    loss = partial(total, method, facts, jnp.asarray(case["labels"]), options["epoch"] - 1)
+    loss = partial(total, method, context, jnp.asarray(case["labels"]), options["epoch"] - 1)
     logits = jnp.asarray(case["expert_logits"], jnp.float64)
     value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
     np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-6)
@@ -74,27 +74,27 @@ def random_logits(experts: int = 3, rows: int = 8) -> tuple[jax.Array, jax.Array
 def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None:
     """The released code would take the loss of the mean logits. Margins have the head's scale."""
     logits, labels = random_logits()
-    facts = Facts(COUNTS, scale=3.0)
+    context = Context(COUNTS, scale=3.0)
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
     loss = jax.jit(Reweighted("ldam").expert_losses, static_argnums=2)
-    expected = loss(logits, batch, facts, 0).sum()
-    actual = total(RIDE(diversity=0.0), facts, labels, 159, logits)
+    expected = loss(logits, batch, context, 0).sum()
+    actual = total(RIDE(diversity=0.0), context, labels, 159, logits)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
-    assert abs(total(RIDE(diversity=0.0), facts, labels, 160, logits) - expected) > 0.1
+    assert abs(total(RIDE(diversity=0.0), context, labels, 160, logits) - expected) > 0.1
 
 
 def test_the_total_is_the_sum_over_experts() -> None:
     logits, labels = random_logits()
     batch = {"images": None, "labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
-    facts, method = Facts(COUNTS, scale=3.0), RIDE(diversity=-0.3)
+    context, method = Context(COUNTS, scale=3.0), RIDE(diversity=-0.3)
 
     @jax.jit
     def losses():
         network = lambda images: (Outputs(logits, logits), {})  # noqa: E731
-        return method.loss(network, {}, batch, facts, jnp.asarray(160))  # type: ignore
+        return method.loss(network, {}, batch, context, jnp.asarray(160))  # type: ignore
 
     found = losses()
-    np.testing.assert_allclose(found.total, total(method, facts, labels, 160, logits), rtol=1e-5)
+    np.testing.assert_allclose(found.total, total(method, context, labels, 160, logits), rtol=1e-5)
     np.testing.assert_allclose(found.total, found.by_expert.sum(), rtol=1e-5)
     expected = found.terms["ldam"] - 0.3 * found.terms["divergence"]
     np.testing.assert_allclose(found.total, expected, rtol=1e-5)
@@ -117,7 +117,7 @@ def test_experts_that_agree_have_no_divergence_and_the_mean_no_gradient(x64) -> 
 def test_prefixes_and_what_a_router_learns_in_loops() -> None:
     logits, labels = random_logits(experts=4, rows=40)
     prefixes = prefix_means(logits)
-    found, seen = np.asarray(worth_going_on(prefixes, labels)), set()
+    found, seen = np.asarray(router_labels(prefixes, labels)), set()
     for row, label in enumerate(labels):
         means = [np.mean(logits[: i + 1, row], axis=0) for i in range(4)]
         np.testing.assert_allclose(prefixes[:, row], means, rtol=1e-5)
@@ -132,7 +132,7 @@ def test_prediction_takes_the_experts_up_to_the_first_closed_gate() -> None:
     logits, _ = random_logits(experts=3, rows=4)
     gates = jnp.array([[-1.0, 1.0, 1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])
     outputs = RoutedOutputs(logits, jnp.zeros((3, 4, 2)), gates)
-    predicted = RIDE(router=True).predict(outputs, {}, Facts(COUNTS))
+    predicted = RIDE(router=True).predict(outputs, {}, Context(COUNTS))
     np.testing.assert_array_equal(predicted.experts_used, [1, 2, 3, 1])
     for row, used in enumerate([1, 2, 3, 1]):
         expected = logits[:used, row].mean(axis=0)
@@ -150,8 +150,8 @@ def test_the_routers_loss_in_loops() -> None:
 
     batch = {"images": None, "labels": labels}
     method = RIDE(router=True, router_positive_weight=7.0)
-    found = method.router_loss(network, {}, batch, Facts(COUNTS), jnp.asarray(0))  # type: ignore
-    worth, expected = np.asarray(worth_going_on(prefix_means(logits), labels)), 0.0
+    found = method.router_loss(network, {}, batch, Context(COUNTS), jnp.asarray(0))  # type: ignore
+    worth, expected = np.asarray(router_labels(prefix_means(logits), labels)), 0.0
     for i, row in np.ndindex(2, 30):
         p = 1 / (1 + np.exp(-gates[i, row]))
         expected -= (7 * np.log(p) if worth[i, row] else np.log(1 - p)) / 60
@@ -192,15 +192,17 @@ def test_a_distilled_run_adds_the_teachers_term() -> None:
     batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
     module = tiny_network.experts(3)
     student, trained = (Network(module, **tiny_network.init(module, seed)) for seed in (0, 1))
-    facts = Facts(COUNTS, scale=30.0, teacher=trained)
-    extra = {"teacher": {"params": trained.params, "batch_stats": trained.batch_stats}}
+    context = Context(COUNTS, scale=30.0, teacher=trained)
+    method_state = {"teacher": {"params": trained.params, "batch_stats": trained.batch_stats}}
 
     distills = partial(RIDE, distill=True, teacher_weight=0.5)
     methods = RIDE(), distills(), distills(repeat_by_experts=True)
 
     @jax.jit
     def losses():
-        found = [method.loss(student, extra, batch, facts, jnp.asarray(0)) for method in methods]
+        found = [
+            method.loss(student, method_state, batch, context, jnp.asarray(0)) for method in methods
+        ]
         return [loss.total for loss in found], found[1].terms["teacher"]
 
     (plain, distilled, repeated), term = losses()
@@ -210,19 +212,19 @@ def test_a_distilled_run_adds_the_teachers_term() -> None:
     np.testing.assert_allclose(term, expected, rtol=1e-4)
     np.testing.assert_allclose(distilled, plain + 0.5 * expected, rtol=1e-4)
     np.testing.assert_allclose(repeated, 3 * distilled, rtol=1e-5)
-    place = RIDE(distill=True).init_extra(student, facts, jax.random.key(0))
-    chex.assert_trees_all_equal_shapes_and_dtypes(place, extra)
+    place = RIDE(distill=True).init_state(student, context, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(place, method_state)
     assert RIDE(teacher="x").teacher_run == "" and RIDE(distill=True, teacher="x").teacher_run
 
 
 def test_distillation_needs_a_teacher() -> None:
     with pytest.raises(UserError, match=r"name its workdir with --config.method.teacher=DIR"):
-        RIDE(distill=True).network(tiny_network.experts(3), Facts(COUNTS))
+        RIDE(distill=True).network(tiny_network.experts(3), Context(COUNTS))
 
 
 def test_a_router_needs_experts_to_choose_from() -> None:
     with pytest.raises(UserError, match="it needs at least 2, got 1"):
-        RIDE(router=True).network(tiny_network.experts(1), Facts(COUNTS))
+        RIDE(router=True).network(tiny_network.experts(1), Context(COUNTS))
     with pytest.raises(UserError, match=r"config.method.beta must be from 0 to"):
         RIDE(beta=2.0)
 
@@ -232,5 +234,5 @@ def test_a_second_stage_that_is_not_there_is_refused() -> None:
     devices = make_parallel("pmap", jax.devices()[:1])
     check(config, devices)
     config.method.router = False
-    with pytest.raises(UserError, match=r"config.stage2.epochs asks for a second stage, which the"):
+    with pytest.raises(UserError, match=r"config.phase2.epochs asks for a second phase, which the"):
         check(config, devices)

@@ -9,7 +9,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import scoring
 from balpoe_jax.evaluation.predictions import Predictions
 from balpoe_jax.evaluation.priors import estimate_prior
-from balpoe_jax.files import plain
+from balpoe_jax.files import to_json
 from balpoe_jax.metrics import (
     MeanLogits,
     brier_score,
@@ -299,7 +299,7 @@ def test_how_many_experts_were_asked_is_told(test_set: Predictions, scores: dict
     assert "experts_used" not in scores
     expected = (combined.argmax(axis=1) == test_set.labels).mean()
     assert found["test"]["top1"] == expected != scores["test"]["top1"]
-    table = {table.name: table for table in result_tables(plain(found))}["experts"]
+    table = {table.name: table for table in result_tables(to_json(found))}["experts"]
     name, values = table.rows[-1]
     assert (name, values[0]) == ("2.00 asked", expected)
     assert "as many experts for each image as it needs" in table.note

@@ -17,7 +17,7 @@ from test_config import get_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.experiment.program import Program
-from balpoe_jax.files import plain
+from balpoe_jax.files import to_json
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.run import teachers
@@ -33,7 +33,7 @@ def write_config(workdir: Path, arguments: str = "method=ride,experts=2") -> Pat
     del config["cache_dir"], config["method"]["distill"]
     config["batch_size"] = 30
     workdir.mkdir(exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps({"config": plain(config)}))
+    (workdir / "config.json").write_text(json.dumps({"config": to_json(config)}))
     return workdir
 
 
@@ -81,20 +81,23 @@ def test_the_state_has_a_place_for_the_teacher_that_is_filled_at_the_start(
     write_config(tmp_path)
     devices = make_parallel("pmap", jax.devices()[:1])
     program = build_program(student(tmp_path), devices, COUNTS, (8, 8, 3))
-    teacher = program.facts.teacher
+    teacher = program.context.teacher
     assert program.teacher is not None and teacher is not None
     assert program.teacher.config["model"]["num_experts"] == 2
-    place = program.abstract_state().extra["teacher"]
+    place = program.abstract_state().method_state["teacher"]
     expected = program.teacher.abstract_state().variables
     chex.assert_trees_all_equal_shapes_and_dtypes(place, expected)
 
     def create(self: Program, key: jax.Array) -> TrainState:
-        extra = {"teacher": jnp.zeros(1), "other": jnp.ones(1)}
-        return TrainState(jnp.zeros((), jnp.int32), {}, {}, {}, extra)
+        method_state = {"teacher": jnp.zeros(1), "other": jnp.ones(1)}
+        return TrainState(jnp.zeros((), jnp.int32), {}, {}, {}, method_state)
 
     monkeypatch.setattr(Program, "_create_state", create)
     monkeypatch.setattr(teachers, "load", lambda workdir, like: {"params": workdir})
     state = program.init_state()
-    assert state.extra["teacher"] == {"params": str(tmp_path)} and state.extra["other"] == 1
+    assert (
+        state.method_state["teacher"] == {"params": str(tmp_path)}
+        and state.method_state["other"] == 1
+    )
     alone = dataclasses.replace(program, teacher=None).init_state()
-    assert alone.extra["teacher"] == 0
+    assert alone.method_state["teacher"] == 0

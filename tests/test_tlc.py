@@ -11,7 +11,7 @@ import scipy.special
 from tiny_network import COUNTS, logits_as_images
 
 from balpoe_jax.losses import class_balanced_weights, ldam_margins
-from balpoe_jax.methods import Facts
+from balpoe_jax.methods import Context
 from balpoe_jax.methods.evidence import Opinion, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.methods.tlc import TLC, fused, remaining_uncertainty
@@ -85,11 +85,15 @@ def softmax(z) -> np.ndarray:
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_the_loss_is_its_twin(epoch: int, x64) -> None:
     method = TLC(reweight_epoch=3, kl_epochs=50, diversity=0.2)
-    facts = Facts(COUNTS, scale=2.0)
+    context = Context(COUNTS, scale=2.0)
     logits, labels = RANDOM.normal(size=(3, 6, 5), scale=1.5), np.array([0, 1, 2, 3, 4, 0])
     remaining = np.asarray(remaining_uncertainty(opinion(jnp.exp(jnp.asarray(logits)))))
     found = method.row_losses(
-        jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(remaining), facts, jnp.asarray(epoch)
+        jnp.asarray(logits),
+        jnp.asarray(labels),
+        jnp.asarray(remaining),
+        context,
+        jnp.asarray(epoch),
     )
     weights, temperatures = np.ones(5), np.ones(5)
     if epoch >= 3:
@@ -115,7 +119,7 @@ def test_the_loss_is_its_twin(epoch: int, x64) -> None:
 
 def test_later_experts_learn_from_what_earlier_ones_are_uncertain_of(x64) -> None:
     """The whole loss, an expert and an image at a time."""
-    method, facts = TLC(engagement=0.6, kl_epochs=50), Facts(COUNTS, scale=2.0)
+    method, context = TLC(engagement=0.6, kl_epochs=50), Context(COUNTS, scale=2.0)
     images, labels = RANDOM.normal(size=(6, 3, 5), scale=2), np.array([0, 1, 2, 3, 4, 0])
     batch = {"images": jnp.asarray(images), "labels": jnp.asarray(labels)}
 
@@ -123,8 +127,8 @@ def test_later_experts_learn_from_what_earlier_ones_are_uncertain_of(x64) -> Non
     def compute(batch):
         logits = jnp.moveaxis(batch["images"], 1, 0)
         remaining = remaining_uncertainty(opinion(jnp.exp(logits)))
-        by_row = method.row_losses(logits, batch["labels"], remaining, facts, jnp.asarray(1))
-        found = method.loss(logits_as_images, {}, batch, facts, jnp.asarray(1))
+        by_row = method.row_losses(logits, batch["labels"], remaining, context, jnp.asarray(1))
+        found = method.loss(logits_as_images, {}, batch, context, jnp.asarray(1))
         return found, remaining, by_row
 
     found, remaining, by_row = jax.device_get(compute(batch))
@@ -141,13 +145,13 @@ def test_later_experts_learn_from_what_earlier_ones_are_uncertain_of(x64) -> Non
 @pytest.mark.parametrize("extreme", [30.0, -30.0])
 def test_gradients_are_finite_at_extreme_logits(extreme: float) -> None:
     """In single precision, of experts that are certain of a wrong class, or of the right one."""
-    method, facts = TLC(reweight_epoch=0, kl_epochs=10), Facts(COUNTS, scale=30.0)
+    method, context = TLC(reweight_epoch=0, kl_epochs=10), Context(COUNTS, scale=30.0)
     logits = jnp.full((3, 2, 5), -30.0).at[:, :, 1].set(extreme).at[0, 0, 2].set(30.0)
     labels = jnp.array([0, 1])
 
     def loss(logits):
         remaining = remaining_uncertainty(opinion(jnp.exp(jax.lax.stop_gradient(logits))))
-        return method.row_losses(logits, labels, remaining, facts, jnp.asarray(5)).sum()
+        return method.row_losses(logits, labels, remaining, context, jnp.asarray(5)).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -155,14 +159,14 @@ def test_gradients_are_finite_at_extreme_logits(extreme: float) -> None:
 
 def test_the_prediction_is_the_fused_mean() -> None:
     logits = jnp.asarray(RANDOM.normal(size=(3, 4, 5), scale=6), jnp.float32)
-    predicted = TLC().predict(Outputs(logits, logits), {}, Facts(COUNTS))
+    predicted = TLC().predict(Outputs(logits, logits), {}, Context(COUNTS))
     assert predicted.ensemble is not None
     probabilities = np.exp(predicted.ensemble)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(probabilities, fused(opinion(jnp.exp(logits))).mean, rtol=1e-5)
     # Of one image alone it is the same: no other image of the batch is asked.
-    alone = TLC().predict(Outputs(logits[:, :1], logits), {}, Facts(COUNTS)).ensemble
+    alone = TLC().predict(Outputs(logits[:, :1], logits), {}, Context(COUNTS)).ensemble
     np.testing.assert_allclose(alone, predicted.ensemble[:1], rtol=1e-5)
     certain = jnp.full((3, 1, 5), -30.0).at[0, 0, 1].set(30.0).at[1, 0, 2].set(30.0)
-    contrary = TLC().predict(Outputs(certain, certain), {}, Facts(COUNTS)).ensemble
+    contrary = TLC().predict(Outputs(certain, certain), {}, Context(COUNTS)).ensemble
     assert np.isfinite(contrary).all()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_config import get_config
 
-from balpoe_jax.errors import PassingError, Preempted, UserError
+from balpoe_jax.errors import Preempted, TransientError, UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import program
 from balpoe_jax.experiment.build import build
@@ -25,7 +25,7 @@ from balpoe_jax.run import environment, metric_writer, record
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.run.lock import WorkdirLock
 from balpoe_jax.run.preemption import PreemptionNotice
-from balpoe_jax.train import lacks_test, train
+from balpoe_jax.train import missing_test_row, train
 
 pytestmark = pytest.mark.usefixtures("tiny_experts")
 
@@ -255,7 +255,7 @@ def test_a_run_that_stopped_in_an_evaluation_on_its_way_makes_it_up(
         interrupt(finished, copy, epoch=1)
     config = tiny_config(eval__every_epochs=1)
     experiment = build(config)
-    assert [s for s in range(7) if lacks_test(experiment, workdir, s)] == [3]
+    assert [s for s in range(7) if missing_test_row(experiment, workdir, s)] == [3]
     train(config, str(workdir))
     found = rows(workdir)
     assert [row["step"] for row in found] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -263,7 +263,7 @@ def test_a_run_that_stopped_in_an_evaluation_on_its_way_makes_it_up(
     jax.tree.map(
         np.testing.assert_array_equal, final_state(config, workdir), final_state(config, finished)
     )
-    assert not any(lacks_test(experiment, workdir, step) for step in range(7))
+    assert not any(missing_test_row(experiment, workdir, step) for step in range(7))
 
 
 def test_checkpoints_of_nobody_are_not_adopted(finished: Path, tmp_path: Path) -> None:
@@ -301,10 +301,12 @@ def test_a_run_of_before_a_field_existed_goes_on_with_its_default(
         del content["config"][section][field]
     del content["config"]["profile"], content["config"]["cache_dir"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    record.check_claim(tmp_path, tiny_config().to_dict())
-    record.check_claim(tmp_path, tiny_config(profile__steps=(1, 2), model__remat=True).to_dict())
+    record.check_same_config(tmp_path, tiny_config().to_dict())
+    record.check_same_config(
+        tmp_path, tiny_config(profile__steps=(1, 2), model__remat=True).to_dict()
+    )
     with pytest.raises(UserError, match=r"optim\.accumulate was 1 and is now 2"):
-        record.check_claim(tmp_path, tiny_config(optim__accumulate=2).to_dict())
+        record.check_same_config(tmp_path, tiny_config(optim__accumulate=2).to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +523,7 @@ def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path, monkeypatch) -> No
 
     rows_of = Progress.rows
     monkeypatch.setattr(Progress, "rows", collect)
-    with pytest.raises(PassingError, match=r"run vanished, or its run\.lock was deleted"):
+    with pytest.raises(TransientError, match=r"run vanished, or its run\.lock was deleted"):
         train(tiny_config(model__num_experts=1), str(tmp_path / "run"))
     assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [1]
 
@@ -535,7 +537,9 @@ def test_rows_that_cannot_be_written_are_an_error_and_log_lines_are_not(
         with metric_writer.MetricWriter(tmp_path, 0) as writer, Path("/dev/full").open("a") as full:
             writer._file.close()
             writer._file = full
-            with pytest.raises(PassingError, match=r"metrics\.jsonl cannot be written \(No space"):
+            with pytest.raises(
+                TransientError, match=r"metrics\.jsonl cannot be written \(No space"
+            ):
                 writer.write({"step": 1, "loss": 0.5})
             with contextlib.suppress(OSError):  # of what is still in its buffer
                 full.close()

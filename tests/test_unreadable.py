@@ -23,7 +23,7 @@ from balpoe_jax.data.pipeline import eval_batches, train_batches
 from balpoe_jax.data.records import sources, tfrecords
 from balpoe_jax.data.records.sources import RecordSource
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
-from balpoe_jax.errors import PassingError, UserError
+from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import bad_images
 
 SIZE, CLASSES, PER_CLASS, BATCH = 16, 4, 10, 8
@@ -168,7 +168,7 @@ def test_storage_that_does_not_answer_is_no_bad_image(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(sources, "read_image", refuse)
     replacements = Replacements(source)
-    with pytest.raises(PassingError, match=r"part[01] cannot be read \(Input/output error\)"):
+    with pytest.raises(TransientError, match=r"part[01] cannot be read \(Input/output error\)"):
         list(train_batches(source, SETTINGS, 0, 5, replacements=replacements))
 
 

@@ -26,7 +26,7 @@ from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings, Host
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import train_settings
-from balpoe_jax.methods import RECIPES
+from balpoe_jax.methods import PRESETS
 
 FIXTURES = Path(__file__).parent / "fixtures" / "pil_views.npz"
 # c_sim of the contrastive methods.
@@ -150,7 +150,7 @@ def test_the_stages_of_a_view_come_in_their_order() -> None:
         for part in (*parts, AugmentSettings(policy=policy)):
             output = augment_batch(output, random, part)
         np.testing.assert_array_equal(output, whole)
-    rest, only = SIM.without_changes()
+    rest, only = SIM.split_per_image_ops()
     assert rest == dataclasses.replace(SIM, **{name: getattr(none, name) for name in changes})
     assert only == dataclasses.replace(SIM, crop_area=0.0, flip=False)
 
@@ -258,9 +258,9 @@ def test_a_config_may_describe_a_second_way() -> None:
 
 def test_another_methods_training_has_no_second_way(monkeypatch) -> None:
     """Where a method's own one has: it belongs to the augmentation."""
-    recipe = RECIPES["cmo_bs"]
+    recipe = PRESETS["cmo_bs"]
     own = {"cifar100_lt": recipe.on["cifar100_lt:recipe=long"]}
-    monkeypatch.setitem(RECIPES, "cmo_bs", dataclasses.replace(recipe, on=own))
+    monkeypatch.setitem(PRESETS, "cmo_bs", dataclasses.replace(recipe, on=own))
     for training, has in (("own", True), ("strong", False)):
         config = get_config("cifar100_lt", f"method=cmo_bs,recipe={training}")
         assert (train_settings(config, 0).other_augment is not None) is has

@@ -24,7 +24,7 @@ from absl import flags
 from balpoe_jax import cli
 from balpoe_jax.aot.examine import as_text, examine
 from balpoe_jax.errors import UserError
-from balpoe_jax.files import writing
+from balpoe_jax.files import reports_write_errors
 
 
 def define_flags() -> None:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     found = examine(flags.FLAGS.config, flags.FLAGS.topology)
     print(as_text(found))
     if output:
-        with writing(output):
+        with reports_write_errors(output):
             output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 

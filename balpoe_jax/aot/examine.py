@@ -157,10 +157,10 @@ def _planned_step(
     """The train step that makes its own batch, with its abstract plan and constants."""
     from balpoe_jax.data.device.plans import Planner
     from balpoe_jax.experiment.inputs import map_planned_step
-    from balpoe_jax.experiment.settings import stage_settings
+    from balpoe_jax.experiment.settings import phase_settings
 
     labels = np.repeat(np.arange(len(counts)), counts)
-    planner = Planner(labels, program.image_shape, stage_settings(config)[0])
+    planner = Planner(labels, program.image_shape, phase_settings(config)[0])
     placed = program.parallel
 
     def abstract(tree: Any, placement: jax.sharding.Sharding) -> Any:

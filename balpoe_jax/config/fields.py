@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
             set fits and the platform is an accelerator, or where TensorFlow is not installed. A
             run goes on in the pipeline that it began in.
         data.steps_per_dispatch: Number of steps that the device pipeline makes in one call of a
-            compiled program, which ends early at a checkpoint, an evaluation or a change of stage;
+            compiled program, which ends early at a checkpoint, an evaluation or a change of phase;
             None for an epoch on an accelerator and 1 on a CPU, where loops are slow.
         data.on_bad_image: what a photograph does that cannot be read in training: "fail" ends the
             run and names it, "skip" trains on the next one of its class, and records it. In
@@ -80,8 +80,8 @@ def default_config() -> ConfigDict:
             are decoded.
         method.name: the class of the method, see `balpoe_jax.methods`, and as method.* its
             hyper-parameters; a config file's argument `method=` sets them all.
-        stage2.*: of a method with a second stage: `epochs` (0 for none), `batch_size` (0 for the
-            first stage's) and what takes the place of fields of `optim` and `data`.
+        phase2.*: of a method with a second phase: `epochs` (0 for none), `batch_size` (0 for the
+            first phase's) and what takes the place of fields of `optim` and `data`.
         other_augment.*: with this section, half of the images (of the first view), drawn one by
             one, are augmented by it instead, whose fields are those of augment.
         view2.*, view3.*: of a second and a third view of each training image, the fields of

@@ -13,15 +13,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax.methods import RECIPES, settings
+from balpoe_jax.methods import PRESETS, settings
 from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
 
 # Which schedule and augmentation a config file's argument asks for: the method's own, or one of
 # BalPoE's, with which all methods can be compared.
 RECIPE_CHOICES = ("own", "standard", "strong", "long")
 
-# The second stage of a method that has one: what is not here is as in the first stage.
-_STAGE2 = {
+# The second phase of a method that has one: what is not here is as in the first phase.
+_PHASE2 = {
     "epochs": 0,
     "batch_size": 0,
     "learning_rate": 0.1,
@@ -47,11 +47,11 @@ CIFAR_RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class PhotoRecipe:
+class DatasetDefaults:
     """How the reference trains on a data set of photographs.
 
     Attributes:
-        name: of the data set, see `balpoe_jax.data.datasets.photos.NATURAL`.
+        name: of the data set, see `balpoe_jax.data.datasets.photos.PHOTO_DATASETS`.
         argument: what methods' recipes call it.
         imbalance_ratio: of the published training set.
         mean, std: of the normalisation, by channel.
@@ -78,7 +78,7 @@ class PhotoRecipe:
     shift_ratios: tuple[float, ...]
 
 
-IMAGENET_LT = PhotoRecipe(
+IMAGENET_LT = DatasetDefaults(
     name="imagenet_lt",
     argument="imagenet_lt",
     imbalance_ratio=256.0,
@@ -95,7 +95,7 @@ IMAGENET_LT = PhotoRecipe(
     shift_ratios=(2.0, 5.0, 10.0, 25.0, 50.0),
 )
 
-INATURALIST2018 = PhotoRecipe(
+INATURALIST2018 = DatasetDefaults(
     name="i_naturalist2018",
     argument="inaturalist2018",
     imbalance_ratio=500.0,
@@ -127,7 +127,7 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
         arguments,
         ir=(100, 50, 10),
         recipe=RECIPE_CHOICES,
-        method=tuple(RECIPES),
+        method=tuple(PRESETS),
         mixup=bool,
         experts=0,
         backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
@@ -154,14 +154,14 @@ def set_method(
 
     Args:
         config: changed in place; with a data set, its mixup, and one of BalPoE's recipes.
-        dataset: as in `Recipe.on`.
-        args: `method`, one of `RECIPES`; `recipe`, one of `RECIPE_CHOICES`; `experts`, 0 for the
+        dataset: as in `Preset.on`.
+        args: `method`, one of `PRESETS`; `recipe`, one of `RECIPE_CHOICES`; `experts`, 0 for the
             method's own number; `mixup`, None for the method's own way; `epochs`, to which the
             training is scaled, 0 for its own length.
-        *arguments: as in `Recipe.own`.
+        *arguments: as in `Preset.own`.
         balpoe_taus: ends of BalPoE's range, which depend on the data set.
     """
-    recipe = RECIPES[args.method]
+    recipe = PRESETS[args.method]
     config.method = ConfigDict(settings(recipe.method))
     config.model.num_experts = args.experts or recipe.experts
     config.loss.tau_min, config.loss.tau_max = recipe.taus or balpoe_taus
@@ -192,8 +192,8 @@ def _is_of_schedule(field: str) -> bool:
 def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
     for field, value in fields.items():
         section, _, name = field.rpartition(".")
-        if section == "stage2" and section not in config:
-            config.stage2 = ConfigDict(_STAGE2)
+        if section == "phase2" and section not in config:
+            config.phase2 = ConfigDict(_PHASE2)
         if section in config_lib.AUGMENTATIONS and section not in config:
             config[section] = ConfigDict(config_lib.default_config().augment)
         part = config[section] if section else config
@@ -239,7 +239,7 @@ def _set_cifar_recipe(config: ConfigDict, recipe: str) -> None:
         config.augment.policy = "autoaugment_cifar"
 
 
-def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
+def photo_config(recipe: DatasetDefaults, arguments: str | None) -> ConfigDict:
     """The experiment on photographs that a config file's arguments ask for.
 
     Args:
@@ -253,7 +253,7 @@ def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
         arguments,
         backbone=tuple(IMAGENET_MODELS),
         recipe=RECIPE_CHOICES,
-        method=tuple(RECIPES),
+        method=tuple(PRESETS),
         mixup=bool,
         experts=0,
         epochs=0,
@@ -289,7 +289,7 @@ def photo_config(recipe: PhotoRecipe, arguments: str | None) -> ConfigDict:
     return config
 
 
-def _set_data(config: ConfigDict, recipe: PhotoRecipe) -> None:
+def _set_data(config: ConfigDict, recipe: DatasetDefaults) -> None:
     config.data.update(
         name=recipe.name,
         imbalance_ratio=recipe.imbalance_ratio,

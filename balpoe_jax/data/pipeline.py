@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from balpoe_jax.data.batches import samplers, unreadable
 from balpoe_jax.data.batches.replacements import Replacements
-from balpoe_jax.data.batches.train_batch import Batch, TrainStages, to_input
+from balpoe_jax.data.batches.train_batch import Batch, TrainBatchMaker, to_input
 from balpoe_jax.data.images import decoding
 from balpoe_jax.data.images.augment import normalize
 from balpoe_jax.data.images.views import View
@@ -23,7 +23,7 @@ from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.records.readers import make_reader
 from balpoe_jax.data.records.sources import RecordSource, Source
 from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
-from balpoe_jax.data.tracing import as_written
+from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -61,24 +61,24 @@ def train_batches(
     rows = host.rows(settings.batch_size)
     if settings.mix.alpha > 0:
         settings.mix.check_groups(settings.batch_size, host.count)
-    stages = TrainStages(source, settings, rows)
+    maker = TrainBatchMaker(source, settings, rows)
 
     def make(step: int) -> Iterator[Arrays]:
-        chosen = _order(source.labels, settings, step, last_step).map(as_written(stages.choose))
+        chosen = _order(source.labels, settings, step, last_step).map(no_autograph(maker.indices))
         if replacements is not None:
             table = tf.constant(replacements.table, tf.int32)
-            chosen = chosen.map(as_written(lambda batch: _replace(batch, table)))
+            chosen = chosen.map(no_autograph(lambda batch: _replace(batch, table)))
         if not source.encoded:
-            return _iterate(chosen, lambda batch: stages.finish(stages.read(batch)), host)
+            return _iterate(chosen, lambda batch: maker.augment_and_mix(maker.read(batch)), host)
         read = chosen.map(
-            as_written(lambda batch: stages.draw_windows(stages.read(batch))), **_parallel(host)
+            no_autograph(lambda batch: maker.draw(maker.read(batch))), **_parallel(host)
         )
-        images = _map_rows(read, stages.decode, rows.stop - rows.start, host)
-        return _iterate(images, stages.finish, host)
+        images = _map_rows(read, maker.decode, rows.stop - rows.start, host)
+        return _iterate(images, maker.augment_and_mix, host)
 
     def recover(step: int) -> bool:
         ((_, order),) = _order(source.labels, settings, step, step + 1)
-        chosen = stages.choose(tf.constant(step, tf.int64), order)
+        chosen = maker.indices(tf.constant(step, tf.int64), order)
         indices = np.concatenate([chosen[name] for name in _INDICES if name in chosen])
         if replacements is not None:
             return replacements.find(indices, step + 1)
@@ -223,7 +223,7 @@ def _examples_in_order(
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
     if not source.encoded:
         return _iterate(steps, lambda step: finish(read(step)), host)
-    drawn = steps.map(as_written(lambda step: draw(read(step))), **_parallel(host))
+    drawn = steps.map(no_autograph(lambda step: draw(read(step))), **_parallel(host))
     encoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
     return _guarded(lambda _: _iterate(encoded, finish, host), 0, recover)
 
@@ -233,7 +233,7 @@ def _map_rows(
 ) -> tf.data.Dataset:
     """Maps a function of one row over batches: the rows of several batches run in parallel."""
     parallel = _parallel(host, at_most=_threads(host))
-    mapped = batches.unbatch().map(as_written(function), **parallel)
+    mapped = batches.unbatch().map(no_autograph(function), **parallel)
     return mapped.batch(rows, drop_remainder=True)
 
 
@@ -247,7 +247,7 @@ def _iterate(
     options.autotune.enabled = False
     if host.threads:
         options.threading.private_threadpool_size = host.threads
-    batches = dataset.map(as_written(make_batch), **_parallel(host))
+    batches = dataset.map(no_autograph(make_batch), **_parallel(host))
     return batches.prefetch(2).with_options(options).as_numpy_iterator()
 
 

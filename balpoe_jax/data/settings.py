@@ -163,22 +163,22 @@ class AugmentSettings:
             raise UserError(f"augment.cutout must be even and not negative, got {self.cutout}.")
 
     @property
-    def moves(self) -> bool:
+    def has_geometry(self) -> bool:
         """Whether images are cropped, mirrored or rotated."""
         return bool(self.crop_area or self.crop_padding or self.flip or self.rotation)
 
     @property
-    def jitters(self) -> bool:
+    def has_color_jitter(self) -> bool:
         """Whether colours are changed at random."""
         return any(self.color_jitter) or self.hue > 0
 
     @property
-    def changes(self) -> bool:
+    def has_per_image_ops(self) -> bool:
         """Whether there is anything for `change_image` to do."""
         gray_or_blurred = self.grayscale > 0 or self.blur > 0
-        return self.jitters or gray_or_blurred or self.policy == "randaugment"
+        return self.has_color_jitter or gray_or_blurred or self.policy == "randaugment"
 
-    def without_changes(self) -> tuple["AugmentSettings", "AugmentSettings"]:
+    def split_per_image_ops(self) -> tuple["AugmentSettings", "AugmentSettings"]:
         """These settings without what `change_image` does, and those of that alone."""
         none = AugmentSettings()
         changes = ("color_jitter", "hue", "jitter_probability", "grayscale", "blur")

@@ -9,7 +9,7 @@ import tensorflow as tf
 _Function = TypeVar("_Function", bound=Callable)
 
 
-def as_written(function: _Function) -> _Function:
+def no_autograph(function: _Function) -> _Function:
     """For `Dataset.map`: traced without AutoGraph.
 
     AutoGraph rewrites the source of whatever is called, so that `if` and `for` may depend on

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.files import temporary, writing
+from balpoe_jax.files import reports_write_errors, temporary
 from balpoe_jax.metrics import MeanLogits, Summary, summarize
 
 FOLDER = "predictions"
@@ -73,10 +73,10 @@ def stream(
     targets = {name: folder / f"{prefix}{file}.npy" for name, file in _FILES.items()}
     partial = {name: temporary(path) for name, path in targets.items()}
     try:
-        with writing(folder):
+        with reports_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         made = _fill(partial, shape, outputs)
-        with writing(folder):
+        with reports_write_errors(folder):
             for array in made.values():
                 array.flush()
             for name, path in targets.items():
@@ -114,7 +114,7 @@ def _fill(
         for name in shapes.keys() & output.keys():
             if name not in made:
                 dtype = np.int32 if name == "labels" else np.float32
-                with writing(files[name].parent):
+                with reports_write_errors(files[name].parent):
                     made[name] = np.lib.format.open_memmap(
                         files[name], mode="w+", dtype=dtype, shape=shapes[name]
                     )

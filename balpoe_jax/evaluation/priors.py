@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target priors at test time: adding a known one to logits, estimating an unknown one."""
+"""TestDistribution priors at test time: adding a known one to logits, estimating an unknown one."""
 
 from typing import NamedTuple
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from balpoe_jax import metrics
-from balpoe_jax.data.datasets.test_distributions import Target
+from balpoe_jax.data.datasets.test_distributions import TestDistribution
 from balpoe_jax.evaluation.expert_weights import Aggregation
 from balpoe_jax.evaluation.predictions import Predictions, summarize_experts
 from balpoe_jax.evaluation.priors import TOLERANCE, PriorEstimate, estimate_prior, log_target_prior
@@ -33,7 +33,7 @@ def score(
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
     held_out: Predictions | None = None,
     held_out_description: str = "",
-    targets: Sequence[Target] = (),
+    targets: Sequence[TestDistribution] = (),
     prior_strength: float = 0.3,
     prior_significance: float = 0.01,
 ) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def _evidence_of_priors(
 
 def _score_target(
     test: Predictions,
-    target: Target,
+    target: TestDistribution,
     evidence: Mapping[str, jax.Array],
     shift_test: Callable[[npt.NDArray[np.int64]], float] | None,
     prior_strength: float,
@@ -380,7 +380,7 @@ def _score_target(
 
 
 def score_aggregations(
-    test: Predictions, targets: Sequence[Target], learnt: Sequence[Aggregation]
+    test: Predictions, targets: Sequence[TestDistribution], learnt: Sequence[Aggregation]
 ) -> dict[str, Any]:
     """What weights of the experts that were learnt on each target distribution are worth there.
 

@@ -21,16 +21,16 @@ from balpoe_jax.data.settings import TrainSettings, steps_per_epoch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
 from balpoe_jax.experiment.inputs import DeviceInputs, HostInputs, Inputs, choose_pipeline
-from balpoe_jax.experiment.phases import StagePlan
+from balpoe_jax.experiment.phases import PhasePlan
 from balpoe_jax.experiment.program import Program, saves_kernels
 from balpoe_jax.experiment.settings import (
     check,
     learning_rates,
+    phase_settings,
     stage_configs,
-    stage_settings,
     test_view,
 )
-from balpoe_jax.methods import Facts, Method, Network, make_method
+from balpoe_jax.methods import Context, Method, Network, make_method
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, create_model
 from balpoe_jax.run import multihost, teachers
 
@@ -44,23 +44,23 @@ class Experiment(Program):
     Attributes:
         data: the long-tailed training set and the test set.
         targets: the class distributions that the test set is scored on.
-        settings: how training batches are made in each stage.
+        settings: how training batches are made in each phase.
         inputs: where batches are made, of training and of evaluation.
     """
 
     data: LongTailed
-    targets: list[test_distributions.Target]
+    targets: list[test_distributions.TestDistribution]
     settings: tuple[TrainSettings, ...]
     inputs: Inputs
 
     @property
     def train_settings(self) -> TrainSettings:
-        """How batches are made in the first stage."""
+        """How batches are made in the first phase."""
         return self.settings[0]
 
-    def batch_before(self, step: int) -> npt.NDArray[np.int64]:
+    def batch_indices(self, step: int) -> npt.NDArray[np.int64]:
         """Which training examples the update that leads to `step` is made from."""
-        plan = phases.before(self.stages, step)
+        plan = phases.phase_of(self.phases, step)
         return self.inputs.positions(plan.index, step - 1 - plan.first_step)
 
     def resolved(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def build(config: ConfigDict, pipeline: str | None = None) -> Experiment:
     """
     devices = parallel.make_parallel(config.parallel.mode)
     check(config, devices)  # before the data, which may take its time
-    settings = stage_settings(config)
+    settings = phase_settings(config)
     data = _load_data(config)
     program = build_program(config, devices, data.class_counts, data.train.image_shape)
     log.info(
@@ -180,7 +180,7 @@ def build_program(
         teacher_config = teachers.read_config(method.teacher_run, config)
         teacher = build_program(teacher_config, devices, class_counts, image_shape)
     one_vector = saves_kernels(config.model.name, devices.platform)
-    plans = _plan_stages(config, method, taus, class_counts, teacher, one_vector)
+    plans = _plan_phases(config, method, taus, class_counts, teacher, one_vector)
     model = _make_model(config, len(class_counts), devices)
     return Program(
         config=config.to_dict(),
@@ -188,34 +188,34 @@ def build_program(
         parallel=devices,
         method=method,
         model=model,
-        network=method.network(model, plans[0].facts),
-        stages=plans,
-        taus=method.target_taus(taus),
+        network=method.network(model, plans[0].context),
+        phases=plans,
+        taus=method.expert_taus(taus),
         teacher=teacher,
     )
 
 
-def _plan_stages(
+def _plan_phases(
     config: ConfigDict,
     method: Method,
     taus: tuple[float, ...],
     class_counts: npt.NDArray[np.int64],
     teacher: Program | None,
     as_one_vector: bool,
-) -> tuple[StagePlan, ...]:
+) -> tuple[PhasePlan, ...]:
     known = None
     if teacher is not None:
         known = Network(teacher.network, **teacher.abstract_state().variables)
-    plans: list[StagePlan] = []
+    plans: list[PhasePlan] = []
     first_step = first_epoch = 0
-    for index, stage in enumerate(stage_configs(config)):
-        rates = learning_rates(stage)
-        per_epoch = steps_per_epoch(int(class_counts.sum()), stage.batch_size)
-        facts = Facts(
+    for index, phase in enumerate(stage_configs(config)):
+        rates = learning_rates(phase)
+        per_epoch = steps_per_epoch(int(class_counts.sum()), phase.batch_size)
+        context = Context(
             class_counts=class_counts,
             taus=taus,
             scale=1.0 if config.model.classifier == "linear" else config.model.scale,
-            batch_size=stage.batch_size,
+            batch_size=phase.batch_size,
             steps_per_epoch=per_epoch,
             first_step=first_step,
             axis_name=parallel.AXIS_NAME,
@@ -224,12 +224,12 @@ def _plan_stages(
         )
         optimizer = optim.make_optimizer(
             optim.rate_of_step(rates, per_epoch),
-            stage.optim.momentum,
-            stage.optim.nesterov,
-            stage.optim.weight_decay,
+            phase.optim.momentum,
+            phase.optim.nesterov,
+            phase.optim.weight_decay,
             as_one_vector,
         )
-        plan = StagePlan(index, method.stages()[index].name, facts, optimizer, rates, first_epoch)
+        plan = PhasePlan(index, method.phases()[index].name, context, optimizer, rates, first_epoch)
         plans.append(plan)
         first_step, first_epoch = plan.last_step, plan.last_epoch
     return tuple(plans)

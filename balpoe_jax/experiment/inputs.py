@@ -95,7 +95,7 @@ class HostInputs:
     Args:
         parallel: The devices.
         data: The data set.
-        settings: How training batches are made in each stage.
+        settings: How training batches are made in each phase.
         test_view: How random views of test images are augmented.
         seed: Seed of the run.
         threads: Number of the pipeline's threads; 0 for all cores.
@@ -117,25 +117,25 @@ class HostInputs:
         self._host = Host(jax.process_index(), parallel.num_hosts, threads)
         extras.require_tensorflow("config.data.pipeline=host")
 
-    def steps_per_dispatch(self, stage: int) -> int:
+    def steps_per_dispatch(self, phase: int) -> int:
         """Steps that one call makes."""
         return 1
 
-    def map_train_step(self, step: Callable[..., Any], stage: int) -> Callable[..., Any]:
+    def map_train_step(self, step: Callable[..., Any], phase: int) -> Callable[..., Any]:
         """The compiled update `(state, inputs) -> (state, metrics)`, which donates the state.
 
         Args:
             step: Update of one device, see `step.make_train_step`.
-            stage: Position in the settings.
+            phase: Position in the settings.
         """
         return self._parallel.map_step(step, donate=True)
 
-    def train(self, stage: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
+    def train(self, phase: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
         """What `map_train_step`'s function takes, one dispatch after the other.
 
         Args:
-            stage: Position in the settings.
-            dispatches: Pairs of the first step, counted from 0 in the stage, and the one after the
+            phase: Position in the settings.
+            dispatches: Pairs of the first step, counted from 0 in the phase, and the one after the
                 last; consecutive.
             replacements: Images for those that cannot be read, see `data.unreadable.Replacements`.
         """
@@ -144,15 +144,15 @@ class HostInputs:
         steps = list(dispatches)
         (first_step, _), (_, last_step) = steps[0], steps[-1]
         batches = pipeline.train_batches(
-            self._data.train, self._settings[stage], first_step, last_step, self._host, replacements
+            self._data.train, self._settings[phase], first_step, last_step, self._host, replacements
         )
         return Prefetcher(batches, self._parallel)
 
-    def positions(self, stage: int, step: int) -> npt.NDArray[np.int64]:
+    def positions(self, phase: int, step: int) -> npt.NDArray[np.int64]:
         """Training examples that a step's batch is made of, int64 `[B]`; steps count from 0."""
         from balpoe_jax.data import pipeline
 
-        return pipeline.batch_indices(self._data.train.labels, self._settings[stage], step)
+        return pipeline.batch_indices(self._data.train.labels, self._settings[phase], step)
 
     def map_eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled prediction `(variables, inputs, source) -> outputs`.
@@ -190,7 +190,7 @@ class DeviceInputs:
     Args:
         parallel: The devices.
         train: The training set, in memory.
-        settings: How training batches are made in each stage.
+        settings: How training batches are made in each phase.
         test_view: How random views of test images are augmented.
         seed: Seed of the run.
         steps_per_dispatch: Steps that one call makes: 1 for single steps; None for an epoch on an
@@ -216,15 +216,15 @@ class DeviceInputs:
         self._host = Host(jax.process_index(), parallel.num_hosts)
         self._placed: dict[int, jax.Array] = {}
 
-    def steps_per_dispatch(self, stage: int) -> int:
+    def steps_per_dispatch(self, phase: int) -> int:
         """Steps that one call makes."""
         if self._steps is not None:
             return self._steps
         if self._parallel.mesh.devices.flat[0].platform == "cpu":
             return 1
-        return -(-len(self._train) // self._settings[stage].batch_size)
+        return -(-len(self._train) // self._settings[phase].batch_size)
 
-    def map_train_step(self, step: Callable[..., Any], stage: int) -> Callable[..., Any]:
+    def map_train_step(self, step: Callable[..., Any], phase: int) -> Callable[..., Any]:
         """The compiled updates `(state, inputs) -> (state, metrics)`, which donate the state.
 
         Several steps are a loop in the program, and so is what is left of them, be it one: loops of
@@ -232,27 +232,27 @@ class DeviceInputs:
 
         Args:
             step: Update of one device, see `step.make_train_step`.
-            stage: Position in the settings.
+            phase: Position in the settings.
         """
-        scanned = self.steps_per_dispatch(stage) > 1
-        mapped = map_planned_step(self._parallel, step, self._planners[stage], scanned)
-        tables = self._parallel.replicate(self._planners[stage].tables())
+        scanned = self.steps_per_dispatch(phase) > 1
+        mapped = map_planned_step(self._parallel, step, self._planners[phase], scanned)
+        tables = self._parallel.replicate(self._planners[phase].tables())
         constants = {"images": self._images(self._train), "tables": tables}
         return lambda state, inputs: mapped(state, inputs, constants)
 
-    def train(self, stage: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
+    def train(self, phase: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
         """What `map_train_step`'s function takes, one dispatch after the other.
 
         Args:
-            stage: Position in the settings.
-            dispatches: Pairs of the first step, counted from 0 in the stage, and the one after the
+            phase: Position in the settings.
+            dispatches: Pairs of the first step, counted from 0 in the phase, and the one after the
                 last.
             replacements: None; images in memory can all be read.
         """
         assert replacements is None
-        planner = self._planners[stage]
-        rows = self._host.rows(self._settings[stage].batch_size)
-        scanned = self.steps_per_dispatch(stage) > 1
+        planner = self._planners[phase]
+        rows = self._host.rows(self._settings[phase].batch_size)
+        scanned = self.steps_per_dispatch(phase) > 1
 
         def plan(dispatch: tuple[int, int]) -> Any:
             if scanned:
@@ -261,9 +261,9 @@ class DeviceInputs:
 
         return Prefetcher(_made_ahead(plan, dispatches), self._parallel, axis=int(scanned))
 
-    def positions(self, stage: int, step: int) -> npt.NDArray[np.int64]:
+    def positions(self, phase: int, step: int) -> npt.NDArray[np.int64]:
         """Training examples that a step's batch is made of, int64 `[B]`; steps count from 0."""
-        return self._planners[stage].positions(step).astype(np.int64)
+        return self._planners[phase].positions(step).astype(np.int64)
 
     def map_eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled prediction `(variables, inputs, source) -> outputs`.

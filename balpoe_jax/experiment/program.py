@@ -12,8 +12,8 @@ from flax import linen as nn
 from balpoe_jax import config as config_lib
 from balpoe_jax import parallel
 from balpoe_jax.experiment import phases
-from balpoe_jax.experiment.phases import StagePlan
-from balpoe_jax.methods import Facts, Method
+from balpoe_jax.experiment.phases import PhasePlan
+from balpoe_jax.methods import Context, Method
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble
 from balpoe_jax.run import teachers
 from balpoe_jax.step import TrainState, create_state, make_eval_step, make_train_step
@@ -34,7 +34,7 @@ class Program:
         method: how it is trained, and what it predicts.
         model: the experts.
         network: what is trained, the model or more; to be applied within `parallel`'s mapped steps.
-        stages: of the training.
+        phases: of the training.
         taus: one for each expert, None where the method's loss has none.
         teacher: of the method's `teacher_run`; None without one.
     """
@@ -45,19 +45,19 @@ class Program:
     method: Method
     model: ExpertEnsemble
     network: nn.Module
-    stages: tuple[StagePlan, ...]
+    phases: tuple[PhasePlan, ...]
     taus: tuple[float | None, ...]
     teacher: "Program | None"
 
     @property
-    def facts(self) -> Facts:
-        """What the method knows of the run in its first stage."""
-        return self.stages[0].facts
+    def context(self) -> Context:
+        """What the method knows of the run in its first phase."""
+        return self.phases[0].context
 
     @property
     def total_steps(self) -> int:
         """Updates of the whole training."""
-        return self.stages[-1].last_step
+        return self.phases[-1].last_step
 
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
@@ -71,7 +71,7 @@ class Program:
         if self.teacher is None:
             return state
         variables = teachers.load(self.method.teacher_run, self.teacher.abstract_state())
-        return state.replace(extra={**state.extra, "teacher": variables})
+        return state.replace(method_state={**state.method_state, "teacher": variables})
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and placement of the state, without computing one."""
@@ -84,25 +84,25 @@ class Program:
     def _create_state(self, key: jax.Array) -> TrainState:
         return create_state(
             self.network,
-            self.stages[0].optimizer,
+            self.phases[0].optimizer,
             key,
             self.image_shape,
-            lambda network, key: self.method.init_extra(network, self.facts, key),
+            lambda network, key: self.method.init_state(network, self.context, key),
         )
 
-    def begin_stage(self, stage: int, state: TrainState) -> TrainState:
-        """The state at which the stage before ended, with an optimizer that starts anew."""
-        init = jax.jit(self.stages[stage].optimizer.init, out_shardings=self.parallel.replicated)
+    def begin_phase(self, phase: int, state: TrainState) -> TrainState:
+        """The state at which the phase before ended, with an optimizer that starts anew."""
+        init = jax.jit(self.phases[phase].optimizer.init, out_shardings=self.parallel.replicated)
         return state.replace(opt_state=init(state.params))
 
-    def train_step(self, stage: int = 0) -> Callable[..., Any]:
+    def train_step(self, phase: int = 0) -> Callable[..., Any]:
         """The update of one device."""
-        plan = self.stages[stage]
+        plan = self.phases[phase]
         step = make_train_step(
             self.network,
             plan.optimizer,
             self.method,
-            plan.facts,
+            plan.context,
             plan.index,
             self.config["optim"]["accumulate"],
             self.config["optim"]["skip_non_finite"] > 0,
@@ -112,12 +112,12 @@ class Program:
 
     def eval_step(self) -> Callable[..., Any]:
         """The prediction of one device, which takes the network's variables."""
-        step = make_eval_step(self.network, self.method, self.stages[-1].facts)
+        step = make_eval_step(self.network, self.method, self.phases[-1].context)
         return self._with_precision(step)
 
-    def map_train_step(self, stage: int = 0) -> Callable[..., Any]:
+    def map_train_step(self, phase: int = 0) -> Callable[..., Any]:
         """The update on all devices of a batch, which gives the state's memory to the new one."""
-        return self.parallel.map_step(self.train_step(stage), donate=True)
+        return self.parallel.map_step(self.train_step(phase), donate=True)
 
     def map_eval_step(self) -> Callable[..., Any]:
         """The prediction on all devices of a batch."""
@@ -141,13 +141,13 @@ class Program:
         devices = self.parallel.num_devices
         return -(-self.config["eval"]["batch_size"] // devices) * devices
 
-    def rate_before(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """The learning rate of the update that leads to `step`."""
-        return phases.before(self.stages, step).rate_before(step)
+        return phases.phase_of(self.phases, step).learning_rate(step)
 
     def epoch_at(self, step: int) -> float:
         """How many epochs `step` updates are."""
-        return phases.epoch_at(self.stages, step)
+        return phases.epoch_at(self.phases, step)
 
     @property
     def precision(self) -> str:
@@ -163,7 +163,7 @@ class Program:
             "taus": self.taus,
             "expert_map": self.model.expert_map,
             "precision": self.precision,
-            "steps_per_epoch": self.facts.steps_per_epoch,
+            "steps_per_epoch": self.context.steps_per_epoch,
             "total_steps": self.total_steps,
         }
 

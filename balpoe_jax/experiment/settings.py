@@ -12,7 +12,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.methods import make_method
 
 # Beyond all seeds of configs.
-_STAGE_SEED = 2**31
+_PHASE_SEED = 2**31
 
 
 def check(config: ConfigDict, devices: parallel.Parallel) -> None:
@@ -30,46 +30,46 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             f"The method {config.method.name} takes {method.views} views of an image, and the "
             f"config describes {views}; choose a method by the config file's argument method=..."
         )
-    if config.mixup.alpha > 0 and not method.mixes:
+    if config.mixup.alpha > 0 and not method.supports_mixing:
         raise UserError(
             f"The method {config.method.name} knows no mixed labels: config.mixup.alpha must be 0, "
             f"got {config.mixup.alpha:g}."
         )
-    if method.whole_batch and config.optim.accumulate > 1:
+    if method.needs_global_batch and config.optim.accumulate > 1:
         raise UserError(
             f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
             f"one of the whole batch, got {config.optim.accumulate}."
         )
     test_view(config)
     configs = stage_configs(config)
-    if len(configs) > len(method.stages()):
+    if len(configs) > len(method.phases()):
         raise UserError(
-            f"config.stage2.epochs asks for a second stage, which the method {config.method.name} "
+            f"config.phase2.epochs asks for a second phase, which the method {config.method.name} "
             "does not have as it is set; set it to 0 or choose another method."
         )
-    for stage in configs:
-        devices.check_batch_size(stage.batch_size, "batch_size", config.optim.accumulate)
-        settings = train_settings(stage, 0)
-        settings.mix.check_groups(stage.batch_size, devices.num_hosts)
-        learning_rates(stage)
+    for phase in configs:
+        devices.check_batch_size(phase.batch_size, "batch_size", config.optim.accumulate)
+        settings = train_settings(phase, 0)
+        settings.mix.check_groups(phase.batch_size, devices.num_hosts)
+        learning_rates(phase)
 
 
-def stage_settings(config: ConfigDict) -> tuple[TrainSettings, ...]:
-    """How training batches are made in each stage of an experiment."""
-    return tuple(train_settings(stage, i) for i, stage in enumerate(stage_configs(config)))
+def phase_settings(config: ConfigDict) -> tuple[TrainSettings, ...]:
+    """How training batches are made in each phase of an experiment."""
+    return tuple(train_settings(phase, i) for i, phase in enumerate(stage_configs(config)))
 
 
-def train_settings(config: ConfigDict, stage: int) -> TrainSettings:
-    """How training batches are made in a stage.
+def train_settings(config: ConfigDict, phase: int) -> TrainSettings:
+    """How training batches are made in a phase.
 
     Args:
-        config: of the stage, see `stage_configs`.
-        stage: its number, from 0.
+        config: of the phase, see `stage_configs`.
+        phase: its number, from 0.
     """
     return TrainSettings(
         batch_size=config.batch_size,
-        # Another stage is not to begin with the batches that the first one began with.
-        seed=config.seed + stage * _STAGE_SEED,
+        # Another phase is not to begin with the batches that the first one began with.
+        seed=config.seed + phase * _PHASE_SEED,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         augment=_augmentation(config, "augment"),
@@ -88,8 +88,8 @@ def train_settings(config: ConfigDict, stage: int) -> TrainSettings:
 
 
 def stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
-    """The config of each stage: the second one's section over the first one's fields, unmixed."""
-    second = config.get("stage2")
+    """The config of each phase: the second one's section over the first one's fields, unmixed."""
+    second = config.get("phase2")
     if not second or not second.epochs:
         return (config,)
     changed = config.copy_and_resolve_references()
@@ -102,7 +102,7 @@ def stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
 
 
 def learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
-    """float64 `[epochs]`, the rate in force during each epoch of a stage."""
+    """float64 `[epochs]`, the rate in force during each epoch of a phase."""
     return optim.learning_rates(
         config.total_epochs,
         config.optim.learning_rate,

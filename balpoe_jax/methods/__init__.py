@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods by name: how a model is trained, and what it predicts.
 
-A method is a file here with a `Method`, which `base.py` describes, and `RECIPES`; a line below
+A method is a file here with a `Method`, which `base.py` describes, and `PRESETS`; a line below
 makes its recipes arguments of every config file. `docs/methods.md` tells how to add one.
 """
 
@@ -25,20 +25,20 @@ from balpoe_jax.methods import (
     sade,
     tlc,
 )
-from balpoe_jax.methods.base import Facts, Losses, Method, Network, Prediction, Stage
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.base import Context, Losses, Method, Network, Phase, Prediction
+from balpoe_jax.methods.preset import Preset, PublishedResult
 
 __all__ = [
     "METHODS",
-    "RECIPES",
-    "Facts",
+    "PRESETS",
+    "Context",
     "Losses",
     "Method",
     "Network",
+    "Phase",
     "Prediction",
-    "Published",
-    "Recipe",
-    "Stage",
+    "Preset",
+    "PublishedResult",
     "make_method",
     "settings",
 ]
@@ -60,13 +60,13 @@ _MODULES = (
 )
 
 # What `method=` of a config file may be.
-RECIPES: dict[str, Recipe] = {
-    name: recipe for module in _MODULES for name, recipe in module.RECIPES.items()
+PRESETS: dict[str, Preset] = {
+    name: recipe for module in _MODULES for name, recipe in module.PRESETS.items()
 }
 
 # What `config.method.name` may be, by the name of the class in lower case.
 METHODS: dict[str, type[Method]] = {
-    type(recipe.method).__name__.lower(): type(recipe.method) for recipe in RECIPES.values()
+    type(recipe.method).__name__.lower(): type(recipe.method) for recipe in PRESETS.values()
 }
 
 

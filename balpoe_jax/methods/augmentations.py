@@ -58,7 +58,7 @@ def views(*names: str) -> dict[str, Any]:
     }
 
 
-def halves(first: str, second: str) -> dict[str, Any]:
+def either_of(first: str, second: str) -> dict[str, Any]:
     """The fields of a recipe that augments each image in one of these two ways."""
     return {**_section("augment", first), **_section("other_augment", second)}
 

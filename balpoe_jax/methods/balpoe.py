@@ -10,46 +10,46 @@ import jax
 import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mixed_targets
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
+from balpoe_jax.methods.preset import Preset, PublishedResult
 
 
 @dataclasses.dataclass(frozen=True)
 class BalPoE(Method):
     """The mean over experts of `CE(f_e + tau_e log prior, y)`; see `losses.balpoe_loss`."""
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of the config."""
         return taus
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The mean over experts and rows."""
         outputs, batch_stats = network(batch["images"])
-        targets = mixed_targets(batch, facts.num_classes)
+        targets = soft_labels(batch, context.num_classes)
         by_expert = expert_losses(
-            outputs.logits, targets, log_prior(facts.class_counts), jnp.asarray(facts.taus)
+            outputs.logits, targets, log_prior(context.class_counts), jnp.asarray(context.taus)
         ).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
 
 _TABLE_2 = "BalPoE's Table 2"
 
-RECIPES = {
-    "balpoe": Recipe(
+PRESETS = {
+    "balpoe": Preset(
         BalPoE(),
         "BalPoE",
         experts=3,
         mixup=True,
-        published=(Published("cifar100_lt", "ir=100", 52.0, _TABLE_2, ece=4.9),),
+        published=(PublishedResult("cifar100_lt", "ir=100", 52.0, _TABLE_2, ece=4.9),),
     ),
-    "balanced_softmax": Recipe(BalPoE(), "balanced softmax", taus=(1.0, 1.0), mixup=True),
-    "cross_entropy": Recipe(
+    "balanced_softmax": Preset(BalPoE(), "balanced softmax", taus=(1.0, 1.0), mixup=True),
+    "cross_entropy": Preset(
         BalPoE(),
         "cross-entropy, with mixup unless `mixup=false`",
         taus=(0.0, 0.0),
         mixup=True,
-        published=(Published("cifar100_lt", "ir=100", 40.8, _TABLE_2, ece=9.6),),
+        published=(PublishedResult("cifar100_lt", "ir=100", 40.8, _TABLE_2, ece=9.6),),
     ),
 }

@@ -2,7 +2,7 @@
 """The seam between a method and the rest of a training; `docs/methods.md` is its page.
 
 A method is a frozen dataclass whose fields are its hyper-parameters. It is asked for the network to
-train, for the state that it keeps beside the parameters, for the loss of a step, stage by stage,
+train, for the state that it keeps beside the parameters, for the loss of a step, phase by phase,
 and for what it predicts. All of these are pure functions for one device; `step.py` makes the step
 of them, and nothing else in the package asks which method it is.
 """
@@ -24,7 +24,7 @@ Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Facts:
+class Context:
     """What a method knows of its run: constants of the compiled step.
 
     Attributes:
@@ -32,12 +32,12 @@ class Facts:
         taus: of the experts, for methods whose experts have any.
         scale: of the cosine classifier; 1 for a linear one.
         batch_size: of the global batch.
-        steps_per_epoch: in updates, of this stage.
-        first_step: updates made before this stage.
+        steps_per_epoch: in updates, of this phase.
+        first_step: updates made before this phase.
         axis_name: the mapped axis over which a batch is shared; None outside of one.
         sync_batch_norm: whether BatchNorm takes its statistics over that axis.
         teacher: the network of `Method.teacher_run` with the shapes of its variables; None without
-            one. What they are is in the extra state, under "teacher".
+            one. What they are is in the method state, under "teacher".
     """
 
     class_counts: npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class Facts:
         return len(self.class_counts)
 
     def epoch(self, step: jax.Array) -> jax.Array:
-        """The 0-based epoch of this stage in which the update after `step` is made, traced."""
+        """The 0-based epoch of this phase in which the update after `step` is made, traced."""
         return (step - self.first_step) // self.steps_per_epoch
 
     def gather(self, rows: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ class Facts:
         return jax.lax.all_gather(rows, self.axis_name, tiled=True)
 
     def gather_state(self, rows: jax.Array) -> jax.Array:
-        """As `gather`, of what goes into the extra state: without a gradient, known to be equal."""
+        """As `gather`, for the method state: without a gradient, known to be equal."""
         rows = jax.lax.stop_gradient(rows)
         if self.axis_name is None:
             return rows
@@ -111,17 +111,17 @@ class Losses(NamedTuple):
 
     Attributes:
         total: scalar, to be minimised: the mean over this device's rows, or that of the whole batch
-            (from `Facts.gather`), equal on all devices.
+            (from `Context.gather`), equal on all devices.
         by_expert: float `[E]`, shown beside it.
         batch_stats: after the step.
-        extra: the extra state after the step, equal on all devices.
+        method_state: the method state after the step, equal on all devices.
         terms: further scalars to show, by name.
     """
 
     total: jax.Array
     by_expert: jax.Array
     batch_stats: Any
-    extra: Any
+    method_state: Any
     terms: Mapping[str, jax.Array] = {}
 
 
@@ -139,20 +139,20 @@ class Prediction(NamedTuple):
     experts_used: jax.Array | None = None
 
 
-LossFunction = Callable[[Network, Any, Batch, Facts, jax.Array], Losses]
+LossFunction = Callable[[Network, Any, Batch, Context, jax.Array], Losses]
 
 
 def _whole_rate(path: str) -> float:
     return 1.0
 
 
-class Stage(NamedTuple):
+class Phase(NamedTuple):
     """A part of a training with a loss of its own.
 
     Attributes:
         name: for the log.
-        loss: called with the network, the extra state, this device's rows of the batch, the facts
-            and the traced 0-based epoch.
+        loss: called with the network, the method state, this device's rows of the batch, the
+            context and the traced 0-based epoch.
         rate_factor: of the learning rate, by a parameter's path such as `expert/head/kernel`; what
             has 0 is frozen: no gradient, no weight decay, bit-identical.
     """
@@ -168,25 +168,25 @@ class Method:
     Attributes:
         views: how many differently augmented views of an image a batch holds: `images`, then
             `images_2`, `images_3`.
-        mixes: whether its loss heeds the second label of a mixed image.
-        whole_batch: the loss is not a mean over rows, or the method keeps extra state, so that a
-            batch cannot be worked off in microbatches.
+        supports_mixing: whether its loss heeds the second label of a mixed image.
+        needs_global_batch: the loss is not a mean over rows, or the method keeps a state, so
+            that a batch cannot be cut into microbatches.
     """
 
     views: ClassVar[int] = 1
-    mixes: ClassVar[bool] = True
-    whole_batch: ClassVar[bool] = False
+    supports_mixing: ClassVar[bool] = True
+    needs_global_batch: ClassVar[bool] = False
 
     @property
     def teacher_run(self) -> str:
         """The workdir of a trained run to learn from; empty for none.
 
-        Its variables are put into the extra state as "teacher", a dictionary of `params` and
-        `batch_stats`, when a training begins; `init_extra` must hold their place.
+        Its variables are put into the method state as "teacher", a dictionary of `params` and
+        `batch_stats`, when a training begins; `init_state` must hold their place.
         """
         return ""
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """The tau that each expert's loss has, to be shown; None where its loss is another.
 
         Args:
@@ -194,29 +194,31 @@ class Method:
         """
         return (None,) * len(taus)
 
-    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> nn.Module:
         """The module to train: the ensemble, or one around it that returns more."""
         return ensemble
 
-    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> Any:
-        """The extra state before the first step: a tree of arrays that nothing differentiates."""
+    def init_state(self, network: Network, context: Context, key: jax.Array) -> Any:
+        """The method state before the first step: a tree of arrays that nothing differentiates."""
         return {}
 
-    def refresh(self, extra: Any, params: Any, facts: Facts, epoch: jax.Array) -> Any:
-        """The extra state at the start of a step, such as a moving average of parameters."""
-        return extra
+    def on_step_start(
+        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
+    ) -> Any:
+        """The method state at the start of a step, such as a moving average of parameters."""
+        return method_state
 
     def loss(
-        self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
-        """The loss of the first stage; arguments as `Stage.loss` has them."""
+        """The loss of the first phase; arguments as `Phase.loss` has them."""
         raise NotImplementedError
 
-    def stages(self) -> tuple[Stage, ...]:
-        """All stages that a config may ask for, in order."""
-        return (Stage("training", self.loss),)
+    def phases(self) -> tuple[Phase, ...]:
+        """All phases that a config may ask for, in order."""
+        return (Phase("training", self.loss),)
 
-    def predict(self, outputs: Outputs, params: Any, facts: Facts) -> Prediction:
+    def predict(self, outputs: Outputs, params: Any, context: Context) -> Prediction:
         """What is predicted from the network's outputs; the mean logits unless it says more."""
         return Prediction(outputs.logits)
 
@@ -235,7 +237,7 @@ def mix_losses(batch: Batch, loss: Callable[[jax.Array], jax.Array]) -> jax.Arra
     return weight * first + (1 - weight) * second
 
 
-def mixed_targets(batch: Batch, num_classes: int) -> jax.Array:
+def soft_labels(batch: Batch, num_classes: int) -> jax.Array:
     """Label distributions float32 `[B, C]` of a batch that mixup made from pairs of examples."""
     one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
     weight = batch["weight"][:, None]

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods.augmentations import views
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.contrastive import ProjectedEnsemble, Projection, check_single
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
 
 
@@ -76,8 +76,8 @@ class BCL(Method):
     """
 
     views = 3
-    whole_batch = True
-    mixes = False
+    needs_global_batch = True
+    supports_mixing = False
 
     classification: float = 2.0
     contrast: float = 0.6
@@ -93,35 +93,35 @@ class BCL(Method):
         for name in ("hidden", "width"):
             check_range(name, getattr(self, name), 1, 1e6)
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """The classifier is balanced softmax."""
         return (1.0,) * len(taus)
 
-    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> ProjectedEnsemble:
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> ProjectedEnsemble:
         """The expert with two heads, of features and of classes."""
         check_single(ensemble, "BCL")
-        axis_name = facts.axis_name if facts.sync_batch_norm else None
+        axis_name = context.axis_name if context.sync_batch_norm else None
         heads = (Projection((self.hidden,), self.width, True, axis_name) for _ in range(2))
         return ProjectedEnsemble(ensemble, *heads)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The weighted sum of both means over the whole batch."""
         rows = len(batch["labels"])
         names = ("images", "images_2", "images_3")
         outputs, batch_stats = network(jnp.concatenate([batch[name] for name in names]))
-        labels = facts.gather(batch["labels"])
+        labels = context.gather(batch["labels"])
         classified = logit_adjusted_cross_entropy(
-            facts.gather(outputs.logits[0, :rows]), labels, log_prior(facts.class_counts), 1.0
+            context.gather(outputs.logits[0, :rows]), labels, log_prior(context.class_counts), 1.0
         ).mean()
-        views = [facts.gather(x) for x in jnp.split(outputs.projections[rows:], 2)]
+        views = [context.gather(x) for x in jnp.split(outputs.projections[rows:], 2)]
         contrasted = balanced_contrastive_loss(
             jnp.concatenate(views), jnp.tile(labels, 2), outputs.prototypes, self.temperature
         ).mean()
         total = self.classification * classified + self.contrast * contrasted
         terms = {"classification": classified, "contrast": contrasted}
-        return Losses(total, classified[None], batch_stats, extra, terms)
+        return Losses(total, classified[None], batch_stats, method_state, terms)
 
 
 _CIFAR = {
@@ -149,8 +149,8 @@ _PHOTOS = {
 }
 _PAPER = "BalPoE's Table 1"
 
-RECIPES = {
-    "bcl": Recipe(
+PRESETS = {
+    "bcl": Preset(
         BCL(),
         "BCL",
         fields={"optim.nesterov": False},
@@ -171,13 +171,13 @@ RECIPES = {
             },
         },
         published=(
-            Published("cifar100_lt", "ir=10", 64.9, _PAPER),
-            Published("cifar100_lt", "ir=50", 56.6, _PAPER),
-            Published("cifar100_lt", "ir=100", 51.9, _PAPER),
-            Published("cifar100_lt", "ir=100,recipe=long", 53.9, _PAPER),
-            Published("imagenet_lt", "", 56.0, _PAPER),
-            Published("imagenet_lt", "backbone=resnext50", 57.1, _PAPER),
-            Published("inaturalist2018", "", 71.8, _PAPER),
+            PublishedResult("cifar100_lt", "ir=10", 64.9, _PAPER),
+            PublishedResult("cifar100_lt", "ir=50", 56.6, _PAPER),
+            PublishedResult("cifar100_lt", "ir=100", 51.9, _PAPER),
+            PublishedResult("cifar100_lt", "ir=100,recipe=long", 53.9, _PAPER),
+            PublishedResult("imagenet_lt", "", 56.0, _PAPER),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 57.1, _PAPER),
+            PublishedResult("inaturalist2018", "", 71.8, _PAPER),
         ),
     ),
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods.base import Facts, Network, moving_average
+from balpoe_jax.methods.base import Context, Network, moving_average
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize, torch_uniform
 from balpoe_jax.models.layers import BatchNorm
@@ -127,30 +127,34 @@ class ProjectedExperts(nn.Module):
         )
 
 
-# The slow network, a moving average that encodes images to contrast, is in the extra state as
+# The slow network, a moving average that encodes images to contrast, is in the method state as
 # `params` and `batch_stats`.
 
 
-def slow_copy(network: Network) -> dict[str, Any]:
+def init_momentum_encoder(network: Network) -> dict[str, Any]:
     """The slow network's variables at the start, those of the fast one."""
     return {"params": network.params, "batch_stats": network.batch_stats}
 
 
-def move_slowly(extra: Any, params: Any, momentum: float) -> Any:
-    """The extra state with the slow network a step nearer to the fast one's `params`."""
-    return {**extra, "params": moving_average(extra["params"], params, momentum)}
+def update_momentum_encoder(method_state: Any, params: Any, momentum: float) -> Any:
+    """The method state with the slow network a step nearer to the fast one's `params`."""
+    return {**method_state, "params": moving_average(method_state["params"], params, momentum)}
 
 
-def encode_slowly(network: Network, extra: Any, images: jax.Array, facts: Facts) -> tuple[Any, Any]:
+def encode_keys(
+    network: Network, method_state: Any, images: jax.Array, context: Context
+) -> tuple[Any, Any]:
     """The slow network's outputs for images, and its statistics, equal on all devices."""
-    slow = dataclasses.replace(network, params=extra["params"], batch_stats=extra["batch_stats"])
+    slow = dataclasses.replace(
+        network, params=method_state["params"], batch_stats=method_state["batch_stats"]
+    )
     outputs, batch_stats = slow(images)
-    if not facts.sync_batch_norm:
-        batch_stats = facts.mean_over_devices(batch_stats)
+    if not context.sync_batch_norm:
+        batch_stats = context.mean_over_devices(batch_stats)
     return outputs, batch_stats
 
 
-def newest(rows: jax.Array, queue: jax.Array) -> jax.Array:
+def enqueue(rows: jax.Array, queue: jax.Array) -> jax.Array:
     """A queue of the same length with these rows in front; its oldest ones are gone."""
     return jnp.concatenate([rows, queue])[: len(queue)]
 

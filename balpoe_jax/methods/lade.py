@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mixed_targets
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
 from balpoe_jax.methods.checks import check_choice, check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 
 IMPORTANCES = ("class", "sample")
 
@@ -73,7 +73,7 @@ class LADE(Method):
     square: float = 0.01
     importance: str = "class"
 
-    whole_batch = True
+    needs_global_batch = True
 
     def __post_init__(self) -> None:
         """Raises a `UserError` for a value that is not valid."""
@@ -81,19 +81,19 @@ class LADE(Method):
         check_range("square", self.square, 0, 1e6)
         check_choice("importance", self.importance, IMPORTANCES)
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of balanced softmax."""
         return (1.0,) * len(taus)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The mean over experts; the regulariser is that of the global batch."""
         outputs, batch_stats = network(batch["images"])
-        logits, prior = outputs.logits, log_prior(facts.class_counts)
-        targets = mixed_targets(batch, facts.num_classes)
+        logits, prior = outputs.logits, log_prior(context.class_counts)
+        targets = soft_labels(batch, context.num_classes)
         balanced = expert_losses(logits, targets, prior, jnp.ones(len(logits))).mean(axis=1)
-        rows, all_targets = facts.gather(logits.swapaxes(0, 1)), facts.gather(targets)
+        rows, all_targets = context.gather(logits.swapaxes(0, 1)), context.gather(targets)
 
         def regulariser(logits: jax.Array) -> jax.Array:
             return lade_regulariser(logits, all_targets, prior, self.square, self.importance)
@@ -101,7 +101,7 @@ class LADE(Method):
         regularisers = jax.vmap(regulariser, in_axes=1)(rows)
         by_expert = balanced + self.alpha * regularisers
         terms = {"balanced_softmax": balanced.mean(), "regulariser": regularisers.mean()}
-        return Losses(by_expert.mean(), by_expert, batch_stats, extra, terms)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state, terms)
 
 
 # The authors' training, of PC softmax too.
@@ -128,8 +128,8 @@ ON: dict[str, dict[str, Any]] = {
 }
 _PHOTOS = {"method.alpha": 0.05, "method.square": 0.5}
 
-RECIPES = {
-    "lade": Recipe(
+PRESETS = {
+    "lade": Preset(
         LADE(),
         "LADE",
         fields=TRAINING,
@@ -139,10 +139,12 @@ RECIPES = {
             "inaturalist2018": {**ON["inaturalist2018"], **_PHOTOS},
         },
         published=(
-            Published("cifar100_lt", "ir=50,backbone=resnet32_bbn", 50.5, "LADE's repository"),
-            Published("cifar100_lt", "ir=100", 45.6, "BalPoE's Table 3"),
-            Published("imagenet_lt", "backbone=resnext50", 52.3, "BalPoE's Table 3"),
-            Published("inaturalist2018", "", 69.7, "quoted by later papers"),
+            PublishedResult(
+                "cifar100_lt", "ir=50,backbone=resnet32_bbn", 50.5, "LADE's repository"
+            ),
+            PublishedResult("cifar100_lt", "ir=100", 45.6, "BalPoE's Table 3"),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 52.3, "BalPoE's Table 3"),
+            PublishedResult("inaturalist2018", "", 69.7, "quoted by later papers"),
         ),
     ),
 }

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods import lade
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction, mixed_targets
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction, soft_labels
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import Outputs
 
 
@@ -34,29 +34,29 @@ class PostHoc(Method):
         """Raises a `UserError` for a value that is not valid."""
         check_range("tau", self.tau, -100, 100)
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """What is predicted is biased as by a loss of that tau."""
         return (self.tau,) * len(taus)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The mean over experts and rows of the cross-entropy."""
         outputs, batch_stats = network(batch["images"])
-        targets = mixed_targets(batch, facts.num_classes)
-        prior = log_prior(facts.class_counts)
+        targets = soft_labels(batch, context.num_classes)
+        prior = log_prior(context.class_counts)
         taus = jnp.zeros(len(outputs.logits))
         by_expert = expert_losses(outputs.logits, targets, prior, taus).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
-    def predict(self, outputs: Outputs, params: object, facts: Facts) -> Prediction:
+    def predict(self, outputs: Outputs, params: object, context: Context) -> Prediction:
         """Every expert's logits without the prior."""
-        prior = log_prior(facts.class_counts)
+        prior = log_prior(context.class_counts)
         return Prediction(outputs.logits - self.tau * prior.reshape(1, 1, -1))
 
 
-RECIPES = {
-    "logit_adjustment": Recipe(
+PRESETS = {
+    "logit_adjustment": Preset(
         PostHoc(),
         "logit adjustment, post-hoc",
         fields={
@@ -76,17 +76,19 @@ RECIPES = {
             }
         },
         published=(
-            Published("cifar100_lt", "ir=100,recipe=long", 44.07, "logit adjustment's repository"),
+            PublishedResult(
+                "cifar100_lt", "ir=100,recipe=long", 44.07, "logit adjustment's repository"
+            ),
         ),
     ),
-    "pc_softmax": Recipe(
+    "pc_softmax": Preset(
         PostHoc(),
         "PC softmax",
         fields=lade.TRAINING,
         on=lade.ON,
         published=(
-            Published("cifar100_lt", "ir=50,backbone=resnet32_bbn", 49.5, "LADE's paper"),
-            Published("cifar100_lt", "ir=100,backbone=resnet32_bbn", 45.3, "LADE's paper"),
+            PublishedResult("cifar100_lt", "ir=50,backbone=resnet32_bbn", 49.5, "LADE's paper"),
+            PublishedResult("cifar100_lt", "ir=100,backbone=resnet32_bbn", 45.3, "LADE's paper"),
         ),
     ),
 }

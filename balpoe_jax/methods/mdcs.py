@@ -15,14 +15,14 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mixed_targets
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 
 
-def adjusted(logits: jax.Array, facts: Facts) -> jax.Array:
+def adjusted(logits: jax.Array, context: Context) -> jax.Array:
     """Logits `[E, B, C]` plus `tau_e log prior`, in which view and teacher are compared."""
-    bias = jnp.asarray(facts.taus)[:, None] * log_prior(facts.class_counts)[None]
+    bias = jnp.asarray(context.taus)[:, None] * log_prior(context.class_counts)[None]
     return logits + bias[:, None, :]
 
 
@@ -56,7 +56,7 @@ class _SelfDistilled(Method):
             the whole weight from the start.
     """
 
-    whole_batch = True
+    needs_global_batch = True
 
     mu: float = 0.6
     warmup_epochs: int = 20
@@ -66,7 +66,7 @@ class _SelfDistilled(Method):
         check_range("mu", self.mu, 0, 1e6)
         check_range("warmup_epochs", self.warmup_epochs, 0, 1e6)
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of the config."""
         return taus
 
@@ -75,13 +75,13 @@ class _SelfDistilled(Method):
         return self.mu * jnp.minimum((epoch + 1) / max(1, self.warmup_epochs), 1)
 
     def consistency(
-        self, weak: jax.Array, strong: jax.Array, labels: jax.Array, facts: Facts
+        self, weak: jax.Array, strong: jax.Array, labels: jax.Array, context: Context
     ) -> jax.Array:
         """`consistency` of raw logits `[E, b, C]` of this device, over the whole batch."""
-        views = jnp.stack([adjusted(weak, facts), adjusted(strong, facts)])
-        rows = facts.gather(jnp.moveaxis(views, 2, 0))  # [B, 2, E, C]
+        views = jnp.stack([adjusted(weak, context), adjusted(strong, context)])
+        rows = context.gather(jnp.moveaxis(views, 2, 0))  # [B, 2, E, C]
         weak, strong = jnp.moveaxis(rows, 0, 2)
-        return consistency(weak, strong, facts.gather(labels))
+        return consistency(weak, strong, context.gather(labels))
 
 
 class _Views(NamedTuple):
@@ -109,23 +109,23 @@ class BalPoECS(_SelfDistilled):
     views = 3
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """BalPoE's mean over experts and rows, plus the weighted consistency."""
         if self.mu == 0:
-            return BalPoE().loss(network, extra, batch, facts, epoch)
+            return BalPoE().loss(network, method_state, batch, context, epoch)
         (mixed, weak, strong), batch_stats = _apply_to_views(
             network, batch, ("images", "images_2", "images_3")
         )
         by_expert = expert_losses(
             mixed,
-            mixed_targets(batch, facts.num_classes),
-            log_prior(facts.class_counts),
-            jnp.asarray(facts.taus),
+            soft_labels(batch, context.num_classes),
+            log_prior(context.class_counts),
+            jnp.asarray(context.taus),
         ).mean(axis=1)
-        added = self.consistency(weak, strong, batch["labels"], facts).mean()
+        added = self.consistency(weak, strong, batch["labels"], context).mean()
         total = by_expert.mean() + self.weight(epoch) * added
-        return Losses(total, by_expert, batch_stats, extra, {"consistency": added})
+        return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +137,23 @@ class MDCS(_SelfDistilled):
     """
 
     views = 2
-    mixes = False
+    supports_mixing = False
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The sum over experts of the mean cross-entropy of both views and the consistency."""
         (strong, weak), batch_stats = _apply_to_views(network, batch, ("images", "images_2"))
-        prior, taus = log_prior(facts.class_counts), jnp.asarray(facts.taus)
+        prior, taus = log_prior(context.class_counts), jnp.asarray(context.taus)
         by_expert = jnp.stack(
             [
-                expert_losses(strong, mixed_targets(batch, facts.num_classes), prior, taus),
+                expert_losses(strong, soft_labels(batch, context.num_classes), prior, taus),
                 expert_losses(weak, batch["labels"], prior, taus),
             ]
         ).mean(axis=(0, 2))
-        added = self.consistency(weak, strong, batch["labels"], facts).sum()
+        added = self.consistency(weak, strong, batch["labels"], context).sum()
         total = by_expert.sum() + self.weight(epoch) * added
-        return Losses(total, by_expert, batch_stats, extra, {"consistency": added})
+        return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
 
 # Views as MDCS has them: weak ones are the data set's usual, which `view2` starts from on CIFAR.
@@ -182,8 +182,8 @@ _CIFAR_MDCS = {
     "model.reduce_dimension": True,
 }
 
-RECIPES = {
-    "balpoe_cs": Recipe(
+PRESETS = {
+    "balpoe_cs": Preset(
         BalPoECS(),
         "BalPoE + consistency",
         experts=3,
@@ -195,7 +195,7 @@ RECIPES = {
             "inaturalist2018": _PHOTO_CS,
         },
     ),
-    "mdcs": Recipe(
+    "mdcs": Preset(
         MDCS(),
         "MDCS",
         experts=3,
@@ -220,6 +220,6 @@ RECIPES = {
             },
         },
         epochs=400,
-        published=(Published("cifar100_lt", "ir=100", 56.1, "MDCS's supplement, Table 1"),),
+        published=(PublishedResult("cifar100_lt", "ir=100", 56.1, "MDCS's supplement, Table 1"),),
     ),
 }

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiSLAS: decoupled training that calibrates (Zhong et al., CVPR 2021).
 
-The first stage is cross-entropy with mixup. The second one tunes the classifier on batches with
+The first phase is cross-entropy with mixup. The second one tunes the classifier on batches with
 balanced classes, with label-aware smoothing and a learnable scale for each class, while the rest of
 the network keeps its parameters and only its BatchNorm statistics move on ("shifted" statistics).
 
 Followed is the authors' code (dvlab-research/MiSLAS), where the paper differs: the smoothed mass is
-spread over all classes, not over the others alone, and the classifier of the first stage is
-continued, not initialised anew. Where we differ: an epoch of the second stage has as many steps as
+spread over all classes, not over the others alone, and the classifier of the first phase is
+continued, not initialised anew. Where we differ: an epoch of the second phase has as many steps as
 one of the first, the authors' one more.
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from flax import linen as nn
 
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Stage, mixed_targets
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, soft_labels
 from balpoe_jax.methods.checks import check_choice, check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble, Outputs
 
 SHAPES = ("concave", "linear", "convex")
@@ -86,7 +86,7 @@ class Mislas(Method):
     Attributes:
         smooth_head, smooth_tail: smoothing of the largest and of the smallest class, in [0, 1].
         smooth_shape: between them, one of `SHAPES`.
-        classifier_rate: of the classifier in the second stage, as a factor of the learning rate.
+        classifier_rate: of the classifier in the second phase, as a factor of the learning rate.
     """
 
     smooth_head: float = 0.4
@@ -101,11 +101,11 @@ class Mislas(Method):
         check_choice("smooth_shape", self.smooth_shape, SHAPES)
         check_range("classifier_rate", self.classifier_rate, 0, 1e6)
 
-    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> ScaledEnsemble:
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> ScaledEnsemble:
         """The ensemble with a scale for each class."""
         return ScaledEnsemble(ensemble)
 
-    def stages(self) -> tuple[Stage, ...]:
+    def phases(self) -> tuple[Phase, ...]:
         """Mixup training of all but the scales, then the classifier's tuning."""
 
         def first(path: str) -> float:
@@ -117,26 +117,26 @@ class Mislas(Method):
             return self.classifier_rate if "/head/" in path else 0.0
 
         return (
-            Stage("mixup training", self.loss, first),
-            Stage("classifier tuning", self.tuning_loss, second),
+            Phase("mixup training", self.loss, first),
+            Phase("classifier tuning", self.tuning_loss, second),
         )
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """Cross-entropy of mixed labels."""
         outputs, batch_stats = network(batch["images"])
-        targets = mixed_targets(batch, facts.num_classes)
+        targets = soft_labels(batch, context.num_classes)
         by_expert = -(targets[None] * jax.nn.log_softmax(outputs.logits)).sum(axis=-1).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
     def tuning_loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """Label-aware smoothing. Statistics are those of the batch, and go on moving."""
         outputs, batch_stats = network(batch["images"])
         smoothing = label_smoothing(
-            facts.class_counts, self.smooth_head, self.smooth_tail, self.smooth_shape
+            context.class_counts, self.smooth_head, self.smooth_tail, self.smooth_shape
         )
         losses = label_aware_smoothing(
             outputs.logits,
@@ -144,7 +144,7 @@ class Mislas(Method):
             jnp.asarray(smoothing, outputs.logits.dtype),
         )
         by_expert = losses.mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
 
 _SOURCE = "MiSLAS's repository"
@@ -153,16 +153,16 @@ _FIELDS = {
     "model.classifier": "linear",
     "optim.nesterov": False,
     "augment.rotation": 0.0,
-    "stage2.epochs": 10,
-    "stage2.learning_rate": 0.1,
-    "stage2.nesterov": False,
-    "stage2.sampler": "class_aware",
-    "stage2.class_run": 4,
+    "phase2.epochs": 10,
+    "phase2.learning_rate": 0.1,
+    "phase2.nesterov": False,
+    "phase2.sampler": "class_aware",
+    "phase2.class_run": 4,
 }
 
 
-def _recipe(about: str, cifar_decay: float, published: tuple[Published, ...]) -> Recipe:
-    decay = {"optim.weight_decay": cifar_decay, "stage2.weight_decay": cifar_decay}
+def _recipe(about: str, cifar_decay: float, published: tuple[PublishedResult, ...]) -> Preset:
+    decay = {"optim.weight_decay": cifar_decay, "phase2.weight_decay": cifar_decay}
     large = {
         "batch_size": 256,
         "optim.learning_rate": 0.1,
@@ -172,7 +172,7 @@ def _recipe(about: str, cifar_decay: float, published: tuple[Published, ...]) ->
         "method.classifier_rate": 0.05,
     }
     softer = {"method.smooth_tail": 0.0, "method.classifier_rate": 0.1}
-    return Recipe(
+    return Preset(
         Mislas(),
         about,
         fields=_FIELDS,
@@ -187,7 +187,7 @@ def _recipe(about: str, cifar_decay: float, published: tuple[Published, ...]) ->
                 **large,
                 "total_epochs": 200,
                 "optim.weight_decay": 1e-4,
-                "stage2.weight_decay": 1e-4,
+                "phase2.weight_decay": 1e-4,
                 "augment.color_jitter": (0.4, 0.4, 0.4),
             },
         },
@@ -195,17 +195,17 @@ def _recipe(about: str, cifar_decay: float, published: tuple[Published, ...]) ->
     )
 
 
-RECIPES = {
+PRESETS = {
     "mislas": _recipe(
         "MiSLAS",
         2e-4,
         (
-            Published("cifar100_lt", "ir=10", 63.2, _SOURCE, ece=1.73),
-            Published("cifar100_lt", "ir=50", 52.3, _SOURCE, ece=2.47),
-            Published("cifar100_lt", "ir=100", 47.0, _SOURCE, ece=4.83),
-            Published("imagenet_lt", "", 52.7, _SOURCE, ece=1.78),
-            Published("imagenet_lt", "backbone=resnext50", 51.4, "BalPoE's Table 3"),
-            Published("inaturalist2018", "", 71.6, _SOURCE, ece=7.67),
+            PublishedResult("cifar100_lt", "ir=10", 63.2, _SOURCE, ece=1.73),
+            PublishedResult("cifar100_lt", "ir=50", 52.3, _SOURCE, ece=2.47),
+            PublishedResult("cifar100_lt", "ir=100", 47.0, _SOURCE, ece=4.83),
+            PublishedResult("imagenet_lt", "", 52.7, _SOURCE, ece=1.78),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 51.4, "BalPoE's Table 3"),
+            PublishedResult("inaturalist2018", "", 71.6, _SOURCE, ece=7.67),
         ),
     ),
     # The weight decay that the authors' page recommends for CIFAR.

@@ -24,9 +24,9 @@ the losses are BalPoE's for one expert, so that these need no method of their ow
 
 from typing import Any
 
-from balpoe_jax.methods.augmentations import halves
+from balpoe_jax.methods.augmentations import either_of
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.reweighting import Reweighted
 
 _CROSS_ENTROPY, _BALANCED = (0.0, 0.0), (1.0, 1.0)
@@ -73,11 +73,11 @@ _DRW_INATURALIST = {
 def _remix(
     rule: str,
     about: str,
-    published: tuple[Published, ...] = (),
+    published: tuple[PublishedResult, ...] = (),
     method: BalPoE | Reweighted | None = None,
     on_inaturalist: dict[str, Any] | None = None,
-) -> Recipe:
-    return Recipe(
+) -> Preset:
+    return Preset(
         method or BalPoE(),
         about,
         taus=_CROSS_ENTROPY,
@@ -93,10 +93,10 @@ def _remix(
     )
 
 
-def _on_cifar100(*accuracies: float, source: str = _REMIX) -> tuple[Published, ...]:
+def _on_cifar100(*accuracies: float, source: str = _REMIX) -> tuple[PublishedResult, ...]:
     """Of ratio 100, and of ratio 10."""
     return tuple(
-        Published("cifar100_lt", f"ir={ratio}", accuracy, source)
+        PublishedResult("cifar100_lt", f"ir={ratio}", accuracy, source)
         for ratio, accuracy in zip((100, 10), accuracies, strict=True)
     )
 
@@ -105,9 +105,11 @@ _PRIOR_LT_CIFAR = {"batch_size": 64, "optim.factor": 0.01}
 _PRIOR_LT = "UniMix's repository"
 
 
-def _prior_lt(about: str, taus: tuple[float, float], mixes: bool, *published: Published) -> Recipe:
+def _prior_lt(
+    about: str, taus: tuple[float, float], mixes: bool, *published: PublishedResult
+) -> Preset:
     mixing: dict[str, Any] = {"mixup.rule": "unimix", "mixup.alpha": 0.8, "mixup.exponent": -0.1}
-    return Recipe(
+    return Preset(
         BalPoE(),
         about,
         taus=taus,
@@ -127,18 +129,18 @@ _CMO_LONG_PHOTOS = {
     "optim.learning_rate": 0.02,
     "optim.schedule": "cosine",
     "optim.boundaries": (),
-    **halves("rand", "photo_similar"),
+    **either_of("rand", "photo_similar"),
 }
 
 
-def _cmo(about: str, taus: tuple[float, float], *published: Published) -> Recipe:
+def _cmo(about: str, taus: tuple[float, float], *published: PublishedResult) -> Preset:
     photos = {
         "total_epochs": 100,
         "optim.learning_rate": 0.1,
         "optim.schedule": "step",
         "mixup.last_epoch": 97,
     }
-    return Recipe(
+    return Preset(
         BalPoE(),
         about,
         taus=taus,
@@ -158,7 +160,7 @@ def _cmo(about: str, taus: tuple[float, float], *published: Published) -> Recipe
                 **_CMO_LONG,
                 "optim.factor": 0.1,
                 "optim.boundaries": (320, 360),
-                **halves("strong", "similar"),
+                **either_of("strong", "similar"),
             },
             "imagenet_lt": {
                 **photos,
@@ -176,19 +178,19 @@ def _cmo(about: str, taus: tuple[float, float], *published: Published) -> Recipe
 
 _CMO, _PAPER = "CMO's paper", "BalPoE's Table 1"
 
-RECIPES = {
+PRESETS = {
     "mixup_remix": _remix("mixup", "mixup, Remix's training", _on_cifar100(40.83, 58.37)),
     "cutmix": _remix("cutmix", "CutMix", _on_cifar100(41.86, 59.47)),
     "mixup_or_cutmix": _remix("mixup_or_cutmix", "mixup or CutMix"),
     "remix": _remix(
         "remix",
         "Remix",
-        (*_on_cifar100(41.94, 59.36), Published("inaturalist2018", "", 61.3, _REMIX)),
+        (*_on_cifar100(41.94, 59.36), PublishedResult("inaturalist2018", "", 61.3, _REMIX)),
     ),
     "remix_drw": _remix(
         "remix",
         "Remix-DRW",
-        (*_on_cifar100(46.77, 61.23), Published("inaturalist2018", "", 70.5, _REMIX)),
+        (*_on_cifar100(46.77, 61.23), PublishedResult("inaturalist2018", "", 70.5, _REMIX)),
         _DRW,
         _DRW_INATURALIST,
     ),
@@ -197,27 +199,29 @@ RECIPES = {
         "Bayias",
         _BALANCED,
         False,
-        Published("cifar100_lt", "ir=100", 43.5, _PAPER.replace("1", "2"), ece=24.3),
+        PublishedResult("cifar100_lt", "ir=100", 43.5, _PAPER.replace("1", "2"), ece=24.3),
     ),
     "unimix": _prior_lt("UniMix", _CROSS_ENTROPY, True),
     "unimix_bayias": _prior_lt(
         "UniMix + Bayias",
         _BALANCED,
         True,
-        Published("cifar100_lt", "ir=100", 45.5, _PAPER.replace("1", "2"), ece=23.0),
-        Published("cifar100_lt", "ir=10", 61.25, _PRIOR_LT),
+        PublishedResult("cifar100_lt", "ir=100", 45.5, _PAPER.replace("1", "2"), ece=23.0),
+        PublishedResult("cifar100_lt", "ir=10", 61.25, _PRIOR_LT),
     ),
-    "cmo_ce": _cmo("CMO + CE", _CROSS_ENTROPY, Published("cifar100_lt", "ir=100", 43.9, _CMO)),
+    "cmo_ce": _cmo(
+        "CMO + CE", _CROSS_ENTROPY, PublishedResult("cifar100_lt", "ir=100", 43.9, _CMO)
+    ),
     "cmo_bs": _cmo(
         "CMO + balanced softmax",
         _BALANCED,
-        Published("cifar100_lt", "ir=100", 46.6, _CMO),
+        PublishedResult("cifar100_lt", "ir=100", 46.6, _CMO),
         *(
-            Published("cifar100_lt", f"ir={ratio},recipe=long", accuracy, _PAPER)
+            PublishedResult("cifar100_lt", f"ir={ratio},recipe=long", accuracy, _PAPER)
             for ratio, accuracy in {10: 65.3, 50: 56.7, 100: 51.7}.items()
         ),
-        Published("imagenet_lt", "", 52.3, _CMO),
-        Published("imagenet_lt", "recipe=long", 58.0, _PAPER),
-        Published("inaturalist2018", "recipe=long", 74.0, _PAPER),
+        PublishedResult("imagenet_lt", "", 52.3, _CMO),
+        PublishedResult("imagenet_lt", "recipe=long", 58.0, _PAPER),
+        PublishedResult("inaturalist2018", "recipe=long", 74.0, _PAPER),
     ),
 }

@@ -26,17 +26,17 @@ from flax import linen as nn
 
 from balpoe_jax.losses import cross_entropy, log_prior
 from balpoe_jax.methods.augmentations import views
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
 from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.contrastive import (
     ProjectedExperts,
     Projection,
-    encode_slowly,
-    move_slowly,
-    newest,
-    slow_copy,
+    encode_keys,
+    enqueue,
+    init_momentum_encoder,
+    update_momentum_encoder,
 )
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
 
@@ -127,7 +127,7 @@ class NCL(Method):
         momentum: of the moving average of the networks that encodes them.
     """
 
-    mixes = False
+    supports_mixing = False
 
     distillation: float = 0.6
     hard_share: float = 0.3
@@ -155,40 +155,46 @@ class NCL(Method):
         return 2 if self.contrast else 1
 
     @property
-    def whole_batch(self) -> bool:  # type: ignore[override]
+    def needs_global_batch(self) -> bool:  # type: ignore[override]
         """With contrast it keeps state."""
         return self.contrast > 0
 
-    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> nn.Module:
         """The networks, for contrast each with a projection of a hidden layer."""
         if not self.contrast:
             return ensemble
         return ProjectedExperts(ensemble, Projection((0,), self.width, norm=False))
 
-    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> Any:
+    def init_state(self, network: Network, context: Context, key: jax.Array) -> Any:
         """For contrast slow networks, copies of the fast ones, and a queue of noise."""
         if not self.contrast:
             return {}
         experts = len(jax.tree.leaves(network.params["projection"])[0])
         noise = jax.random.normal(key, (self.queue_size, experts, self.width))
-        return {**slow_copy(network), "queue": normalize(noise, axis=-1)}
+        return {**init_momentum_encoder(network), "queue": normalize(noise, axis=-1)}
 
-    def refresh(self, extra: Any, params: Any, facts: Facts, epoch: jax.Array) -> Any:
+    def on_step_start(
+        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
+    ) -> Any:
         """The slow networks move before they encode a batch."""
-        return move_slowly(extra, params, self.momentum) if self.contrast else extra
+        return (
+            update_momentum_encoder(method_state, params, self.momentum)
+            if self.contrast
+            else method_state
+        )
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Each network is balanced softmax."""
         return (1.0,) * len(taus)
 
     def loss(
-        self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The sum over networks of their means over rows."""
         outputs, batch_stats = network(batch["images"])
-        log_prior(facts.class_counts)  # which refuses classes without examples
-        number = max(1, int(self.hard_share * facts.num_classes))
-        log_counts = jnp.asarray(np.log(facts.class_counts), jnp.float32)
+        log_prior(context.class_counts)  # which refuses classes without examples
+        number = max(1, int(self.hard_share * context.num_classes))
+        log_counts = jnp.asarray(np.log(context.class_counts), jnp.float32)
         own, divergences = (
             each.mean(axis=1)
             for each in nested_losses(
@@ -199,20 +205,24 @@ class NCL(Method):
         distilled = self.distillation / others * divergences.sum()
         total, terms = own.sum() + distilled, {"distillation": distilled}
         if self.contrast:
-            by_network, extra = self._contrast(outputs, network, extra, batch, facts)
+            by_network, method_state = self._contrast(
+                outputs, network, method_state, batch, context
+            )
             terms["contrast"] = self.contrast * by_network.sum()
             total += terms["contrast"]
-        return Losses(total, own, batch_stats, extra, terms)
+        return Losses(total, own, batch_stats, method_state, terms)
 
     def _contrast(
-        self, outputs: Any, network: Network, extra: Any, batch: Batch, facts: Facts
+        self, outputs: Any, network: Network, method_state: Any, batch: Batch, context: Context
     ) -> tuple[jax.Array, Any]:
-        """Each network's mean over rows `[E]`, and the extra state after the step."""
-        encoded, slow_stats = encode_slowly(network, extra, batch["images_2"], facts)
+        """Each network's mean over rows `[E]`, and the method state after the step."""
+        encoded, slow_stats = encode_keys(network, method_state, batch["images_2"], context)
         keys = jax.lax.stop_gradient(encoded.projections)
-        losses = contrastive_losses(outputs.projections, keys, extra["queue"], self.temperature)
-        queue = newest(facts.gather_state(keys.swapaxes(0, 1)), extra["queue"])
-        return losses.mean(axis=1), {**extra, "batch_stats": slow_stats, "queue": queue}
+        losses = contrastive_losses(
+            outputs.projections, keys, method_state["queue"], self.temperature
+        )
+        queue = enqueue(context.gather_state(keys.swapaxes(0, 1)), method_state["queue"])
+        return losses.mean(axis=1), {**method_state, "batch_stats": slow_stats, "queue": queue}
 
 
 _CIFAR = {
@@ -238,8 +248,8 @@ _CIFAR_VIEWS, _PHOTO_VIEWS = views("strong", "similar"), views("rand", "photo_si
 _FIELDS = {"model.shared_stages": -1, "optim.weight_decay": 2e-4}
 _PAPER = "BalPoE's Table 1"
 
-RECIPES = {
-    "ncl": Recipe(
+PRESETS = {
+    "ncl": Preset(
         NCL(),
         "NCL",
         experts=3,
@@ -247,14 +257,14 @@ RECIPES = {
         on=_ON,
         epochs=400,
         published=(
-            Published("cifar100_lt", "ir=50", 58.2, _PAPER),
-            Published("cifar100_lt", "ir=100", 54.2, _PAPER),
-            Published("imagenet_lt", "", 59.5, _PAPER),
-            Published("imagenet_lt", "backbone=resnext50", 60.5, _PAPER),
-            Published("inaturalist2018", "", 74.9, _PAPER),
+            PublishedResult("cifar100_lt", "ir=50", 58.2, _PAPER),
+            PublishedResult("cifar100_lt", "ir=100", 54.2, _PAPER),
+            PublishedResult("imagenet_lt", "", 59.5, _PAPER),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 60.5, _PAPER),
+            PublishedResult("inaturalist2018", "", 74.9, _PAPER),
         ),
     ),
-    "ncl_contrast": Recipe(
+    "ncl_contrast": Preset(
         NCL(contrast=1.0),
         "NCL with its contrastive branch",
         experts=3,

@@ -24,19 +24,19 @@ from flax import linen as nn
 
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.augmentations import views
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.contrastive import (
     ProjectedEnsemble,
     Projection,
     check_single,
-    encode_slowly,
+    encode_keys,
+    enqueue,
     equal_labels,
-    move_slowly,
-    newest,
-    slow_copy,
+    init_momentum_encoder,
+    update_momentum_encoder,
 )
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
 
@@ -102,8 +102,8 @@ class PaCo(Method):
     """
 
     views = 2
-    whole_batch = True
-    mixes = False
+    needs_global_batch = True
+    supports_mixing = False
 
     alpha: float = 0.01
     temperature: float = 0.05
@@ -119,75 +119,84 @@ class PaCo(Method):
         check_range("queue_size", self.queue_size, 1, 1e9)
         check_range("momentum", self.momentum, 0, 1)
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """The centre is adjusted as by tau 1."""
         return (1.0,) * len(taus)
 
-    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> nn.Module:
         """The expert with a projection: a hidden layer with BatchNorm, or GPaCo's two without."""
         check_single(ensemble, "PaCo")
-        axis_name = facts.axis_name if facts.sync_batch_norm else None
+        axis_name = context.axis_name if context.sync_batch_norm else None
         hidden = (0,) if self.momentum else (0, 0)  # as wide as the features
         return ProjectedEnsemble(
             ensemble, Projection(hidden, self.width, bool(self.momentum), axis_name)
         )
 
-    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> Any:
+    def init_state(self, network: Network, context: Context, key: jax.Array) -> Any:
         """The slow network, a copy of the fast one, and a queue of noise without labels."""
         if not self.momentum:
             return {}
         noise = jax.random.normal(key, (self.queue_size, self.width))
         return {
-            **slow_copy(network),
+            **init_momentum_encoder(network),
             "queue": normalize(noise, axis=-1),
             "labels": jnp.full(self.queue_size, -1, jnp.int32),
         }
 
-    def refresh(self, extra: Any, params: Any, facts: Facts, epoch: jax.Array) -> Any:
+    def on_step_start(
+        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
+    ) -> Any:
         """The slow network moves before it encodes a batch."""
         if not self.momentum:
-            return extra
-        return move_slowly(extra, params, self.momentum)
+            return method_state
+        return update_momentum_encoder(method_state, params, self.momentum)
 
     def loss(
-        self, network: Network, extra: Any, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The mean over the images of the whole batch."""
         step = self._with_queue if self.momentum else self._with_both_views
-        return step(network, extra, batch, facts)
+        return step(network, method_state, batch, context)
 
-    def _with_queue(self, network: Network, extra: Any, batch: Batch, facts: Facts) -> Losses:
+    def _with_queue(
+        self, network: Network, method_state: Any, batch: Batch, context: Context
+    ) -> Losses:
         outputs, batch_stats = network(batch["images"])
-        encoded, slow_stats = encode_slowly(network, extra, batch["images_2"], facts)
-        keys, labels = facts.gather_state(encoded.projections), facts.gather_state(batch["labels"])
-        queries = facts.gather(outputs.projections)
-        others = jnp.concatenate([labels, labels, extra["labels"]])
-        contrasts = jnp.concatenate([queries, keys, extra["queue"]])
+        encoded, slow_stats = encode_keys(network, method_state, batch["images_2"], context)
+        keys, labels = (
+            context.gather_state(encoded.projections),
+            context.gather_state(batch["labels"]),
+        )
+        queries = context.gather(outputs.projections)
+        others = jnp.concatenate([labels, labels, method_state["labels"]])
+        contrasts = jnp.concatenate([queries, keys, method_state["queue"]])
         by_image = self._by_image(
-            facts, facts.gather(outputs.logits[0]), queries, contrasts, others
+            context, context.gather(outputs.logits[0]), queries, contrasts, others
         )
         new = {
-            "params": extra["params"],
+            "params": method_state["params"],
             "batch_stats": slow_stats,
-            "queue": newest(keys, extra["queue"]),
-            "labels": newest(labels, extra["labels"]),
+            "queue": enqueue(keys, method_state["queue"]),
+            "labels": enqueue(labels, method_state["labels"]),
         }
         return _losses(by_image, batch_stats, new)
 
-    def _with_both_views(self, network: Network, extra: Any, batch: Batch, facts: Facts) -> Losses:
+    def _with_both_views(
+        self, network: Network, method_state: Any, batch: Batch, context: Context
+    ) -> Losses:
         rows = len(batch["labels"])
         outputs, batch_stats = network(jnp.concatenate([batch["images"], batch["images_2"]]))
         both = (outputs.logits[0], outputs.projections)
         logits, queries = (
-            jnp.concatenate([facts.gather(x[:rows]), facts.gather(x[rows:])]) for x in both
+            jnp.concatenate([context.gather(x[:rows]), context.gather(x[rows:])]) for x in both
         )
-        labels = jnp.tile(facts.gather(batch["labels"]), 2)
-        by_image = self._by_image(facts, logits, queries, queries, labels)
-        return _losses(by_image, batch_stats, extra)
+        labels = jnp.tile(context.gather(batch["labels"]), 2)
+        by_image = self._by_image(context, logits, queries, queries, labels)
+        return _losses(by_image, batch_stats, method_state)
 
     def _by_image(
         self,
-        facts: Facts,
+        context: Context,
         logits: jax.Array,
         queries: jax.Array,
         contrasts: jax.Array,
@@ -196,13 +205,13 @@ class PaCo(Method):
         similarities = (
             jnp.matmul(queries, contrasts.T, precision=jax.lax.Precision.HIGHEST) / self.temperature
         )
-        prior = log_prior(facts.class_counts)
+        prior = log_prior(context.class_counts)
         return paco_loss(logits, similarities, others[: len(logits)], others, prior, self.alpha)
 
 
-def _losses(by_image: jax.Array, batch_stats: Any, extra: Any) -> Losses:
+def _losses(by_image: jax.Array, batch_stats: Any, method_state: Any) -> Losses:
     total = by_image.mean()
-    return Losses(total, total[None], batch_stats, extra)
+    return Losses(total, total[None], batch_stats, method_state)
 
 
 _CIFAR = {
@@ -226,8 +235,8 @@ _PHOTOS = {
 _FIELDS = {"model.classifier": "linear", "optim.nesterov": False}
 _PAPER, _CODE = "BalPoE's Table 1", "PaCo's repository"
 
-RECIPES = {
-    "paco": Recipe(
+PRESETS = {
+    "paco": Preset(
         PaCo(),
         "PaCo",
         fields=_FIELDS,
@@ -243,15 +252,15 @@ RECIPES = {
         },
         epochs=400,
         published=(
-            Published("cifar100_lt", "ir=10", 64.2, _PAPER),
-            Published("cifar100_lt", "ir=50", 56.0, _PAPER),
-            Published("cifar100_lt", "ir=100", 52.0, _PAPER),
-            Published("imagenet_lt", "", 57.0, _PAPER),
-            Published("imagenet_lt", "backbone=resnext50", 58.2, _PAPER),
-            Published("inaturalist2018", "", 73.2, _PAPER),
+            PublishedResult("cifar100_lt", "ir=10", 64.2, _PAPER),
+            PublishedResult("cifar100_lt", "ir=50", 56.0, _PAPER),
+            PublishedResult("cifar100_lt", "ir=100", 52.0, _PAPER),
+            PublishedResult("imagenet_lt", "", 57.0, _PAPER),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 58.2, _PAPER),
+            PublishedResult("inaturalist2018", "", 73.2, _PAPER),
         ),
     ),
-    "gpaco": Recipe(
+    "gpaco": Preset(
         PaCo(momentum=0.0),
         "GPaCo",
         fields=_FIELDS,
@@ -278,9 +287,9 @@ RECIPES = {
         },
         epochs=400,
         published=(
-            Published("imagenet_lt", "", 58.5, _CODE),
-            Published("imagenet_lt", "backbone=resnext50", 58.9, _CODE),
-            Published("inaturalist2018", "", 75.4, _CODE),
+            PublishedResult("imagenet_lt", "", 58.5, _CODE),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 58.9, _CODE),
+            PublishedResult("inaturalist2018", "", 75.4, _CODE),
         ),
     ),
 }

@@ -26,9 +26,9 @@ from balpoe_jax.losses import (
     ldam_margins,
     log_prior,
 )
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mix_losses
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, mix_losses
 from balpoe_jax.methods.checks import check_choice, check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 
 BASES = ("cross_entropy", "focal", "ldam")
 WEIGHTS = ("none", "class_balanced")
@@ -76,7 +76,7 @@ class Reweighted(Method):
         check_range("max_margin", self.max_margin, 0, 100)
 
     @property
-    def whole_batch(self) -> bool:  # type: ignore[override]
+    def needs_global_batch(self) -> bool:  # type: ignore[override]
         """Where weights are normalised over the batch."""
         return self.weighs and self.weight_norm == "sum_w"
 
@@ -85,58 +85,58 @@ class Reweighted(Method):
         """Whether there is an epoch with class weights."""
         return self.weights != "none" and self.reweight_epoch >= 0
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Unweighted cross-entropy is that of tau 0."""
         plain = self.base == "cross_entropy" and not self.weighs
         return (0.0 if plain else None,) * len(taus)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The mean over experts and rows."""
         outputs, batch_stats = network(batch["images"])
-        by_expert = self.expert_losses(outputs.logits, batch, facts, epoch)
-        return Losses(by_expert.mean(), by_expert, batch_stats, extra)
+        by_expert = self.expert_losses(outputs.logits, batch, context, epoch)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
     def expert_losses(
-        self, logits: jax.Array, batch: Batch, facts: Facts, epoch: jax.Array
+        self, logits: jax.Array, batch: Batch, context: Context, epoch: jax.Array
     ) -> jax.Array:
         """Weighted means over the rows of `[E, b, C]`, float `[E]`; their mean over devices counts.
 
         Args:
             logits: of all experts.
             batch: this device's rows.
-            facts: of the run.
+            context: of the run.
             epoch: traced, counted from 0.
         """
         # Log priors are not needed, but a class without examples has no weight and no margin.
-        log_prior(facts.class_counts)
-        weights = self.class_weights(facts, epoch).astype(logits.dtype)
+        log_prior(context.class_counts)
+        weights = self.class_weights(context, epoch).astype(logits.dtype)
 
         def weighted_mean(logits: jax.Array) -> jax.Array:
-            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, facts)).mean()
+            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, context)).mean()
 
         means = jax.vmap(weighted_mean)(logits)
-        if not self.whole_batch:
+        if not self.needs_global_batch:
             return means
         shares = mix_losses(batch, lambda labels: weights[labels])
-        return means / facts.mean_over_devices(shares.mean())
+        return means / context.mean_over_devices(shares.mean())
 
-    def class_weights(self, facts: Facts, epoch: jax.Array) -> jax.Array:
+    def class_weights(self, context: Context, epoch: jax.Array) -> jax.Array:
         """Those of an epoch, float `[C]`."""
-        ones = jnp.ones(facts.num_classes)
+        ones = jnp.ones(context.num_classes)
         if not self.weighs:
             return ones
-        weights = jnp.asarray(class_balanced_weights(facts.class_counts, self.beta))
+        weights = jnp.asarray(class_balanced_weights(context.class_counts, self.beta))
         return jnp.where(epoch >= self.reweight_epoch, weights, ones)
 
     def row_losses(
-        self, logits: jax.Array, labels: jax.Array, weights: jax.Array, facts: Facts
+        self, logits: jax.Array, labels: jax.Array, weights: jax.Array, context: Context
     ) -> jax.Array:
         """Weighted losses `[B]` of one expert's logits `[B, C]`."""
         if self.base == "ldam":
-            margins = ldam_margins(facts.class_counts, self.max_margin)
-            return weights[labels] * ldam_loss(logits, labels, margins, facts.scale)
+            margins = ldam_margins(context.class_counts, self.max_margin)
+            return weights[labels] * ldam_loss(logits, labels, margins, context.scale)
         losses = cross_entropy(logits, labels)
         if self.base == "cross_entropy":
             return weights[labels] * losses
@@ -182,52 +182,52 @@ _LDAM = {
 }
 _LINEAR = {**TRAINING, "model.classifier": "linear"}
 
-RECIPES = {
-    "cross_entropy_cb": Recipe(
+PRESETS = {
+    "cross_entropy_cb": Preset(
         Reweighted(weights="class_balanced"),
         "class-balanced cross-entropy",
         fields=_LINEAR,
         on=ON,
     ),
-    "ce_drw": Recipe(
+    "ce_drw": Preset(
         Reweighted(weights="class_balanced", reweight_epoch=160),
         "cross-entropy, DRW",
         fields=_LINEAR,
         on=_DEFERRED,
     ),
-    "focal": Recipe(
+    "focal": Preset(
         Reweighted("focal"),
         "focal loss",
         fields=_LINEAR,
         on=ON,
         published=(
-            Published("cifar100_lt", "ir=100", 38.4, "quoted by later papers"),
-            Published("cifar100_lt", "ir=10", 55.8, "quoted by later papers"),
-            Published("inaturalist2018", "", 66.6, "quoted by later papers"),
+            PublishedResult("cifar100_lt", "ir=100", 38.4, "quoted by later papers"),
+            PublishedResult("cifar100_lt", "ir=10", 55.8, "quoted by later papers"),
+            PublishedResult("inaturalist2018", "", 66.6, "quoted by later papers"),
         ),
     ),
-    "focal_cb": Recipe(
+    "focal_cb": Preset(
         Reweighted("focal", weights="class_balanced"),
         "class-balanced focal loss",
         fields=_LINEAR,
         on=ON,
     ),
-    "ldam": Recipe(
+    "ldam": Preset(
         Reweighted("ldam"),
         "LDAM",
         fields=TRAINING,
         on={**ON, "inaturalist2018": {**ON["inaturalist2018"], "method.max_margin": 0.3}},
     ),
-    "ldam_drw": Recipe(
+    "ldam_drw": Preset(
         Reweighted("ldam", weights="class_balanced", reweight_epoch=160),
         "LDAM-DRW",
         fields=TRAINING,
         on=_LDAM,
         published=(
-            Published("cifar100_lt", "ir=100", 42.04, "LDAM-DRW's paper"),
-            Published("cifar100_lt", "ir=10", 58.71, "LDAM-DRW's paper"),
-            Published("imagenet_lt", "backbone=resnext50", 51.1, "quoted by later papers"),
-            Published("inaturalist2018", "", 68.6, "Remix's paper"),
+            PublishedResult("cifar100_lt", "ir=100", 42.04, "LDAM-DRW's paper"),
+            PublishedResult("cifar100_lt", "ir=10", 58.71, "LDAM-DRW's paper"),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 51.1, "quoted by later papers"),
+            PublishedResult("inaturalist2018", "", 68.6, "Remix's paper"),
         ),
     ),
 }

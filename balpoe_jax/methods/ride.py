@@ -9,7 +9,7 @@ temperature. The total is the sum over experts. Where we deliberately differ fro
 - Without a diversity factor the experts keep their own losses. The code then takes the loss of the
   mean logits instead, once for each expert.
 - Margins are scaled by the classifier's scale, whatever it is; the code's are always scaled by 30.
-- The router is a second stage of one run, in place of a run of its own: until then it is frozen.
+- The router is a second phase of one run, in place of a run of its own: until then it is frozen.
 - A distilled run adds the teacher's term once; the code repeats the whole loss for each expert.
 """
 
@@ -24,9 +24,9 @@ from flax import linen as nn
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import cross_entropy
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction, Stage
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, Prediction
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.reweighting import Reweighted
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import LinearHead, normalize
@@ -91,7 +91,7 @@ def prefix_means(logits: jax.Array) -> jax.Array:
     return jnp.cumsum(logits, axis=0) / numbers[:, None, None]
 
 
-def worth_going_on(prefixes: jax.Array, labels: jax.Array) -> jax.Array:
+def router_labels(prefixes: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether a prefix of experts is wrong while a longer one is right, bool `[E - 1, B]`.
 
     Args:
@@ -168,7 +168,7 @@ class RIDE(Method):
             none.
         beta: of the class weights' effective number.
         max_margin: of the rarest class.
-        router: whether a router is trained in the second stage.
+        router: whether a router is trained in the second phase.
         router_top_k: how many logits it sees; the authors' 30 on CIFAR, 50 on photographs.
         router_width: of the feature that it sees.
         router_positive_weight: of rows for which asking on is worth it.
@@ -196,7 +196,7 @@ class RIDE(Method):
     teacher_temperature: float = 1.5
     repeat_by_experts: bool = False
 
-    whole_batch = True
+    needs_global_batch = True
 
     def __post_init__(self) -> None:
         """Raises a `UserError` for a value that is not valid."""
@@ -226,13 +226,13 @@ class RIDE(Method):
             max_margin=self.max_margin,
         )
 
-    def network(self, ensemble: ExpertEnsemble, facts: Facts) -> nn.Module:
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> nn.Module:
         """The ensemble, with a router if there is to be one.
 
         Raises:
             UserError (a `ValueError`): a router for a single expert, or no teacher to learn from.
         """
-        if self.distill and facts.teacher is None:
+        if self.distill and context.teacher is None:
             raise UserError(
                 "Distillation needs a teacher: train one, such as method=ride,experts=6, and name "
                 "its workdir with --config.method.teacher=DIR."
@@ -246,56 +246,56 @@ class RIDE(Method):
             )
         return RoutedEnsemble(ensemble, Router(self.router_top_k, self.router_width))
 
-    def stages(self) -> tuple[Stage, ...]:
+    def phases(self) -> tuple[Phase, ...]:
         """The experts, and then the router with everything else frozen."""
-        experts = Stage("experts", self.loss, lambda path: float(not path.startswith("router/")))
-        router = Stage("router", self.router_loss, lambda path: float(path.startswith("router/")))
+        experts = Phase("experts", self.loss, lambda path: float(not path.startswith("router/")))
+        router = Phase("router", self.router_loss, lambda path: float(path.startswith("router/")))
         return (experts, router) if self.router else (experts,)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The sum over experts, of means over rows."""
         outputs, batch_stats = network(batch["images"])
-        own, divergence = self.parts(outputs.logits, batch, facts, epoch)
+        own, divergence = self.expert_and_diversity_losses(outputs.logits, batch, context, epoch)
         by_expert = own + self.diversity * divergence
         total, terms = by_expert.sum(), {"ldam": own.sum(), "divergence": divergence.sum()}
         if self.distill:
-            terms["teacher"] = self.teachers_part(outputs.logits, extra, batch, facts)
+            terms["teacher"] = self.distillation_loss(outputs.logits, method_state, batch, context)
             total += self.teacher_weight * terms["teacher"]
             total *= len(by_expert) if self.repeat_by_experts else 1
-        return Losses(total, by_expert, batch_stats, extra, terms)
+        return Losses(total, by_expert, batch_stats, method_state, terms)
 
-    def init_extra(self, network: Network, facts: Facts, key: jax.Array) -> dict[str, Any]:
+    def init_state(self, network: Network, context: Context, key: jax.Array) -> dict[str, Any]:
         """The place of the teacher's variables."""
-        if facts.teacher is None:
+        if context.teacher is None:
             return {}
-        shapes = {"params": facts.teacher.params, "batch_stats": facts.teacher.batch_stats}
+        shapes = {"params": context.teacher.params, "batch_stats": context.teacher.batch_stats}
         return {"teacher": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
 
-    def teachers_part(
-        self, logits: jax.Array, extra: dict[str, Any], batch: Batch, facts: Facts
+    def distillation_loss(
+        self, logits: jax.Array, method_state: dict[str, Any], batch: Batch, context: Context
     ) -> jax.Array:
         """The mean over rows of the divergence from the teacher, which sees them as in a test."""
-        assert facts.teacher is not None  # `network` has seen to it
-        teacher = Network(facts.teacher.module, **extra["teacher"])
+        assert context.teacher is not None  # `network` has seen to it
+        teacher = Network(context.teacher.module, **method_state["teacher"])
         outputs, _ = teacher(batch["images"], train=False)
         means = outputs.logits.mean(axis=0), logits.mean(axis=0)
         return distillation(*means, self.teacher_temperature).mean()
 
-    def parts(
-        self, logits: jax.Array, batch: Batch, facts: Facts, epoch: jax.Array
+    def expert_and_diversity_losses(
+        self, logits: jax.Array, batch: Batch, context: Context, epoch: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Each expert's own loss and its divergence from the mean, float `[E]`."""
-        own = self.expert_loss.expert_losses(logits, batch, facts, epoch)
-        temperatures = jnp.ones(facts.num_classes)
+        own = self.expert_loss.expert_losses(logits, batch, context, epoch)
+        temperatures = jnp.ones(context.num_classes)
         if self.reweight_epoch >= 0:
-            later = jnp.asarray(class_temperatures(facts.class_counts, self.temperature_spread))
+            later = jnp.asarray(class_temperatures(context.class_counts, self.temperature_spread))
             temperatures = jnp.where(epoch >= self.reweight_epoch, later, temperatures)
         return own, divergence_from_mean(logits, self.temperature * temperatures)
 
     def router_loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The binary cross-entropy of the gates, the mean over rows and gates.
 
@@ -303,16 +303,18 @@ class RIDE(Method):
         cross-entropies are shown.
         """
         outputs, batch_stats = network(batch["images"], train=False)
-        worth = worth_going_on(prefix_means(outputs.logits), batch["labels"])
+        worth = router_labels(prefix_means(outputs.logits), batch["labels"])
         losses = jnp.where(
             worth,
             self.router_positive_weight * jax.nn.softplus(-outputs.gates),
             jax.nn.softplus(outputs.gates),
         )
         by_expert = jax.vmap(lambda z: cross_entropy(z, batch["labels"]).mean())(outputs.logits)
-        return Losses(losses.mean(), by_expert, batch_stats, extra)
+        return Losses(losses.mean(), by_expert, batch_stats, method_state)
 
-    def predict(self, outputs: Outputs | RoutedOutputs, params: object, facts: Facts) -> Prediction:
+    def predict(
+        self, outputs: Outputs | RoutedOutputs, params: object, context: Context
+    ) -> Prediction:
         """The mean over the experts that the router asks, or over all."""
         if not isinstance(outputs, RoutedOutputs):
             return Prediction(outputs.logits)
@@ -345,41 +347,41 @@ _ON: dict[str, dict[str, Any]] = {
     "inaturalist2018": {**_PHOTOS, "method.temperature_spread": 0.015},
 }
 _FIELDS: dict[str, Any] = {"model.reduce_dimension": True}
-_STAGE2 = {
-    "stage2.epochs": 5,
-    "stage2.batch_size": 512,
-    "stage2.learning_rate": 0.01,
-    "stage2.schedule": "cosine",
-    "stage2.weight_decay": 5e-4,
-    "stage2.nesterov": True,
-    "stage2.sampler": "class_balanced",
+_PHASE2 = {
+    "phase2.epochs": 5,
+    "phase2.batch_size": 512,
+    "phase2.learning_rate": 0.01,
+    "phase2.schedule": "cosine",
+    "phase2.weight_decay": 5e-4,
+    "phase2.nesterov": True,
+    "phase2.sampler": "class_balanced",
 }
 
-RECIPES = {
-    "ride": Recipe(
+PRESETS = {
+    "ride": Preset(
         RIDE(),
         "RIDE",
         experts=3,
         fields=_FIELDS,
         on=_ON,
         published=(
-            Published("cifar100_lt", "ir=10", 61.8, "quoted by later papers"),
-            Published("cifar100_lt", "ir=50", 51.7, "quoted by later papers"),
-            Published("cifar100_lt", "ir=100", 48.0, "RIDE's paper"),
-            Published("imagenet_lt", "backbone=resnet50", 54.9, "quoted by later papers"),
-            Published("imagenet_lt", "backbone=resnext50", 56.3, "BalPoE's Table 3"),
-            Published("inaturalist2018", "", 71.2, "RIDE's repository"),
+            PublishedResult("cifar100_lt", "ir=10", 61.8, "quoted by later papers"),
+            PublishedResult("cifar100_lt", "ir=50", 51.7, "quoted by later papers"),
+            PublishedResult("cifar100_lt", "ir=100", 48.0, "RIDE's paper"),
+            PublishedResult("imagenet_lt", "backbone=resnet50", 54.9, "quoted by later papers"),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 56.3, "BalPoE's Table 3"),
+            PublishedResult("inaturalist2018", "", 71.2, "RIDE's repository"),
         ),
     ),
-    "ride_router": Recipe(
+    "ride_router": Preset(
         RIDE(router=True),
         "RIDE with router",
         experts=3,
-        fields=_FIELDS | _STAGE2,
-        on={**_ON, "digits_lt": {"stage2.batch_size": 32}},
-        published=(Published("cifar100_lt", "ir=100", 48.6, "RIDE's repository"),),
+        fields=_FIELDS | _PHASE2,
+        on={**_ON, "digits_lt": {"phase2.batch_size": 32}},
+        published=(PublishedResult("cifar100_lt", "ir=100", 48.6, "RIDE's repository"),),
     ),
-    "ride_distill": Recipe(
+    "ride_distill": Preset(
         RIDE(distill=True),
         "RIDE, distilled",
         teacher=("ride", "experts=6"),
@@ -391,10 +393,12 @@ RECIPES = {
             "cifar100_lt": {**_CIFAR, "optim.warmup_epochs": 20},
         },
         published=(
-            Published("cifar100_lt", "ir=100", 49.0, "RIDE's repository"),
-            Published("cifar100_lt", "ir=100,experts=4", 49.4, "RIDE's repository"),
-            Published("imagenet_lt", "backbone=resnext50,experts=4", 56.8, "RIDE's repository"),
-            Published("inaturalist2018", "experts=4", 72.6, "RIDE's repository"),
+            PublishedResult("cifar100_lt", "ir=100", 49.0, "RIDE's repository"),
+            PublishedResult("cifar100_lt", "ir=100,experts=4", 49.4, "RIDE's repository"),
+            PublishedResult(
+                "imagenet_lt", "backbone=resnext50,experts=4", 56.8, "RIDE's repository"
+            ),
+            PublishedResult("inaturalist2018", "experts=4", 72.6, "RIDE's repository"),
         ),
     ),
 }

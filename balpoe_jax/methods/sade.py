@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, mixed_targets
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
 from balpoe_jax.methods.checks import check_range
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 
 
 def reversed_counts(class_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
@@ -74,21 +74,21 @@ class Sade(Method):
         """Raises a `UserError` for a value that is not valid."""
         check_range("strength", self.strength, 0, 1e3)
 
-    def target_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
+    def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """0 and 1; the third expert's prior is no power of the training prior."""
         return (0.0, 1.0, None)[: len(taus)] + (None,) * (len(taus) - 3)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The sum over the experts of their means over rows."""
         outputs, batch_stats = network(batch["images"])
         if len(outputs.logits) != 3:
             raise UserError(f"SADE has 3 experts, got {len(outputs.logits)}; leave experts alone.")
-        targets = mixed_targets(batch, facts.num_classes)
-        biases = expert_biases(facts.class_counts, self.strength)
+        targets = soft_labels(batch, context.num_classes)
+        biases = expert_biases(context.class_counts, self.strength)
         by_expert = sade_losses(outputs.logits, targets, biases).mean(axis=1)
-        return Losses(by_expert.sum(), by_expert, batch_stats, extra)
+        return Losses(by_expert.sum(), by_expert, batch_stats, method_state)
 
 
 # Random views of test images from which weights are learnt, as for contrastive pretraining.
@@ -111,8 +111,8 @@ _PHOTO_VIEW = {
 
 _CODE, _PAPER = "SADE's repository", "BalPoE's Table 1"
 
-RECIPES = {
-    "sade": Recipe(
+PRESETS = {
+    "sade": Preset(
         Sade(),
         "SADE",
         experts=3,
@@ -138,15 +138,15 @@ RECIPES = {
             },
         },
         published=(
-            Published("cifar100_lt", "ir=100", 49.8, _CODE),
-            Published("cifar100_lt", "ir=100,recipe=long", 52.2, _PAPER),
-            Published("cifar100_lt", "ir=50,recipe=long", 57.3, _PAPER),
-            Published("cifar100_lt", "ir=10,recipe=long", 65.3, _PAPER),
-            Published("imagenet_lt", "backbone=resnext50", 58.8, _CODE),
-            Published("imagenet_lt", "", 57.8, "quoted by later papers"),
-            Published("imagenet_lt", "backbone=resnext50,recipe=long", 61.2, _PAPER),
-            Published("inaturalist2018", "", 72.9, _CODE),
-            Published("inaturalist2018", "recipe=long", 74.5, _PAPER),
+            PublishedResult("cifar100_lt", "ir=100", 49.8, _CODE),
+            PublishedResult("cifar100_lt", "ir=100,recipe=long", 52.2, _PAPER),
+            PublishedResult("cifar100_lt", "ir=50,recipe=long", 57.3, _PAPER),
+            PublishedResult("cifar100_lt", "ir=10,recipe=long", 65.3, _PAPER),
+            PublishedResult("imagenet_lt", "backbone=resnext50", 58.8, _CODE),
+            PublishedResult("imagenet_lt", "", 57.8, "quoted by later papers"),
+            PublishedResult("imagenet_lt", "backbone=resnext50,recipe=long", 61.2, _PAPER),
+            PublishedResult("inaturalist2018", "", 72.9, _CODE),
+            PublishedResult("inaturalist2018", "recipe=long", 74.5, _PAPER),
         ),
     ),
 }

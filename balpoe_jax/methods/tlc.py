@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from balpoe_jax.losses import class_balanced_weights, cross_entropy, ldam_margins
-from balpoe_jax.methods.base import Batch, Facts, Losses, Method, Network, Prediction
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
-from balpoe_jax.methods.recipe import Published, Recipe
+from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.models import Outputs
 
@@ -81,8 +81,8 @@ class TLC(Method):
         beta, max_margin: see `reweighting.Reweighted`.
     """
 
-    whole_batch = True
-    mixes = False
+    needs_global_batch = True
+    supports_mixing = False
 
     engagement: float = 0.54
     sharpness: float = 0.2
@@ -105,37 +105,37 @@ class TLC(Method):
         check_range("max_margin", self.max_margin, 0, 100)
 
     def loss(
-        self, network: Network, extra: dict, batch: Batch, facts: Facts, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
     ) -> Losses:
         """The sum over experts of their means over the images that they learn from."""
         outputs, batch_stats = network(batch["images"])
-        logits = jnp.moveaxis(facts.gather(jnp.moveaxis(outputs.logits, 1, 0)), 1, 0)
-        labels = facts.gather(batch["labels"])
+        logits = jnp.moveaxis(context.gather(jnp.moveaxis(outputs.logits, 1, 0)), 1, 0)
+        labels = context.gather(batch["labels"])
         opinions = opinion(jnp.exp(jax.lax.stop_gradient(logits)))
         remaining = remaining_uncertainty(opinions)
         learns = remaining > self.engagement * remaining.max(axis=1, keepdims=True)
-        by_row = self.row_losses(logits, labels, remaining, facts, epoch)
+        by_row = self.row_losses(logits, labels, remaining, context, epoch)
         by_expert = (learns * by_row).sum(axis=1) / jnp.maximum(1, learns.sum(axis=1))
         shares = {f"engaged_{e + 1}": learns[e].mean() for e in range(1, len(learns))}
-        return Losses(by_expert.sum(), by_expert, batch_stats, extra, shares)
+        return Losses(by_expert.sum(), by_expert, batch_stats, method_state, shares)
 
     def row_losses(
         self,
         logits: jax.Array,
         labels: jax.Array,
         remaining: jax.Array,
-        facts: Facts,
+        context: Context,
         epoch: jax.Array,
     ) -> jax.Array:
         """Evidential loss, divergence from uniform and reward for diversity, float `[E, B]`."""
-        dtype, counts = logits.dtype, facts.class_counts
+        dtype, counts = logits.dtype, context.class_counts
         later = epoch >= self.reweight_epoch
 
         def from_then_on(values: np.ndarray) -> jax.Array:
             return jnp.where(later, jnp.asarray(values, dtype), 1.0)
 
         one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=dtype)
-        margins = jnp.asarray(ldam_margins(counts, self.max_margin) * facts.scale, dtype)
+        margins = jnp.asarray(ldam_margins(counts, self.max_margin) * context.scale, dtype)
         lowered = logits - (one_hot * margins[None])[None]
         weights = from_then_on(class_balanced_weights(counts, self.beta))[labels]
         # Minus the logarithm of the label's share of the evidence, which is cross-entropy.
@@ -155,7 +155,7 @@ class TLC(Method):
         weights = jax.nn.softmax(remaining / self.sharpness, axis=0)
         return (weights[..., None] * logits).sum(axis=0)
 
-    def predict(self, outputs: Outputs, params: object, facts: Facts) -> Prediction:
+    def predict(self, outputs: Outputs, params: object, context: Context) -> Prediction:
         """Each expert's logits, and the logarithm of the fused distribution's mean."""
         together = fused(opinion(jnp.exp(outputs.logits)))
         tiny = jnp.finfo(together.mean.dtype).tiny
@@ -164,8 +164,8 @@ class TLC(Method):
 
 _CIFAR: dict[str, Any] = {"optim.factor": 0.01, "model.shared_stages": 0}
 
-RECIPES = {
-    "tlc": Recipe(
+PRESETS = {
+    "tlc": Preset(
         TLC(),
         "TLC",
         experts=3,
@@ -188,6 +188,6 @@ RECIPES = {
                 "method.kl_epochs": 29000,
             },
         },
-        published=(Published("cifar100_lt", "ir=100", 49.0, "BalPoE's Table 2", ece=22.8),),
+        published=(PublishedResult("cifar100_lt", "ir=100", 49.0, "BalPoE's Table 2", ece=22.8),),
     ),
 }

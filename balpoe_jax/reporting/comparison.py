@@ -17,7 +17,7 @@ from balpoe_jax import files, metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions
 from balpoe_jax.reporting import figures, html, result_tables, tables
-from balpoe_jax.reporting.runs import Group, differing_fields, significance, spread
+from balpoe_jax.reporting.runs import RunGroup, differing_fields, significance, spread
 from balpoe_jax.reporting.tables import Column, Table
 from balpoe_jax.run import record
 
@@ -36,7 +36,7 @@ _KINDS = {"none": "none", "prior": "known", "estimated": "est."}
 _SWEEP = ["model.num_experts"]
 
 
-def compare(groups: Sequence[Group]) -> list[Table]:
+def compare(groups: Sequence[RunGroup]) -> list[Table]:
     """The tables of a comparison; one of differences only if there is something to differ from."""
     content = [_scores(groups)]
     if len(groups) > 1:
@@ -49,7 +49,7 @@ def compare(groups: Sequence[Group]) -> list[Table]:
     return content
 
 
-def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Path:
+def write(folder: Path, groups: Sequence[RunGroup], content: Sequence[Table]) -> Path:
     """Writes tables and page into `folder`, created when missing, and returns the page's path.
 
     Raises:
@@ -69,12 +69,12 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
         for group in groups
     }
     files.write_atomically(
-        folder / "compare.json", json.dumps(files.plain(figures_of), indent=2) + "\n"
+        folder / "compare.json", json.dumps(files.to_json(figures_of), indent=2) + "\n"
     )
     sections = [html.section(table.title, html.table(table, heading=False)) for table in content]
     sections.insert(1, html.section("Reliability", _reliability(groups)))
     if any(table.name == "shift" for table in content):
-        sections.append(html.section("Target distributions", _shift_figures(groups)))
+        sections.append(html.section("TestDistribution distributions", _shift_figures(groups)))
     if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
         sections.append(html.section("Number of experts", _experts_curve(groups)))
     names = ", ".join(group.name for group in groups)
@@ -82,11 +82,11 @@ def write(folder: Path, groups: Sequence[Group], content: Sequence[Table]) -> Pa
     return html.write(folder / "index.html", "Comparison", subtitle, sections)
 
 
-def _label(group: Group) -> str:
+def _label(group: RunGroup) -> str:
     return f"{group.name} ({len(group.runs)})"
 
 
-def shared_remark(groups: Sequence[Group]) -> str:
+def shared_remark(groups: Sequence[RunGroup]) -> str:
     """What the runs remark: once if all remark the same, else group by group."""
     remarks = [group.remark for group in groups]
     if len(set(remarks)) == 1:
@@ -94,7 +94,7 @@ def shared_remark(groups: Sequence[Group]) -> str:
     return "; ".join(f"{group.name}: {group.remark}" for group in groups if group.remark)
 
 
-def _scores(groups: Sequence[Group]) -> Table:
+def _scores(groups: Sequence[RunGroup]) -> Table:
     return Table(
         "scores",
         "Results",
@@ -105,7 +105,7 @@ def _scores(groups: Sequence[Group]) -> Table:
     )
 
 
-def _differences(groups: Sequence[Group]) -> Table:
+def _differences(groups: Sequence[RunGroup]) -> Table:
     first, *others = groups
     kinds = {"all": _SCORES["all"], "few": _SCORES["few"], "ECE": _SCORES["ECE"]}
     rows = []
@@ -127,7 +127,7 @@ def _differences(groups: Sequence[Group]) -> Table:
     )
 
 
-def _fields(groups: Sequence[Group]) -> Table:
+def _fields(groups: Sequence[RunGroup]) -> Table:
     fields = differing_fields(groups)
     return Table(
         "fields",
@@ -140,7 +140,7 @@ def _fields(groups: Sequence[Group]) -> Table:
     )
 
 
-def _shift(groups: Sequence[Group]) -> Table:
+def _shift(groups: Sequence[RunGroup]) -> Table:
     names = _targets(groups)
     rows = [
         (group.name, [label, *(group.spread("shift", name, kind).mean for name in names)])
@@ -158,7 +158,7 @@ def _shift(groups: Sequence[Group]) -> Table:
     )
 
 
-def _targets(groups: Sequence[Group]) -> list[str]:
+def _targets(groups: Sequence[RunGroup]) -> list[str]:
     """The distributions that any run was scored on, from the most forward to the most backward."""
 
     def position(name: str) -> float:
@@ -169,7 +169,7 @@ def _targets(groups: Sequence[Group]) -> list[str]:
     return sorted(dict.fromkeys(name for shift in shifts for name in shift), key=position)
 
 
-def _bias(groups: Sequence[Group]) -> Table:
+def _bias(groups: Sequence[RunGroup]) -> Table:
     most = max(len(group.runs[0].results["experts"]) for group in groups)
     rows = [
         (
@@ -191,7 +191,7 @@ def _bias(groups: Sequence[Group]) -> Table:
     )
 
 
-def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
+def _mean_divergence(group: RunGroup, *keys: Any) -> float | str | None:
     """Over the runs that have this classifier; infinite as soon as one is."""
     found = [bias for bias in group.values("bias", *keys) if bias]
     if any(bias.get("lambda", 0) is None for bias in found):
@@ -200,7 +200,7 @@ def _mean_divergence(group: Group, *keys: Any) -> float | str | None:
     return result_tables.divergence(None) if None in values else spread(values).mean
 
 
-def _reliability(groups: Sequence[Group]) -> str:
+def _reliability(groups: Sequence[RunGroup]) -> str:
     drawn = []
     for i, group in enumerate(groups):
         run = group.runs[0]
@@ -227,7 +227,7 @@ def _reliability(groups: Sequence[Group]) -> str:
     return html.figures(*drawn)
 
 
-def _shift_figures(groups: Sequence[Group]) -> str:
+def _shift_figures(groups: Sequence[RunGroup]) -> str:
     drawn, percent = [], Column("")
     for i, group in enumerate(groups):
         names = _targets([group])
@@ -250,7 +250,7 @@ def _shift_figures(groups: Sequence[Group]) -> str:
     return html.figures(*drawn, broad=True)
 
 
-def _experts_curve(groups: Sequence[Group]) -> str:
+def _experts_curve(groups: Sequence[RunGroup]) -> str:
     """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
     ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
     numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]

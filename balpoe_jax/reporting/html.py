@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balpoe_jax import files
-from balpoe_jax.files import writing
+from balpoe_jax.files import reports_write_errors
 from balpoe_jax.reporting.tables import Table
 
 _PAGE = """<!DOCTYPE html>
@@ -72,7 +72,7 @@ def write(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> Pat
     Raises:
         UserError (a `ValueError`): the page cannot be written.
     """
-    with writing(path):
+    with reports_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     text = _PAGE.format(
         title=html.escape(title), subtitle=html.escape(subtitle), sections="\n".join(sections)
@@ -109,7 +109,7 @@ def table(content: Table, strong: str = "ensemble", heading: bool = True) -> str
     )
 
 
-def facts(rows: dict[str, object]) -> str:
+def definitions(rows: dict[str, object]) -> str:
     """Names and what they are, one below the other."""
     body = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>'

@@ -218,7 +218,7 @@ def _shift_section(
     )
     return (
         html.section(
-            "Target distributions",
+            "TestDistribution distributions",
             html.table(content["shift"], heading=False),
             html.figures(drawn, broad=True),
             *(html.table(content[name]) for name in details if name in content),
@@ -324,7 +324,7 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         return html.absent("There is no config.json in this folder.")
     data, optim = config["data"], config["optim"]
     versions = environment.get("versions") or {}
-    return html.facts(
+    return html.definitions(
         {
             "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
             "class counts": "as they should be for this data set"

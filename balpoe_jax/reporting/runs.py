@@ -46,7 +46,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of one experiment, evaluated alike, that differ in their seed.
 
     Attributes:
@@ -129,7 +129,7 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     return list(found.values())
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     """Puts runs together that differ in nothing but the seed, in the order of their first.
 
     Raises:
@@ -155,14 +155,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             by_seed[run.seed] = run
         members.sort(key=lambda run: run.seed)
     return [
-        Group(name, tuple(members))
+        RunGroup(name, tuple(members))
         for name, members in zip(
             _name_groups(list(grouped.values())), grouped.values(), strict=True
         )
     ]
 
 
-def differing_fields(groups: Sequence[Group]) -> dict[str, list[Any]]:
+def differing_fields(groups: Sequence[RunGroup]) -> dict[str, list[Any]]:
     """The fields in which groups differ, with each group's value."""
     fields = [group.runs[0].fields for group in groups]
     names = sorted(set().union(*fields) - {"seed"})

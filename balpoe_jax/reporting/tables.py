@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from balpoe_jax.files import writing
+from balpoe_jax.files import reports_write_errors
 
 _LABEL_WIDTH = 10
 _WIDE = 110
@@ -140,10 +140,10 @@ def write_files(
     files = {f"{table.name}.csv": as_csv(table, remark) for table in content}
     markdown = "\n".join(as_markdown(table) for table in content)
     files[f"{name}.md"] = f"{heading}\n\n{markdown}"
-    with writing(folder):
+    with reports_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
-        with writing(folder / file):
+        with reports_write_errors(folder / file):
             (folder / file).write_text(text, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from balpoe_jax.errors import Preempted
-from balpoe_jax.files import writing
+from balpoe_jax.files import reports_write_errors
 
 OUTPUT = "terminal.log"
 
@@ -152,7 +152,7 @@ class _Crew:
         for command in [command for command in self._waiting if command.after in failed]:
             self._waiting.remove(command)
             reason = f"not begun, since the run in {command.after} failed"
-            with writing(command.output):
+            with reports_write_errors(command.output):
                 command.workdir.mkdir(parents=True, exist_ok=True)
                 with command.output.open("a", encoding="utf-8") as file:
                     file.write(f"This run was {reason}.\n")
@@ -192,7 +192,7 @@ class _Running:
 
 
 def _start(command: Command, env: dict[str, str]) -> _Running:
-    with writing(command.output):
+    with reports_write_errors(command.output):
         command.workdir.mkdir(parents=True, exist_ok=True)
         output = command.output.open("ab")
     with output:

@@ -16,7 +16,7 @@ from balpoe_jax import files
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import schema
 from balpoe_jax.reproduce import job_processes
-from balpoe_jax.reproduce.paper import Experiment, PaperTable, Scale
+from balpoe_jax.reproduce.paper import PaperRun, PaperTable, Scale
 from balpoe_jax.run import record
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Job:
         teacher: workdir of the run that it learns from.
     """
 
-    experiment: Experiment
+    experiment: PaperRun
     seed: int
     workdir: Path
     config: str
@@ -63,9 +63,9 @@ class Job:
         Raises:
             UserError (a `ValueError`): a run of another config in the folder, or a damaged one.
         """
-        if not record.is_claimed(self.workdir):
+        if not record.has_config(self.workdir):
             return "to do"
-        record.check_claim(self.workdir, self._fields())
+        record.check_same_config(self.workdir, self._fields())
         claimed = schema.load_config(self.workdir) or {}
         last = (claimed.get("resolved") or {}).get("total_steps")
         # The step alone, so that results which are damaged can be written again.
@@ -104,7 +104,7 @@ def plan(
     experiments = dict.fromkeys(one for row in table.rows for one in row.experiment.with_teacher())
     options = {"data.data_dir": data_dir, "remark": scale.remark}
 
-    def workdir(experiment: Experiment, seed: int) -> Path:
+    def workdir(experiment: PaperRun, seed: int) -> Path:
         return root / experiment.name / f"seed{seed}"
 
     return [
@@ -121,7 +121,7 @@ def plan(
     ]
 
 
-def _arguments(experiment: Experiment, scale: Scale) -> str:
+def _arguments(experiment: PaperRun, scale: Scale) -> str:
     if scale.arguments is None:
         return experiment.arguments
     if experiment.config not in scale.arguments:

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from balpoe_jax.methods import RECIPES, Published
+from balpoe_jax.methods import PRESETS, PublishedResult
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class PaperRun:
     """What is trained, for any number of seeds.
 
     Attributes:
@@ -27,15 +27,15 @@ class Experiment:
     name: str
     config: str
     arguments: str
-    teacher: "Experiment | None" = None
+    teacher: "PaperRun | None" = None
 
-    def with_teacher(self) -> tuple["Experiment", ...]:
+    def with_teacher(self) -> tuple["PaperRun", ...]:
         """What is to be trained for it, in this order."""
         return (*self.teacher.with_teacher(), self) if self.teacher else (self,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class PaperFigure:
     """A published figure and where ours stands.
 
     Attributes:
@@ -52,7 +52,7 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A row of a table of the paper.
 
     Attributes:
@@ -62,8 +62,8 @@ class Row:
     """
 
     method: str
-    experiment: Experiment
-    scores: tuple[Score, ...]
+    experiment: PaperRun
+    scores: tuple[PaperFigure, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PaperTable:
     """A table of the paper, or what a figure of it plots."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ SCALES = {
 }
 
 
-def _cifar100(name: str, arguments: str) -> Experiment:
-    return Experiment(f"cifar100_lt_{name}", "cifar100_lt.py", arguments)
+def _cifar100(name: str, arguments: str) -> PaperRun:
+    return PaperRun(f"cifar100_lt_{name}", "cifar100_lt.py", arguments)
 
 
 _CE = _cifar100("ir100_cross_entropy", "ir=100,method=cross_entropy,mixup=false")
@@ -114,8 +114,8 @@ _ACCURACY = ("test", "top1")
 _RECIPES = {"strong": "stronger augmentation", "long": "longer training"}
 
 
-def _imagenet(name: str, arguments: str) -> Experiment:
-    return Experiment(f"imagenet_lt_{name}", "imagenet_lt.py", arguments)
+def _imagenet(name: str, arguments: str) -> PaperRun:
+    return PaperRun(f"imagenet_lt_{name}", "imagenet_lt.py", arguments)
 
 
 _BALPOE_RESNEXT = _imagenet("resnext50_balpoe", "backbone=resnext50")
@@ -124,44 +124,44 @@ _CE_RESNEXT = _imagenet(
 )
 
 
-def _table_1() -> tuple[Row, ...]:
+def _table_1() -> tuple[PaperRow, ...]:
     published = {
         ("strong", 10): 66.3, ("strong", 50): 58.7, ("strong", 100): 54.7,
         ("long", 10): 68.1, ("long", 50): 60.1, ("long", 100): 55.9,
     }  # fmt: skip
     ours = [
-        Row(
+        PaperRow(
             f"BalPoE, {_RECIPES[recipe]}, IR {ratio}",
             _cifar100(f"ir{ratio}_{recipe}_balpoe", f"ir={ratio},recipe={recipe}"),
-            (Score("ACC", _ACCURACY, accuracy),),
+            (PaperFigure("ACC", _ACCURACY, accuracy),),
         )
         for (recipe, ratio), accuracy in published.items()
     ]
     return (*ours, *_others_in_table_1("cifar100_lt"))
 
 
-def _table_1_photos() -> tuple[Row, ...]:
+def _table_1_photos() -> tuple[PaperRow, ...]:
     published = {
         ("strong", "resnet50"): 59.7, ("strong", "resnext50"): 61.6,
         ("long", "resnet50"): 60.8, ("long", "resnext50"): 62.0,
     }  # fmt: skip
     imagenet = [
-        Row(
+        PaperRow(
             f"BalPoE, {_RECIPES[recipe]}, ImageNet-LT, {backbone}",
             _imagenet(f"{backbone}_{recipe}_balpoe", f"backbone={backbone},recipe={recipe}"),
-            (Score("ACC", _ACCURACY, accuracy),),
+            (PaperFigure("ACC", _ACCURACY, accuracy),),
         )
         for (recipe, backbone), accuracy in published.items()
     ]
     inaturalist = [
-        Row(
+        PaperRow(
             f"BalPoE, {_RECIPES[recipe]}, iNaturalist, resnet50",
-            Experiment(
+            PaperRun(
                 f"inaturalist2018_resnet50_{recipe}_balpoe",
                 "inaturalist2018.py",
                 f"recipe={recipe}",
             ),
-            (Score("ACC", _ACCURACY, accuracy),),
+            (PaperFigure("ACC", _ACCURACY, accuracy),),
         )
         for recipe, accuracy in {"strong": 73.5, "long": 76.9}.items()
     ]
@@ -169,13 +169,13 @@ def _table_1_photos() -> tuple[Row, ...]:
     return (*imagenet, *inaturalist, *others)
 
 
-def _others_in_table_1(dataset: str) -> list[Row]:
+def _others_in_table_1(dataset: str) -> list[PaperRow]:
     """The rows of other methods, whose figures their recipes hold."""
     return [
-        Row(
+        PaperRow(
             ", ".join(filter(None, [recipe.about, _DATASETS[dataset][1], published.arguments])),
             _of_method(name, dataset, published.arguments),
-            (Score("ACC", _ACCURACY, published.accuracy),),
+            (PaperFigure("ACC", _ACCURACY, published.accuracy),),
         )
         for name, recipe in _OTHERS.items()
         for published in recipe.published
@@ -183,28 +183,28 @@ def _others_in_table_1(dataset: str) -> list[Row]:
     ]
 
 
-def _calibration(*published: tuple[float | None, ...]) -> tuple[Score, ...]:
+def _calibration(*published: tuple[float | None, ...]) -> tuple[PaperFigure, ...]:
     keys = {"ECE": ("test", "ece"), "MCE": ("test", "mce"), "ACC": _ACCURACY}
     figures = published or ((None,),) * len(keys)
     return tuple(
-        Score(name, path, *figure)
+        PaperFigure(name, path, *figure)
         for (name, path), figure in zip(keys.items(), figures, strict=True)
     )
 
 
-def _shift(kind: str, *published: float) -> tuple[Score, ...]:
+def _shift(kind: str, *published: float) -> tuple[PaperFigure, ...]:
     targets = {
         "F50": "forward50", "F5": "forward5", "Uni": "uniform", "B5": "backward5",
         "B50": "backward50",
     }  # fmt: skip
     figures = published or (None,) * len(targets)
     return tuple(
-        Score(name, ("shift", target, kind), figure)
+        PaperFigure(name, ("shift", target, kind), figure)
         for (name, target), figure in zip(targets.items(), figures, strict=True)
     )
 
 
-def _learnt(*published: float) -> tuple[Score, ...]:
+def _learnt(*published: float) -> tuple[PaperFigure, ...]:
     """With weights of the experts that were learnt from the unlabelled test images."""
     return tuple(
         dataclasses.replace(score, keys=("aggregation", score.keys[1], "top1", "used"))
@@ -212,15 +212,15 @@ def _learnt(*published: float) -> tuple[Score, ...]:
     )
 
 
-def _by_group() -> tuple[Score, ...]:
+def _by_group() -> tuple[PaperFigure, ...]:
     groups = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
-    return tuple(Score(name, ("test", key)) for name, key in groups.items())
+    return tuple(PaperFigure(name, ("test", key)) for name, key in groups.items())
 
 
 # Those that the paper's tables have no rows for already.
 _OTHERS = {
     name: recipe
-    for name, recipe in RECIPES.items()
+    for name, recipe in PRESETS.items()
     if name not in ("balpoe", "balanced_softmax", "cross_entropy")
 }
 
@@ -232,69 +232,69 @@ _DATASETS = {
 }
 
 
-def _of_method(name: str, dataset: str, arguments: str) -> Experiment:
+def _of_method(name: str, dataset: str, arguments: str) -> PaperRun:
     """The training of a recipe on a data set, after that of its teacher."""
     parts = [part for part in arguments.split(",") if part]
     label = "_".join([dataset, *(part.replace("=", "") for part in parts), name])
-    recipe, teacher = RECIPES[name], None
+    recipe, teacher = PRESETS[name], None
     if recipe.teacher:
         other, own = recipe.teacher
         shared = [part for part in parts if not part.startswith("experts=")]
         teacher = _of_method(other, dataset, ",".join([*shared, own]))
-    return Experiment(label, _DATASETS[dataset][0], ",".join([*parts, f"method={name}"]), teacher)
+    return PaperRun(label, _DATASETS[dataset][0], ",".join([*parts, f"method={name}"]), teacher)
 
 
-def _method_scores(published: Published | None) -> tuple[Score, ...]:
+def _method_scores(published: PublishedResult | None) -> tuple[PaperFigure, ...]:
     accuracy, ece = (published.accuracy, published.ece) if published else (None, None)
-    groups = [Score(name, ("test", name)) for name in ("many", "medium", "few")]
-    errors = (Score("ECE", ("test", "ece"), ece), Score("MCE", ("test", "mce")))
-    return (Score("ACC", _ACCURACY, accuracy), *groups, *errors)
+    groups = [PaperFigure(name, ("test", name)) for name in ("many", "medium", "few")]
+    errors = (PaperFigure("ECE", ("test", "ece"), ece), PaperFigure("MCE", ("test", "mce")))
+    return (PaperFigure("ACC", _ACCURACY, accuracy), *groups, *errors)
 
 
-def _all_methods() -> tuple[Row, ...]:
+def _all_methods() -> tuple[PaperRow, ...]:
     """Every method on CIFAR-100-LT at ratio 100, published there or not."""
     ours = {
-        "CE": (_CE, Published("", "", 38.8, "", 32.0)),
-        "Mixup": (_MIXUP, Published("", "", 40.8, "", 9.6)),
+        "CE": (_CE, PublishedResult("", "", 38.8, "", 32.0)),
+        "Mixup": (_MIXUP, PublishedResult("", "", 40.8, "", 9.6)),
         "balanced softmax": (_BALANCED_SOFTMAX, None),
-        "BalPoE, no mixup": (_WITHOUT_MIXUP, Published("", "", 49.2, "", 17.6)),
-        "BalPoE": (_BALPOE, Published("", "", 52.0, "", 4.9)),
+        "BalPoE, no mixup": (_WITHOUT_MIXUP, PublishedResult("", "", 49.2, "", 17.6)),
+        "BalPoE": (_BALPOE, PublishedResult("", "", 52.0, "", 4.9)),
     }
-    rows = [Row(name, run, _method_scores(scores)) for name, (run, scores) in ours.items()]
+    rows = [PaperRow(name, run, _method_scores(scores)) for name, (run, scores) in ours.items()]
     for name, recipe in _OTHERS.items():
         known = {(p.dataset, p.arguments): p for p in recipe.published}
         scores = _method_scores(known.get(("cifar100_lt", "ir=100")))
-        rows.append(Row(recipe.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
+        rows.append(PaperRow(recipe.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
     return tuple(rows)
 
 
-def _on_cifar100(name: str) -> Experiment:
+def _on_cifar100(name: str) -> PaperRun:
     return _of_method(name, "cifar100_lt", "ir=100")
 
 
-def _with_resnext(name: str) -> Experiment:
+def _with_resnext(name: str) -> PaperRun:
     return _of_method(name, "imagenet_lt", "backbone=resnext50")
 
 
 def _others_in_table_3(
-    experiment: Callable[[str], Experiment],
+    experiment: Callable[[str], PaperRun],
     without_prior: Mapping[str, tuple[float, ...]],
     lade_known: tuple[float, ...],
     sade_learnt: tuple[float, ...],
-) -> list[Row]:
+) -> list[PaperRow]:
     """The rows of other methods: from F50 to B50, what is published."""
     rows = [
-        Row(f"{RECIPES[name].about}, no prior", experiment(name), _shift("none", *figures))
+        PaperRow(f"{PRESETS[name].about}, no prior", experiment(name), _shift("none", *figures))
         for name, figures in without_prior.items()
     ]
-    known = Row("LADE, known prior", experiment("lade"), _shift("prior", *lade_known))
-    learnt = Row("SADE, weights learnt", experiment("sade"), _learnt(*sade_learnt))
+    known = PaperRow("LADE, known prior", experiment("lade"), _shift("prior", *lade_known))
+    learnt = PaperRow("SADE, weights learnt", experiment("sade"), _learnt(*sade_learnt))
     return [*rows, known, learnt]
 
 
 def _published_methods() -> dict[str, PaperTable]:
     """A table for each data set, and each ratio, of what is published there."""
-    rows: dict[tuple[str, str], list[Row]] = {}
+    rows: dict[tuple[str, str], list[PaperRow]] = {}
     for name, recipe in _OTHERS.items():
         for published in recipe.published:
             first, _, rest = published.arguments.partition(",")
@@ -302,7 +302,7 @@ def _published_methods() -> dict[str, PaperTable]:
             about = ", ".join(filter(None, [recipe.about, rest if ratio else first]))
             run = _of_method(name, published.dataset, published.arguments)
             rows.setdefault((published.dataset, ratio), []).append(
-                Row(about, run, _method_scores(published))
+                PaperRow(about, run, _method_scores(published))
             )
     return {
         f"methods-{dataset}{f'-{ratio}' if ratio else ''}": PaperTable(
@@ -323,39 +323,39 @@ TABLES = {
     "2": PaperTable(
         "Table 2: calibration, CIFAR-100-LT, imbalance ratio 100",
         (
-            Row("CE", _CE, _calibration((32.0, 0.4), (47.3, 1.8), (38.8, 0.6))),
-            Row("Mixup", _MIXUP, _calibration((9.6, 0.8), (15.9, 1.5), (40.8, 0.7))),
-            Row("balanced softmax", _BALANCED_SOFTMAX, _calibration()),
-            Row(
+            PaperRow("CE", _CE, _calibration((32.0, 0.4), (47.3, 1.8), (38.8, 0.6))),
+            PaperRow("Mixup", _MIXUP, _calibration((9.6, 0.8), (15.9, 1.5), (40.8, 0.7))),
+            PaperRow("balanced softmax", _BALANCED_SOFTMAX, _calibration()),
+            PaperRow(
                 "BalPoE, no mixup",
                 _WITHOUT_MIXUP,
                 _calibration((17.6, 0.4), (28.9, 0.9), (49.2, 0.5)),
             ),
-            Row("BalPoE", _BALPOE, _calibration((4.9, 1.0), (11.3, 1.6), (52.0, 0.5))),
-            Row("Bayias", _on_cifar100("bayias"), _calibration((24.3,), (39.7,), (43.5,))),
-            Row("TLC", _on_cifar100("tlc"), _calibration((22.8,), (None,), (49.0,))),
-            Row("Remix", _on_cifar100("remix"), _calibration((33.6,), (51.0,), (41.9,))),
-            Row(
+            PaperRow("BalPoE", _BALPOE, _calibration((4.9, 1.0), (11.3, 1.6), (52.0, 0.5))),
+            PaperRow("Bayias", _on_cifar100("bayias"), _calibration((24.3,), (39.7,), (43.5,))),
+            PaperRow("TLC", _on_cifar100("tlc"), _calibration((22.8,), (None,), (49.0,))),
+            PaperRow("Remix", _on_cifar100("remix"), _calibration((33.6,), (51.0,), (41.9,))),
+            PaperRow(
                 "UniMix + Bayias",
                 _on_cifar100("unimix_bayias"),
                 _calibration((23.0,), (37.4,), (45.5,)),
             ),
-            Row("MiSLAS", _on_cifar100("mislas"), _calibration((4.8,), (None,), (47.0,))),
+            PaperRow("MiSLAS", _on_cifar100("mislas"), _calibration((4.8,), (None,), (47.0,))),
         ),
     ),
     "3": PaperTable(
         "Table 3: target distributions, CIFAR-100-LT, imbalance ratio 100",
         (
-            Row("Softmax, no prior", _CE, _shift("none", 63.3, 52.5, 41.4, 30.5, 17.5)),
-            Row("Mixup, no prior", _MIXUP, _shift("none")),
-            Row("bal. softmax, no prior", _BALANCED_SOFTMAX, _shift("none")),
-            Row("bal. softmax, known", _BALANCED_SOFTMAX, _shift("prior")),
-            Row("BalPoE no mixup, none", _WITHOUT_MIXUP, _shift("none")),
-            Row("BalPoE no mixup, known", _WITHOUT_MIXUP, _shift("prior")),
-            Row("BalPoE no mixup, est.", _WITHOUT_MIXUP, _shift("estimated")),
-            Row("BalPoE, no prior", _BALPOE, _shift("none", 65.1, 54.8, 52.0, 44.6, 36.1)),
-            Row("BalPoE, known prior", _BALPOE, _shift("prior", 70.3, 59.3, 52.0, 46.9, 46.1)),
-            Row("BalPoE, estimated", _BALPOE, _shift("estimated")),
+            PaperRow("Softmax, no prior", _CE, _shift("none", 63.3, 52.5, 41.4, 30.5, 17.5)),
+            PaperRow("Mixup, no prior", _MIXUP, _shift("none")),
+            PaperRow("bal. softmax, no prior", _BALANCED_SOFTMAX, _shift("none")),
+            PaperRow("bal. softmax, known", _BALANCED_SOFTMAX, _shift("prior")),
+            PaperRow("BalPoE no mixup, none", _WITHOUT_MIXUP, _shift("none")),
+            PaperRow("BalPoE no mixup, known", _WITHOUT_MIXUP, _shift("prior")),
+            PaperRow("BalPoE no mixup, est.", _WITHOUT_MIXUP, _shift("estimated")),
+            PaperRow("BalPoE, no prior", _BALPOE, _shift("none", 65.1, 54.8, 52.0, 44.6, 36.1)),
+            PaperRow("BalPoE, known prior", _BALPOE, _shift("prior", 70.3, 59.3, 52.0, 46.9, 46.1)),
+            PaperRow("BalPoE, estimated", _BALPOE, _shift("estimated")),
             *_others_in_table_3(
                 _on_cifar100,
                 {
@@ -372,14 +372,18 @@ TABLES = {
     "3-photos": PaperTable(
         "Table 3: target distributions, ImageNet-LT, ResNeXt-50",
         (
-            Row("Softmax, no prior", _CE_RESNEXT, _shift("none", 66.1, 56.6, 48.0, 38.6, 27.6)),
-            Row("BalPoE, no prior", _BALPOE_RESNEXT, _shift("none", 67.6, 63.3, 59.8, 55.7, 50.8)),
-            Row(
+            PaperRow(
+                "Softmax, no prior", _CE_RESNEXT, _shift("none", 66.1, 56.6, 48.0, 38.6, 27.6)
+            ),
+            PaperRow(
+                "BalPoE, no prior", _BALPOE_RESNEXT, _shift("none", 67.6, 63.3, 59.8, 55.7, 50.8)
+            ),
+            PaperRow(
                 "BalPoE, known prior",
                 _BALPOE_RESNEXT,
                 _shift("prior", 72.5, 64.6, 59.8, 57.2, 56.9),
             ),
-            Row("BalPoE, estimated", _BALPOE_RESNEXT, _shift("estimated")),
+            PaperRow("BalPoE, estimated", _BALPOE_RESNEXT, _shift("estimated")),
             *_others_in_table_3(
                 _with_resnext,
                 {
@@ -396,7 +400,7 @@ TABLES = {
     "fig5": PaperTable(
         "Figure 5: number of experts, CIFAR-100-LT, imbalance ratio 100",
         tuple(
-            Row(
+            PaperRow(
                 f"{number} expert{'s' if number > 1 else ''}",
                 _BALPOE
                 if number == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from balpoe_jax import files
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
-from balpoe_jax.reporting.runs import Group, Run, Spread, load_run
+from balpoe_jax.reporting.runs import Run, RunGroup, Spread, load_run
 from balpoe_jax.reporting.tables import Column, Table
 from balpoe_jax.reproduce.jobs import Job
 from balpoe_jax.reproduce.paper import PaperTable
@@ -17,7 +17,7 @@ from balpoe_jax.run import record
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class MeasuredFigure:
     """A score of a row: the paper's and ours, as fractions.
 
     Attributes:
@@ -47,7 +47,7 @@ class Entry:
         return ",".join(str(run.seed) for run in self.runs) or "not run"
 
 
-def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
+def collect(table: PaperTable, jobs: Sequence[Job]) -> list[MeasuredFigure]:
     """Every score of a table, ours over the seeds that are done.
 
     Raises:
@@ -63,8 +63,8 @@ def collect(table: PaperTable, jobs: Sequence[Job]) -> list[Entry]:
             published = (
                 None if value is None else value / 100 for value in (score.paper, score.paper_std)
             )
-            ours = Group(row.method, runs).spread(*score.keys)
-            entries.append(Entry(row.method, score.name, Spread(*published), ours, runs))
+            ours = RunGroup(row.method, runs).spread(*score.keys)
+            entries.append(MeasuredFigure(row.method, score.name, Spread(*published), ours, runs))
     return entries
 
 
@@ -81,7 +81,7 @@ def _refuse_mixed_settings(runs: Sequence[Run]) -> None:
                 )
 
 
-def result_table(title: str, entries: Sequence[Entry]) -> Table:
+def result_table(title: str, entries: Sequence[MeasuredFigure]) -> Table:
     """Three lines for each method: the paper's scores, ours, and the difference."""
     names = tuple(dict.fromkeys(entry.score for entry in entries))
     spread, points = Column("", "spread"), Column("", "points")
@@ -107,7 +107,7 @@ def result_table(title: str, entries: Sequence[Entry]) -> Table:
     )
 
 
-def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
+def entries_table(title: str, entries: Sequence[MeasuredFigure], root: Path) -> Table:
     """A line for each score, with the logs of its runs below `root`."""
     columns = (
         Column("score"),
@@ -134,7 +134,9 @@ def entries_table(title: str, entries: Sequence[Entry], root: Path) -> Table:
     return Table("entries", title, columns, rows)
 
 
-def write(root: Path, name: str, content: Table, entries: Sequence[Entry], remark: str) -> None:
+def write(
+    root: Path, name: str, content: Table, entries: Sequence[MeasuredFigure], remark: str
+) -> None:
     """Writes `NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score.
 
     Args:
@@ -162,4 +164,6 @@ def write(root: Path, name: str, content: Table, entries: Sequence[Entry], remar
             for method, cells in long.rows
         ],
     }
-    files.write_atomically(root / f"{name}.json", json.dumps(files.plain(written), indent=2) + "\n")
+    files.write_atomically(
+        root / f"{name}.json", json.dumps(files.to_json(written), indent=2) + "\n"
+    )

@@ -18,11 +18,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from balpoe_jax import parallel
-from balpoe_jax.errors import PassingError, UserError, passes
+from balpoe_jax.errors import TransientError, UserError, is_transient
 from balpoe_jax.run import checksums, multihost
 from balpoe_jax.step import TrainState
 
 log = logging.getLogger(__name__)
+
+# The name on disk of a method's state: that of the first version, so that older runs go on.
+_METHOD_STATE = "extra"
+_IN_MEMORY = {_METHOD_STATE: "method_state"}
 
 
 class Checkpoints:
@@ -67,14 +71,14 @@ class Checkpoints:
         before this returns, and a CPU's memory is not overwritten while the writer looks at it.
 
         Raises:
-            PassingError (a `UserError`): this or the save before it could not be written.
+            TransientError (a `UserError`): this or the save before it could not be written.
             UserError (a `ValueError`): a later checkpoint is there, which is not of this run.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest_step():
             return
         fields = _fields(state)
-        everywhere = parallel.rewrap(fields, parallel.globalized(fields))
+        everywhere = parallel.to_local_arrays(fields, parallel.to_global_arrays(fields))
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(everywhere))
         try:
             begun = self._manager.save(step, args=arguments)
@@ -102,16 +106,16 @@ class Checkpoints:
         Raises:
             UserError (a `ValueError`): a checkpoint of another shape, one that cannot be read, or
                 only damaged ones.
-            PassingError (a `UserError`): storage that does not answer, does not show all processes
-                the same checkpoint, or to which one could not be written.
+            TransientError (a `UserError`): storage that does not answer, does not show all
+                processes the same checkpoint, or to which one could not be written.
         """
         self.wait()
-        found = multihost.first_tells(self._newest_intact)
+        found = multihost.broadcast_text(self._newest_intact)
         multihost.check_same(
             self._steps()[:1],
             "newest checkpoint",
             "start again, and mend the storage if it stays so",
-            PassingError,
+            TransientError,
         )
         if not found:
             return None
@@ -119,7 +123,7 @@ class Checkpoints:
         self._manager.reload()  # it may have seen what is moved away now
         where = f"{self.directory}/{step}"
         fields = _fields(like)
-        abstract = parallel.globalized(fields)
+        abstract = parallel.to_global_arrays(fields)
         try:
             saved = self._manager.item_metadata(step)["state"]
         except Exception as error:  # Orbax raises what its storage layers do
@@ -135,7 +139,8 @@ class Checkpoints:
         except Exception as error:
             _raise_if_of_jax(error)
             raise _unreadable(where, error) from error
-        return like.replace(**parallel.rewrap(restored["state"], fields))
+        local = parallel.to_local_arrays(restored["state"], fields)
+        return like.replace(**{_IN_MEMORY.get(name, name): value for name, value in local.items()})
 
     def _steps(self) -> list[int]:
         """The steps of all complete checkpoints, newest first."""
@@ -189,15 +194,15 @@ class Checkpoints:
         self._manager.close()
 
     def wait(self) -> None:
-        """Waits for writing to end; raises PassingError (a `UserError`) when it failed."""
+        """Waits for writing to end; raises TransientError (a `UserError`) when it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             _raise_if_of_jax(error)
             raise self._unwritable(error) from error
 
-    def _unwritable(self, error: Exception) -> PassingError:
-        return PassingError(
+    def _unwritable(self, error: Exception) -> TransientError:
+        return TransientError(
             f"A checkpoint could not be written to {self.directory} ({_reason(error)}); make room "
             "or mend its permissions, and start again to go on from the checkpoint before it."
         )
@@ -212,8 +217,8 @@ def _raise_if_of_jax(error: Exception) -> None:
 def _unreadable(where: str, error: Exception) -> UserError:
     code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore words it
     refusal = OSError(int(code[1]), "") if code else error
-    if isinstance(refusal, OSError) and passes(refusal):
-        return PassingError(
+    if isinstance(refusal, OSError) and is_transient(refusal):
+        return TransientError(
             f"The checkpoint {where} cannot be read ({_reason(error)}); start again when its "
             "storage answers."
         )
@@ -228,11 +233,10 @@ def _reason(error: Exception) -> str:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """What is saved of a state; no extra state where a method has none, as before there was any."""
+    """What is saved of a state, by its names on disk; without a state that is empty."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    if not jax.tree.leaves(state.extra):
-        del fields["extra"]
-    return fields
+    kept = fields.pop("method_state")
+    return fields | ({_METHOD_STATE: kept} if jax.tree.leaves(kept) else {})
 
 
 def _check_shapes(where: str, saved: Any, expected: Any) -> None:

@@ -19,8 +19,8 @@ import threading
 import time
 from pathlib import Path
 
-from balpoe_jax.errors import PassingError, UserError
-from balpoe_jax.files import writing
+from balpoe_jax.errors import TransientError, UserError
+from balpoe_jax.files import reports_write_errors
 from balpoe_jax.run import multihost
 
 LOCK = "run.lock"
@@ -96,7 +96,7 @@ class WorkdirLock:
             UserError (a `ValueError`): its owner lives, or the file cannot be written.
         """
         # In short turns, since processes do not wait long for each other.
-        while not multihost.first_tells(lambda: "taken" if self._try() else ""):
+        while not multihost.broadcast_text(lambda: "taken" if self._try() else ""):
             time.sleep(min(1.0, self._silent_seconds / 10))
 
     def _try(self) -> bool:
@@ -122,7 +122,7 @@ class WorkdirLock:
         if owner is not None and owner.token == self._owner.token:
             return
         if not self._path.exists():
-            raise PassingError(
+            raise TransientError(
                 f"The workdir {self._path.parent} vanished, or its {LOCK} was deleted, while the "
                 "run went on; bring it back and start again to go on from its last checkpoint."
             )
@@ -178,7 +178,7 @@ class WorkdirLock:
         """Writes this owner to a file that must not be there yet, at once as a whole."""
         temporary = path.with_name(f".{LOCK}.{self._owner.token}")
         try:
-            with writing(self._path):
+            with reports_write_errors(self._path):
                 temporary.write_text(self._content(), encoding="utf-8")
                 try:
                     os.link(temporary, path)
@@ -196,7 +196,7 @@ class WorkdirLock:
 
     def _write(self, path: Path) -> None:
         temporary = path.with_name(f".{LOCK}.{self._owner.token}")
-        with writing(path):
+        with reports_write_errors(path):
             temporary.write_text(self._content(), encoding="utf-8")
             os.replace(temporary, path)
 

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from balpoe_jax.files import DISCARDED, LOG, METRICS, plain, write_atomically, writing
+from balpoe_jax.files import (
+    DISCARDED,
+    LOG,
+    METRICS,
+    reports_write_errors,
+    to_json,
+    write_atomically,
+)
 from balpoe_jax.run import multihost
 from balpoe_jax.run.events import EventFile
 
@@ -35,7 +42,7 @@ class MetricWriter:
             return
         _discard_rows_after(workdir, from_step)
         self._path = workdir / METRICS
-        with writing(self._path):
+        with reports_write_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
         self._events = EventFile(workdir / "tensorboard")
 
@@ -56,8 +63,8 @@ class MetricWriter:
         """
         if not self._writes:
             return
-        with writing(self._path):
-            self._file.write(json.dumps(plain(row)) + "\n")
+        with reports_write_errors(self._path):
+            self._file.write(json.dumps(to_json(row)) + "\n")
             self._file.flush()
         scalars = {
             name: value
@@ -82,7 +89,7 @@ def log_to_file(workdir: Path) -> Iterator[None]:
         finally:
             package.setLevel(level)
         return
-    with writing(workdir / LOG):
+    with reports_write_errors(workdir / LOG):
         handler = _LogFile(workdir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(min(level, logging.INFO) if level else logging.INFO)

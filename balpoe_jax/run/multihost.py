@@ -25,7 +25,7 @@ import numpy as np
 from jax._src import distributed  # its key-value store has no public name; Orbax takes it so too
 from jax.experimental import multihost_utils
 
-from balpoe_jax.errors import PassingError, Preempted, UserError
+from balpoe_jax.errors import Preempted, TransientError, UserError
 
 _FAILURE, _LEFT, _END = "balpoe_jax/failure", "balpoe_jax/left", "balpoe_jax/end"
 _POLL_SECONDS = 0.5
@@ -36,7 +36,7 @@ _MESSAGE_BYTES = 2048
 
 
 @contextlib.contextmanager
-def group(
+def process_group(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -62,7 +62,7 @@ def group(
     Raises:
         UserError (a `ValueError`): an address that cannot be used, or a cluster that JAX does not
             know.
-        PassingError (a `UserError`): the processes do not find each other.
+        TransientError (a `UserError`): the processes do not find each other.
     """
     _initialize(
         coordinator_address,
@@ -100,7 +100,7 @@ def is_first() -> bool:
     return count() == 1 or jax.process_index() == 0
 
 
-def on_first(function: Callable[[], Any]) -> None:
+def run_on_process_0(function: Callable[[], Any]) -> None:
     """Calls `function` in process 0 alone; a `UserError` of it is raised in all processes."""
     kind, message = "", ""
     if is_first():
@@ -109,23 +109,23 @@ def on_first(function: Callable[[], Any]) -> None:
         except UserError as error:
             if count() == 1:
                 raise
-            kind = "passing" if isinstance(error, PassingError) else "lasting"
+            kind = "passing" if isinstance(error, TransientError) else "lasting"
             message = str(error)
     kind, _, message = _broadcast(f"{kind} {message}").partition(" ")
     if kind:
-        raise (PassingError if kind == "passing" else UserError)(message)
+        raise (TransientError if kind == "passing" else UserError)(message)
 
 
-def first_says(question: Callable[[], bool]) -> bool:
+def broadcast_bool(question: Callable[[], bool]) -> bool:
     """What process 0 answers, in all processes, such as whether a file is there."""
     answer = is_first() and question()
     return bool(_broadcast("yes" if answer else ""))
 
 
-def first_tells(question: Callable[[], str]) -> str:
+def broadcast_text(question: Callable[[], str]) -> str:
     """What process 0 answers, in all processes; a `UserError` of it is raised in all of them."""
     answers: list[str] = []
-    on_first(lambda: answers.append(question()))
+    run_on_process_0(lambda: answers.append(question()))
     return _broadcast(answers[0] if answers else "")
 
 
@@ -162,7 +162,7 @@ def check_shared(folder: Path) -> None:
     if count() == 1:
         return
     mark = folder / f".shared-{_broadcast(secrets.token_hex(8))}"
-    on_first(mark.touch)
+    run_on_process_0(mark.touch)
     deadline = time.monotonic() + _SHARED_SECONDS
     while not (seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -233,7 +233,7 @@ def _initialize(
             else "name --coordinator_address, --num_processes and --process_id where JAX does not "
             "know the cluster."
         )
-        kind = PassingError if isinstance(error, jax.errors.JaxRuntimeError) else UserError
+        kind = TransientError if isinstance(error, jax.errors.JaxRuntimeError) else UserError
         raise kind(f"The processes did not find each other ({reason}); {wanted}") from error
     finally:
         too_late.cancel()
@@ -259,7 +259,7 @@ def _check_address(coordinator_address: str, here: bool) -> None:
 
 def _give_up(seconds: float, report: Callable[[BaseException], int]) -> None:
     code = report(
-        PassingError(
+        TransientError(
             f"The processes did not find each other within {seconds:g} seconds; were all started, "
             "with the same --num_processes and the --coordinator_address of process 0?"
         )

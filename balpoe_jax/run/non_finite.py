@@ -34,8 +34,8 @@ class NonFiniteSteps:
         first_step: Step after which this start goes on; what is recorded of later steps is
             discarded, since they will be made again.
         limit: Number of steps that the config lets pass.
-        batch_before: Positions of the training examples of the update that leads to a step.
-        rate_before: Learning rate of that update.
+        batch_indices: Positions of the training examples of the update that leads to a step.
+        learning_rate: Learning rate of that update.
         ids: Names of training examples at given positions.
 
     Attributes:
@@ -47,17 +47,17 @@ class NonFiniteSteps:
         workdir: Path,
         first_step: int,
         limit: int,
-        batch_before: Callable[[int], npt.NDArray[np.int64]],
-        rate_before: Callable[[int], float],
+        batch_indices: Callable[[int], npt.NDArray[np.int64]],
+        learning_rate: Callable[[int], float],
         ids: Callable[[npt.NDArray[np.int64]], list[str]],
     ) -> None:
         self._limit = limit
-        self._batch_before, self._rate_before, self._ids = batch_before, rate_before, ids
+        self._batch_before, self._rate_before, self._ids = batch_indices, learning_rate, ids
         self._path = workdir / NON_FINITE
         rows = _read(self._path)
         self._rows = [row for row in rows if row["step"] <= first_step and row["skipped"]]
         self.skipped = len(self._rows)
-        multihost.on_first(self._write)
+        multihost.run_on_process_0(self._write)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes down a step that is not finite.
@@ -79,7 +79,7 @@ class NonFiniteSteps:
             "indices": batch,
             "ids": self._ids(batch),
         }
-        self._rows.append(files.plain(row))
+        self._rows.append(files.to_json(row))
         if multihost.is_first():
             self._write()
         if not skip:

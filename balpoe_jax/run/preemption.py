@@ -71,12 +71,12 @@ class PreemptionNotice:
         """Has a function called before a signal ends the process at once."""
         self._at_exit.append(function)
 
-    def work_unsaved(self) -> None:
+    def mark_unsaved(self) -> None:
         """From now on there is something to save."""
         with self._guard:
             self._unsaved = True
 
-    def work_saved(self, where: str) -> None:
+    def mark_saved(self, where: str) -> None:
         """From now on there is nothing more to save; every process must call this.
 
         Args:

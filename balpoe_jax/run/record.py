@@ -8,8 +8,8 @@ from typing import Any
 
 from balpoe_jax import files
 from balpoe_jax.config import with_defaults
-from balpoe_jax.errors import PassingError, UserError, passes
-from balpoe_jax.files import CONFIG, plain, read_json, write_atomically
+from balpoe_jax.errors import TransientError, UserError, is_transient
+from balpoe_jax.files import CONFIG, read_json, to_json, write_atomically
 from balpoe_jax.run import multihost
 from balpoe_jax.run.environment import environment
 
@@ -59,7 +59,7 @@ def open_workdir(workdir: str) -> Path:
     Every process must call this, and sees what process 0 made of it.
     """
     path = locate(workdir)
-    multihost.on_first(lambda: _make_writable(path))
+    multihost.run_on_process_0(lambda: _make_writable(path))
     multihost.check_shared(path)
     return path
 
@@ -72,18 +72,18 @@ def _make_writable(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise (PassingError if passes(error) else UserError)(
+        raise (TransientError if is_transient(error) else UserError)(
             f"The workdir {path} cannot be written to ({error.strerror}); choose another one with "
             "--workdir=DIR."
         ) from error
 
 
-def is_claimed(workdir: Path) -> bool:
+def has_config(workdir: Path) -> bool:
     """Whether the workdir already holds a run."""
     return (workdir / CONFIG).exists()
 
 
-def claim(
+def write_config(
     workdir: Path, config: Mapping[str, Any], resolved: Mapping[str, Any], data: Mapping[str, Any]
 ) -> None:
     """Writes `config.json`: from then on the workdir belongs to this configuration.
@@ -95,19 +95,19 @@ def claim(
         data: what the data set turned out to be.
     """
     content = {"config": config, "resolved": resolved, "data": data, "environment": environment()}
-    write_atomically(workdir / CONFIG, json.dumps(plain(content), indent=2) + "\n")
+    write_atomically(workdir / CONFIG, json.dumps(to_json(content), indent=2) + "\n")
 
 
 def recorded_pipeline(workdir: Path) -> str | None:
     """Where the batches of the run in a workdir are made; None when it holds no run."""
-    if not is_claimed(workdir):
+    if not has_config(workdir):
         return None
     resolved = (read_json(workdir / CONFIG) or {}).get("resolved")
     # Older runs knew no other.
     return str(resolved.get("pipeline", "host")) if isinstance(resolved, dict) else "host"
 
 
-def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
+def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
     """Raises UserError unless `workdir` holds a run of this configuration."""
     path = workdir / CONFIG
     try:
@@ -139,13 +139,13 @@ def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A field that `config` lacks, since it was recorded before there was the field, has its default.
     """
-    fields = _flatten(plain(with_defaults(config)))
+    fields = _flatten(to_json(with_defaults(config)))
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 
-def check_same_config(config: Mapping[str, Any]) -> None:
+def check_config_everywhere(config: Mapping[str, Any]) -> None:
     """Refuses processes with different configs, but for the fields about the host itself."""
-    fields = _flatten(plain(config))
+    fields = _flatten(to_json(config))
     own = ("data.data_dir", "data.threads")
     shared = {name: fields[name] for name in fields if name not in own}
     multihost.check_same(shared, "config", "use one command line for all")

@@ -49,8 +49,8 @@ def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
         )
     config.batch_size, config.optim.accumulate = student.batch_size, 1
     config.mixup.groups = student.mixup.groups
-    if "stage2" in config:
-        config.stage2.batch_size = 0
+    if "phase2" in config:
+        config.phase2.batch_size = 0
     return config
 
 

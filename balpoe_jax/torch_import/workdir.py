@@ -46,17 +46,17 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     with metric_writer.log_to_file(directory):
         experiment = build(config)
         expected = experiment.abstract_state()
-        if experiment.network is not experiment.model or jax.tree.leaves(expected.extra):
+        if experiment.network is not experiment.model or jax.tree.leaves(expected.method_state):
             raise UserError(
                 f"The method {config.method.name} trains more than the reference's network; import "
                 "into a config of method=balpoe."
             )
         check_against(variables, expected.variables)
-        step = experiment.total_steps if epoch is None else step_at(experiment.stages, epoch)
+        step = experiment.total_steps if epoch is None else step_at(experiment.phases, epoch)
         try:
             with Checkpoints(str(directory / "checkpoints")) as checkpoints:
                 checkpoints.save(_make_state(experiment, expected, variables, step))
-            record.claim(
+            record.write_config(
                 directory, experiment.config, experiment.resolved(), experiment.data_record()
             )
         except BaseException:  # half an import would be in the way of the next try
@@ -77,7 +77,7 @@ def _refuse_used(workdir: Path) -> None:
 def _make_state(experiment: Any, expected: Any, variables: dict[str, Any], step: int) -> Any:
     """The state of a run at `step` with these variables, on every device."""
     cast = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), variables, expected.variables)
-    opt_state = experiment.stages[0].optimizer.init(cast["params"])
+    opt_state = experiment.phases[0].optimizer.init(cast["params"])
     state = expected.replace(
         step=jnp.asarray(step, expected.step.dtype),
         params=cast["params"],

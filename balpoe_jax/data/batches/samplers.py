@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from balpoe_jax.data.randomness import RowRandom, fold_in, stream_id, stream_seed
 from balpoe_jax.data.settings import steps_per_epoch
-from balpoe_jax.data.tracing import as_written
+from balpoe_jax.data.tracing import no_autograph
 
 Labels = npt.NDArray[np.integer]
 
@@ -40,7 +40,7 @@ def batches(
             random = RowRandom(stream_seed(seed, "order", step), batch_size, slice(0, batch_size))
             return step, balanced.draw(random)
 
-        return tf.data.Dataset.range(first_step, last_step).map(as_written(draw))
+        return tf.data.Dataset.range(first_step, last_step).map(no_autograph(draw))
 
     per_epoch = steps_per_epoch(len(labels), batch_size)
     make_order: Any = _shuffled
@@ -60,7 +60,7 @@ def batches(
         return tf.data.Dataset.range(start, stop).map(indices)
 
     epochs = tf.data.Dataset.range(first_step // per_epoch, -(-last_step // per_epoch))
-    return epochs.flat_map(as_written(steps_of_epoch))
+    return epochs.flat_map(no_autograph(steps_of_epoch))
 
 
 def _shuffled(seed: tf.Tensor, num_examples: int) -> tf.Tensor:

@@ -21,7 +21,7 @@ Batch = dict[str, Any]  # of tensors
 _OTHERS = "others"
 
 
-class TrainStages:
+class TrainBatchMaker:
     """The stages in which a training batch is made, each a function inside the graph.
 
     Args:
@@ -53,7 +53,7 @@ class TrainStages:
         if settings.mix.from_sampler:
             self._views[_OTHERS] = "augment_others", first
 
-    def choose(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
+    def indices(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
         """This host's part in a batch: positions in the training set, int32 `[rows]`."""
         batch = {"step": step, "indices": indices[self._rows]}
         if _OTHERS in self._views:
@@ -70,7 +70,7 @@ class TrainStages:
             stored[_OTHERS], read["read_labels"] = self._reader.read(batch["other_indices"])
         return {**read, "stored": stored}
 
-    def draw_windows(self, batch: Batch) -> Batch:
+    def draw(self, batch: Batch) -> Batch:
         """Adds what `decode` needs."""
         shapes = {name: decoding.shapes(encoded) for name, encoded in batch["stored"].items()}
         drawn = {
@@ -94,7 +94,7 @@ class TrainStages:
         images = {name: decode(name, view) for name, (_, view) in self._views.items()}
         return {**row, "stored": images}
 
-    def finish(self, batch: Batch) -> Batch:
+    def augment_and_mix(self, batch: Batch) -> Batch:
         """Augments, normalises and mixes images."""
         labels = batch["labels"]
 

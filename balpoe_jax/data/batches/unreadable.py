@@ -14,14 +14,14 @@ from balpoe_jax.data.batches.replacements import BadImage
 from balpoe_jax.data.images import decoding
 from balpoe_jax.data.records.sources import RecordSource, Source
 from balpoe_jax.data.records.tfrecords import DamagedRecord
-from balpoe_jax.errors import PassingError, UserError, passes
+from balpoe_jax.errors import TransientError, UserError, is_transient
 
 
 def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
     """Reads and decodes the whole of an image; None if nothing is wrong with it.
 
     Raises:
-        UserError (a `ValueError`): its file cannot be read at all; a `PassingError` when that may
+        UserError (a `ValueError`): its file cannot be read at all; a `TransientError` when that may
             pass.
     """
     try:
@@ -30,7 +30,7 @@ def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
         decoding.decode_window(encoded, whole, tf.constant(False), source.image_size)
     except OSError as error:
         path = source.paths[source.index.files[index]]
-        raise (PassingError if passes(error) else UserError)(
+        raise (TransientError if is_transient(error) else UserError)(
             f"The records {path} cannot be read ({error.strerror or error}); start again when they "
             "are there."
         ) from error

@@ -33,7 +33,7 @@ class Profile:
     image_shape: tuple[int, int, int]
 
 
-def load_cut(
+def load_long_tailed(
     name: str,
     imbalance_ratio: float,
     data_dir: str = "",
@@ -45,7 +45,7 @@ def load_cut(
     """Loads a balanced data set and cuts its tail by the exponential profile.
 
     Args:
-        name: one of `BALANCED`.
+        name: one of `BALANCED_DATASETS`.
         imbalance_ratio: largest over smallest training class, at least 1.
         data_dir: place of the data set, see `cifar.load`. Unused by "digits", which scikit-learn
             ships.
@@ -60,7 +60,7 @@ def load_cut(
         UserError (a `ValueError`): a data set that is not there, an empty class, a label out of
             range, or counts that differ.
     """
-    profile, loader = BALANCED[name]
+    profile, loader = BALANCED_DATASETS[name]
     train, test = loader(data_dir, check_archive)
     available = long_tail.class_counts(train.labels, profile.num_classes)
     found = available, long_tail.class_counts(test.labels, profile.num_classes)
@@ -153,7 +153,9 @@ def _read_digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     return digits.images, digits.target.astype(np.int64)
 
 
-BALANCED: dict[str, tuple[Profile, Callable[[str, bool], tuple[ArraySource, ArraySource]]]] = {
+BALANCED_DATASETS: dict[
+    str, tuple[Profile, Callable[[str, bool], tuple[ArraySource, ArraySource]]]
+] = {
     "digits": (
         Profile(10, _DIGITS_TRAIN_PER_CLASS, _DIGITS_TEST_PER_CLASS, (8, 8, 3)),
         _load_digits,

@@ -23,7 +23,7 @@ import numpy as np
 
 from balpoe_jax.data import cache
 from balpoe_jax.data.records.sources import ArraySource
-from balpoe_jax.errors import PassingError, UserError, passes
+from balpoe_jax.errors import TransientError, UserError, is_transient
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,13 @@ def read(name: str, path: str, check: bool = True) -> tuple[ArraySource, ArraySo
 
     Raises:
         UserError (a `ValueError`): a file that cannot be read, has another checksum or other
-            members; a `PassingError` when that may pass.
+            members; a `TransientError` when that may pass.
     """
     archive = ARCHIVES[name]
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise (PassingError if passes(error) else UserError)(
+        raise (TransientError if is_transient(error) else UserError)(
             f"The archive {path} cannot be read ({error.strerror or error}); name another one with "
             "--config.data.data_dir=FILE."
         ) from error

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from balpoe_jax.data.batches import unreadable
 from balpoe_jax.data.datasets.tfds_folder import prepared_builder
 from balpoe_jax.data.records.sources import ArraySource
-from balpoe_jax.data.tracing import as_written
+from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.errors import UserError
 
 
@@ -39,7 +39,7 @@ def _read_split(builder: Any, split: str) -> ArraySource:
         split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()}
     )
     decoded = records.map(
-        as_written(
+        no_autograph(
             lambda record: {
                 "id": record["id"],
                 "label": record["label"],

@@ -16,7 +16,7 @@ from balpoe_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PhotoDataset:
     """A data set as it was published, and where its parts are in TFDS.
 
     Attributes:
@@ -38,14 +38,14 @@ class Published:
     name_feature: str
 
 
-NATURAL = {
-    "imagenet_lt": Published(1000, 115_846, 1280, 5, 50_000, "test", "validation", "file_name"),
+PHOTO_DATASETS = {
+    "imagenet_lt": PhotoDataset(1000, 115_846, 1280, 5, 50_000, "test", "validation", "file_name"),
     # Its test split has no labels; results are reported on the validation split.
-    "i_naturalist2018": Published(8142, 437_513, 1000, 2, 24_426, "validation", "", "id"),
+    "i_naturalist2018": PhotoDataset(8142, 437_513, 1000, 2, 24_426, "validation", "", "id"),
 }
 
 
-def load_natural(
+def load_photos(
     name: str,
     image_size: int,
     resize: int,
@@ -56,7 +56,7 @@ def load_natural(
     """Opens a data set of photographs; images stay in their files until they are read.
 
     Args:
-        name: one of `NATURAL`.
+        name: one of `PHOTO_DATASETS`.
         image_size: height and width in pixels of the images that batches hold.
         resize: short side in pixels to which test images are scaled before a central crop.
         data_dir: TFDS folder; empty for TFDS's own.
@@ -68,7 +68,7 @@ def load_natural(
         UserError (a `ValueError`): a data set that is not there, prepared in another format, or
             not as published; an empty training class.
     """
-    published = NATURAL[name]
+    published = PHOTO_DATASETS[name]
     builder = prepared_builder(name, data_dir)
 
     def split(part: str) -> RecordSource:
@@ -112,7 +112,7 @@ def _open_split(builder: Any, part: str, name_feature: str) -> tuple[tuple[str, 
 
 
 def _is_complete(
-    published: Published, counts: npt.NDArray[np.int64], test_counts: npt.NDArray[np.int64]
+    published: PhotoDataset, counts: npt.NDArray[np.int64], test_counts: npt.NDArray[np.int64]
 ) -> bool:
     found = (counts.sum(), counts.max(), counts.min())
     expected = (published.num_train, published.largest, published.smallest)
@@ -122,7 +122,7 @@ def _is_complete(
 
 def _explain_counts(
     name: str,
-    published: Published,
+    published: PhotoDataset,
     counts: npt.NDArray[np.int64],
     test_counts: npt.NDArray[np.int64],
 ) -> str:

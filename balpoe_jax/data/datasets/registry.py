@@ -4,13 +4,13 @@
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data.datasets.balanced import BALANCED, load_cut
-from balpoe_jax.data.datasets.photos import NATURAL, load_natural
+from balpoe_jax.data.datasets.balanced import BALANCED_DATASETS, load_long_tailed
+from balpoe_jax.data.datasets.photos import PHOTO_DATASETS, load_photos
 from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.data.long_tail import exponential_counts
 from balpoe_jax.errors import UserError
 
-DATASETS = (*BALANCED, *NATURAL)
+DATASETS = (*BALANCED_DATASETS, *PHOTO_DATASETS)
 
 
 def published(
@@ -30,11 +30,11 @@ def published(
         UserError (a `ValueError`): an unknown name, or a ratio out of range.
     """
     _check_name(name)
-    if name in NATURAL:
-        numbers = NATURAL[name]
+    if name in PHOTO_DATASETS:
+        numbers = PHOTO_DATASETS[name]
         positions = np.arange(numbers.num_train) % numbers.num_classes
         return np.bincount(positions).astype(np.int64), (image_size, image_size, 3)
-    profile, _ = BALANCED[name]
+    profile, _ = BALANCED_DATASETS[name]
     counts = exponential_counts(profile.num_classes, profile.train_per_class, imbalance_ratio)
     return counts, profile.image_shape
 
@@ -60,7 +60,7 @@ def load(
         check_counts: refuse a data set that is not the published one.
         selection_seed: of the images kept of a balanced data set.
         held_out_per_class: at most so many labelled images of each class are held out, see
-            `balanced.load_cut` and `photos.load_natural`.
+            `balanced.load_long_tailed` and `photos.load_photos`.
         image_size: height and width in pixels of photographs; images of one size keep theirs.
         resize: short side in pixels to which test photographs are scaled before a central crop.
         check_archive: whether an archive of CIFAR with another checksum than the published one is
@@ -71,9 +71,9 @@ def load(
             should be.
     """
     _check_name(name)
-    if name in NATURAL:
-        return load_natural(name, image_size, resize, data_dir, check_counts, held_out_per_class)
-    return load_cut(
+    if name in PHOTO_DATASETS:
+        return load_photos(name, image_size, resize, data_dir, check_counts, held_out_per_class)
+    return load_long_tailed(
         name,
         imbalance_ratio,
         data_dir,

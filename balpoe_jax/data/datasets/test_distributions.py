@@ -25,7 +25,7 @@ UNIFORM = "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class TestDistribution:
     """A part of the test set with its own class distribution.
 
     Attributes:
@@ -52,7 +52,7 @@ def make_targets(
     ratios: Sequence[float],
     names: npt.NDArray[np.str_] | None = None,
     lists: str = "",
-) -> list[Target]:
+) -> list[TestDistribution]:
     """All target distributions from the most forward to the most backward.
 
     Args:
@@ -99,7 +99,7 @@ def make_targets(
             log.warning("Too few test examples for the target distribution %s: left out", name)
             continue
         counts = class_counts(labels[indices], len(train_counts))
-        targets.append(Target(name, indices, counts, origin))
+        targets.append(TestDistribution(name, indices, counts, origin))
     return targets
 
 

@@ -146,7 +146,7 @@ class _Way:
     def changes(self) -> bool:
         """Whether there is anything to do to an image after its crop, flip and rotation."""
         settings = self._settings
-        return settings.changes or self._policy is not None or settings.cutout > 0
+        return settings.has_per_image_ops or self._policy is not None or settings.cutout > 0
 
     @property
     def width(self) -> int:
@@ -157,7 +157,7 @@ class _Way:
         """Draws for all rows of uniform numbers `[rows, width]`."""
         settings, uniforms = self._settings, RowUniforms(numbers, self._widths)
         drawn: Drawn = {"moves": moves.draw_moves(uniforms, settings, self._height, self._width)}
-        if settings.jitters:
+        if settings.has_color_jitter:
             drawn["jitter"] = jitter.draw_jitter(uniforms, settings)
         if settings.grayscale:
             drawn["grayscale"] = uniforms.one("grayscale") < settings.grayscale

@@ -30,9 +30,9 @@ def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSetting
         Images in the form in which they came.
     """
     packed = images.dtype == tf.uint32
-    if settings.moves:
+    if settings.has_geometry:
         images = _move(_as_bytes(images), random.stream("move"), settings)
-    if settings.changes:
+    if settings.has_per_image_ops:
         images = _as_pixels(images)
         # One by one they stay in the cache.
         images = tf.map_fn(
@@ -53,12 +53,12 @@ Changes = dict[str, Any]
 def draw_changes(random: RowRandom, settings: AugmentSettings) -> Changes:
     """Draws what `change_image` does to each row of `random`."""
     draws: Changes = {}
-    if settings.jitters:
+    if settings.has_color_jitter:
         draws["jitter"] = draw_jitter(
             random.stream("color_jitter"), settings.color_jitter, settings.hue
         )
     # A probability of 1 draws nothing for it.
-    if settings.jitters and settings.jitter_probability < 1:
+    if settings.has_color_jitter and settings.jitter_probability < 1:
         draws["jittered"] = random.uniform("jittered") < settings.jitter_probability
     if settings.grayscale:
         draws["grayscale"] = random.uniform("grayscale") < settings.grayscale

@@ -41,8 +41,8 @@ class View:
         self._of_batch, self._of_each = settings, AugmentSettings()
         if source.encoded:
             self._of_batch = dataclasses.replace(self._of_batch, flip=False, crop_area=0.0)
-            if not self._of_batch.moves:
-                self._of_batch, self._of_each = self._of_batch.without_changes()
+            if not self._of_batch.has_geometry:
+                self._of_batch, self._of_each = self._of_batch.split_per_image_ops()
 
     def draw(self, shapes: tf.Tensor, random: RowRandom) -> dict[str, Any]:
         """What `decode` needs of each row of `random`.

@@ -9,11 +9,11 @@ from balpoe_jax.methods.base import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """A published result, in percent of the balanced test set.
 
     Attributes:
-        dataset: as in `Recipe.on`, "cifar100_lt", "imagenet_lt" or "inaturalist2018".
+        dataset: as in `Preset.on`, "cifar100_lt", "imagenet_lt" or "inaturalist2018".
         arguments: what else stands after the config file's colon, such as "ir=100".
         accuracy: top-1, over all classes.
         source: who reports it.
@@ -28,7 +28,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Preset:
     """A method with its hyper-parameters, and how its authors train it on each data set.
 
     Attributes:
@@ -38,8 +38,8 @@ class Recipe:
         taus: ends of the range of taus, of BalPoE's kin; None for the data set's own.
         mixup: whether images are mixed by the data set's own mixup unless it is turned off; what
             mixes otherwise says so in `fields`.
-        fields: of the config, by dotted name, on every data set; `stage2.*` asks for a second
-            stage and `view2.*`, `view3.*` for further views of an image.
+        fields: of the config, by dotted name, on every data set; `phase2.*` asks for a second
+            phase and `view2.*`, `view3.*` for further views of an image.
         on: further fields by data set, "cifar100_lt", or data set and argument,
             "cifar100_lt:ir=50" or "imagenet_lt:backbone=resnext50"; "cifar100_lt:recipe=long" is
             the authors' long training.
@@ -61,7 +61,7 @@ class Recipe:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     on: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     epochs: int = 200
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedResult, ...] = ()
     teacher: tuple[str, str] | None = None
 
     def own(self, dataset: str, *arguments: str) -> dict[str, Any]:
