@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from balpoe_jax.errors import Preempted, TransientError, UserError
+from balpoe_jax.renames import rename_overrides
 
 _EXIT_ERROR = 1
 _EXIT_USER_ERROR = 2
@@ -101,7 +102,11 @@ def define_run_flags() -> None:
 def define_config_flag() -> None:
     """Defines --config."""
     config_flags.DEFINE_config_file(
-        "config", None, "File of the experiment, FILE.py[:key=value,...].", lock_config=True
+        "config",
+        None,
+        "File of the experiment, FILE.py[:key=value,...].",
+        lock_config=True,
+        sys_argv=rename_overrides(sys.argv),
     )
     flags.mark_flag_as_required("config")
 
@@ -136,7 +141,7 @@ def use_compilation_cache(folder: str | None) -> None:
     elif folder is not None:
         raise UserError(
             f"The compilation cache {path} cannot be written to; choose another folder with "
-            "--config.cache_dir=DIR, or none with --config.cache_dir=."
+            "--config.compilation_cache_dir=DIR, or none with --config.compilation_cache_dir=."
         )
 
 
@@ -172,6 +177,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     file = _config_path(argv).partition(":")[0]
     if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
         _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
+    argv = rename_overrides(argv)
     try:
         arguments = flags.FLAGS(argv)
     except flags.Error as error:

@@ -16,7 +16,7 @@ from absl import flags
 from balpoe_jax import cli
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
-from balpoe_jax.reporting.comparison import compare, shared_remark, write
+from balpoe_jax.reporting.comparison import compare, shared_note, write
 from balpoe_jax.reporting.runs import find_runs, group_runs
 
 log = logging.getLogger("balpoe_jax.compare")  # not __main__, as which it is started
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     groups = group_runs(find_runs(arguments[1:]))
     content = compare(groups)
     width = shutil.get_terminal_size().columns
-    remark = shared_remark(groups)
-    if remark:
-        log.info("%s\n", textwrap.fill(f"Remark: {remark}", width))
+    note = shared_note(groups)
+    if note:
+        log.info("%s\n", textwrap.fill(f"Note: {note}", width))
     for table in content:
         log.info("%s\n%s\n", table.title, tables.as_text(table, width))
     if flags.FLAGS.output:

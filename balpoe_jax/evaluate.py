@@ -114,7 +114,7 @@ class Evaluator:
             held_out_description=data.held_out_description,
             targets=experiment.targets,
             prior_strength=experiment.config["eval"]["prior_strength"],
-            prior_significance=experiment.config["eval"]["prior_significance"],
+            shift_test_level=experiment.config["eval"]["shift_test_level"],
             **self._score_options(),
         )
         if aggregations:
@@ -128,7 +128,7 @@ class Evaluator:
         experiment = self._experiment
         evaluation = experiment.config["eval"]
         learnt = [expert_weights.start(len(experiment.taus)) for _ in experiment.targets]
-        for epoch in range(evaluation["aggregation_epochs"] if len(experiment.taus) > 1 else 0):
+        for epoch in range(evaluation["expert_weights_epochs"] if len(experiment.taus) > 1 else 0):
             prefixes = [f"view{i}_" for i in range(2)]
             try:
                 views = [
@@ -140,7 +140,12 @@ class Evaluator:
                 first, second = (view.expert_logits for view in views if view is not None)
                 learnt = [
                     expert_weights.learn_epoch(
-                        before, first, second, evaluation["aggregation_rate"], epoch, target.indices
+                        before,
+                        first,
+                        second,
+                        evaluation["expert_weights_rate"],
+                        epoch,
+                        target.indices,
                     )
                     for before, target in zip(learnt, experiment.targets, strict=True)
                 ]
@@ -183,13 +188,13 @@ class Evaluator:
         }
 
     def _results(self, state: TrainState, scores: dict[str, Any]) -> dict[str, Any]:
-        step, remark = int(state.step), self._experiment.config["remark"]
+        step, note = int(state.step), self._experiment.config["note"]
         evaluation = self._experiment.config["eval"]
         results = {
             "step": step,
             "epoch": int(self._experiment.epoch_at(step)),
             "num_parameters": num_parameters(state.params),
-            **({"remark": remark} if remark else {}),
+            **({"note": note} if note else {}),
             "settings": {name: evaluation[name] for name in record.EVALUATION_SETTINGS},
             **scores,
         }

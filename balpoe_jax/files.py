@@ -26,7 +26,7 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
 def reports_write_errors(path: Path) -> Iterator[None]:
     """Turns an operating system's refusal to write a file or folder into a `UserError`.
 
-    It is a `TransientError` when `passes` says so of the refusal.
+    It is a `TransientError` when `is_transient` says so of the refusal.
     """
     try:
         yield

@@ -83,7 +83,7 @@ def _start(notice: PreemptionNotice) -> None:
     from balpoe_jax.train import train
 
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    cli.use_compilation_cache(config.cache_dir)
+    cli.use_compilation_cache(config.compilation_cache_dir)
     if flags.FLAGS.mode == "train":
         train(config, workdir, startup_times.of_this_process(), notice)
     else:

@@ -74,7 +74,7 @@ def learning_rates(
     if not rates.max() <= np.finfo(np.float32).max:  # in which the update is computed
         raise UserError(
             f"The learning rate would grow to {rates.max():g}; lower optim.learning_rate or "
-            "optim.factor."
+            "optim.decay_factor."
         )
     return rates
 

@@ -71,7 +71,7 @@ class Parallel:
         if batch_size < 1 or batch_size % (self.num_devices * accumulate):
             times, microbatches = "", ""
             if accumulate > 1:
-                times, microbatches = " times optim.accumulate", f" x {accumulate}"
+                times, microbatches = " times optim.accumulation_steps", f" x {accumulate}"
             raise UserError(
                 f"{name} must be a positive multiple of the number of devices{times}, got "
                 f"{batch_size} for {self.num_devices}{microbatches}; choose another batch size or "

@@ -290,8 +290,8 @@ def _announce(experiment: Experiment) -> None:
         devices.num_devices,
         devices.mesh.devices.flat[0].device_kind,
     )
-    if config["remark"]:
-        log.info("Remark: %s", config["remark"])
+    if config["note"]:
+        log.info("Note: %s", config["note"])
     taus = [tau for tau in experiment.taus if tau is not None]
     known = len(taus) == len(experiment.taus)
     if known and not np.isclose(mean_tau := float(np.mean(taus)), 1):

@@ -131,7 +131,7 @@ class Bench:
         place, generated = self._data_dir, False
         if not place and self.toy:
             place, generated = str(self.output / "mosaics"), True
-            packed_data.pack(self.generated(), Path(place), self.sizes.ratio, check_counts=False)
+            packed_data.pack(self.generated(), Path(place), self.sizes.ratio, verify_counts=False)
         if not place:
             self.write("data", skipped="no --data_dir was given, so that nothing is trained")
             return
@@ -246,9 +246,12 @@ def _train(bench: Bench, part: str, runs: Sequence[tuple[str, int]]) -> None:
     experiments = {row.method: row.experiment for row in TABLES["2"].rows}
     estimate = 5.0 if bench.toy else seed_seconds(bench.rows)
     fused = fusion_helps(bench.rows)
-    fields: Row = {"data.data_dir": bench.data, "cache_dir": str(bench.output / "cache")}
+    fields: Row = {
+        "data.data_dir": bench.data,
+        "compilation_cache_dir": str(bench.output / "cache"),
+    }
     if bench.toy:
-        fields |= {"batch_size": 64, "data.check_counts": False, "eval.shift_ratios": ()}
+        fields |= {"batch_size": 64, "data.verify_counts": False, "eval.shift_ratios": ()}
     rows = []
     for row, seed in runs:
         experiment = experiments[row]

@@ -54,7 +54,7 @@ def benchmarks(rows: Sequence[Row]) -> str:
         "step of the same network, batch and precision (CUDA graph if measured, else eager) over "
         f"this one's; above 1, this one is faster. {_about(rows)}",
     )
-    return tables.as_markdown(table) + "".join(f"\n- {line}" for line in _remarks(rows)) + "\n"
+    return tables.as_markdown(table) + "".join(f"\n- {line}" for line in _notes(rows)) + "\n"
 
 
 def _network(row: Row) -> str:
@@ -91,7 +91,7 @@ def _torch_time(row: Row, timed: Iterable[Row]) -> float | None:
     return found.get("graph", found.get("eager"))
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[Row]) -> list[str]:
     """First losses, bits, and what is not measured and why."""
     lines = []
     for row in rows:

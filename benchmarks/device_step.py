@@ -153,7 +153,7 @@ def _on_pipeline(experiment: Experiment) -> _Calls:
 
 def _build(config: ConfigDict, data: str, many: int) -> Experiment:
     config.data.update(
-        data_dir=data, pipeline="device", steps_per_dispatch=many, check_counts=False
+        data_dir=data, pipeline="device", steps_per_dispatch=many, verify_counts=False
     )
     return build(config)
 

@@ -51,7 +51,7 @@ class Command:
             "log_every_steps": 1,
             "checkpoint.every_epochs": 1,
             "eval.every_epochs": 2,
-            "cache_dir": self.cache,
+            "compilation_cache_dir": self.cache,
         }
         return subprocess.Popen(
             [

@@ -99,7 +99,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
 
 def _config(method: str, backbone: str) -> Any:
-    from balpoe_jax.config.recipes import cifar_config
+    from balpoe_jax.config.dataset_defaults import cifar_config
 
     name, _, arguments = method.partition(":")
     further = f",{arguments}" if arguments else ""

@@ -35,14 +35,14 @@ _FIRST = (19, 29, 0, 11, 1, 86, 90, 28, 23, 31)
 Images = npt.NDArray[np.uint8]
 
 
-def pack(data_dir: str, folder: Path, ratio: float = 100.0, check_counts: bool = True) -> int:
+def pack(data_dir: str, folder: Path, ratio: float = 100.0, verify_counts: bool = True) -> int:
     """Writes mosaics and labels.
 
     Args:
         data_dir: Place of CIFAR-100, as a config's `data.data_dir`.
         folder: Folder that they are written to; created when missing.
         ratio: Imbalance ratio of the selection.
-        check_counts: Whether a set that is not complete is refused.
+        verify_counts: Whether a set that is not complete is refused.
 
     Returns:
         Size of what was written, in bytes.
@@ -57,7 +57,7 @@ def pack(data_dir: str, folder: Path, ratio: float = 100.0, check_counts: bool =
             f"The training images in {data_dir} should be numbered without gaps, and are not; "
             "prepare the data set again."
         )
-    chosen = datasets.load(NAME, ratio, data_dir, check_counts, 0, HELD_OUT_PER_CLASS)
+    chosen = datasets.load(NAME, ratio, data_dir, verify_counts, 0, HELD_OUT_PER_CLASS)
     keys = _keys(chosen)
     with reports_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

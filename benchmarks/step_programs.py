@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from balpoe_jax import parallel
-from balpoe_jax.config.recipes import IMAGENET_LT, cifar_config, photo_config
+from balpoe_jax.config.dataset_defaults import IMAGENET_LT, cifar_config, photo_config
 from balpoe_jax.data.datasets import published
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.experiment.program import Program

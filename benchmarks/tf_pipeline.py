@@ -14,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from balpoe_jax.config.recipes import IMAGENET_LT, cifar_config, photo_config
+from balpoe_jax.config.dataset_defaults import IMAGENET_LT, cifar_config, photo_config
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.data.batches import mixing
 from balpoe_jax.data.images import decoding, packed_ops
@@ -245,7 +245,7 @@ def _photos(data_dir: str, scratch: Path, image_size: int) -> tuple[Source, str]
     train: Any
     if data_dir:
         data = datasets.load(
-            "imagenet_lt", 1.0, data_dir, check_counts=False, image_size=image_size,
+            "imagenet_lt", 1.0, data_dir, verify_counts=False, image_size=image_size,
             resize=image_size,
         )  # fmt: skip
         train, kind = data.train, "imagenet_lt, {:,} photographs"

@@ -22,7 +22,7 @@ from balpoe_jax.aot import examine
 from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.aot.topologies import chip_of, compile_only_devices
 from balpoe_jax.config import check_config
-from balpoe_jax.config.recipes import IMAGENET_LT, photo_config
+from balpoe_jax.config.dataset_defaults import IMAGENET_LT, photo_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
 from benchmarks import flax_imagenet

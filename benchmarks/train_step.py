@@ -38,7 +38,7 @@ def run(
     import torch
 
     from balpoe_jax import parallel
-    from balpoe_jax.config.recipes import cifar_config
+    from balpoe_jax.config.dataset_defaults import cifar_config
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment.build import build_program
     from balpoe_jax.experiment.program import num_parameters

@@ -28,7 +28,7 @@ results/methods_cpu.md (all methods) and results/cifar100_lt_small.md (30 epochs
 
 from ml_collections import ConfigDict
 
-from balpoe_jax.config.recipes import cifar_config
+from balpoe_jax.config.dataset_defaults import cifar_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -15,7 +15,7 @@ recipe for this data set; ours does, and --config.augment.policy=none gives the 
 
 from ml_collections import ConfigDict
 
-from balpoe_jax.config.recipes import cifar_config
+from balpoe_jax.config.dataset_defaults import cifar_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

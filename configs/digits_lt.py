@@ -12,7 +12,7 @@ in the README.
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax.config.recipes import RECIPE_CHOICES, set_method
+from balpoe_jax.config.dataset_defaults import RECIPE_CHOICES, set_method
 from balpoe_jax.methods import PRESETS
 
 
@@ -39,9 +39,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.augment.crop_padding = 1
     config.augment.flip = False  # a mirrored digit is another character
     config.model.name = "resnet8"
-    config.mixup.alpha = 0.4
+    config.mix.alpha = 0.4
     config.optim.learning_rate = 0.1
-    config.optim.boundaries = (96, 108)
+    config.optim.decay_epochs = (96, 108)
     config.optim.warmup_epochs = 4
     config.eval.batch_size = 200
     config.eval.every_epochs = 10

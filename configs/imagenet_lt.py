@@ -23,7 +23,7 @@ fitted on its validation split. The published lists of its target distributions 
 
 from ml_collections import ConfigDict
 
-from balpoe_jax.config.recipes import IMAGENET_LT, photo_config
+from balpoe_jax.config.dataset_defaults import IMAGENET_LT, photo_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -21,7 +21,7 @@ in the paper; the test split has no labels. Nothing is held out, so no temperatu
 
 from ml_collections import ConfigDict
 
-from balpoe_jax.config.recipes import INATURALIST2018, photo_config
+from balpoe_jax.config.dataset_defaults import INATURALIST2018, photo_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -21,11 +21,11 @@ def make_run(
     """Writes the files of a run with drawn predictions and returns its results.
 
     `changes` are fields of the config by their names with two underscores for a dot; `signal`, the
-    logit of the right class; `never`, a class that is never predicted; and `remark`.
+    logit of the right class; `never`, a class that is never predicted; and `note`.
     """
     random = np.random.default_rng(seed)
     signal, never = changes.pop("signal", 2), changes.pop("never", None)
-    remark = changes.pop("remark", "")
+    note = changes.pop("note", "")
     labels = np.repeat(np.arange(4), 25).astype(np.int32)
     logits = random.normal(size=(num_experts, 100, 4)).astype(np.float32)
     logits[:, np.arange(100), labels] += signal
@@ -41,12 +41,12 @@ def make_run(
         targets=make_targets(labels, COUNTS, (2, 50)),
     )
     results = to_json({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
-    if remark:
-        results["remark"] = remark
+    if note:
+        results["note"] = note
     config: dict[str, Any] = {
         "data": {"name": name, "imbalance_ratio": 40.0, "shot_thresholds": [20, 100]},
         "model": {"name": "resnet8", "num_experts": num_experts},
-        "mixup": {"alpha": 0.4},
+        "mix": {"alpha": 0.4},
         "optim": {"learning_rate": 0.1, "schedule": "step", "weight_decay": 5e-4},
         "eval": {"num_bins": 15},
         "total_epochs": 2,

@@ -111,7 +111,7 @@ def digits_config(**changes):
     config.batch_size = 140
     config.total_epochs = 1
     config.log_every_steps = 1
-    config.mixup.groups = 2
+    config.mix.groups = 2
     config.optim.learning_rate = 0.01  # at which training hardly amplifies roundings
     config.checkpoint.every_epochs = 1
     config.eval.every_epochs = 0

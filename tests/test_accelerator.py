@@ -112,7 +112,7 @@ def test_packed_images_are_those_that_the_selection_keeps(tmp_path: Path) -> Non
     whole, again = (str(tmp_path / f"{name}.npz") for name in ("whole", "again"))
     packed_data.generate(Path(whole), 24, 1)
     folder = tmp_path / "mosaics"
-    size = packed_data.pack(whole, folder, ratio=10.0, check_counts=False)
+    size = packed_data.pack(whole, folder, ratio=10.0, verify_counts=False)
     assert size == sum(path.stat().st_size for path in folder.iterdir())
     packed_data.unpack(folder, Path(again))
     one, two = (
@@ -133,7 +133,7 @@ def test_packed_images_are_those_that_the_selection_keeps(tmp_path: Path) -> Non
 def test_packed_images_of_another_selection_are_refused(tmp_path: Path) -> None:
     path, folder = tmp_path / "whole.npz", tmp_path / "mosaics"
     packed_data.generate(path, 24, 1)
-    packed_data.pack(str(path), folder, ratio=10.0, check_counts=False)
+    packed_data.pack(str(path), folder, ratio=10.0, verify_counts=False)
     with np.load(folder / packed_data.LABELS) as stored:
         labels = dict(stored) | {"ratio": 5.0}
     np.savez(folder / packed_data.LABELS, **labels)

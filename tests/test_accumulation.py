@@ -151,6 +151,8 @@ def test_batch_norm_takes_each_microbatch_by_itself(
 def test_a_batch_that_microbatches_cannot_share() -> None:
     devices = make_parallel("pmap", jax.devices()[:4])
     devices.check_batch_size(16, "batch_size", 2)
-    message = r"devices times optim.accumulate, got 12 for 4 x 2; choose .* fewer microbatches"
+    message = (
+        r"devices times optim.accumulation_steps, got 12 for 4 x 2; choose .* fewer microbatches"
+    )
     with pytest.raises(UserError, match=message):
         devices.check_batch_size(12, "batch_size", 2)

@@ -32,7 +32,7 @@ needs_libtpu = pytest.mark.skipif(
 
 def tiny_config():
     config = get_config("digits_lt", "method=cross_entropy")
-    config.optim.accumulate = 2
+    config.optim.accumulation_steps = 2
     config.eval.batch_size = 30
     return config
 
@@ -276,7 +276,7 @@ def test_a_tpu_gets_cycles_and_one_all_reduce_of_all_gradients(
     """The smallest network, of seven BatchNorms, and a slice of four chips."""
     config = tiny_config()
     config.parallel.sync_batch_norm = sync
-    config.optim.accumulate = accumulate
+    config.optim.accumulation_steps = accumulate
     found = examine.examine(config, "v5e:2x2")
     (reduced,) = found["train"]["collectives"]
     assert (reduced["kind"], reduced["count"]) == ("all-reduce", count)

@@ -130,15 +130,15 @@ def test_another_archive_than_the_published_one_is_refused(archives, monkeypatch
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     expected = rf"MD5 checksum 03b5dce01913d631647c71ecec9e9cb8 .* but has {md5}; .*check_archive"
     with pytest.raises(UserError, match=expected):
-        datasets.load("cifar100", 5.0, str(path.parent), check_counts=False)
+        datasets.load("cifar100", 5.0, str(path.parent), verify_counts=False)
     with caplog.at_level("INFO", logger="balpoe_jax"):
-        options = {"check_counts": False, "check_archive": False}
+        options = {"verify_counts": False, "check_archive": False}
         data = datasets.load("cifar100", 5.0, str(path.parent), **options)
     assert caplog.messages == [f"cifar100 is read from {path}, whose checksum is not checked"]
     assert data.train.labels.max() == 99 and data.train.image_shape == (32, 32, 3)
     assert not data.counts_as_published
     publish(monkeypatch, "cifar100", path)
-    again = datasets.load("cifar100", 5.0, str(path.parent), check_counts=False)
+    again = datasets.load("cifar100", 5.0, str(path.parent), verify_counts=False)
     np.testing.assert_array_equal(data.train.images, again.train.images)
     with pytest.raises(UserError, match="should have 500 training and 100 test images in each of"):
         datasets.load("cifar100", 5.0, str(path.parent))
@@ -147,7 +147,7 @@ def test_another_archive_than_the_published_one_is_refused(archives, monkeypatch
 def test_a_config_lets_another_archive_pass(archives) -> None:
     config = get_config("cifar10_lt", "ir=10")
     config.data.data_dir = str(archives("cifar10"))
-    config.data.check_counts = False
+    config.data.verify_counts = False
     config.data.imbalance_ratio = 1.0
     with pytest.raises(UserError, match="check_archive=False"):
         build(config)
@@ -168,7 +168,7 @@ def test_the_published_archives_are_those_of_the_authors_page() -> None:
 
 def test_where_the_images_come_from_is_no_other_experiment() -> None:
     fields = record.experiment_fields({})
-    assert "data.check_counts" in fields
+    assert "data.verify_counts" in fields
     assert not {"data.data_dir", "data.check_archive"} & fields.keys()
 
 

@@ -62,7 +62,7 @@ def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None
         (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
         (
             ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
-            "Unknown config field config.data.nme; config.data has check_archive, check_counts",
+            "Unknown config field config.data.nme; config.data has check_archive, data_dir",
         ),
         (
             ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],
@@ -173,7 +173,9 @@ jax.jit(lambda x: x + 1)(1.0)
 
 def test_a_cache_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cache .*/file/cache cannot be written to; .*cache_dir"):
+    with pytest.raises(
+        UserError, match=r"cache .*/file/cache cannot be written to; .*compilation_cache_dir"
+    ):
         use_compilation_cache(str(tmp_path / "file" / "cache"))
 
 

@@ -23,7 +23,7 @@ def folder(tmp_path_factory) -> Path:
     """Two experiments with three seeds each."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (1, 2, 3):
-        make_run(folder / "ir100_plain" / f"seed{seed}", seed=seed, mixup__alpha=0.0, signal=1)
+        make_run(folder / "ir100_plain" / f"seed{seed}", seed=seed, mix__alpha=0.0, signal=1)
         make_run(folder / "ir100_balpoe" / f"seed{seed}", seed=seed)
     return folder
 
@@ -127,21 +127,21 @@ def test_a_sweep_without_few_shot_classes_has_its_curve(tmp_path: Path) -> None:
     assert "Accuracy by number of experts that were trained: 1: " in page.read_text()
 
 
-def test_every_output_of_a_comparison_has_the_remark(tmp_path: Path) -> None:
+def test_every_output_of_a_comparison_has_the_note(tmp_path: Path) -> None:
     for seed in (1, 2):
-        make_run(tmp_path / "runs" / f"seed{seed}", seed=seed, remark="a small version")
+        make_run(tmp_path / "runs" / f"seed{seed}", seed=seed, note="a small version")
     other = tmp_path / "other"
     groups = group_runs(find_runs([str(tmp_path / "runs")]))
     for path in write(tmp_path / "out", groups, compare(groups)).parent.iterdir():
         assert "a small version" in path.read_text(), path.name
-    make_run(other, seed=1, mixup__alpha=0.0)
+    make_run(other, seed=1, mix__alpha=0.0)
     groups = group_runs(find_runs([str(tmp_path / "runs"), str(other)]))
     write(tmp_path / "out", groups, compare(groups))
-    assert "Remark: runs: a small version\n" in (tmp_path / "out" / "compare.md").read_text()
+    assert "Note: runs: a small version\n" in (tmp_path / "out" / "compare.md").read_text()
 
 
-def test_the_terminal_shows_the_remark_of_compared_runs(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", remark="a small version")
+def test_the_terminal_shows_the_note_of_compared_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", note="a small version")
     result = subprocess.run(
         [sys.executable, "-m", "balpoe_jax.compare", str(tmp_path / "run")],
         cwd=Path(__file__).parents[1],
@@ -150,7 +150,7 @@ def test_the_terminal_shows_the_remark_of_compared_runs(tmp_path: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Remark: a small version\n")
+    assert result.stdout.startswith("Note: a small version\n")
 
 
 def evaluate_anew(workdir: Path, **settings) -> None:
@@ -181,9 +181,9 @@ def test_bins_alone_tell_older_evaluations_apart(tmp_path: Path) -> None:
 
 
 def test_target_distributions_of_any_run_have_a_column(tmp_path: Path) -> None:
-    make_run(tmp_path / "none", seed=1, mixup__alpha=0.2)
+    make_run(tmp_path / "none", seed=1, mix__alpha=0.2)
     make_run(tmp_path / "some", seed=1)
-    make_run(tmp_path / "more", seed=1, mixup__alpha=0.0)
+    make_run(tmp_path / "more", seed=1, mix__alpha=0.0)
     for name in ("none", "some", "more"):
         path = tmp_path / name / "results.json"
         results = json.loads(path.read_text())
@@ -214,7 +214,7 @@ def test_differences_show_p_values(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         for name, alpha, top1 in (("a", 0.0, 0.5), ("b", 0.4, 0.9)):
             path = tmp_path / name / f"seed{seed}" / "results.json"
-            results = make_run(path.parent, seed=seed, mixup__alpha=alpha)
+            results = make_run(path.parent, seed=seed, mix__alpha=alpha)
             results["test"]["top1"] = top1 + seed / 1000
             path.write_text(json.dumps(results))
     content = {t.name: t for t in compare(group_runs(find_runs([str(tmp_path)])))}

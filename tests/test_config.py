@@ -45,7 +45,7 @@ def test_cifar_recipes(recipe, epochs, boundaries, warmup, rotation, policy) -> 
     config = get_config("cifar100_lt", f"ir=50,recipe={recipe}")
     assert config.data.imbalance_ratio == 50
     assert config.total_epochs == epochs
-    assert config.optim.boundaries == boundaries
+    assert config.optim.decay_epochs == boundaries
     assert config.optim.warmup_epochs == warmup
     assert (config.augment.rotation, config.augment.policy) == (rotation, policy)
     assert (config.batch_size, config.optim.learning_rate) == (128, 0.1)
@@ -53,18 +53,18 @@ def test_cifar_recipes(recipe, epochs, boundaries, warmup, rotation, policy) -> 
 
 
 def test_mixup_strength_is_the_data_sets() -> None:
-    assert get_config("cifar100_lt").mixup.alpha == 0.4
-    assert get_config("cifar10_lt").mixup.alpha == 0.8
-    assert get_config("cifar10_lt", "mixup=false").mixup.alpha == 0
+    assert get_config("cifar100_lt").mix.alpha == 0.4
+    assert get_config("cifar10_lt").mix.alpha == 0.8
+    assert get_config("cifar10_lt", "mixup=false").mix.alpha == 0
 
 
 def test_epochs_scale_the_schedule() -> None:
     config = get_config("cifar100_lt", "epochs=30")
     assert config.total_epochs == 30
-    assert config.optim.boundaries == (24, 27)
+    assert config.optim.decay_epochs == (24, 27)
     assert config.optim.warmup_epochs == 1
     assert get_config("cifar100_lt", "method=mislas,epochs=60").phase2.epochs == 3
-    assert get_config("cifar100_lt", "method=sade,epochs=60").eval.aggregation_epochs == 5
+    assert get_config("cifar100_lt", "method=sade,epochs=60").eval.expert_weights_epochs == 5
 
 
 def test_a_record_from_before_a_field_has_the_fields_default() -> None:
@@ -75,7 +75,7 @@ def test_a_record_from_before_a_field_has_the_fields_default() -> None:
     older = json.loads(config.to_json())
     for section in ("augment", "view2", "other_augment"):
         del older[section]["randaugment_layers"], older[section]["randaugment_magnitude"]
-    del older["method"]["momentum"], older["optim"]["accumulate"]
+    del older["method"]["momentum"], older["optim"]["accumulation_steps"]
     assert older != json.loads(config.to_json())
     assert record.experiment_fields(older) == record.experiment_fields(config.to_dict())
     older["view2"]["blur"] = 0.25
@@ -124,11 +124,11 @@ def test_arguments_are_typed() -> None:
         ("total_epochs", 0, "config.total_epochs must be at least 1, got 0"),
         ("seed", 2**31, "config.seed must be at most 2147483647, got 2147483648"),
         ("data.selection_seed", -1, "config.data.selection_seed must be at least 0"),
-        ("mixup.alpha", -0.1, "config.mixup.alpha must be at least 0"),
+        ("mix.alpha", -0.1, "config.mix.alpha must be at least 0"),
         ("data.imbalance_ratio", float("nan"), "config.data.imbalance_ratio must be at least 1"),
         ("data.std", (0.2, 0.0, 0.2), "config.data.std must be from 1e-06 to 1e\\+09"),
         ("data.mean", (0.5,), "config.data.mean must be 3 numbers"),
-        ("optim.boundaries", ("a",), "config.optim.boundaries must be numbers"),
+        ("optim.decay_epochs", ("a",), "config.optim.decay_epochs must be numbers"),
         (
             "eval.prior_strength",
             float("inf"),
@@ -155,7 +155,11 @@ def test_arguments_are_typed() -> None:
             "half",
             "must be one of tf32, full .*, or None, got 'half'",
         ),
-        ("optim.accumulate", 0, "config.optim.accumulate must be at least 1, got 0"),
+        (
+            "optim.accumulation_steps",
+            0,
+            "config.optim.accumulation_steps must be at least 1, got 0",
+        ),
         ("profile.steps", (5,), r"first and the last step .* counted from 1.* got \(5,\)"),
         ("profile.steps", (3, 2), r"first and the last step .* got \(3, 2\)"),
     ],

@@ -316,15 +316,13 @@ def test_mixed_images_are_refused() -> None:
     from test_config import get_config
 
     config = get_config("digits_lt", "method=paco,mixup=true")
-    with pytest.raises(
-        UserError, match=r"paco knows no mixed labels: config.mixup.alpha must be 0"
-    ):
+    with pytest.raises(UserError, match=r"paco knows no mixed labels: config.mix.alpha must be 0"):
         check(config, make_parallel())
     config = get_config("digits_lt", "method=balpoe")
     config.view2 = default_config().augment
     with pytest.raises(UserError, match="takes 1 views of an image, and the config describes 2"):
         check(config, make_parallel())
     config = get_config("digits_lt", "method=bcl")
-    config.optim.accumulate = 2
-    with pytest.raises(UserError, match="accumulate must be 1 for the method bcl"):
+    config.optim.accumulation_steps = 2
+    with pytest.raises(UserError, match="accumulation_steps must be 1 for the method bcl"):
         check(config, make_parallel())

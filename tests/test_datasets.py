@@ -66,7 +66,7 @@ def test_cifar_keeps_the_images_that_the_archives_order_selects(monkeypatch) -> 
 
 def test_held_out_images_are_neither_trained_on_nor_tested_on(monkeypatch) -> None:
     builder = use(monkeypatch, Builder(FEW_PER_CLASS))
-    load = partial(datasets.load, "cifar100", 10.0, check_counts=False)
+    load = partial(datasets.load, "cifar100", 10.0, verify_counts=False)
     data = load(held_out_per_class=20)
     assert data.held_out is not None
     assert not set(data.held_out.keys) & set(data.train.keys)
@@ -87,7 +87,7 @@ def test_a_balanced_set_holds_nothing_out() -> None:
 
 def test_test_examples_have_names(monkeypatch) -> None:
     use(monkeypatch, Builder(FEW_PER_CLASS))
-    names = datasets.load("cifar100", 10.0, check_counts=False).test_names
+    names = datasets.load("cifar100", 10.0, verify_counts=False).test_names
     assert (names[0], names[-1], len(names)) == ("test_00000", "test_00999", 1000)
 
 
@@ -95,7 +95,7 @@ def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None
     use(monkeypatch, Builder(FEW_PER_CLASS))
     with pytest.raises(UserError, match=r"should have 500 training and 100 test .* has 40 to 40"):
         datasets.load("cifar100", 10.0)
-    data = datasets.load("cifar100", 10.0, check_counts=False)
+    data = datasets.load("cifar100", 10.0, verify_counts=False)
     assert not data.counts_as_published
     np.testing.assert_array_equal(data.class_counts, long_tail.exponential_counts(100, 40, 10))
 
@@ -103,28 +103,28 @@ def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None
 def test_unchecked_counts_are_announced_and_recorded(monkeypatch, caplog) -> None:
     use(monkeypatch, Builder(FEW_PER_CLASS))
     config = get_config("cifar100_lt", "ir=10,backbone=resnet8")
-    config.data.check_counts = False
+    config.data.verify_counts = False
     with caplog.at_level(logging.INFO, logger="balpoe_jax"):
         experiment = build(config)
     lines = [message for message in caplog.messages if "not checked" in message]
     assert lines == [
-        "Class counts are not checked (data.check_counts=False): they are not as published"
+        "Class counts are not checked (data.verify_counts=False): they are not as published"
     ]
     recorded = experiment.data_record()
-    assert (recorded["check_counts"], recorded["counts_as_published"]) == (False, False)
+    assert (recorded["verify_counts"], recorded["counts_as_published"]) == (False, False)
 
 
 def test_an_empty_class_is_refused(monkeypatch) -> None:
     use(monkeypatch, Builder({"train": 40, "test": 10}, top_label=98))
     with pytest.raises(UserError, match=r"Class 99 of cifar100 would have no training image"):
-        datasets.load("cifar100", 10.0, check_counts=False)
+        datasets.load("cifar100", 10.0, verify_counts=False)
 
 
 def test_a_label_out_of_range_is_refused(monkeypatch) -> None:
     builder = use(monkeypatch, Builder(FEW_PER_CLASS))
     builder.labels["train"][7] = 100
     with pytest.raises(UserError, match=r"Labels must lie in 0..99, but 1 do not"):
-        datasets.load("cifar100", 10.0, check_counts=False)
+        datasets.load("cifar100", 10.0, verify_counts=False)
 
 
 def test_digits_are_long_tailed_for_training_and_balanced_for_test() -> None:

@@ -32,7 +32,7 @@ from balpoe_jax.data.settings import (
 )
 from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.experiment.inputs import DeviceInputs, map_planned_step
-from balpoe_jax.experiment.settings import stage_configs, train_settings
+from balpoe_jax.experiment.settings import phase_configs, train_settings
 from balpoe_jax.methods import PRESETS
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import TrainState
@@ -110,7 +110,7 @@ def test_draws_follow_a_power_of_the_class_sizes() -> None:
 @pytest.mark.parametrize("run", [1, 3])
 def test_class_aware_epochs_give_every_class_its_turn(run: int) -> None:
     """As of the host's: classes in turn, and of each all examples before any comes again."""
-    order = Order(LABELS, settings_of(batch_size=12, sampler="class_aware", class_run=run))
+    order = Order(LABELS, settings_of(batch_size=12, sampler="class_aware", samples_per_class=run))
     epoch = np.concatenate([order.positions(step) for step in range(5)])[: 60 // run * run]
     turns = LABELS[epoch].reshape(-1, run)
     assert (turns == turns[:, :1]).all()
@@ -150,7 +150,7 @@ def test_a_batch_is_what_its_plan_says() -> None:
 def test_mixed_pixels_and_shares_belong_together(rule: str) -> None:
     """By constant images, whose mixture tells each pixel's share."""
     planner = planner_of(
-        augment=AugmentSettings(), mix=MixSettings(alpha=1.0, rule=rule, exponent=-1.0)
+        augment=AugmentSettings(), mix=MixSettings(alpha=1.0, rule=rule, sampling_power=-1.0)
     )
     for step in range(6):
         plan = planner.step(step)
@@ -200,7 +200,7 @@ def test_partners_stay_in_their_groups() -> None:
 
 @pytest.mark.parametrize(("alpha", "rule"), [(0.4, "mixup"), (0.4, "unimix"), (1.0, "cutmix")])
 def test_both_pipelines_mix_by_one_distribution(alpha: float, rule: str) -> None:
-    settings = settings_of(mix=MixSettings(alpha=alpha, rule=rule, exponent=-1.0))
+    settings = settings_of(mix=MixSettings(alpha=alpha, rule=rule, sampling_power=-1.0))
     ours = Mixer(LABELS, SHAPE, settings)
     theirs = host_mixing.Mixer(settings.mix, LABELS, SHAPE, BATCH, 3, slice(0, BATCH))
     labels = LABELS[:: len(LABELS) // BATCH][:BATCH].astype(np.int32)
@@ -269,7 +269,7 @@ def _steps(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         yield {name: x[k] for name, x in metrics.items()}
 
 
-CMO = MixSettings(alpha=1.0, rule="cmo", exponent=-1.0)
+CMO = MixSettings(alpha=1.0, rule="cmo", sampling_power=-1.0)
 
 
 @pytest.mark.parametrize("mix", [MixSettings(alpha=0.4), CMO], ids=["mixup", "cmo"])
@@ -300,7 +300,7 @@ def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
         if name == "digits_lt" and recipe in ("strong", "long"):
             continue
         config = get_config(name, f"recipe={recipe},method={method}")
-        for settings in map(partial(train_settings, phase=0), stage_configs(config)):
+        for settings in map(partial(train_settings, phase=0), phase_configs(config)):
             if settings in planned:
                 continue
             planned.add(settings)

@@ -154,9 +154,9 @@ def test_parsing_leaves_nothing_behind() -> None:
 @given(overrides=OVERRIDES)
 @example(overrides=["--config.total_epochs=1000000000000"])
 @example(overrides=["--config.model.num_experts=1000000000"])
-@example(overrides=["--config.optim.factor=1000000000000000000000000000000"])
+@example(overrides=["--config.optim.decay_factor=1000000000000000000000000000000"])
 @example(overrides=["--config=/dev/zero"])
-@example(overrides=["--config.batch_size=4", "--config.optim.accumulate=3"])
+@example(overrides=["--config.batch_size=4", "--config.optim.accumulation_steps=3"])
 def test_overrides(capsys, overrides: list[str]) -> None:
     capsys.readouterr()
     with time_limit():

@@ -28,7 +28,7 @@ FLAGS = [
     "--config=configs/digits_lt.py:method=balpoe,mixup=true",
     "--workdir=/runs/a b",
     "--config.loss.taus=(0.0,0.5,2.5)",
-    '--config.remark=it\'s $(touch hacked) `touch hacked` "x" & $HOME; $$ {a: 1}, [2] # * é 🙂',
+    '--config.note=it\'s $(touch hacked) `touch hacked` "x" & $HOME; $$ {a: 1}, [2] # * é 🙂',
 ]
 TPU_POD = ["tpu_pod.sh", "--name=pod", "--zone=us-east5-b"]
 GKE = ["gke/submit.sh", "--name=run", "--image=r.io/i:1", "--hosts=4", "--claim=runs"]
@@ -114,9 +114,7 @@ HOSTILE = st.lists(
     ),
     max_size=8,
 ).map("".join)
-HOSTILE_FLAGS = st.lists(
-    HOSTILE.map(lambda text: f"--config.remark={text}"), min_size=1, max_size=3
-)
+HOSTILE_FLAGS = st.lists(HOSTILE.map(lambda text: f"--config.note={text}"), min_size=1, max_size=3)
 
 
 @fuzzed(6, share=0.05)

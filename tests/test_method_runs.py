@@ -76,11 +76,11 @@ def test_a_run(name: str, tmp_path: Path) -> None:
 def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> None:
     """From views of the test images: every target has a history, and nothing else is touched."""
     config = config_of("sade")
-    config.eval.aggregation_epochs = 2
+    config.eval.expert_weights_epochs = 2
     results = train(config, str(tmp_path / "with"))
     tables = (tmp_path / "with" / "report" / "tables.md").read_text()
     request.getfixturevalue("no_page")
-    config.eval.aggregation_epochs = 0
+    config.eval.expert_weights_epochs = 0
     without = evaluate.evaluate(config, str(tmp_path / "with"))
     found = results.pop("aggregation")
     assert set(found) == set(results["shift"])

@@ -37,7 +37,7 @@ def parts(name: str, axis_name: str | None = AXIS_NAME):
     context = Context(
         tiny_network.COUNTS,
         resolve_taus(config),
-        scale=config.model.scale if cosine else 1.0,
+        scale=config.model.classifier_scale if cosine else 1.0,
         batch_size=BATCH,
         steps_per_epoch=STEPS_PER_EPOCH,
         axis_name=axis_name,

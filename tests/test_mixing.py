@@ -125,12 +125,12 @@ def test_either_mixup_or_cutmix_with_even_odds() -> None:
     assert abs(cuts - 200) < 4 * 10
 
 
-def remix_by_hand(weight, counts, other_counts, kappa, threshold) -> list[float]:
+def remix_by_hand(weight, counts, other_counts, remix_kappa, threshold) -> list[float]:
     weights = []
     for own, other in zip(counts, other_counts, strict=True):
-        if own / other >= kappa and weight < threshold:
+        if own / other >= remix_kappa and weight < threshold:
             weights.append(0.0)
-        elif own / other <= 1 / kappa and 1 - weight < threshold:
+        elif own / other <= 1 / remix_kappa and 1 - weight < threshold:
             weights.append(1.0)
         else:
             weights.append(weight)
@@ -173,7 +173,7 @@ def test_remix_by_hand(weight: float, expected: list[float]) -> None:
 
 def test_unimix_favours_the_rarer_of_two() -> None:
     """Modulo 1, from Beta draws and counts; for equal counts around 1/2."""
-    mixer = make_mixer(rule="unimix", alpha=0.8, exponent=-0.5)
+    mixer = make_mixer(rule="unimix", alpha=0.8, sampling_power=-0.5)
     counts = np.bincount(LABELS)
     weights, expected, others = [], [], []
     for step, (mix, labels) in enumerate(draws(mixer, batch_labels(), 500)):
@@ -203,7 +203,7 @@ def chi_squared(observed: np.ndarray, odds: np.ndarray) -> float:
 
 @pytest.mark.parametrize("exponent", [0.0, -0.5, 1.0])
 def test_unimix_draws_partners_with_odds_by_image(exponent: float) -> None:
-    found = draws(make_mixer(rule="unimix", exponent=exponent), batch_labels(), 800)
+    found = draws(make_mixer(rule="unimix", sampling_power=exponent), batch_labels(), 800)
     partners = np.concatenate([mix.partners for mix, _ in found])
     odds = np.bincount(LABELS)[batch_labels()].astype(float) ** exponent
     observed = np.bincount(partners, minlength=BATCH)
@@ -218,7 +218,7 @@ def test_unimix_draws_within_the_groups() -> None:
 @pytest.mark.parametrize("rule", ["cmo", "unimix"])
 @pytest.mark.parametrize("exponent", [0.0, -1.0])
 def test_the_second_sampler_draws_classes_by_their_counts(rule: str, exponent: float) -> None:
-    mixer = make_mixer(rule=rule, exponent=exponent, partners="sampler")
+    mixer = make_mixer(rule=rule, sampling_power=exponent, partners="sampler")
     positions = np.concatenate(
         list(tf.data.Dataset.range(600).map(mixer.partners_to_read).as_numpy_iterator())
     )
@@ -298,7 +298,7 @@ def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> No
     assert 4 < mixed < 18
 
 
-UNIMIX = MixSettings(alpha=0.8, groups=2, rule="unimix", exponent=-0.5)
+UNIMIX = MixSettings(alpha=0.8, groups=2, rule="unimix", sampling_power=-0.5)
 
 
 @pytest.mark.parametrize("mix", [UNIMIX, CMO])
@@ -330,8 +330,8 @@ def test_partners_of_the_sampler_need_no_groups() -> None:
         ("probability", 1.5, "must be 0 to 1, got 1.5"),
         ("first_epoch", -1, "must not be negative"),
         ("last_epoch", -1, "be later, or 0"),
-        ("kappa", 0.5, "kappa must be at least 1"),
-        ("threshold", 2.0, "threshold 0 to 1"),
+        ("remix_kappa", 0.5, "remix_kappa must be at least 1"),
+        ("remix_tau", 2.0, "remix_tau 0 to 1"),
     ],
 )
 def test_refuses_what_is_not_valid(field: str, value, expected: str) -> None:

@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch) -> None:
 
 
 def load(data_dir: Path, **changes):
-    options = {"check_counts": False, "image_size": SIZE, "resize": RESIZE, **changes}
+    options = {"verify_counts": False, "image_size": SIZE, "resize": RESIZE, **changes}
     return datasets.load("imagenet_lt", 256.0, str(data_dir), **options)
 
 
@@ -63,7 +63,7 @@ def test_the_splits_and_their_counts(data_dir: Path) -> None:
 
 def test_counts_that_are_not_the_published_ones_are_refused(data_dir: Path) -> None:
     with pytest.raises(UserError, match="should have 115846 training images, 1280 to 5 a class"):
-        load(data_dir, check_counts=True)
+        load(data_dir, verify_counts=True)
 
 
 def test_published_counts_are_accepted(tmp_path: Path, monkeypatch) -> None:
@@ -71,13 +71,13 @@ def test_published_counts_are_accepted(tmp_path: Path, monkeypatch) -> None:
     prepare("imagenet_lt", tmp_path, {"train": TRAIN, "validation": test, "test": test})
     published = photos.PublishedResult(1000, int(TRAIN.sum()), 5, 1, 1000, "test", "", "file_name")
     monkeypatch.setitem(photos.PHOTO_DATASETS, "imagenet_lt", published)
-    assert load(tmp_path, check_counts=True).counts_as_published
+    assert load(tmp_path, verify_counts=True).counts_as_published
     for change in ({"num_train": 9}, {"largest": 6}, {"smallest": 2}, {"num_test": 2000}):
         monkeypatch.setitem(
             photos.PHOTO_DATASETS, "imagenet_lt", dataclasses.replace(published, **change)
         )
         with pytest.raises(UserError, match="imagenet_lt should have"):
-            load(tmp_path, check_counts=True)
+            load(tmp_path, verify_counts=True)
 
 
 def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage(
 def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
     """SIGTERM to one process stops both after the same step, with a checkpoint."""
     workdir = tmp_path / "run"
-    config = ["--config=configs/digits_lt.py:experts=1", "--config.mixup.groups=2"]
+    config = ["--config=configs/digits_lt.py:experts=1", "--config.mix.groups=2"]
     common = [sys.executable, "-m", "balpoe_jax.main", *config, f"--workdir={workdir}"]
     common += ["--distributed", "--num_processes=2", "--heartbeat_timeout_seconds=10"]
     common += ["--config.log_every_steps=13", "--config.checkpoint.every_epochs=100"]
@@ -321,4 +321,4 @@ def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
 def test_hosts_need_groups_of_their_own(monkeypatch) -> None:
     monkeypatch.setattr(Parallel, "num_hosts", 2)
     with pytest.raises(UserError, match=r"multiple of the number of hosts, 2; got 1"):
-        build(process_runs.digits_config(mixup__groups=1))
+        build(process_runs.digits_config(mix__groups=1))

@@ -4,7 +4,7 @@
 import pytest
 
 from balpoe_jax.config import check_config, resolve_taus
-from balpoe_jax.config.recipes import IMAGENET_LT, INATURALIST2018, photo_config
+from balpoe_jax.config.dataset_defaults import IMAGENET_LT, INATURALIST2018, photo_config
 from balpoe_jax.data.settings import AugmentSettings
 from balpoe_jax.errors import UserError
 
@@ -28,7 +28,7 @@ def test_published_recipes(
     assert (config.optim.learning_rate, config.optim.weight_decay) == (rate, decay)
     assert (config.optim.schedule, config.optim.warmup_epochs) == ("cosine", 0)
     assert resolve_taus(config) == taus
-    assert (config.mixup.alpha, config.augment.policy) == (alpha, policy)
+    assert (config.mix.alpha, config.augment.policy) == (alpha, policy)
     assert (config.model.name, config.model.num_experts) == ("resnet50", 3)
     assert (config.data.image_size, config.augment.crop_padding) == (224, 0)
     AugmentSettings(**config.augment.to_dict())

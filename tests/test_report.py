@@ -189,9 +189,9 @@ def test_a_class_that_is_never_predicted_has_an_infinite_divergence(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_drawing")
-def test_every_output_of_a_run_has_its_remark(tmp_path: Path) -> None:
-    results = make_run(tmp_path / "run", remark="a small version")
-    assert result_text(results).startswith("Remark: a small version\n\n")
+def test_every_output_of_a_run_has_its_note(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run", note="a small version")
+    assert result_text(results).startswith("Note: a small version\n\n")
     folder = write_report(str(tmp_path / "run")).parent
     assert len(list(folder.iterdir())) >= 9
     for path in folder.iterdir():

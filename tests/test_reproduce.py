@@ -56,7 +56,7 @@ def test_rows_are_what_their_names_say() -> None:
             config.model.num_experts,
             config.loss.tau_min,
             config.loss.tau_max,
-            config.mixup.alpha,
+            config.mix.alpha,
         )
         for name, config in configs.items()
     }
@@ -274,7 +274,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
     assert "cifar100_lt.py:ir=100,method=cross_entropy,mixup=false,backbone=resnet8" in commands[0]
     assert f"--workdir={tmp_path}/cpu/cifar100_lt_ir100_cross_entropy/seed1" in commands[0]
     assert all("--config.data.data_dir=/data/tfds" in command for command in commands)
-    assert all("--config.remark=scale cpu: ResNet-8" in command for command in commands)
+    assert all("--config.note=scale cpu: ResNet-8" in command for command in commands)
     collected = call(*options, "--mode=collect")
     assert collected.returncode == 0, collected.stderr
     assert "scale cpu: ResNet-8 for 15 epochs" in collected.stdout

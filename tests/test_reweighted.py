@@ -165,10 +165,10 @@ def test_a_class_without_examples_is_refused() -> None:
 
 def test_remix_begins_to_weigh_with_the_last_drop_of_its_rate() -> None:
     config = get_config("cifar100_lt", "method=remix_drw")
-    assert config.mixup.rule == "remix" and config.method.weight_norm == "batch"
-    assert config.method.reweight_epoch == config.optim.boundaries[-1] == 250
+    assert config.mix.rule == "remix" and config.method.weight_norm == "batch"
+    assert config.method.reweight_epoch == config.optim.decay_epochs[-1] == 250
     photos = get_config("inaturalist2018", "method=remix_drw")
-    assert photos.method.reweight_epoch == photos.optim.boundaries[-1] == 150
+    assert photos.method.reweight_epoch == photos.optim.decay_epochs[-1] == 150
     # With a beta so near to 1, weights are nearly in inverse proportion to the counts.
     weights = class_balanced_weights(np.array([1000, 10, 2]), photos.method.beta)
     np.testing.assert_allclose(weights[1:] / weights[0], [100, 500], rtol=2e-3)

@@ -53,7 +53,9 @@ def test_class_balanced_epochs_draw_every_class_as_often() -> None:
 def test_class_aware_epochs_give_every_class_its_turn(run: int) -> None:
     per_epoch = steps_per_epoch(len(LABELS), BATCH)
     seen = {label: [] for label in (0, 1, 3)}
-    for order in orders("class_aware", range(30 * per_epoch), class_run=run).reshape(30, -1):
+    for order in orders("class_aware", range(30 * per_epoch), samples_per_class=run).reshape(
+        30, -1
+    ):
         turns = LABELS[order].reshape(-1, run)
         assert (turns == turns[:, :1]).all()
         rounds = turns[: len(turns) // 3 * 3, 0].reshape(-1, 3)
@@ -91,7 +93,7 @@ def test_orders_are_a_function_of_the_step(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS[1:])
 def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:
     source = numbered_source(21)
-    settings = make_settings(**PLAIN, sampler=sampler, class_run=2)
+    settings = make_settings(**PLAIN, sampler=sampler, samples_per_class=2)
     batches = list(train_batches(source, settings, 2, 7))
     for step, batch in enumerate(batches, 2):
         indices = batch_indices(source.labels, settings, step)
@@ -108,5 +110,5 @@ def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:
 def test_refuses_what_is_not_valid() -> None:
     with pytest.raises(UserError, match="one of shuffle, class_balanced, class_aware; got 'fair'"):
         make_settings(sampler="fair")
-    with pytest.raises(UserError, match="class_run must be at least 1, got 0"):
-        make_settings(class_run=0)
+    with pytest.raises(UserError, match="samples_per_class must be at least 1, got 0"):
+        make_settings(samples_per_class=0)

@@ -129,7 +129,7 @@ def test_where_the_prior_does_not_shift_no_estimate_is_used(scores: dict) -> Non
 def test_every_estimate_is_used_when_no_significance_is_asked_for(test_set: Predictions) -> None:
     targets = make_targets(test_set.labels, COUNTS, (2,))
     options = {"held_out": draw(per_class=20, seed=1), "targets": targets}
-    found = scoring.score(test_set, COUNTS, TAUS, prior_significance=1.0, **options)
+    found = scoring.score(test_set, COUNTS, TAUS, shift_test_level=1.0, **options)
     for name, details in found["shift_sets"].items():
         assert details["estimate_used"]
         assert found["shift"][name]["estimated"] == details["estimates"]["map"]["top1"]

@@ -30,7 +30,7 @@ COUNTS = np.array([130, 94, 68, 49, 35, 26, 18, 13, 9, 5])
 def write_config(workdir: Path, arguments: str = "method=ride,experts=2") -> Path:
     """The record of a run on digits, without fields that came later."""
     config = get_config("digits_lt", arguments).to_dict()
-    del config["cache_dir"], config["method"]["distill"]
+    del config["compilation_cache_dir"], config["method"]["distill"]
     config["batch_size"] = 30
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text(json.dumps({"config": to_json(config)}))
@@ -47,7 +47,7 @@ def test_a_teachers_config_is_its_record_with_the_students_batches(tmp_path: Pat
     found = teachers.read_config(str(write_config(tmp_path)), student(tmp_path))
     expected = get_config("digits_lt", "method=ride,experts=2")
     assert found.to_dict() == expected.to_dict()
-    assert found.batch_size == 32 and isinstance(found.optim.boundaries, tuple)
+    assert found.batch_size == 32 and isinstance(found.optim.decay_epochs, tuple)
 
 
 def test_runs_that_cannot_teach_are_refused(tmp_path: Path) -> None:

@@ -182,11 +182,11 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = json.loads((finished / "results.json").read_text())
-    after = evaluate(tiny_config(eval__batch_size=50, remark="again"), str(workdir))
-    assert after["remark"] == "again"
+    after = evaluate(tiny_config(eval__batch_size=50, note="again"), str(workdir))
+    assert after["note"] == "again"
     assert after["settings"] == before["settings"] == {
         "num_bins": 15, "held_out_per_class": 20, "shift_lists": "", "prior_strength": 0.3,
-        "prior_significance": 0.01, "aggregation_epochs": 0, "aggregation_rate": 0.1,
+        "shift_test_level": 0.01, "expert_weights_epochs": 0, "expert_weights_rate": 0.1,
     }  # fmt: skip
     assert "; again</p>" in (workdir / "report" / "index.html").read_text()
     for name, value in before["test"].items():
@@ -276,14 +276,14 @@ def test_checkpoints_of_nobody_are_not_adopted(finished: Path, tmp_path: Path) -
 
 def test_what_is_refused_leaves_the_workdir_free(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mixup\.groups must divide the batch size 140"):
-        train(tiny_config(mixup__groups=3), str(tmp_path))
+        train(tiny_config(mix__groups=3), str(tmp_path))
     assert not (tmp_path / "config.json").exists()
 
 
 def test_another_config_is_refused_with_the_fields(finished: Path) -> None:
     for start in (train, evaluate):
-        with pytest.raises(UserError, match=r"mixup.alpha was 0.4 and is now 0.2; seed was 1"):
-            start(tiny_config(mixup__alpha=0.2, seed=5), str(finished))
+        with pytest.raises(UserError, match=r"mix.alpha was 0.4 and is now 0.2; seed was 1"):
+            start(tiny_config(mix__alpha=0.2, seed=5), str(finished))
 
 
 @pytest.mark.usefixtures("no_page")
@@ -297,16 +297,16 @@ def test_a_run_of_before_a_field_existed_goes_on_with_its_default(
     finished: Path, tmp_path: Path
 ) -> None:
     content = json.loads((finished / "config.json").read_text())
-    for section, field in (("optim", "accumulate"), ("model", "dtype"), ("model", "remat")):
+    for section, field in (("optim", "accumulation_steps"), ("model", "dtype"), ("model", "remat")):
         del content["config"][section][field]
-    del content["config"]["profile"], content["config"]["cache_dir"]
+    del content["config"]["profile"], content["config"]["compilation_cache_dir"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     record.check_same_config(tmp_path, tiny_config().to_dict())
     record.check_same_config(
         tmp_path, tiny_config(profile__steps=(1, 2), model__remat=True).to_dict()
     )
-    with pytest.raises(UserError, match=r"optim\.accumulate was 1 and is now 2"):
-        record.check_same_config(tmp_path, tiny_config(optim__accumulate=2).to_dict())
+    with pytest.raises(UserError, match=r"optim\.accumulation_steps was 1 and is now 2"):
+        record.check_same_config(tmp_path, tiny_config(optim__accumulation_steps=2).to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def traced(tmp_path_factory) -> tuple[Path, list[int]]:
         batch_size=136,
         model__num_experts=1,
         model__dtype="bfloat16",
-        optim__accumulate=2,
+        optim__accumulation_steps=2,
         profile__steps=(2, 3),
         checkpoint__every_epochs=2,
     )
@@ -395,12 +395,12 @@ def diverged(tmp_path_factory) -> Path:
 def diverging_config():
     return tiny_config(
         total_epochs=4,
-        remark="not the paper's setting",
+        note="not the paper's setting",
         log_every_steps=5,
         loss__tau_max=1.0,
         optim__warmup_epochs=0,
-        optim__boundaries=(1,),
-        optim__factor=1e20,  # after the first epoch, and its checkpoint
+        optim__decay_epochs=(1,),
+        optim__decay_factor=1e20,  # after the first epoch, and its checkpoint
     )
 
 
@@ -421,9 +421,9 @@ def test_taus_without_mean_one_are_announced(diverged: Path, finished: Path) -> 
     assert "mean tau" not in (finished / "train.log").read_text()
 
 
-def test_a_remark_is_announced_as_training_starts(diverged: Path, finished: Path) -> None:
-    assert "Remark: not the paper's setting" in (diverged / "train.log").read_text()
-    assert "Remark" not in (finished / "train.log").read_text()
+def test_a_note_is_announced_as_training_starts(diverged: Path, finished: Path) -> None:
+    assert "Note: not the paper's setting" in (diverged / "train.log").read_text()
+    assert "Note" not in (finished / "train.log").read_text()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:

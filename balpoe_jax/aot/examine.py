@@ -114,7 +114,7 @@ def examine_on(
         "expert_map": program.model.expert_map,
         "num_parameters": num_parameters(state.params),
         "image_shape": image_shape,
-        "accumulate": config.optim.accumulate,
+        "accumulate": config.optim.accumulation_steps,
         "pipeline": config.data.pipeline or "host",
         "train": examine_step(train_step, train_arguments, config.batch_size, train_flops, chip),
     }
@@ -198,8 +198,8 @@ def examine_step(
         reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].rstrip(".")
         raise UserError(
             f"The step does not fit into a device's memory ({reason}); choose a smaller "
-            "--config.batch_size, --config.optim.accumulate=2 or more, --config.model.remat=True, "
-            "--config.model.dtype=bfloat16 or a larger topology."
+            "--config.batch_size, --config.optim.accumulation_steps=2 or more, "
+            "--config.model.remat=True, --config.model.dtype=bfloat16 or a larger topology."
         ) from error
     seconds = time.perf_counter() - start
     text = compiled.as_text()

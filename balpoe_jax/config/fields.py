@@ -15,6 +15,7 @@ from ml_collections.config_dict import placeholder
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import equidistant_taus
 from balpoe_jax.methods import METHODS, settings
+from balpoe_jax.renames import rename_fields
 
 # In which a model's body may compute.
 DTYPES = ("float32", "bfloat16")
@@ -41,24 +42,24 @@ def default_config() -> ConfigDict:
     Fields (sizes of batches are global; durations carry their unit in their name):
         seed: of initialisation, order, augmentation and mixup.
         total_epochs, batch_size.
-        remark: free text that results and report carry.
+        note: free text that results and report carry.
         log_every_steps: a progress line and a row of metrics.jsonl each time.
-        cache_dir: folder in which the commands keep compiled programs for their next start; empty
-            for none. None: `balpoe_jax/xla` in the user's folder of caches (`~/.cache`), by kind of
-            machine. Its files are run as code: it must be a folder of your own.
+        compilation_cache_dir: folder in which the commands keep compiled programs for their next
+            start; empty for none. None: `balpoe_jax/xla` in the user's caches (`~/.cache`), by kind
+            of machine. Its files are run as code: it must be a folder of your own.
         data.name: see `balpoe_jax.data.datasets.DATASETS`.
         data.data_dir: place of the data set. A TFDS folder; for CIFAR also the binary archive, a
             `.npz` file or a folder that holds one, see `balpoe_jax.data.datasets.cifar`. Empty for
             the default of TFDS, and without TFDS for the archive in the user's cache.
         data.imbalance_ratio: largest over smallest class.
         data.selection_seed: of the kept images.
-        data.check_counts: refuse a data set whose class counts are not the published ones.
+        data.verify_counts: refuse a data set whose class counts are not the published ones.
         data.check_archive: refuse an archive of CIFAR whose checksum is not the published one.
         data.shot_thresholds: few-shot below the first, many-shot above the second.
         data.mean, data.std: normalisation by channel.
         data.image_size: height and width in pixels of photographs; 0 where images have one size.
-        data.resize: short side in pixels of a test photograph before its central crop; 0 for 8/7
-            of the image size, 256 for 224.
+        data.eval_resize: short side in pixels of a test photograph before its central crop; 0 for
+            8/7 of the image size, 256 for 224.
         data.threads: of the host's input pipeline; 0 for all cores.
         data.pipeline: Place where batches are made: "device" (the data set lies in device memory
             and the compiled step makes them) or "host" (tf.data); None for the device where the
@@ -71,8 +72,8 @@ def default_config() -> ConfigDict:
             run and names it, "skip" trains on the next one of its class, and records it. In
             testing it ends the evaluation, since the figures would be of another test set.
         data.sampler: "shuffle", "class_balanced" or "class_aware", see
-            `balpoe_jax.data.batches.samplers`; data.class_run: so many examples of a class follow
-            each other in "class_aware".
+            `balpoe_jax.data.batches.samplers`; data.samples_per_class: number of examples of a
+            class that follow each other in "class_aware".
         augment.crop_padding, .flip, .rotation (degrees), .color_jitter (brightness, contrast,
             saturation), .policy, .cutout (side in pixels), .crop_area, .hue, .jitter_probability,
             .grayscale, .blur, .randaugment_layers, .randaugment_magnitude: see
@@ -86,13 +87,14 @@ def default_config() -> ConfigDict:
             one, are augmented by it instead, whose fields are those of augment.
         view2.*, view3.*: of a second and a third view of each training image, the fields of
             augment; only methods that need them have these sections.
-        mixup.alpha: 0 for none. mixup.groups, .rule, .probability (share of the batches),
-            .first_epoch and .last_epoch (counted from 0, without the last; 0 for the end), .kappa,
-            .threshold, .exponent, .partners: see `balpoe_jax.data.settings.MixSettings`.
-        model.name, .num_experts, .classifier, .scale, .reduce_dimension, .shared_stages (-2 for
-            the backbone's own number): see `balpoe_jax.models.create_model`; model.expert_map:
-            "auto" is, for the networks for small images, "vmap" on TPUs and "stacked" on GPUs, and
-            "loop" otherwise;
+        mix.alpha: 0 for none. mix.groups, .rule, .probability (share of the batches),
+            .first_epoch and .last_epoch (counted from 0, without the last; 0 for the end),
+            .remix_kappa, .remix_tau, .sampling_power, .partners: see
+            `balpoe_jax.data.settings.MixSettings`.
+        model.name, .num_experts, .classifier, .classifier_scale, .reduce_dimension, .shared_stages
+            (-2 for the backbone's own number): see `balpoe_jax.models.create_model`;
+            model.expert_map: "auto" is, for the networks for small images, "vmap" on TPUs and
+            "stacked" on GPUs, and "loop" otherwise;
             model.dtype: of the body's computations and of the images, "float32" or "bfloat16"
             (parameters, statistics, heads and loss are float32 in both); model.precision: of the
             convolutions and products of a float32 body, "tf32" (10 bits behind the point) or "full"
@@ -102,8 +104,8 @@ def default_config() -> ConfigDict:
             activations anew for the gradient instead of keeping them, and with them the
             communication of BatchNorm's statistics.
         loss.taus: one for each expert; when empty, equidistant from loss.tau_min to loss.tau_max.
-        optim.accumulate: microbatches that a device cuts its part of a batch into, worked off one
-            after the other to save memory; see `balpoe_jax.step.make_train_step`.
+        optim.accumulation_steps: microbatches that a device cuts its part of a batch into, worked
+            off one after the other to save memory; see `balpoe_jax.step.make_train_step`.
         optim.skip_non_finite: steps of a run whose loss, gradient or update may be not finite: so
             many are made without an update, the next one ends the run. 0: the first one does.
         optim.*: see `balpoe_jax.optim`.
@@ -117,12 +119,12 @@ def default_config() -> ConfigDict:
         eval.shift_lists: files or patterns of published lists, separated by commas, instead of
             the rule; see `balpoe_jax.data.datasets.test_distributions`.
         eval.prior_strength: weight of the uniform prior against the unlabelled examples when the
-            target prior is estimated; eval.prior_significance: the level at which predictions must
+            target prior is estimated; eval.shift_test_level: the level at which predictions must
             show a shift for the estimate to be used; see `balpoe_jax.evaluation.scoring.score`.
-        eval.aggregation_epochs: passes over each target distribution's unlabelled images in which
-            weights of the experts are learnt; 0 for none. eval.aggregation_rate: of that learning,
-            see `balpoe_jax.evaluation.expert_weights`. test_view.*: the random views that it needs,
-            the fields of augment; without this section they are as in training.
+        eval.expert_weights_epochs: passes over each target distribution's unlabelled images in
+            which weights of the experts are learnt; 0 for none. eval.expert_weights_rate: of that
+            learning, see `balpoe_jax.evaluation.expert_weights`. test_view.*: the random views that
+            it needs, the fields of augment; without this section they are as in training.
         checkpoint.every_epochs, checkpoint.keep.
         profile.steps: the first and the last step of a profiler trace, written into the workdir's
             folder `profile`; empty for none.
@@ -135,29 +137,29 @@ def default_config() -> ConfigDict:
     config.seed = 1
     config.total_epochs = 200
     config.batch_size = 128
-    config.remark = ""
+    config.note = ""
     config.log_every_steps = 50
-    config.cache_dir = placeholder(str)
+    config.compilation_cache_dir = placeholder(str)
     config.data = ConfigDict(
         {
             "name": "",
             "data_dir": "",
             "imbalance_ratio": 100.0,
             "selection_seed": 0,
-            "check_counts": True,
+            "verify_counts": True,
             "check_archive": True,
             "shot_thresholds": (20, 100),
             # The reference normalises CIFAR-100 with these constants of CIFAR-10 too.
             "mean": (0.4914, 0.4822, 0.4465),
             "std": (0.2023, 0.1994, 0.2010),
             "image_size": 0,
-            "resize": 0,
+            "eval_resize": 0,
             "threads": 0,
             "pipeline": placeholder(str),
             "steps_per_dispatch": placeholder(int),
             "on_bad_image": "fail",
             "sampler": "shuffle",
-            "class_run": 1,
+            "samples_per_class": 1,
         }
     )
     config.augment = ConfigDict(
@@ -177,7 +179,7 @@ def default_config() -> ConfigDict:
             "randaugment_magnitude": 10.0,
         }
     )
-    config.mixup = ConfigDict(
+    config.mix = ConfigDict(
         {
             "alpha": 0.4,
             "groups": 1,
@@ -185,9 +187,9 @@ def default_config() -> ConfigDict:
             "probability": 1.0,
             "first_epoch": 0,
             "last_epoch": 0,
-            "kappa": 3.0,
-            "threshold": 0.5,
-            "exponent": 0.0,
+            "remix_kappa": 3.0,
+            "remix_tau": 0.5,
+            "sampling_power": 0.0,
             "partners": "batch",
         }
     )
@@ -197,7 +199,7 @@ def default_config() -> ConfigDict:
             "name": "resnet32",
             "num_experts": 3,
             "classifier": "cosine",
-            "scale": 30.0,
+            "classifier_scale": 30.0,
             "reduce_dimension": False,
             "shared_stages": -2,
             "expert_map": "auto",
@@ -214,11 +216,11 @@ def default_config() -> ConfigDict:
             "nesterov": True,
             "weight_decay": 5e-4,
             "schedule": "step",
-            "boundaries": (160, 180),
-            "factor": 0.1,
+            "decay_epochs": (160, 180),
+            "decay_factor": 0.1,
             "warmup_epochs": 5,
             "warmup_start": 0.0,
-            "accumulate": 1,
+            "accumulation_steps": 1,
             "skip_non_finite": 0,
         }
     )
@@ -232,9 +234,9 @@ def default_config() -> ConfigDict:
             "shift_ratios": (2.0, 5.0, 10.0, 25.0, 50.0),
             "shift_lists": "",
             "prior_strength": 0.3,
-            "prior_significance": 0.01,
-            "aggregation_epochs": 0,
-            "aggregation_rate": 0.1,
+            "shift_test_level": 0.01,
+            "expert_weights_epochs": 0,
+            "expert_weights_rate": 0.1,
         }
     )
     config.checkpoint = ConfigDict({"every_epochs": 10, "keep": 2})
@@ -246,8 +248,10 @@ def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config's values, and the defaults of the fields that it was recorded before.
 
     Args:
-        recorded: as nested dictionaries; lists, which tuples become in JSON, become tuples again.
+        recorded: Nested dictionaries, fields perhaps under older names; lists, which tuples become
+            in JSON, become tuples again.
     """
+    recorded = rename_fields(recorded)
     defaults = default_config().to_dict()
     method = recorded.get("method")
     name = method.get("name") if isinstance(method, Mapping) else None

@@ -118,7 +118,7 @@ def _order(
         first_step,
         last_step,
         settings.sampler,
-        settings.class_run,
+        settings.samples_per_class,
     )
 
 

@@ -17,14 +17,16 @@ from balpoe_jax.errors import UserError
 SAMPLERS = ("shuffle", "class_balanced", "class_aware")
 
 
-def check_sampler(sampler: str, class_run: int) -> None:
+def check_sampler(sampler: str, samples_per_class: int) -> None:
     """Refuses a sampler that there is not."""
     if sampler not in SAMPLERS:
         raise UserError(
             f"config.data.sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}."
         )
-    if class_run < 1:
-        raise UserError(f"config.data.class_run must be at least 1, got {class_run}.")
+    if samples_per_class < 1:
+        raise UserError(
+            f"config.data.samples_per_class must be at least 1, got {samples_per_class}."
+        )
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -212,14 +214,14 @@ class MixSettings:
                 pixels.
             mixup_or_cutmix: one of these two, with even odds for each batch.
             remix, remix_cutmix: mixup or cutmix, but the whole label is the rarer one's where its
-                class is `kappa` times as rare and the other's share of the image is less than
+                class is `remix_kappa` times as rare and the other's share of the image is less than
                 `threshold`.
             unimix: a weighted mean with a coefficient for each image, which favours the rarer.
             cmo: cutmix with partners from the second sampler.
         probability: the share of batches that are mixed.
         first_epoch, last_epoch: batches are mixed from the first of these epochs, counted from 0,
             until before the last one; 0 for the last one means to the end.
-        kappa, threshold: of Remix.
+        remix_kappa, threshold: of Remix.
         exponent: partners are drawn, where they are not a permutation of the batch, with
             probability proportional to a class's number of examples to the power of so much: for
             each class by the second sampler, for each image of the batch by unimix.
@@ -237,30 +239,30 @@ class MixSettings:
     probability: float = 1.0
     first_epoch: int = 0
     last_epoch: int = 0
-    kappa: float = 3.0
-    threshold: float = 0.5
-    exponent: float = 0.0
+    remix_kappa: float = 3.0
+    remix_tau: float = 0.5
+    sampling_power: float = 0.0
     partners: str = "batch"
 
     def __post_init__(self) -> None:
         for name, valid in (("rule", RULES), ("partners", PARTNERS)):
             if (value := getattr(self, name)) not in valid:
                 raise UserError(
-                    f"config.mixup.{name} must be one of {', '.join(valid)}; got {value!r}."
+                    f"config.mix.{name} must be one of {', '.join(valid)}; got {value!r}."
                 )
         if not self.alpha >= 0:
-            raise UserError(f"config.mixup.alpha must not be negative, got {self.alpha}.")
+            raise UserError(f"config.mix.alpha must not be negative, got {self.alpha}.")
         if not 0 <= self.probability <= 1:
-            raise UserError(f"config.mixup.probability must be 0 to 1, got {self.probability}.")
+            raise UserError(f"config.mix.probability must be 0 to 1, got {self.probability}.")
         if self.first_epoch < 0 or 0 < self.last_epoch <= self.first_epoch or self.last_epoch < 0:
             raise UserError(
-                "config.mixup.first_epoch must not be negative and .last_epoch be later, or 0 for "
+                "config.mix.first_epoch must not be negative and .last_epoch be later, or 0 for "
                 f"the end; got {self.first_epoch} and {self.last_epoch}."
             )
-        if not self.kappa >= 1 or not 0 <= self.threshold <= 1:
+        if not self.remix_kappa >= 1 or not 0 <= self.remix_tau <= 1:
             raise UserError(
-                "config.mixup.kappa must be at least 1 and .threshold 0 to 1, got "
-                f"{self.kappa} and {self.threshold}."
+                "config.mix.remix_kappa must be at least 1 and .remix_tau 0 to 1, got "
+                f"{self.remix_kappa} and {self.remix_tau}."
             )
 
     @property
@@ -279,7 +281,7 @@ class MixSettings:
             num_hosts = 1
         if self.groups < 1 or batch_size % self.groups or self.groups % num_hosts:
             raise UserError(
-                f"mixup.groups must divide the batch size {batch_size} and be a multiple of the "
+                f"mix.groups must divide the batch size {batch_size} and be a multiple of the "
                 f"number of hosts, {num_hosts}; got {self.groups}."
             )
 
@@ -300,7 +302,7 @@ class TrainSettings:
         mix: how they are mixed then.
         dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
         views: of further views of the same images, what happens to each; they are not mixed.
-        sampler, class_run: see `samplers.batches`.
+        sampler, samples_per_class: see `samplers.batches`.
 
     Raises:
         UserError (a `ValueError`): a sampler that there is not.
@@ -315,11 +317,11 @@ class TrainSettings:
     dtype: str = "float32"
     views: tuple[AugmentSettings, ...] = ()
     sampler: str = "shuffle"
-    class_run: int = 1
+    samples_per_class: int = 1
     other_augment: AugmentSettings | None = None
 
     def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.class_run)
+        check_sampler(self.sampler, self.samples_per_class)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def score(
     held_out_description: str = "",
     targets: Sequence[TestDistribution] = (),
     prior_strength: float = 0.3,
-    prior_significance: float = 0.01,
+    shift_test_level: float = 0.01,
 ) -> dict[str, Any]:
     """Scores the ensemble and each expert on every question at once.
 
@@ -61,7 +61,7 @@ def score(
         prior_strength: how much the uniform prior weighs against the examples in the estimate: the
             concentration is `1 + strength * M / C` for `M` examples and `C` classes, 0 is maximum
             likelihood.
-        prior_significance: level of the test (`metrics.prior_shift_p_value`) that a target must
+        shift_test_level: level of the test (`metrics.prior_shift_p_value`) that a target must
             fail for its estimate to be used; 1 uses every estimate. Without `held_out` there is no
             test and every estimate is used.
 
@@ -87,7 +87,7 @@ def score(
             evidence,
             shift_test,
             prior_strength,
-            prior_significance,
+            shift_test_level,
             num_bins,
         )
         for target in targets
@@ -322,7 +322,7 @@ def _score_target(
     evidence: Mapping[str, jax.Array],
     shift_test: Callable[[npt.NDArray[np.int64]], float] | None,
     prior_strength: float,
-    prior_significance: float,
+    shift_test_level: float,
     num_bins: int,
 ) -> dict[str, Any]:
     """Accuracy, calibration and the quality of the estimated priors on one distribution."""
@@ -356,7 +356,7 @@ def _score_target(
         ece[name] = metrics.bin_confidences(summary.confidence, correct, num_bins).ece
         if name == "none" and shift_test is not None:
             p_value = shift_test(summary.predicted)
-    used = "map" if p_value is None or p_value <= prior_significance else "none"
+    used = "map" if p_value is None or p_value <= shift_test_level else "none"
     uniform = np.full(num_classes, 1 / num_classes)
     return {
         "top1": {"none": top1["none"], "prior": top1["prior"], "estimated": top1[used]},

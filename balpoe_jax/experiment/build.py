@@ -26,8 +26,8 @@ from balpoe_jax.experiment.program import Program, saves_kernels
 from balpoe_jax.experiment.settings import (
     check,
     learning_rates,
+    phase_configs,
     phase_settings,
-    stage_configs,
     test_view,
 )
 from balpoe_jax.methods import Context, Method, Network, make_method
@@ -77,7 +77,7 @@ class Experiment(Program):
         return {
             "class_counts": self.data.class_counts,
             "counts_as_published": self.data.counts_as_published,
-            "check_counts": self.config["data"]["check_counts"],
+            "verify_counts": self.config["data"]["verify_counts"],
             "groups": {name: int(group.sum()) for name, group in groups._asdict().items()},
             "num_train": len(self.data.train),
             "num_test": len(self.data.test),
@@ -208,13 +208,13 @@ def _plan_phases(
         known = Network(teacher.network, **teacher.abstract_state().variables)
     plans: list[PhasePlan] = []
     first_step = first_epoch = 0
-    for index, phase in enumerate(stage_configs(config)):
+    for index, phase in enumerate(phase_configs(config)):
         rates = learning_rates(phase)
         per_epoch = steps_per_epoch(int(class_counts.sum()), phase.batch_size)
         context = Context(
             class_counts=class_counts,
             taus=taus,
-            scale=1.0 if config.model.classifier == "linear" else config.model.scale,
+            scale=1.0 if config.model.classifier == "linear" else config.model.classifier_scale,
             batch_size=phase.batch_size,
             steps_per_epoch=per_epoch,
             first_step=first_step,
@@ -261,11 +261,11 @@ def _load_data(config: ConfigDict) -> LongTailed:
         config.data.name,
         config.data.imbalance_ratio,
         config.data.data_dir,
-        config.data.check_counts,
+        config.data.verify_counts,
         config.data.selection_seed,
         config.eval.held_out_per_class,
         config.data.image_size,
-        config.data.resize or round(config.data.image_size * 256 / 224),
+        config.data.eval_resize or round(config.data.image_size * 256 / 224),
         check_archive=config.data.check_archive,
     )
     counts = data.class_counts
@@ -287,9 +287,9 @@ def _load_data(config: ConfigDict) -> LongTailed:
         low,
         len(data.test),
     )
-    if not config.data.check_counts:
+    if not config.data.verify_counts:
         log.info(
-            "Class counts are not checked (data.check_counts=False): they are %sas published",
+            "Class counts are not checked (data.verify_counts=False): they are %sas published",
             "" if data.counts_as_published else "not ",
         )
     return data
@@ -306,7 +306,7 @@ def _make_model(config: ConfigDict, num_classes: int, devices: parallel.Parallel
         axis_name=parallel.AXIS_NAME if config.parallel.sync_batch_norm else None,
         expert_map=expert_map,
         classifier=config.model.classifier,
-        scale=config.model.scale,
+        scale=config.model.classifier_scale,
         reduce_dimension=config.model.reduce_dimension,
         shared_stages=None if config.model.shared_stages == -2 else config.model.shared_stages,
         dtype=jnp.dtype(config.model.dtype),

@@ -104,7 +104,7 @@ class Program:
             self.method,
             plan.context,
             plan.index,
-            self.config["optim"]["accumulate"],
+            self.config["optim"]["accumulation_steps"],
             self.config["optim"]["skip_non_finite"] > 0,
             saves_kernels(self.config["model"]["name"], self.parallel.platform),
         )

@@ -30,25 +30,25 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
             f"The method {config.method.name} takes {method.views} views of an image, and the "
             f"config describes {views}; choose a method by the config file's argument method=..."
         )
-    if config.mixup.alpha > 0 and not method.supports_mixing:
+    if config.mix.alpha > 0 and not method.supports_mixing:
         raise UserError(
-            f"The method {config.method.name} knows no mixed labels: config.mixup.alpha must be 0, "
-            f"got {config.mixup.alpha:g}."
+            f"The method {config.method.name} knows no mixed labels: config.mix.alpha must be 0, "
+            f"got {config.mix.alpha:g}."
         )
-    if method.needs_global_batch and config.optim.accumulate > 1:
+    if method.needs_global_batch and config.optim.accumulation_steps > 1:
         raise UserError(
-            f"config.optim.accumulate must be 1 for the method {config.method.name}, whose loss is "
-            f"one of the whole batch, got {config.optim.accumulate}."
+            f"config.optim.accumulation_steps must be 1 for the method {config.method.name}, "
+            f"whose loss is one of the whole batch, got {config.optim.accumulation_steps}."
         )
     test_view(config)
-    configs = stage_configs(config)
+    configs = phase_configs(config)
     if len(configs) > len(method.phases()):
         raise UserError(
             f"config.phase2.epochs asks for a second phase, which the method {config.method.name} "
             "does not have as it is set; set it to 0 or choose another method."
         )
     for phase in configs:
-        devices.check_batch_size(phase.batch_size, "batch_size", config.optim.accumulate)
+        devices.check_batch_size(phase.batch_size, "batch_size", config.optim.accumulation_steps)
         settings = train_settings(phase, 0)
         settings.mix.check_groups(phase.batch_size, devices.num_hosts)
         learning_rates(phase)
@@ -56,14 +56,14 @@ def check(config: ConfigDict, devices: parallel.Parallel) -> None:
 
 def phase_settings(config: ConfigDict) -> tuple[TrainSettings, ...]:
     """How training batches are made in each phase of an experiment."""
-    return tuple(train_settings(phase, i) for i, phase in enumerate(stage_configs(config)))
+    return tuple(train_settings(phase, i) for i, phase in enumerate(phase_configs(config)))
 
 
 def train_settings(config: ConfigDict, phase: int) -> TrainSettings:
     """How training batches are made in a phase.
 
     Args:
-        config: of the phase, see `stage_configs`.
+        config: of the phase, see `phase_configs`.
         phase: its number, from 0.
     """
     return TrainSettings(
@@ -73,12 +73,12 @@ def train_settings(config: ConfigDict, phase: int) -> TrainSettings:
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         augment=_augmentation(config, "augment"),
-        mix=MixSettings(**config.mixup.to_dict()),
+        mix=MixSettings(**config.mix.to_dict()),
         # The network would round them first of all; here that halves what is copied and sent.
         dtype=config.model.dtype,
         views=tuple(_augmentation(config, name) for name in config_lib.VIEWS if name in config),
         sampler=config.data.sampler,
-        class_run=config.data.class_run,
+        samples_per_class=config.data.samples_per_class,
         other_augment=(
             _augmentation(config, config_lib.OTHER_AUGMENT)
             if config_lib.OTHER_AUGMENT in config
@@ -87,7 +87,7 @@ def train_settings(config: ConfigDict, phase: int) -> TrainSettings:
     )
 
 
-def stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
+def phase_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
     """The config of each phase: the second one's section over the first one's fields, unmixed."""
     second = config.get("phase2")
     if not second or not second.epochs:
@@ -97,7 +97,7 @@ def stage_configs(config: ConfigDict) -> tuple[ConfigDict, ...]:
     changed.batch_size = second.batch_size or config.batch_size
     changed.optim.update({name: second[name] for name in second if name in changed.optim})
     changed.data.update({name: second[name] for name in second if name in changed.data})
-    changed.mixup.alpha = 0.0
+    changed.mix.alpha = 0.0
     return config, changed
 
 
@@ -107,8 +107,8 @@ def learning_rates(config: ConfigDict) -> npt.NDArray[np.float64]:
         config.total_epochs,
         config.optim.learning_rate,
         config.optim.schedule,
-        config.optim.boundaries,
-        config.optim.factor,
+        config.optim.decay_epochs,
+        config.optim.decay_factor,
         config.optim.warmup_epochs,
         config.optim.warmup_start,
     )

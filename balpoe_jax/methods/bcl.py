@@ -159,7 +159,7 @@ PRESETS = {
             "cifar100_lt": _CIFAR,
             "cifar100_lt:recipe=long": {
                 "total_epochs": 400,
-                "optim.boundaries": (360, 380),
+                "optim.decay_epochs": (360, 380),
                 "optim.warmup_epochs": 10,
             },
             "imagenet_lt": {**_PHOTOS, "total_epochs": 90},

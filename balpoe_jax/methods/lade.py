@@ -114,8 +114,8 @@ ON: dict[str, dict[str, Any]] = {
     "cifar100_lt": {
         "batch_size": 256,
         "optim.learning_rate": 0.2,
-        "optim.boundaries": (120, 160),
-        "optim.factor": 0.01,
+        "optim.decay_epochs": (120, 160),
+        "optim.decay_factor": 0.01,
         "optim.warmup_start": 1 / 3,
     },
     "imagenet_lt": {"total_epochs": 180, "batch_size": 256, "optim.learning_rate": 0.05},

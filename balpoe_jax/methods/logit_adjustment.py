@@ -68,8 +68,8 @@ PRESETS = {
         on={
             "cifar100_lt:recipe=long": {
                 "total_epochs": 1419,
-                "optim.boundaries": (691, 1059, 1290),
-                "optim.factor": 0.1,
+                "optim.decay_epochs": (691, 1059, 1290),
+                "optim.decay_factor": 0.1,
                 "optim.warmup_epochs": 22,
                 "augment.crop_padding": 2,
                 "augment.policy": "none",

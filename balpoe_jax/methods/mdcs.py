@@ -176,7 +176,7 @@ _CIFAR_MDCS = {
     "augment.cutout": 16,
     "total_epochs": 400,
     "batch_size": 64,
-    "optim.boundaries": (200, 320, 380),
+    "optim.decay_epochs": (200, 320, 380),
     "optim.warmup_epochs": 20,
     # The published network is narrower than BalPoE's.
     "model.reduce_dimension": True,
@@ -215,7 +215,7 @@ PRESETS = {
                 "total_epochs": 400,
                 "batch_size": 512,
                 "optim.schedule": "step",
-                "optim.boundaries": (200, 300, 380),
+                "optim.decay_epochs": (200, 300, 380),
                 "optim.warmup_epochs": 5,
             },
         },

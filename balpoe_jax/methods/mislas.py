@@ -157,7 +157,7 @@ _FIELDS = {
     "phase2.learning_rate": 0.1,
     "phase2.nesterov": False,
     "phase2.sampler": "class_aware",
-    "phase2.class_run": 4,
+    "phase2.samples_per_class": 4,
 }
 
 
@@ -166,7 +166,7 @@ def _recipe(about: str, cifar_decay: float, published: tuple[PublishedResult, ..
     large = {
         "batch_size": 256,
         "optim.learning_rate": 0.1,
-        "mixup.alpha": 0.2,
+        "mix.alpha": 0.2,
         "method.smooth_head": 0.3,
         "method.smooth_tail": 0.0,
         "method.classifier_rate": 0.05,
@@ -177,11 +177,11 @@ def _recipe(about: str, cifar_decay: float, published: tuple[PublishedResult, ..
         about,
         fields=_FIELDS,
         on={
-            "cifar100_lt": {"mixup.alpha": 1.0, **decay},
+            "cifar100_lt": {"mix.alpha": 1.0, **decay},
             "cifar100_lt:ir=50": {**softer, "method.smooth_head": 0.3},
             "cifar100_lt:ir=10": {**softer, "method.smooth_head": 0.2},
-            "cifar10_lt": {"mixup.alpha": 1.0, **decay},
-            "digits_lt": {"mixup.alpha": 0.4},
+            "cifar10_lt": {"mix.alpha": 1.0, **decay},
+            "digits_lt": {"mix.alpha": 0.4},
             "imagenet_lt": {**large, "total_epochs": 180},
             "inaturalist2018": {
                 **large,

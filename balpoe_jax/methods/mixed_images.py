@@ -13,7 +13,7 @@ the losses are BalPoE's for one expert, so that these need no method of their ow
   prior being a constant there: it is balanced softmax under another name. UniMix, of the same
   paper, is a mixup whose coefficients and partners favour rare classes. As in the authors' code
   (XuZhengzhuo/Prior-LT) partners are drawn within the batch, image by image, which leaves them
-  head-heavy; `mixup.partners=sampler` draws classes, as the paper says. They published no settings
+  head-heavy; `mix.partners=sampler` draws classes, as the paper says. They published no settings
   for photographs: those here are ours.
 - CMO (Park et al., CVPR 2022) pastes images from a sampler of rare classes into those of the
   ordinary one. As in the authors' code (naver-ai/cmo) images are drawn in inverse proportion to
@@ -41,18 +41,18 @@ _PLAIN = {
 # Remix's training on CIFAR, in whose comparison mixup and CutMix stand too.
 _REMIX_CIFAR = {
     "total_epochs": 300,
-    "optim.boundaries": (150, 250),
+    "optim.decay_epochs": (150, 250),
     "optim.warmup_epochs": 0,
-    "mixup.alpha": 1.0,
+    "mix.alpha": 1.0,
 }
 _REMIX_INATURALIST = {
     "total_epochs": 90,
     "batch_size": 256,
     "optim.learning_rate": 0.1,
     "optim.schedule": "step",
-    "optim.boundaries": (30, 60),
+    "optim.decay_epochs": (30, 60),
     "augment.color_jitter": (0.4, 0.4, 0.4),
-    "mixup.alpha": 0.4,
+    "mix.alpha": 0.4,
 }
 
 _REMIX = "Remix's paper"
@@ -64,7 +64,7 @@ _DRW = Reweighted(weights="class_balanced", reweight_epoch=250, weight_norm="bat
 _DRW_INATURALIST = {
     **_REMIX_INATURALIST,
     "total_epochs": 200,
-    "optim.boundaries": (75, 150),
+    "optim.decay_epochs": (75, 150),
     "method.reweight_epoch": 150,
     "method.beta": 1 - 1 / 437_513,
 }
@@ -81,11 +81,11 @@ def _remix(
         method or BalPoE(),
         about,
         taus=_CROSS_ENTROPY,
-        fields={**_PLAIN, "mixup.rule": rule, "mixup.alpha": 1.0},
+        fields={**_PLAIN, "mix.rule": rule, "mix.alpha": 1.0},
         on={
             "cifar100_lt": _REMIX_CIFAR,
             "cifar10_lt": _REMIX_CIFAR,
-            "imagenet_lt": {"mixup.alpha": 0.4},
+            "imagenet_lt": {"mix.alpha": 0.4},
             "inaturalist2018": on_inaturalist or _REMIX_INATURALIST,
         },
         epochs=300,
@@ -101,14 +101,14 @@ def _on_cifar100(*accuracies: float, source: str = _REMIX) -> tuple[PublishedRes
     )
 
 
-_PRIOR_LT_CIFAR = {"batch_size": 64, "optim.factor": 0.01}
+_PRIOR_LT_CIFAR = {"batch_size": 64, "optim.decay_factor": 0.01}
 _PRIOR_LT = "UniMix's repository"
 
 
 def _prior_lt(
     about: str, taus: tuple[float, float], mixes: bool, *published: PublishedResult
 ) -> Preset:
-    mixing: dict[str, Any] = {"mixup.rule": "unimix", "mixup.alpha": 0.8, "mixup.exponent": -0.1}
+    mixing: dict[str, Any] = {"mix.rule": "unimix", "mix.alpha": 0.8, "mix.sampling_power": -0.1}
     return Preset(
         BalPoE(),
         about,
@@ -116,19 +116,19 @@ def _prior_lt(
         fields=_PLAIN | (mixing if mixes else {}),
         on={
             "cifar100_lt": _PRIOR_LT_CIFAR,
-            "cifar10_lt": _PRIOR_LT_CIFAR | ({"mixup.exponent": -0.5} if mixes else {}),
+            "cifar10_lt": _PRIOR_LT_CIFAR | ({"mix.sampling_power": -0.5} if mixes else {}),
         },
         published=published,
     )
 
 
-_CMO_LONG = {"total_epochs": 400, "mixup.last_epoch": 397, "optim.warmup_epochs": 10}
+_CMO_LONG = {"total_epochs": 400, "mix.last_epoch": 397, "optim.warmup_epochs": 10}
 _CMO_LONG_PHOTOS = {
     **_CMO_LONG,
     "batch_size": 128,
     "optim.learning_rate": 0.02,
     "optim.schedule": "cosine",
-    "optim.boundaries": (),
+    "optim.decay_epochs": (),
     **either_of("rand", "photo_similar"),
 }
 
@@ -138,7 +138,7 @@ def _cmo(about: str, taus: tuple[float, float], *published: PublishedResult) -> 
         "total_epochs": 100,
         "optim.learning_rate": 0.1,
         "optim.schedule": "step",
-        "mixup.last_epoch": 97,
+        "mix.last_epoch": 97,
     }
     return Preset(
         BalPoE(),
@@ -146,30 +146,30 @@ def _cmo(about: str, taus: tuple[float, float], *published: PublishedResult) -> 
         taus=taus,
         fields={
             **_PLAIN,
-            "mixup.rule": "cmo",
-            "mixup.alpha": 1.0,
-            "mixup.exponent": 0.0,
-            "mixup.probability": 0.5,
+            "mix.rule": "cmo",
+            "mix.alpha": 1.0,
+            "mix.sampling_power": 0.0,
+            "mix.probability": 0.5,
             # The first epochs and the last ones see no mixed image.
-            "mixup.first_epoch": 4,
-            "mixup.last_epoch": 197,
+            "mix.first_epoch": 4,
+            "mix.last_epoch": 197,
         },
         on={
-            "cifar100_lt": {"optim.factor": 0.01},
+            "cifar100_lt": {"optim.decay_factor": 0.01},
             "cifar100_lt:recipe=long": {
                 **_CMO_LONG,
-                "optim.factor": 0.1,
-                "optim.boundaries": (320, 360),
+                "optim.decay_factor": 0.1,
+                "optim.decay_epochs": (320, 360),
                 **either_of("strong", "similar"),
             },
             "imagenet_lt": {
                 **photos,
                 "batch_size": 128,
-                "optim.boundaries": (60, 80),
+                "optim.decay_epochs": (60, 80),
                 "optim.warmup_epochs": 5,
             },
             "imagenet_lt:recipe=long": {**_CMO_LONG_PHOTOS, "optim.weight_decay": 5e-4},
-            "inaturalist2018": {**photos, "batch_size": 256, "optim.boundaries": (75,)},
+            "inaturalist2018": {**photos, "batch_size": 256, "optim.decay_epochs": (75,)},
             "inaturalist2018:recipe=long": {**_CMO_LONG_PHOTOS, "optim.weight_decay": 1e-4},
         },
         published=published,

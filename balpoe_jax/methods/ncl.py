@@ -229,7 +229,7 @@ _CIFAR = {
     "total_epochs": 400,
     "batch_size": 64,
     "model.classifier": "linear",
-    "optim.boundaries": (320, 360),
+    "optim.decay_epochs": (320, 360),
     "optim.warmup_start": 1 / 3,
     **views("strong"),
 }
@@ -241,8 +241,18 @@ _PHOTOS = {
 _ON: dict[str, dict[str, Any]] = {
     "cifar10_lt": _CIFAR,
     "cifar100_lt": _CIFAR,
-    "imagenet_lt": {**_PHOTOS, "total_epochs": 200, "batch_size": 256, "model.scale": 16.0},
-    "inaturalist2018": {**_PHOTOS, "total_epochs": 400, "batch_size": 512, "model.scale": 32.0},
+    "imagenet_lt": {
+        **_PHOTOS,
+        "total_epochs": 200,
+        "batch_size": 256,
+        "model.classifier_scale": 16.0,
+    },
+    "inaturalist2018": {
+        **_PHOTOS,
+        "total_epochs": 400,
+        "batch_size": 512,
+        "model.classifier_scale": 32.0,
+    },
 }
 _CIFAR_VIEWS, _PHOTO_VIEWS = views("strong", "similar"), views("rand", "photo_similar")
 _FIELDS = {"model.shared_stages": -1, "optim.weight_decay": 2e-4}

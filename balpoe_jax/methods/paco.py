@@ -218,7 +218,7 @@ _CIFAR = {
     "total_epochs": 400,
     "optim.learning_rate": 0.05,
     "optim.schedule": "cosine_after_warmup",
-    "optim.boundaries": (),
+    "optim.decay_epochs": (),
     "optim.warmup_epochs": 10,
     **views("strong", "similar"),
 }

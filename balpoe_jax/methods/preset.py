@@ -49,7 +49,7 @@ class Preset:
         teacher: recipe and arguments of the run that it learns from, such as ("ride", "experts=6"),
             which tables train before it; None for a method that learns from the labels alone.
 
-    Fields whose names end in `epoch`, `epochs` or `boundaries` are scaled with the training, except
+    Fields whose names end in `epoch` or `epochs` are scaled with the training, except
     those of `eval`.
     """
 

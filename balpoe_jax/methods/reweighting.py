@@ -152,14 +152,14 @@ TRAINING: dict[str, Any] = {
     "augment.rotation": 0.0,
 }
 ON: dict[str, dict[str, Any]] = {
-    "cifar10_lt": {"optim.factor": 0.01},
-    "cifar100_lt": {"optim.factor": 0.01},
+    "cifar10_lt": {"optim.decay_factor": 0.01},
+    "cifar100_lt": {"optim.decay_factor": 0.01},
     "imagenet_lt": {
         "total_epochs": 100,
         "batch_size": 128,
         "optim.learning_rate": 0.1,
         "optim.schedule": "step",
-        "optim.boundaries": (60, 80),
+        "optim.decay_epochs": (60, 80),
         "optim.warmup_epochs": 5,
     },
     "inaturalist2018": {
@@ -167,7 +167,7 @@ ON: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "optim.learning_rate": 0.1,
         "optim.schedule": "step",
-        "optim.boundaries": (75, 160),
+        "optim.decay_epochs": (75, 160),
     },
 }
 # Weights begin where the learning rate drops (for the last time on iNaturalist).

@@ -324,11 +324,11 @@ class RIDE(Method):
         return Prediction(outputs.logits, ensemble, (asked + 1).astype(jnp.float32))
 
 
-_CIFAR = {"optim.factor": 0.01}
+_CIFAR = {"optim.decay_factor": 0.01}
 _PHOTOS = {
     "total_epochs": 100,
     "optim.schedule": "step",
-    "optim.boundaries": (60, 80),
+    "optim.decay_epochs": (60, 80),
     "optim.warmup_epochs": 5,
     "optim.weight_decay": 2e-4,
     "method.diversity": -0.2,

@@ -3,7 +3,7 @@
 
 The experts learn the training distribution, a uniform one and an inverse one by logit adjustment;
 their mean is the prediction. On a target distribution their weights can be learnt from unlabelled
-test images, which is an option of every evaluation (`eval.aggregation_epochs`, see
+test images, which is an option of every evaluation (`eval.expert_weights_epochs`, see
 `balpoe_jax.evaluation.expert_weights`).
 
 Followed is the authors' code (Vanint/SADE-AgnosticLT): the sum of the three losses, not their mean,
@@ -116,7 +116,7 @@ PRESETS = {
         Sade(),
         "SADE",
         experts=3,
-        fields={"model.reduce_dimension": True, "eval.aggregation_epochs": 5},
+        fields={"model.reduce_dimension": True, "eval.expert_weights_epochs": 5},
         on={
             "digits_lt": {"test_view.flip": False, "test_view.crop_padding": 1},
             "cifar100_lt": _CIFAR_VIEW,
@@ -126,15 +126,15 @@ PRESETS = {
                 "model.reduce_dimension": False,
                 "optim.learning_rate": 0.05,
             },
-            "imagenet_lt": {**_PHOTO_VIEW, "eval.aggregation_rate": 0.025},
+            "imagenet_lt": {**_PHOTO_VIEW, "eval.expert_weights_rate": 0.025},
             "inaturalist2018": {
                 **_PHOTO_VIEW,
                 "test_view.crop_area": 0.08,
                 "method.strength": 1.0,
                 "optim.schedule": "step",
-                "optim.boundaries": (60, 80),
+                "optim.decay_epochs": (60, 80),
                 "optim.warmup_epochs": 5,
-                "eval.aggregation_rate": 0.2,
+                "eval.expert_weights_rate": 0.2,
             },
         },
         published=(

@@ -162,7 +162,7 @@ class TLC(Method):
         return Prediction(outputs.logits, jnp.log(jnp.maximum(together.mean, tiny)))
 
 
-_CIFAR: dict[str, Any] = {"optim.factor": 0.01, "model.shared_stages": 0}
+_CIFAR: dict[str, Any] = {"optim.decay_factor": 0.01, "model.shared_stages": 0}
 
 PRESETS = {
     "tlc": Preset(
@@ -179,7 +179,7 @@ PRESETS = {
                 "optim.learning_rate": 0.1,
                 "optim.weight_decay": 2e-4,
                 "optim.schedule": "step",
-                "optim.boundaries": (60, 80),
+                "optim.decay_epochs": (60, 80),
                 "optim.warmup_epochs": 5,
                 "model.shared_stages": 3,
                 "method.sharpness": 0.5,

@@ -56,14 +56,14 @@ def write(folder: Path, groups: Sequence[RunGroup], content: Sequence[Table]) ->
         UserError (a `ValueError`): a folder that cannot be written to.
     """
     folder = record.open_workdir(str(folder))
-    remark = shared_remark(groups)
-    heading = "# Comparison" + (f"\n\nRemark: {remark}" if remark else "")
-    tables.write_files(folder, content, heading, "compare", remark)
+    note = shared_note(groups)
+    heading = "# Comparison" + (f"\n\nRemark: {note}" if note else "")
+    tables.write_files(folder, content, heading, "compare", note)
     figures_of = {
         group.name: {
             "seeds": [run.seed for run in group.runs],
             "runs": [str(run.path) for run in group.runs],
-            **({"remark": group.remark} if group.remark else {}),
+            **({"note": group.note} if group.note else {}),
             **{name: group.values(*keys) for name, keys in _SCORES.items()},
         }
         for group in groups
@@ -78,7 +78,7 @@ def write(folder: Path, groups: Sequence[RunGroup], content: Sequence[Table]) ->
     if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
         sections.append(html.section("Number of experts", _experts_curve(groups)))
     names = ", ".join(group.name for group in groups)
-    subtitle = f"{names}; {remark}" if remark else names
+    subtitle = f"{names}; {note}" if note else names
     return html.write(folder / "index.html", "Comparison", subtitle, sections)
 
 
@@ -86,12 +86,12 @@ def _label(group: RunGroup) -> str:
     return f"{group.name} ({len(group.runs)})"
 
 
-def shared_remark(groups: Sequence[RunGroup]) -> str:
-    """What the runs remark: once if all remark the same, else group by group."""
-    remarks = [group.remark for group in groups]
-    if len(set(remarks)) == 1:
-        return remarks[0]
-    return "; ".join(f"{group.name}: {group.remark}" for group in groups if group.remark)
+def shared_note(groups: Sequence[RunGroup]) -> str:
+    """What the runs note: once if all note the same, else group by group."""
+    notes = [group.note for group in groups]
+    if len(set(notes)) == 1:
+        return notes[0]
+    return "; ".join(f"{group.name}: {group.note}" for group in groups if group.note)
 
 
 def _scores(groups: Sequence[RunGroup]) -> Table:

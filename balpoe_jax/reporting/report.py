@@ -26,7 +26,7 @@ _PRINTED = (
 
 
 def result_text(results: Mapping[str, Any], width: int = 80) -> str:
-    """The remark on the run, if any, and the main tables, for a terminal of `width` characters.
+    """The note on the run, if any, and the main tables, for a terminal of `width` characters.
 
     Args:
         results: what `results.json` holds.
@@ -34,8 +34,8 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
     """
     printed = [table for table in result_tables.result_tables(results) if table.name in _PRINTED]
     parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
-    if results.get("remark"):
-        parts.insert(0, textwrap.fill(f"Remark: {results['remark']}", width))
+    if results.get("note"):
+        parts.insert(0, textwrap.fill(f"Note: {results['note']}", width))
     return "\n\n".join(parts)
 
 
@@ -64,7 +64,7 @@ def write_report(workdir: str) -> Path:
         folder,
         list(content.values()),
         f"# {title}\n\n{subtitle}",
-        remark=results.get("remark") or "",
+        note=results.get("note") or "",
     )
     sections = [
         html.section("Result", html.table(content["result"], heading=False)),
@@ -115,8 +115,8 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
         f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
         f"epoch {results['epoch']}, step {results['step']:,}"
     )
-    if results.get("remark"):
-        subtitle += f"; {results['remark']}"
+    if results.get("note"):
+        subtitle += f"; {results['note']}"
     return title, subtitle
 
 
@@ -332,8 +332,8 @@ def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
             else "not as they should be for this data set",
             "taus": ", ".join(_tau(expert) for expert in results["experts"]),
             "method": config.get("method", {}).get("name", "balpoe"),
-            "mixing": f"{config['mixup'].get('rule', 'mixup')}, alpha {config['mixup']['alpha']:g}"
-            if config["mixup"]["alpha"]
+            "mixing": f"{config['mix'].get('rule', 'mixup')}, alpha {config['mix']['alpha']:g}"
+            if config["mix"]["alpha"]
             else "none",
             "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
             f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "

@@ -58,9 +58,9 @@ class RunGroup:
     runs: tuple[Run, ...]
 
     @property
-    def remark(self) -> str:
-        """The remarks on the runs, each once; empty where there is none."""
-        return "; ".join(dict.fromkeys(filter(None, self.values("remark"))))
+    def note(self) -> str:
+        """The notes on the runs, each once; empty where there is none."""
+        return "; ".join(dict.fromkeys(filter(None, self.values("note"))))
 
     def values(self, *keys: Any) -> list[Any]:
         """What stands in `results.json` of every run under these keys; None where it is absent."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from balpoe_jax import files
 from balpoe_jax.errors import UserError
+from balpoe_jax.renames import current_name, rename_fields
 
 # A shape of plain values: a kind by its name; a list of one shape for lists of it; an object's keys
 # with their shapes. A key that ends in "?" may be missing or null, "*" stands for any other key,
@@ -35,7 +36,7 @@ _RESULTS = {
     "class_counts": [_COUNT],
     "test": _SCORES,
     "experts": [{"tau": _FIGURE, **_SCORES}],
-    "remark?": _TEXT,
+    "note?": _TEXT,
     "num_bins?": _COUNT,
     "experts_used?": _NUMBER,
     "settings?": {},
@@ -73,7 +74,7 @@ _CONFIG = {
         "batch_size": _COUNT,
         "data": {"name": _TEXT, "imbalance_ratio": _NUMBER, "shot_thresholds?": [_NUMBER]},
         "model": {"name": _TEXT, "num_experts": _COUNT},
-        "mixup": {"alpha": _NUMBER},
+        "mix": {"alpha": _NUMBER},
         "optim": {"learning_rate": _NUMBER, "schedule": _TEXT, "weight_decay": _NUMBER},
     },
     "resolved?": {"total_steps?": _COUNT},
@@ -89,7 +90,7 @@ def load_results(workdir: Path) -> dict[str, Any] | None:
         UserError (a `ValueError`): a file that cannot be read, or that is not what an evaluation
             writes: naming the first part that is wrong.
     """
-    return _load(workdir / files.RESULTS, _RESULTS, _check_results)
+    return _load(workdir / files.RESULTS, _RESULTS, _check_results, _rename_results)
 
 
 def load_config(workdir: Path) -> dict[str, Any] | None:
@@ -98,21 +99,37 @@ def load_config(workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError (a `ValueError`): as for `load_results`. Fields that came later may be missing.
     """
-    return _load(workdir / files.CONFIG, _CONFIG, _check_config)
+    return _load(workdir / files.CONFIG, _CONFIG, _check_config, _rename_config)
 
 
 def _load(
-    path: Path, shape: Mapping[str, Any], check: Callable[[Mapping[str, Any]], str | None]
+    path: Path,
+    shape: Mapping[str, Any],
+    check: Callable[[Mapping[str, Any]], str | None],
+    rename: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Any] | None:
     content = files.read_json(path)
     if content is None:
         if path.exists():
             raise _damaged(path, "it is no readable JSON object")
         return None
+    content = rename(content)
     problem = _mismatch(content, shape, "") or check(content)
     if problem:
         raise _damaged(path, problem)
     return content
+
+
+def _rename_config(content: dict[str, Any]) -> dict[str, Any]:
+    config = content.get("config")
+    return {**content, "config": rename_fields(config)} if isinstance(config, dict) else content
+
+
+def _rename_results(results: dict[str, Any]) -> dict[str, Any]:
+    renamed = {current_name(name): value for name, value in results.items()}
+    if isinstance(results.get("settings"), dict):
+        renamed["settings"] = rename_fields({"eval": results["settings"]})["eval"]
+    return renamed
 
 
 def _damaged(path: Path, problem: str) -> UserError:

@@ -99,16 +99,16 @@ def as_markdown(table: Table) -> str:
     return f"## {table.title}\n\n" + "\n".join(lines) + f"\n{note}"
 
 
-def as_csv(table: Table, remark: str = "") -> str:
+def as_csv(table: Table, note: str = "") -> str:
     """All columns, values as they are: fractions, and nothing where undefined.
 
-    A column of means and spreads becomes two. A remark is a last column, the same in every row.
+    A column of means and spreads becomes two. A note is a last column, the same in every row.
     """
     header = [""]
     for column in table.columns:
         header += [column.name, f"{column.name} std"] if column.kind == "spread" else [column.name]
-    marks = [remark] if remark else []
-    header += ["remark"] if remark else []
+    marks = [note] if note else []
+    header += ["note"] if note else []
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -123,7 +123,7 @@ def as_csv(table: Table, remark: str = "") -> str:
 
 
 def write_files(
-    folder: Path, content: Sequence[Table], heading: str, name: str = "tables", remark: str = ""
+    folder: Path, content: Sequence[Table], heading: str, name: str = "tables", note: str = ""
 ) -> None:
     """Writes `NAME.md` with all tables under a heading, and a CSV file for each.
 
@@ -132,12 +132,12 @@ def write_files(
         content: the tables.
         heading: Markdown.
         name: of the Markdown file.
-        remark: on the runs, for the CSV files; the heading must say it by itself.
+        note: on the runs, for the CSV files; the heading must say it by itself.
 
     Raises:
         UserError (a `ValueError`): the folder or a file cannot be written.
     """
-    files = {f"{table.name}.csv": as_csv(table, remark) for table in content}
+    files = {f"{table.name}.csv": as_csv(table, note) for table in content}
     markdown = "\n".join(as_markdown(table) for table in content)
     files[f"{name}.md"] = f"{heading}\n\n{markdown}"
     with reports_write_errors(folder):

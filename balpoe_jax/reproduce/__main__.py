@@ -69,10 +69,10 @@ def main(arguments: Sequence[str]) -> None:
     if values.mode in ("run", "eval"):
         failed = run(wanted, values.mode == "eval", values.jobs)
     entries = collect(table, jobs)
-    title = f"{table.title} ({scale.remark})" if scale.remark else table.title
+    title = f"{table.title} ({scale.note})" if scale.note else table.title
     content = result_table(title, entries)
     name = f"table{values.table}" if values.table[0].isdecimal() else values.table
-    write(root, name, content, entries, scale.remark)
+    write(root, name, content, entries, scale.note)
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n%s\n\nWritten to %s", content.title, tables.as_text(content, width), root)
     if failed:

@@ -102,7 +102,7 @@ def plan(
             f"There are no config files in {_CONFIGS}; run this from a checkout of the repository."
         )
     experiments = dict.fromkeys(one for row in table.rows for one in row.experiment.with_teacher())
-    options = {"data.data_dir": data_dir, "remark": scale.remark}
+    options = {"data.data_dir": data_dir, "note": scale.note}
 
     def workdir(experiment: PaperRun, seed: int) -> Path:
         return root / experiment.name / f"seed{seed}"

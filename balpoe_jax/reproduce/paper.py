@@ -82,11 +82,11 @@ class Scale:
         arguments: added to those of an experiment, or in their place, by config file; None leaves
             all as they are.
             Experiments of other files have no such size.
-        remark: marks every output; empty for the paper's own setting.
+        note: marks every output; empty for the paper's own setting.
     """
 
     arguments: dict[str, str] | None
-    remark: str
+    note: str
 
 
 SCALES = {

@@ -135,7 +135,7 @@ def entries_table(title: str, entries: Sequence[MeasuredFigure], root: Path) -> 
 
 
 def write(
-    root: Path, name: str, content: Table, entries: Sequence[MeasuredFigure], remark: str
+    root: Path, name: str, content: Table, entries: Sequence[MeasuredFigure], note: str
 ) -> None:
     """Writes `NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score.
 
@@ -144,7 +144,7 @@ def write(
         name: of the files.
         content: the table, as `result_table` makes it.
         entries: what it was made of.
-        remark: on the runs, for the CSV and the JSON file.
+        note: on the runs, for the CSV and the JSON file.
 
     Raises:
         UserError (a `ValueError`): a folder or a file that cannot be written.
@@ -155,10 +155,10 @@ def write(
         f"- {method}: {cells[-1] or 'not run'}" for method, cells in dict(long.rows).items()
     )
     files.write_atomically(root / f"{name}.md", f"{tables.as_markdown(content)}\nLogs:\n\n{logs}\n")
-    files.write_atomically(root / f"{name}.csv", tables.as_csv(long, remark))
+    files.write_atomically(root / f"{name}.csv", tables.as_csv(long, note))
     written = {
         "title": content.title,
-        "remark": remark,
+        "note": note,
         "rows": [
             {"method": method, **dict(zip((c.name for c in long.columns), cells, strict=True))}
             for method, cells in long.rows

@@ -25,12 +25,12 @@ _OPERATIONAL = (
     "data.on_bad_image",
     "optim.skip_non_finite",
     "log_every_steps",
-    "remark",
+    "note",
     "checkpoint.",
     "eval.",
     "model.expert_map",
     "model.remat",
-    "cache_dir",
+    "compilation_cache_dir",
     "profile.",
 )
 
@@ -40,9 +40,9 @@ EVALUATION_SETTINGS = (
     "held_out_per_class",
     "shift_lists",
     "prior_strength",
-    "prior_significance",
-    "aggregation_epochs",
-    "aggregation_rate",
+    "shift_test_level",
+    "expert_weights_epochs",
+    "expert_weights_rate",
 )
 
 

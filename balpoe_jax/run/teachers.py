@@ -47,8 +47,8 @@ def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
             f"The teacher in {path.parent} was trained on {data}, not on "
             f"{student.data.name}; name another one with --config.method.teacher=DIR."
         )
-    config.batch_size, config.optim.accumulate = student.batch_size, 1
-    config.mixup.groups = student.mixup.groups
+    config.batch_size, config.optim.accumulation_steps = student.batch_size, 1
+    config.mix.groups = student.mix.groups
     if "phase2" in config:
         config.phase2.batch_size = 0
     return config

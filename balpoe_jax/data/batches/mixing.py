@@ -69,7 +69,7 @@ class Mixer:
         self._per_epoch = steps_per_epoch(len(labels), batch_size)
         self._counts = tf.constant(np.bincount(labels), tf.float64)
         self._sampler = (
-            WeightedSampler(labels, settings.exponent) if settings.from_sampler else None
+            WeightedSampler(labels, settings.sampling_power) if settings.from_sampler else None
         )
 
     def mixes(self, step: tf.Tensor) -> tf.Tensor:
@@ -109,7 +109,11 @@ class Mixer:
             share, weight = self._shares(step, coefficient)
             if rule in REMIX_RULES:
                 weight = relabel(
-                    weight, counts, other_counts, self._settings.kappa, self._settings.threshold
+                    weight,
+                    counts,
+                    other_counts,
+                    self._settings.remix_kappa,
+                    self._settings.remix_tau,
                 )
         weight = tf.ones_like(labels, tf.float32) * weight
         if not self._settings.always:
@@ -163,7 +167,7 @@ class Mixer:
             drawn = tf.random.stateless_uniform(
                 [self._batch_size], seed, dtype=tf.float64, alg="philox"
             )
-            weights = tf.gather(self._counts, labels) ** self._settings.exponent
+            weights = tf.gather(self._counts, labels) ** self._settings.sampling_power
             within = _draw_within(tf.reshape(drawn[self._rows], [-1, size]), weights)
             return tf.reshape(within + tf.range(tf.shape(within)[0])[:, None] * size, [-1])
         order = tf.random.stateless_uniform([groups, size], seed, None, None, tf.int32, "philox")

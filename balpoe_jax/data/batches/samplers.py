@@ -21,7 +21,7 @@ def batches(
     first_step: int,
     last_step: int,
     sampler: str = "shuffle",
-    class_run: int = 1,
+    samples_per_class: int = 1,
 ) -> tf.data.Dataset:
     """Pairs of a step, int64, and the positions int32 `[B]` of its global batch.
 
@@ -31,7 +31,7 @@ def batches(
         seed: of the run.
         first_step, last_step: the steps, without the last.
         sampler: one of `SAMPLERS`; an epoch has `steps_per_epoch` steps with each.
-        class_run: so many examples of a class follow each other in "class_aware".
+        samples_per_class: so many examples of a class follow each other in "class_aware".
     """
     if sampler == "class_balanced":
         balanced = WeightedSampler(labels)
@@ -45,7 +45,7 @@ def batches(
     per_epoch = steps_per_epoch(len(labels), batch_size)
     make_order: Any = _shuffled
     if sampler == "class_aware":
-        make_order = ClassAwareOrder(labels, per_epoch * batch_size, class_run)
+        make_order = ClassAwareOrder(labels, per_epoch * batch_size, samples_per_class)
 
     def steps_of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         order = make_order(stream_seed(seed, "order", epoch), len(labels))

@@ -37,7 +37,7 @@ def load_long_tailed(
     name: str,
     imbalance_ratio: float,
     data_dir: str = "",
-    check_counts: bool = True,
+    verify_counts: bool = True,
     selection_seed: int = 0,
     held_out_per_class: int = 0,
     check_archive: bool = True,
@@ -49,7 +49,7 @@ def load_long_tailed(
         imbalance_ratio: largest over smallest training class, at least 1.
         data_dir: place of the data set, see `cifar.load`. Unused by "digits", which scikit-learn
             ships.
-        check_counts: refuse a data set that is not complete. When False, the profile starts at
+        verify_counts: refuse a data set that is not complete. When False, the profile starts at
             the mean class size, as in the reference, and a class gives what it has.
         selection_seed: of the kept images; 0 is the published subset.
         held_out_per_class: training images a class that the selection leaves out, at most so many,
@@ -70,7 +70,7 @@ def load_long_tailed(
             found, (profile.train_per_class, profile.test_per_class), strict=True
         )
     )
-    if check_counts and not complete:
+    if verify_counts and not complete:
         raise UserError(_explain_counts(name, profile, *found))
     max_count = profile.train_per_class if complete else len(train) // profile.num_classes
     counts = long_tail.exponential_counts(profile.num_classes, max_count, imbalance_ratio)
@@ -108,7 +108,7 @@ def _explain_counts(
         f"{name} should have {profile.train_per_class} training and {profile.test_per_class} test "
         f"images in each of {profile.num_classes} classes, but the one found has "
         f"{train.min()} to {train.max()} and {test.min()} to {test.max()} ({train.sum()} and "
-        f"{test.sum()} in all); prepare it anew, or pass --config.data.check_counts=False to use "
+        f"{test.sum()} in all); prepare it anew, or pass --config.data.verify_counts=False to use "
         "it as it is."
     )
 

@@ -50,7 +50,7 @@ def load_photos(
     image_size: int,
     resize: int,
     data_dir: str = "",
-    check_counts: bool = True,
+    verify_counts: bool = True,
     held_out_per_class: int = 0,
 ) -> LongTailed:
     """Opens a data set of photographs; images stay in their files until they are read.
@@ -60,7 +60,7 @@ def load_photos(
         image_size: height and width in pixels of the images that batches hold.
         resize: short side in pixels to which test images are scaled before a central crop.
         data_dir: TFDS folder; empty for TFDS's own.
-        check_counts: refuse a data set that is not complete. When False, a class may be empty in
+        verify_counts: refuse a data set that is not complete. When False, a class may be empty in
             the test set, but not in training.
         held_out_per_class: of the held-out split, the first so many images of each class.
 
@@ -79,7 +79,7 @@ def load_photos(
     counts = long_tail.class_counts(train.labels, published.num_classes)
     test_counts = long_tail.class_counts(test.labels, published.num_classes)
     complete = _is_complete(published, counts, test_counts)
-    if check_counts and not complete:
+    if verify_counts and not complete:
         raise UserError(_explain_counts(name, published, counts, test_counts))
     if (counts == 0).any():
         raise UserError(
@@ -130,7 +130,7 @@ def _explain_counts(
         f"{name} should have {published.num_train} training images, {published.largest} to "
         f"{published.smallest} a class, and {published.num_test} test images, but the one found "
         f"has {counts.sum()}, {counts.max()} to {counts.min()}, and {test_counts.sum()}; prepare "
-        "it anew, or pass --config.data.check_counts=False to use it as it is."
+        "it anew, or pass --config.data.verify_counts=False to use it as it is."
     )
 
 

@@ -43,7 +43,7 @@ def load(
     name: str,
     imbalance_ratio: float,
     data_dir: str = "",
-    check_counts: bool = True,
+    verify_counts: bool = True,
     selection_seed: int = 0,
     held_out_per_class: int = 0,
     image_size: int = 0,
@@ -57,7 +57,7 @@ def load(
         imbalance_ratio: largest over smallest training class, at least 1; unused where it is given.
         data_dir: place of the data set: see `cifar.load` for CIFAR; a TFDS folder for photographs,
             or empty for TFDS's own. Unused by "digits", which scikit-learn ships.
-        check_counts: refuse a data set that is not the published one.
+        verify_counts: refuse a data set that is not the published one.
         selection_seed: of the images kept of a balanced data set.
         held_out_per_class: at most so many labelled images of each class are held out, see
             `balanced.load_long_tailed` and `photos.load_photos`.
@@ -72,12 +72,12 @@ def load(
     """
     _check_name(name)
     if name in PHOTO_DATASETS:
-        return load_photos(name, image_size, resize, data_dir, check_counts, held_out_per_class)
+        return load_photos(name, image_size, resize, data_dir, verify_counts, held_out_per_class)
     return load_long_tailed(
         name,
         imbalance_ratio,
         data_dir,
-        check_counts,
+        verify_counts,
         selection_seed,
         held_out_per_class,
         check_archive,

@@ -21,7 +21,7 @@ class LongTailed:
         held_out_description: where they are from.
         class_counts: int64 `[C]`, training images of each class.
         counts_as_published: False if the counts are not what the data set should have, which
-            only `check_counts=False` lets through.
+            only `verify_counts=False` lets through.
     """
 
     train: Source

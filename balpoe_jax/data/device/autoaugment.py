@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from balpoe_jax.data.device import operations, tones
-from balpoe_jax.data.device.has_geometry import fixed_point, inverse_rotations
 from balpoe_jax.data.device.lines import line_weights
+from balpoe_jax.data.device.moves import fixed_point, inverse_rotations
 from balpoe_jax.data.device.packing import packed_colour
 from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.magnitudes import autoaugment_magnitudes

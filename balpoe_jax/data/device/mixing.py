@@ -34,7 +34,7 @@ class Mixer:
         self._mix, self._size, self._seed = settings.mix, settings.batch_size, settings.seed
         self._per_epoch = steps_per_epoch(len(labels), settings.batch_size)
         self._sampler = (
-            WeightedSampler(labels, self._mix.exponent) if self._mix.from_sampler else None
+            WeightedSampler(labels, self._mix.sampling_power) if self._mix.from_sampler else None
         )
 
     @property
@@ -84,7 +84,7 @@ class Mixer:
         size = self._size // self._mix.groups
         first = np.repeat(np.arange(self._mix.groups) * size, size)
         if self._mix.rule == "unimix":
-            weights = self._counts[labels] ** self._mix.exponent
+            weights = self._counts[labels] ** self._mix.sampling_power
             within = _draw_within(random, weights.reshape(-1, size))
         else:
             within = random.permuted(np.tile(np.arange(size), (self._mix.groups, 1)), axis=1)
@@ -111,7 +111,9 @@ class Mixer:
             share = np.ones(rows, np.float32)
             weight = np.full(rows, 1 - area, np.float32)
         if rule in REMIX_RULES:
-            weight = _relabel(weight, counts, other_counts, self._mix.kappa, self._mix.threshold)
+            weight = _relabel(
+                weight, counts, other_counts, self._mix.remix_kappa, self._mix.remix_tau
+            )
         return share, weight, box
 
     def _cuts_now(self, step: int) -> bool:

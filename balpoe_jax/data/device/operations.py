@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from balpoe_jax.data.device import colours, tones
-from balpoe_jax.data.device.has_geometry import source_pixels
 from balpoe_jax.data.device.lines import shift_lines
+from balpoe_jax.data.device.moves import source_pixels
 from balpoe_jax.data.device.turns import turn
 
 Numbers = dict[str, Any]

@@ -34,7 +34,7 @@ class Order:
         elif settings.sampler == "class_aware":
             length = self._per_epoch * settings.batch_size
             self._draw_epoch: Callable[[np.random.Generator], Positions] = ClassAwareOrder(
-                labels, length, settings.class_run
+                labels, length, settings.samples_per_class
             )
         else:
             self._draw_epoch = lambda random: random.permutation(len(labels)).astype(np.int32)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from balpoe_jax.data.device import operations, tones
-from balpoe_jax.data.device.has_geometry import inverse_rotations
 from balpoe_jax.data.device.lines import line_weights
+from balpoe_jax.data.device.moves import inverse_rotations
 from balpoe_jax.data.device.packing import packed_colour
 from balpoe_jax.data.device.randomness import RowUniforms, normal, whole
 from balpoe_jax.data.device.turns import turn_matrices

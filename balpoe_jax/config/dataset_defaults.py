@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipes as data, and the configs that they make of a config file's arguments.
 
-BalPoE's training is the one to start from; a method's own recipe, which `balpoe_jax.methods` holds,
+BalPoE's training is the one to start from; a method's own preset, which `balpoe_jax.methods` holds,
 changes it.
 """
 
@@ -29,17 +29,17 @@ _PHASE2 = {
     "nesterov": False,
     "weight_decay": 5e-4,
     "schedule": "cosine",
-    "boundaries": (),
-    "factor": 0.1,
+    "decay_epochs": (),
+    "decay_factor": 0.1,
     "warmup_epochs": 0,
     "warmup_start": 0.0,
     "sampler": "shuffle",
-    "class_run": 1,
+    "samples_per_class": 1,
 }
 
 # The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
 # augmented strongly (AutoAugment) instead of rotated.
-CIFAR_RECIPES = {
+CIFAR_SCHEDULES = {
     "standard": (200, (160, 180), 5, False),
     "strong": (200, (160, 180), 5, True),
     "long": (400, (320, 360), 10, True),
@@ -137,8 +137,8 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
     config.data.name = name
     config.data.imbalance_ratio = float(args.ir)
     config.model.name = args.backbone
-    config.mixup.alpha = mixup_alpha
-    _set_cifar_recipe(config, "standard" if args.recipe == "own" else args.recipe)
+    config.mix.alpha = mixup_alpha
+    _set_cifar_schedule(config, "standard" if args.recipe == "own" else args.recipe)
     set_method(config, f"{name}_lt", args, f"ir={args.ir}")
     return config
 
@@ -161,24 +161,24 @@ def set_method(
         *arguments: as in `Preset.own`.
         balpoe_taus: ends of BalPoE's range, which depend on the data set.
     """
-    recipe = PRESETS[args.method]
-    config.method = ConfigDict(settings(recipe.method))
-    config.model.num_experts = args.experts or recipe.experts
-    config.loss.tau_min, config.loss.tau_max = recipe.taus or balpoe_taus
-    alpha = config.mixup.alpha
-    if not recipe.mixup:
-        config.mixup.alpha = 0.0
-    own_long = f"{dataset}:recipe=long" in recipe.on and args.recipe == "long"
-    fields = recipe.own(dataset, *arguments, *(["recipe=long"] if own_long else []))
-    own_epochs = fields.get("total_epochs", recipe.epochs)
+    preset = PRESETS[args.method]
+    config.method = ConfigDict(settings(preset.method))
+    config.model.num_experts = args.experts or preset.experts
+    config.loss.tau_min, config.loss.tau_max = preset.taus or balpoe_taus
+    alpha = config.mix.alpha
+    if not preset.mixup:
+        config.mix.alpha = 0.0
+    own_long = f"{dataset}:recipe=long" in preset.on and args.recipe == "long"
+    fields = preset.own(dataset, *arguments, *(["recipe=long"] if own_long else []))
+    own_epochs = fields.get("total_epochs", preset.epochs)
     if args.recipe != "own" and not own_long:
         fields = {name: value for name, value in fields.items() if not _is_of_schedule(name)}
     _set_fields(config, fields)
-    for number in range(2, recipe.method.views + 1):
-        if f"view{number}" not in config:  # which the recipe does not describe: as the first one
+    for number in range(2, preset.method.views + 1):
+        if f"view{number}" not in config:  # which the preset does not describe: as the first one
             config[f"view{number}"] = config.augment.copy_and_resolve_references()
     if args.mixup is not None:
-        config.mixup.alpha = (config.mixup.alpha or alpha) if args.mixup else 0.0
+        config.mix.alpha = (config.mix.alpha or alpha) if args.mixup else 0.0
     _scale_epochs(config, fields, own_epochs, args.epochs or config.total_epochs)
 
 
@@ -198,25 +198,23 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
             config[section] = ConfigDict(config_lib.default_config().augment)
         part = config[section] if section else config
         if name not in part:
-            raise KeyError(f"The recipe's field {field} is none of a config.")
+            raise KeyError(f"The preset's field {field} is none of a config.")
         part[name] = value
 
 
 def _scale_epochs(
     config: ConfigDict, fields: Mapping[str, Any], own_epochs: int, epochs: int
 ) -> None:
-    """Sets the length of the training, and what of the recipe happens at an epoch with it."""
+    """Sets the length of the training, and what of the preset happens at an epoch with it."""
     scale = epochs / config.total_epochs
     config.total_epochs = epochs
-    config.optim.boundaries = tuple(round(x * scale) for x in config.optim.boundaries)
+    config.optim.decay_epochs = tuple(round(x * scale) for x in config.optim.decay_epochs)
     config.optim.warmup_epochs = round(config.optim.warmup_epochs * scale)
-    # Each once: a recipe may set a method's field for a data set.
+    # Each once: a preset may set a method's field for a data set.
     for field in {**{f"method.{name}": None for name in config.method}, **fields}:
         section, _, name = field.rpartition(".")
         # What a trained model is evaluated with does not depend on how long it was trained.
-        if section not in ("", "optim", "eval") and name.endswith(
-            ("epoch", "epochs", "boundaries")
-        ):
+        if section not in ("", "optim", "eval") and name.endswith(("epoch", "epochs")):
             config[section][name] = _scaled(config[section][name], epochs / own_epochs)
 
 
@@ -228,22 +226,22 @@ def _scaled(value: Any, scale: float) -> Any:
     )  # 0 and -1 have meanings of their own
 
 
-def _set_cifar_recipe(config: ConfigDict, recipe: str) -> None:
-    """Sets the schedule and augmentation of one of `CIFAR_RECIPES`."""
-    epochs, boundaries, warmup, strong = CIFAR_RECIPES[recipe]
+def _set_cifar_schedule(config: ConfigDict, recipe: str) -> None:
+    """Sets the schedule and augmentation of one of `CIFAR_SCHEDULES`."""
+    epochs, decay_epochs, warmup, strong = CIFAR_SCHEDULES[recipe]
     config.total_epochs = epochs
-    config.optim.boundaries = boundaries
+    config.optim.decay_epochs = decay_epochs
     config.optim.warmup_epochs = warmup
     if strong:
         config.augment.rotation = 0.0
         config.augment.policy = "autoaugment_cifar"
 
 
-def photo_config(recipe: DatasetDefaults, arguments: str | None) -> ConfigDict:
+def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict:
     """The experiment on photographs that a config file's arguments ask for.
 
     Args:
-        recipe: of the data set.
+        defaults: of the data set.
         arguments: backbone, recipe, method, mixup, experts, epochs, batch_size; see `configs/`.
 
     Raises:
@@ -261,41 +259,41 @@ def photo_config(recipe: DatasetDefaults, arguments: str | None) -> ConfigDict:
     )
     strong = args.recipe in ("strong", "long")
     config = config_lib.default_config()
-    config.total_epochs = recipe.epochs[args.recipe == "long"]
-    config.batch_size = recipe.batch_size
+    config.total_epochs = defaults.epochs[args.recipe == "long"]
+    config.batch_size = defaults.batch_size
     config.log_every_steps = 100
-    _set_data(config, recipe)
+    _set_data(config, defaults)
     config.augment.update(
         crop_padding=0,
         rotation=0.0,
-        color_jitter=(0.4 if strong else recipe.color_jitter,) * 3,
+        color_jitter=(0.4 if strong else defaults.color_jitter,) * 3,
         policy="randaugment" if strong else "none",
     )
     config.model.name = args.backbone
-    config.mixup.alpha = recipe.mixup_alpha
+    config.mix.alpha = defaults.mixup_alpha
     config.optim.update(
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
+        learning_rate=defaults.learning_rate,
+        weight_decay=defaults.weight_decay,
         schedule="cosine",
-        boundaries=(),
+        decay_epochs=(),
         warmup_epochs=0,
     )
     config.checkpoint.every_epochs = 1
     backbone = f"backbone={args.backbone}"
-    set_method(config, recipe.argument, args, backbone, balpoe_taus=recipe.taus)
+    set_method(config, defaults.argument, args, backbone, balpoe_taus=defaults.taus)
     if args.batch_size:  # with the linear scaling rule
         config.optim.learning_rate *= args.batch_size / config.batch_size
         config.batch_size = args.batch_size
     return config
 
 
-def _set_data(config: ConfigDict, recipe: DatasetDefaults) -> None:
+def _set_data(config: ConfigDict, defaults: DatasetDefaults) -> None:
     config.data.update(
-        name=recipe.name,
-        imbalance_ratio=recipe.imbalance_ratio,
+        name=defaults.name,
+        imbalance_ratio=defaults.imbalance_ratio,
         image_size=224,
-        mean=recipe.mean,
-        std=recipe.std,
+        mean=defaults.mean,
+        std=defaults.std,
     )
     config.eval.batch_size = 256
-    config.eval.shift_ratios = recipe.shift_ratios
+    config.eval.shift_ratios = defaults.shift_ratios
