@@ -15,6 +15,7 @@ from test_randaugment import EXACT, GEOMETRIC
 from test_views import fixtures as view_fixtures
 
 from balpoe_jax.data.device import colours, hue, moves, operations, randaugment, tones
+from balpoe_jax.data.device.arithmetic import divide
 from balpoe_jax.data.device.autoaugment import TablePolicy, numbers_of
 from balpoe_jax.data.device.blur import blur, box_weights
 from balpoe_jax.data.device.jitter import jitter, whole_turns
@@ -184,14 +185,36 @@ def test_operations_of_randaugment_are_those_of_pillow(name: str, shape: str) ->
         assert (error > 0).mean() < (0.06 if values[0] == 10 else 0.0005), values
 
 
-def test_autocontrast_has_a_table_of_every_stretch() -> None:
-    table = tones.autocontrast_table().reshape(256, 256, 256)
-    for low, high in ((0, 255), (3, 3), (7, 10), (100, 185), (254, 255)):
-        for value in range(low, high + 1):
-            scale = 255 / (high - low) if high > low else 1.0
-            offset = -low * scale if high > low else 0.0
-            expected = min(max(int(value * scale + offset), 0), 255)
-            assert table[low, high, value] == expected
+def test_autocontrast_errs_as_pillow_for_every_stretch() -> None:
+    """Of all ranges all values, by the formula of Pillow in float64."""
+    low, high = (x.reshape(-1) for x in np.indices((256, 256)))
+    low, high = low[low <= high], high[low <= high]
+    stretch = jax.jit(jax.vmap(tones.stretch, (0, None)))
+    for first in range(0, len(low), 4096):
+        ends = [x[first : first + 4096, None] for x in (low, high)]
+        values = np.clip(np.arange(256), *ends)
+        pixels = (values * 0x010101).astype(np.uint32)
+        scale = 255 / np.maximum(ends[1] - ends[0], 1).astype(np.float64)
+        expected = np.clip(values * scale + -ends[0] * scale, 0, 255).astype(np.uint32)
+        expected = np.where(ends[0] == ends[1], values, expected).astype(np.uint32) * 0x010101
+        np.testing.assert_array_equal(stretch(pixels, tones.autocontrast_table()), expected)
+
+
+def test_division_by_floats_is_that_of_whole_numbers() -> None:
+    random = np.random.default_rng(0)
+    divisor = np.concatenate([np.arange(1, 5000), random.integers(1, 2**31, 5000)]).astype(np.int64)
+    for quotient in (0, 1, 254, 255, 1000):
+        for rest in (0, divisor // 2, divisor - 1):
+            dividend = quotient * divisor + rest
+            fits = dividend < 2**31
+            actual = divide(jnp.asarray(dividend[fits], jnp.int32), jnp.asarray(divisor[fits]))
+            np.testing.assert_array_equal(actual, quotient)
+
+
+def test_smoothing_divides_by_26() -> None:
+    """By a product with a rounded reciprocal, of every total that occurs."""
+    dividend = 2 * np.arange(13 * 255 + 1) + 13
+    np.testing.assert_array_equal(dividend * 40330 >> 20, dividend // 26)
 
 
 def test_both_ways_of_counting_agree() -> None:

@@ -79,6 +79,45 @@ def test_a_batch_of_the_long_recipe_is_what_its_stages_make() -> None:
     np.testing.assert_array_equal(made(view, drawn, examples(), rows), expected)
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (16, 24, 3)])
+@pytest.mark.parametrize("rotation", [0.0, 15.0])
+def test_the_way_of_tpus_makes_the_same_images(
+    rotation: float, shape: tuple[int, int, int]
+) -> None:
+    """Every pair of variants that may be drawn, and batches that are all of one kind."""
+    settings = dataclasses.replace(LONG, rotation=rotation)
+    view = DeviceView(settings, shape)
+    pairs = [
+        (first, second)
+        for pair in range(25)
+        for first in (0, 1 + 2 * pair, 2 + 2 * pair)
+        for second in (0, 1 + 2 * pair, 2 + 2 * pair)
+    ]
+    # Equalized twice, sharpened twice, nothing: more than are computed at a time, and none.
+    alike = [(17, 17)] * 90 + [(5, 5)] * 135 + [(0, 0)] * 225
+    tables = jax.tree.map(jnp.asarray, view.tables())
+    images = np.random.default_rng(0).integers(0, 256, (50, *shape), np.uint8)
+    images[::2] = images[::2] // 4 + 80
+    images[::5] = images[::5, :1, :1]
+    for policy in (pairs, alike[:225], alike[-225:]):
+        drawn = view.draw(generator(3, "augment", 7), 225)
+        drawn["policy"] = np.array(policy, np.uint8)
+        arguments = (images, index(225), drawn, tables)
+        expected = jax.jit(view.augment_packed)(*arguments)
+        actual = jax.jit(view.augment_together)(*arguments)
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_tpu_has_its_way_for_autoaugment_alone() -> None:
+    assert DeviceView(LONG, SHAPE)._ways[0].has_table_alone
+    for changed in (
+        dataclasses.replace(LONG, blur=0.5),
+        RAND,
+        dataclasses.replace(LONG, policy="none"),
+    ):
+        assert not DeviceView(changed, SHAPE)._ways[0].has_table_alone
+
+
 def test_a_contrastive_view_is_what_its_stages_make() -> None:
     """Window, flip, jitter, grey and blur by the operations of the host, to the bit."""
     rows = 40

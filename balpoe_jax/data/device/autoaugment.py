@@ -21,7 +21,8 @@ from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.magnitudes import autoaugment_magnitudes
 from balpoe_jax.data.settings import POLICY_TABLES, Rule
 
-_GREY = packed_colour((128, 128, 128))
+# Outside of images.
+GREY = packed_colour((128, 128, 128))
 POSITIONS = 2
 
 # The numbers that a row needs, for `RowUniforms`.
@@ -45,12 +46,18 @@ class Variants:
         names: Operation of each variant; variant 0 is none.
         parameters: Parameter of each, as `batch_ops` has it, float32 `[variants]`.
         numbers: What `operations.apply` needs, with a row for each variant.
+        shares: How often each is drawn, float64 `[variants]`.
     """
 
     kinds: tuple[str, ...]
     names: tuple[str, ...]
     parameters: np.ndarray
     numbers: dict[str, Any]
+    shares: np.ndarray
+
+    def share(self, still: Sequence[int]) -> float:
+        """The share of rows whose kind is not among the given ones."""
+        return float(self.shares[~np.isin(self.numbers["kind"], still)].sum())
 
 
 class TablePolicy:
@@ -107,18 +114,19 @@ class TablePolicy:
     ) -> jax.Array:
         """Applies the two operations of an image, packed `[H, W]`, with its row of `numbers`."""
         for variants, own in zip(self.variants, numbers, strict=True):
-            pixels = operations.apply(pixels, own, tables, variants.kinds, _GREY, choose)
+            pixels = operations.apply(pixels, own, tables, variants.kinds, GREY, choose)
         return pixels
 
 
 def _variants(rules: Sequence[Rule], height: int, width: int) -> Variants:
     """The variants of one position: none, then of each rule the positive and the negative."""
     magnitudes = autoaugment_magnitudes(height, width)
-    names, parameters = ["none"], [np.float32(0)]
-    for name, _, magnitude in rules:
+    names, parameters, shares = ["none"], [np.float32(0)], [0.0]
+    for name, probability, magnitude in rules:
         origin, strengths, signed = magnitudes[name]
         strength = np.float32(strengths[magnitude])
         names += [name, name]
+        shares += [probability / (2 * len(rules))] * 2
         parameters += [np.float32(origin) + strength]
         parameters += [np.float32(origin) + (-strength if signed else strength)]
     kind_of = {"none": "none", **_GEOMETRY, **operations.KIND_OF}
@@ -130,7 +138,8 @@ def _variants(rules: Sequence[Rule], height: int, width: int) -> Variants:
         "kind": np.array([kinds.index(kind_of[name]) for name in names], np.uint8)
     }
     numbers |= numbers_of(names, values, kinds, height, width)
-    return Variants(kinds, tuple(names), values, numbers)
+    shares[0] = 1 - sum(shares)
+    return Variants(kinds, tuple(names), values, numbers, np.array(shares))
 
 
 def numbers_of(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balpoe_jax.data.device.packing import unpack
 from balpoe_jax.data.device.plans import OTHERS, Planner
 
 Batch = dict[str, jax.Array]
@@ -34,16 +35,16 @@ def make_batch(
 
     def view(name: str, index: jax.Array) -> jax.Array:
         drawn, tables = plan["views"][name], constants["tables"][name]
-        return planner.views[name].augment(constants["images"], index, drawn, tables)
+        return planner.views[name].augment_packed(constants["images"], index, drawn, tables)
 
     views = {name: view(name, plan["index"]) for name in planner.views if name != OTHERS}
-    batch = {name: normalize(x, settings.mean, settings.std) for name, x in views.items()}
+    batch = {name: normalize(unpack(x), settings.mean, settings.std) for name, x in views.items()}
     if mix is not None:
         if OTHERS in planner.views:
             others = view(OTHERS, mix["partner"])
         else:
             others = _gather(views["images"], axis_name)[mix["partner"]]
-        others = normalize(others, settings.mean, settings.std)
+        others = normalize(unpack(others), settings.mean, settings.std)
         batch["images"] = mix_images(batch["images"], others, mix)
     batch = {name: images.astype(settings.dtype) for name, images in batch.items()}
     return batch | {name: plan[name] for name in ("labels", "other_labels", "weight")}

@@ -4,12 +4,13 @@
 Images are packed uint32 `[H, W]`, one at a time; `jax.vmap` makes batches. To the bit as Pillow.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from balpoe_jax.data.device.arithmetic import divide
 from balpoe_jax.data.device.packing import channels, join
 
 
@@ -20,10 +21,19 @@ def brightness(pixels: jax.Array, factor: jax.Array) -> jax.Array:
 
 def contrast(pixels: jax.Array, factor: jax.Array) -> jax.Array:
     """Blends with the mean grey: 0 is flat, 1 the image; a float32 scalar."""
-    size = math.prod(pixels.shape)
-    total = jnp.sum(luminance(pixels), dtype=jnp.int32)
-    mean = (2 * total + size) // (2 * size)
-    return _blend([mean] * 3, pixels, factor)
+    return blend_with_grey(pixels, mean_grey(pixels.reshape(-1)), factor)
+
+
+def mean_grey(pixels: jax.Array) -> jax.Array:
+    """The rounded mean of the luminance of `[..., n]`, int32 `[...]`."""
+    size = pixels.shape[-1]
+    total = jnp.sum(luminance(pixels), axis=-1, dtype=jnp.int32)
+    return divide(2 * total + size, 2 * size)
+
+
+def blend_with_grey(pixels: jax.Array, grey: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blends with one grey, an int32 from 0 to 255: 0 is grey, 1 the image."""
+    return _blend([grey] * 3, pixels, factor)
 
 
 def color(pixels: jax.Array, factor: jax.Array) -> jax.Array:
@@ -33,7 +43,13 @@ def color(pixels: jax.Array, factor: jax.Array) -> jax.Array:
 
 def sharpness(pixels: jax.Array, factor: jax.Array) -> jax.Array:
     """Blends with the smoothed image: 0 is smooth, 1 the image, 2 sharp; a float32 scalar."""
-    return _blend([_smooth(values) for values in channels(pixels)], pixels, factor)
+    flat = pixels.reshape(-1)
+    return sharpen(flat, factor, *pixels.shape).reshape(pixels.shape)
+
+
+def sharpen(pixels: jax.Array, factor: jax.Array, height: int, width: int) -> jax.Array:
+    """`sharpness` of images `[..., height * width]`, with factors that extend to them."""
+    return _blend(_smooth(pixels, height, width), pixels, factor)
 
 
 def gray(pixels: jax.Array) -> jax.Array:
@@ -47,17 +63,26 @@ def luminance(pixels: jax.Array) -> jax.Array:
     return (red * 19595 + green * 38470 + blue * 7471 + (1 << 15)) >> 16
 
 
-def _smooth(values: jax.Array) -> jax.Array:
-    """Means of three by three, the centre of which weighs 5 of 13; int32 `[H, W]`."""
-    rows = values[:-2] + values[1:-1] + values[2:]
-    box = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    inner = (2 * (box + 4 * values[1:-1, 1:-1]) + 13) // 26
+def _smooth(pixels: jax.Array, height: int, width: int) -> list[jax.Array]:
+    """Means of three by three, the centre of which weighs 5 of 13; three int32 `[..., n]`."""
+    size = height * width
+    padded = jnp.pad(pixels, [(0, 0)] * (pixels.ndim - 1) + [(width + 1, width + 1)])
+    starts = [y * width + x for y in range(3) for x in range(3)]
+
+    def totals(read: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return sum((read(padded[..., i : i + size]) for i in starts), 4 * read(pixels))
+
+    # Red and blue in one number: totals take 12 bits at most.
+    both, green = totals(lambda x: x & 0xFF00FF), totals(lambda x: (x >> 8) & 0xFF)
     # The outermost pixels have no neighbourhood and stay as they are.
-    height, width = values.shape
-    y = jnp.arange(height, dtype=jnp.int32)[:, None]
-    x = jnp.arange(width, dtype=jnp.int32)[None, :]
-    has_all = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
-    return jnp.where(has_all, jnp.pad(inner, 1), values)
+    has_all = np.zeros((height, width), bool)
+    has_all[1:-1, 1:-1] = True
+    has_all = has_all.reshape([1] * (pixels.ndim - 1) + [size])
+    return [
+        # Over 26, by a product.
+        jnp.where(has_all, ((2 * total.astype(jnp.int32) + 13) * 40330) >> 20, values)
+        for total, values in zip((both & 0xFFFF, green, both >> 16), channels(pixels), strict=True)
+    ]
 
 
 def _blend(degenerate: Sequence[jax.Array], pixels: jax.Array, factor: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ number is one less. Exact results that are whole where the distance is not (at a
 come out as such here, and in Pillow now and then as one less, as its rounding in float64 decides.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,8 @@ _PARTS = 3
 # For each unit of a value: in all three quarters of a unit in its last place in float64, below
 # which what is missing to a whole number is lost in Pillow.
 _HAIR = 96
+# Of a point between two pixels, from the one before it.
+NEIGHBOURS = (-1, 0, 1, 2)
 
 
 def line_weights(
@@ -81,24 +85,36 @@ def shift_lines(pixels: jax.Array, drawn: dict[str, jax.Array], axis: int, fill:
     position = jnp.expand_dims(jnp.arange(size, dtype=jnp.int32), 1 - axis)
     start = position + across(drawn["first"])
     neighbours = [
-        channels(
-            jnp.take_along_axis(
-                pixels, jnp.clip(start + offset, 0, size - 1), axis, mode="promise_in_bounds"
-            )
+        jnp.take_along_axis(
+            pixels, jnp.clip(start + offset, 0, size - 1), axis, mode="promise_in_bounds"
         )
-        for offset in (-1, 0, 1, 2)
+        for offset in NEIGHBOURS
     ]
     weights = [[across(drawn["weights"][:, part, i]) for i in range(4)] for part in range(_PARTS)]
+    seen = position + across(drawn["nearest"])
+    return jnp.where(
+        (seen >= 0) & (seen < size), interpolate(neighbours, weights), jnp.uint32(fill)
+    )
+
+
+def interpolate(
+    neighbours: Sequence[jax.Array], weights: Sequence[Sequence[jax.Array]]
+) -> jax.Array:
+    """Weighted sums of four neighbours, rounded down as Pillow does.
+
+    Args:
+        neighbours: Packed pixels, those of `NEIGHBOURS`.
+        weights: For each of three parts those of the neighbours, int32.
+    """
+    values = [channels(pixels) for pixels in neighbours]
 
     def weighted(channel: int) -> jax.Array:
         high, middle, low = (
-            sum(weight * values[channel] for weight, values in zip(part, neighbours, strict=True))
+            sum(weight * own[channel] for weight, own in zip(part, values, strict=True))
             for part in weights
         )
         hair = jnp.clip(high >> _PART, 0, 255) * _HAIR
         carried = (middle + ((low + hair) >> _PART)) >> _PART
         return jnp.clip((high + carried) >> _PART, 0, 255)
 
-    values = [weighted(channel) for channel in range(3)]
-    seen = position + across(drawn["nearest"])
-    return jnp.where((seen >= 0) & (seen < size), join(values), jnp.uint32(fill))
+    return join([weighted(channel) for channel in range(3)])

@@ -5,6 +5,7 @@ The host turns windows and angles into whole numbers, in float64 as Pillow does.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ _FRACTION_BITS = 16
 _WEIGHT_BITS = 22
 _TRIES = 10
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+
+# Rows and columns.
+Positions = tuple[jax.Array, jax.Array]
 
 # The numbers that a row needs, for `RowUniforms`.
 WIDTHS = {
@@ -95,7 +99,7 @@ def fixed_point(matrix: list[np.ndarray]) -> np.ndarray:
     return np.floor(entries * 2**_FRACTION_BITS + 0.5).astype(np.int32)
 
 
-def source_pixels(matrix: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+def source_pixels(matrix: jax.Array, height: int, width: int) -> Positions:
     """Nearest input pixel of every output pixel.
 
     Args:
@@ -106,66 +110,94 @@ def source_pixels(matrix: jax.Array, height: int, width: int) -> tuple[jax.Array
     Returns:
         Rows and columns, int32 `[..., H, W]`.
     """
-    x = jnp.arange(width, dtype=jnp.int32).reshape([1] * (matrix.ndim - 1) + [1, width])
-    y = jnp.arange(height, dtype=jnp.int32).reshape([1] * (matrix.ndim - 1) + [height, 1])
-    start_x, x_by_column, x_by_row, start_y, y_by_column, y_by_row = (
-        matrix[..., i, None, None] for i in range(6)
-    )
-    columns = (start_x + x_by_column * x + x_by_row * y) >> _FRACTION_BITS
-    rows = (start_y + y_by_column * x + y_by_row * y) >> _FRACTION_BITS
-    return rows, columns
+    entries = [matrix[..., i, None, None] for i in range(6)]
+    return source_of(entries, *_all_pixels(matrix.ndim - 1, height, width))
 
 
-def read_moved(images: jax.Array, index: jax.Array, drawn: dict[str, Any]) -> jax.Array:
+def source_of(entries: Sequence[jax.Array], rows: jax.Array, columns: jax.Array) -> Positions:
+    """`source_pixels` of given output pixels.
+
+    Args:
+        entries: The six of a matrix, int32.
+        rows, columns: Output pixels, int32, of a shape that fits to that of the entries.
+    """
+    start_x, x_by_column, x_by_row, start_y, y_by_column, y_by_row = entries
+    found_columns = (start_x + x_by_column * columns + x_by_row * rows) >> _FRACTION_BITS
+    found_rows = (start_y + y_by_column * columns + y_by_row * rows) >> _FRACTION_BITS
+    return found_rows, found_columns
+
+
+def within(rows: jax.Array, columns: jax.Array, height: int, width: int) -> jax.Array:
+    """Whether positions are in an image, bool."""
+    return (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+
+
+def _all_pixels(batch_dims: int, height: int, width: int) -> Positions:
+    """Rows and columns of all pixels of an image, int32 `[..., H, 1]` and `[..., 1, W]`."""
+    ahead = [1] * batch_dims
+    rows = jnp.arange(height, dtype=jnp.int32).reshape([*ahead, height, 1])
+    return rows, jnp.arange(width, dtype=jnp.int32).reshape([*ahead, 1, width])
+
+
+def read_moved(
+    images: jax.Array, index: jax.Array, drawn: dict[str, Any], shown: Positions | None = None
+) -> jax.Array:
     """Reads images from the data set, cropped, mirrored and rotated.
 
     Args:
         images: Packed uint32 `[N, H, W]`, or uint8 `[N, H, W, 3]`.
         index: int32 `[B]`, their positions.
         drawn: What `draw_moves` drew, as arrays of `B` rows.
+        shown: Pixels of the result to read, int32 `[B, n]`; those outside of it may be anything.
+            None for all.
 
     Returns:
-        Packed `[B, H, W]` or uint8 `[B, H, W, 3]`, as the images are.
+        Packed `[B, H, W]` or uint8 `[B, H, W, 3]`, as the images are; of `shown`, `[B, n]`.
     """
     if "window" in drawn:
         enlarged = _enlarge(images, index, drawn["window"].astype(jnp.int32))
         rest = {name: leaf for name, leaf in drawn.items() if name != "window"}
         own = jnp.arange(len(index), dtype=jnp.int32)
-        moved = _read(enlarged, own, rest) if rest else enlarged
+        moved = _read(enlarged, own, rest, shown)
         return moved if images.dtype == jnp.uint32 else unpack(moved)
-    return _read(images, index, drawn)
+    return _read(images, index, drawn, shown)
 
 
-def _read(images: jax.Array, index: jax.Array, drawn: dict[str, Any]) -> jax.Array:
+def _read(
+    images: jax.Array, index: jax.Array, drawn: dict[str, Any], shown: Positions | None
+) -> jax.Array:
     """`read_moved` without windows, of bytes or of packed pixels `[N, H, W]`."""
-    if not drawn:
+    if not drawn and shown is None:
         return images.at[index].get(mode="promise_in_bounds")
     height, width = images.shape[1:3]
     inside = None
-    rows = jnp.arange(height, dtype=jnp.int32)[None, :, None]
-    columns = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    rows, columns = _all_pixels(1, height, width) if shown is None else shown
+
+    def across(leaf: jax.Array) -> jax.Array:
+        """One number for each image, against the positions."""
+        return leaf.reshape([-1] + [1] * (rows.ndim - 1))
+
     if "matrix" in drawn:
-        rows, columns = source_pixels(drawn["matrix"], height, width)
+        matrix = drawn["matrix"]
+        rows, columns = source_of([across(matrix[:, i]) for i in range(6)], rows, columns)
         # What the crop cut off is black, too.
-        inside = _within(rows, height) & _within(columns, width)
+        inside = within(rows, columns, height, width)
     if "flip" in drawn:
-        columns = jnp.where(drawn["flip"][:, None, None], width - 1 - columns, columns)
+        columns = jnp.where(across(drawn["flip"]), width - 1 - columns, columns)
     if "top" in drawn:
-        rows = rows + drawn["top"].astype(jnp.int32)[:, None, None]
-        columns = columns + drawn["left"].astype(jnp.int32)[:, None, None]
-        within = _within(rows, height) & _within(columns, width)
-        inside = within if inside is None else inside & within
-    if inside is not None:
+        rows = rows + across(drawn["top"].astype(jnp.int32))
+        columns = columns + across(drawn["left"].astype(jnp.int32))
+        found = within(rows, columns, height, width)
+        inside = found if inside is None else inside & found
+    if inside is not None or shown is not None:
         rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
-    pixels = images.at[index[:, None, None], rows, columns].get(mode="promise_in_bounds")
+    # Unsigned, else each is looked at for whether it is negative.
+    where = tuple(x.astype(jnp.uint32) for x in (across(index), rows, columns))
+    pixels = images.at[where].get(mode="promise_in_bounds")
     if inside is None:
         return pixels
-    inside = inside.reshape([*inside.shape, *[1] * (pixels.ndim - 3)])
+    inside = inside.reshape([*inside.shape, *[1] * (pixels.ndim - inside.ndim)])
     return jnp.where(inside, pixels, jnp.zeros((), pixels.dtype))
-
-
-def _within(positions: jax.Array, size: int) -> jax.Array:
-    return (positions >= 0) & (positions < size)
 
 
 def _random_windows(

@@ -36,7 +36,9 @@ def as_packed(images: jax.Array) -> jax.Array:
 
 def unpack(pixels: jax.Array) -> jax.Array:
     """Packed `[...]` to uint8 `[..., 3]`."""
-    return jnp.stack([channel.astype(jnp.uint8) for channel in channels(pixels)], axis=-1)
+    # No stack of channels: a TPU would write each of them down before.
+    shifts = np.array(SHIFTS, np.uint32).reshape([1] * pixels.ndim + [3])
+    return ((pixels[..., None] >> shifts) & 0xFF).astype(jnp.uint8)
 
 
 def channels(pixels: jax.Array) -> list[jax.Array]:
@@ -55,3 +57,20 @@ def join(parts: Sequence[jax.Array]) -> jax.Array:
 def packed_colour(colour: Sequence[int]) -> int:
     """A colour, three values from 0 to 255, as one number."""
     return sum(value << shift for value, shift in zip(colour, SHIFTS, strict=True))
+
+
+def for_all_pixels(numbers: Sequence[jax.Array], shape: tuple[int, ...]) -> list[jax.Array]:
+    """Numbers of images, extended to their pixels.
+
+    A TPU then computes with them where it computes with the pixels, in one kernel. Each small array
+    that is computed before takes a kernel of its own there.
+
+    Args:
+        numbers: Arrays `[..., 1]`.
+        shape: Shape of the pixels, without what the numbers have ahead of it.
+    """
+    wide = [jnp.broadcast_to(x, (*x.shape[: x.ndim - len(shape)], *shape)) for x in numbers]
+    keep = jax.lax.optimization_barrier  # one each: together they would all vary by device
+    return jax.lax.platform_dependent(
+        wide, tpu=lambda wide: [keep(x) for x in wide], default=lambda wide: wide
+    )

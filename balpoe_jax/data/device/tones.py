@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balpoe_jax.data.device.packing import channels, join
+from balpoe_jax.data.device.arithmetic import divide
+from balpoe_jax.data.device.packing import channels, for_all_pixels, join
+
+# Bits of an entry of `autocontrast_table` that tell of parts.
+_PLACES = 18
 
 # What `change_points` does without a change.
 NO_CHANGE = {"mask": 255, "addition": 0, "threshold": 256}
@@ -42,28 +46,51 @@ def autocontrast(pixels: jax.Array, table: jax.Array) -> jax.Array:
         pixels: Packed `[H, W]`.
         table: `autocontrast_table()`, on the device.
     """
-    stretched = []
-    for values in channels(pixels):
-        # The least, the greatest and the value are the bytes of an entry's number.
-        line = (jnp.min(values) << 16) + (jnp.max(values) << 8)
-        stretched.append(table.at[line + values].get(mode="promise_in_bounds"))
-    return join(stretched)
+    return stretch(pixels.reshape(-1), table).reshape(pixels.shape)
+
+
+def stretch(pixels: jax.Array, table: jax.Array) -> jax.Array:
+    """`autocontrast` of images `[..., n]`."""
+    parts = channels(pixels)
+    low = jnp.stack([jnp.min(values, axis=-1, keepdims=True) for values in parts])
+    high = jnp.stack([jnp.max(values, axis=-1, keepdims=True) for values in parts])
+    # Unsigned, else each is looked at for whether it is negative.
+    which = ((low << 8) + high).astype(jnp.uint32)
+    entries = table.at[which].get(mode="promise_in_bounds").astype(jnp.int32)
+    ends = for_all_pixels([low, high, entries], pixels.shape)
+    return join([_stretch(values, *own) for values, *own in zip(parts, *ends, strict=True)])
+
+
+def _stretch(values: jax.Array, low: jax.Array, high: jax.Array, entry: jax.Array) -> jax.Array:
+    """Brings values from `low..high` to 0..255, with an entry of `autocontrast_table`."""
+    spread = jnp.maximum(high - low, 1)
+    scaled = (values - low) * 255
+    stretched = divide(scaled, spread)
+    # What is a whole number is one less where the table says so.
+    which = (stretched * (entry >> _PLACES) + 128) >> 8
+    less = (stretched * spread == scaled) & (((entry >> which) & 1) == 1)
+    return jnp.where(high > low, stretched - less.astype(jnp.int32), values)
 
 
 @functools.cache
 def autocontrast_table() -> np.ndarray:
-    """What Pillow makes of each value, uint8 `[256 * 256 * 256]` by least, greatest and value.
+    """Where Pillow makes one less of a whole number, uint32 `[256 * 256]` by least and greatest.
 
     Pillow computes in float64, which devices lack, and where exact results are whole numbers it may
-    come out at one less.
+    come out at one less. Values that become whole numbers divide the range into up to 17 equal
+    parts, if Pillow errs at all. How many they are is above bit 17, and whether the value at the
+    end of part k becomes one less is bit k.
     """
-    table = np.empty((256, 256, 256), np.uint8)
-    values = np.arange(256, dtype=np.float64)
+    table = np.zeros((256, 256), np.uint32)
     for low in range(256):
-        table[low, : low + 1] = values
-        spread = np.arange(1, 256 - low, dtype=np.float64)[:, None]
-        scale = 255 / spread
-        table[low, low + 1 :] = np.clip(values * scale + -low * scale, 0, 255)
+        for high in range(low + 1, 256):
+            parts = math.gcd(high - low, 255)
+            values = low + np.arange(parts + 1) * ((high - low) // parts)
+            scale = 255 / (high - low)
+            made = np.clip(values * scale + -low * scale, 0, 255).astype(np.int64)
+            less = np.flatnonzero(made < np.arange(parts + 1) * (255 // parts))
+            if less.size:
+                table[low, high] = (parts << _PLACES) + (1 << less).sum()
     table.setflags(write=False)
     return table.reshape(-1)
 
@@ -71,16 +98,26 @@ def autocontrast_table() -> np.ndarray:
 def equalize(pixels: jax.Array) -> jax.Array:
     """Spreads each channel's values so that their histogram is even."""
     parts = jnp.stack(channels(pixels)).reshape(3, math.prod(pixels.shape))
-    below = _below(parts)
-    greatest = jnp.max(parts, axis=1, keepdims=True)
-    # All pixels but those of the greatest value.
-    step = jnp.take_along_axis(below, greatest, axis=1, mode="promise_in_bounds") // 255
-    tables = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
-    tables = jnp.where(step > 0, tables, jnp.arange(256, dtype=jnp.int32)[None, :])
     # Else it would be computed for each pixel.
-    tables = jax.lax.optimization_barrier(tables)
+    tables = jax.lax.optimization_barrier(even_tables(_below(parts), parts.shape[1]))
     spread = jnp.take_along_axis(tables, parts, axis=1, mode="promise_in_bounds")
     return join([part.reshape(pixels.shape) for part in spread])
+
+
+def even_tables(below: jax.Array, size: int) -> jax.Array:
+    """What `equalize` makes of each value, int32 `[..., 256]`.
+
+    Args:
+        below: How many values are less than each, int32 `[..., 256]`.
+        size: Number of values in all.
+    """
+    # All but those of the greatest value.
+    others = jnp.max(jnp.where(below < size, below, 0), axis=-1, keepdims=True)
+    (others,) = for_all_pixels([others], below.shape)
+    step = divide(others, 255)
+    tables = jnp.minimum(divide(step // 2 + below, jnp.maximum(step, 1)), 255)
+    values = jnp.arange(256, dtype=jnp.int32).reshape([1] * (below.ndim - 1) + [256])
+    return jnp.where(step > 0, tables, values)
 
 
 def _below(parts: jax.Array) -> jax.Array:
@@ -104,21 +141,24 @@ def below_by_counting(parts: jax.Array) -> jax.Array:
 
 
 def below_by_product(parts: jax.Array) -> jax.Array:
-    """`_below` as a product of matrices of zeros and ones, which is exact.
+    """`_below` as one product of matrices of zeros and ones, which is exact; of `[..., n]`.
 
     Of each value those whose upper four bits are less, and of those whose upper bits are the same
-    the ones whose lower four are.
+    the ones whose lower four are: in the product the values come twice.
     """
-    digits = jnp.arange(17, dtype=jnp.int32)[None, :, None]
-    upper, lower = parts[:, None] >> 4, parts[:, None] & 15
-    # All lower bits are less than 16, so the last column counts the values of the same upper ones.
-    same, less = upper == digits[:, :16], lower < digits
-    inner = jax.lax.dot_general(
-        same.astype(jnp.bfloat16),
-        less.astype(jnp.bfloat16),
-        (((2,), (2,)), ((0,), (0,))),
+    size = parts.shape[-1]
+    ones = [1] * (parts.ndim - 1)
+    digits = np.arange(16, dtype=np.int32).reshape(*ones, 16, 1)
+    same = (np.arange(2 * size) < size).reshape(*ones, 1, 2 * size)
+    twice = jnp.concatenate([parts, parts], axis=-1)[..., None, :]
+    upper, lower = twice >> 4, twice & 15
+    rows = jnp.where(same, upper == digits, upper < digits)
+    columns = (lower < digits) | ~same
+    ahead = tuple(range(parts.ndim - 1))
+    product = jax.lax.dot_general(
+        rows.astype(jnp.bfloat16),
+        columns.astype(jnp.bfloat16),
+        (((parts.ndim,), (parts.ndim,)), (ahead, ahead)),
         preferred_element_type=jnp.float32,
-    ).astype(jnp.int32)
-    totals = inner[:, :, 16]
-    outer = jnp.cumsum(totals, axis=1) - totals
-    return (outer[:, :, None] + inner[:, :, :16]).reshape(3, 256)
+    )
+    return product.astype(jnp.int32).reshape(*parts.shape[:-1], 256)

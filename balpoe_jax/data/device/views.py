@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from balpoe_jax.data.device import autoaugment, colours, jitter, moves
-from balpoe_jax.data.device.autoaugment import TablePolicy
+from balpoe_jax.data.device import autoaugment, colours, jitter, moves, together
+from balpoe_jax.data.device.autoaugment import GREY, TablePolicy
 from balpoe_jax.data.device.blur import blur, box_weights
 from balpoe_jax.data.device.hue import hue_tables
 from balpoe_jax.data.device.operations import Choose, compute_all
@@ -100,14 +100,37 @@ class DeviceView:
         Returns:
             uint8 `[B, H, W, 3]`.
         """
-        if len(self._ways) == 1:
-            (way,) = self._ways
-            moved = as_packed(moves.read_moved(images, index, drawn["moves"]))
-            if not way.changes:
-                return unpack(moved)
-            rows = (moved, way.numbers(drawn))
-            return unpack(_by_image(partial(way.change, tables=tables), *rows))
-        return self._augment_either(images, index, drawn, tables)
+        return unpack(self.augment_packed(images, index, drawn, tables))
+
+    def augment_packed(
+        self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
+        """`augment` that leaves the pixels packed, uint32 `[B, H, W]`."""
+        if len(self._ways) > 1:
+            return self._augment_either(images, index, drawn, tables)
+        (way,) = self._ways
+        if not way.changes:
+            return as_packed(moves.read_moved(images, index, drawn["moves"]))
+        rows = (images, index, drawn, tables)
+        if not way.has_table_alone:
+            return self._augment_alike(*rows)
+        return jax.lax.platform_dependent(
+            *rows, tpu=self.augment_together, default=self._augment_alike
+        )
+
+    def augment_together(
+        self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
+        """`augment_packed` for TPUs, where a policy that is a table comes after the moves."""
+        (way,) = self._ways
+        return way.apply_together(images, index, drawn, tables)
+
+    def _augment_alike(
+        self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
+        (way,) = self._ways
+        moved = as_packed(moves.read_moved(images, index, drawn["moves"]))
+        return _by_image(partial(way.change, tables=tables), moved, way.numbers(drawn))
 
     def _augment_either(
         self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
@@ -125,7 +148,7 @@ class DeviceView:
             ]
             return choose(takes_second.astype(jnp.int32), ways, one[0])
 
-        return unpack(_by_image(change, drawn["takes_second"], *rows))
+        return _by_image(change, drawn["takes_second"], *rows)
 
 
 class _Way:
@@ -147,6 +170,14 @@ class _Way:
         """Whether there is anything to do to an image after its crop, flip and rotation."""
         settings = self._settings
         return settings.has_per_image_ops or self._policy is not None or settings.cutout > 0
+
+    @property
+    def has_table_alone(self) -> bool:
+        """Whether `apply_together` can."""
+        policy = self._policy
+        if self._settings.changes or not isinstance(policy, TablePolicy):
+            return False
+        return together.can_apply(policy)
 
     @property
     def width(self) -> int:
@@ -184,6 +215,23 @@ class _Way:
         if isinstance(self._policy, TablePolicy):
             numbers["policy"] = self._policy.numbers(drawn["policy"])
         return numbers
+
+    def apply_together(
+        self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
+    ) -> jax.Array:
+        """Reads and changes images all at once, packed `[B, H, W]`."""
+
+        def read(shown: moves.Positions) -> jax.Array:
+            return as_packed(moves.read_moved(images, index, drawn["moves"], shown))
+
+        assert isinstance(self._policy, TablePolicy)
+        size = (self._height, self._width)
+        pixels = together.apply(self._policy, drawn["policy"], read, tables, size, GREY)
+        if self._settings.cutout:
+            pixels = jax.vmap(partial(_cut_out, size=self._settings.cutout))(
+                pixels, drawn["cutout"]
+            )
+        return pixels
 
     def change(
         self, choose: Choose, pixels: jax.Array, numbers: Drawn, tables: dict[str, Any]
