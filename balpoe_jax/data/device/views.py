@@ -175,7 +175,7 @@ class _Way:
     def has_table_alone(self) -> bool:
         """Whether `apply_together` can."""
         policy = self._policy
-        if self._settings.changes or not isinstance(policy, TablePolicy):
+        if self._settings.has_per_image_ops or not isinstance(policy, TablePolicy):
             return False
         return together.can_apply(policy)
 
