@@ -26,13 +26,13 @@ demo: $(VENV)/.run
 	$(BIN)/python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --all
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m '' --all
 
 test-newest: $(VENV_NEWEST)/.dev
-	$(VENV_NEWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV_NEWEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 """Set-up of the whole test run: four CPU devices, and no silent broadcasting between ranks."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,98 +57,16 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "_svg", lambda figure, name: "<svg></svg>")
 
 
-# Tests that repeat others in another setting, at such a cost that `make test` leaves them out.
-_COSTLY = (
-    "test_reproduce.py::test_two_real_runs_at_once",
-    "test_models.py::test_logits_are_the_references[experts7]",
-    "test_models.py::test_logits_are_the_references[experts2]",
-    "test_models.py::test_logits_are_the_references[nonorm]",
-    "test_models.py::test_logits_are_the_references[reduce]",
-    "test_models.py::test_gradients_are_the_references[False]",
-    "test_models.py::test_gradients_are_the_references[True]",
-    "test_large_models.py::test_gradients_are_the_references",
-    "test_large_models.py::test_half_precision_rounds_a_little",
-    "test_unreadable.py::test_a_partner_of_the_second_sampler_is_replaced_too",
-    "test_models.py::test_one_expert_is_one_network_however_it_is_cut[-1]",
-    "test_models.py::test_expert_map_and_rematerialisation_give_one_model[options0]",
-    "test_large_models.py::test_expert_map_and_rematerialisation_change_nothing[loop]",
-    "test_large_models.py::test_logits_are_the_references[resnet50/nonsquare-loop-options2]",
-    "test_large_models.py::test_logits_are_the_references[resnet50/nonorm-vmap-options1]",
-    "test_methods.py::test_devices_and_modes_change_nothing[mdcs-0]",
-    "test_methods.py::test_devices_and_modes_change_nothing[sade-0]",
-    "test_methods.py::test_devices_and_modes_change_nothing[gpaco-0]",
-    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[mdcs]",
-    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[sade]",
-    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[gpaco]",
-    "test_mixing.py::test_two_hosts_and_a_resumed_run_make_the_same_batches[mix1]",
-    "test_unreadable.py::test_skipping_goes_on_after_a_resume_and_on_any_hosts",
-    "test_unreadable.py::test_too_many_bad_images_are_refused",
-    "test_parallel.py::test_rematerialisation_changes_nothing[shard_map-loop]",
-    "test_pipeline.py::test_hosts_make_the_same_global_batches[autoaugment_cifar]",
-    "test_randaugment.py::test_threads_change_nothing",
-    "test_benchmarks.py::test_input_pipeline",
-    "test_benchmarks.py::test_both_sides_make_the_same_distribution_of_images[photos long]",
-    "test_tpu_step.py::test_the_example_learns",
-    "test_torch_import.py::test_evaluation_sees_the_imported_network",
-    "test_processes.py::test_a_process_that_is_lost_ends_the_other[1-19]",
-    "test_processes.py::test_a_training_is_preempted_and_killed_and_goes_on",
-    "test_benchmarks.py::test_method_steps",
-    "test_parallel.py::test_mode_devices_and_expert_map_change_nothing[pmap-1-vmap]",
-    "test_methods.py::test_devices_and_modes_change_nothing[balanced_softmax-0]",
-    "test_processes.py::test_the_twin_mode_trains_what_one_process_does",
-    "test_processes.py::test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage[restore]",
-    "test_parallel.py::test_mode_devices_and_expert_map_change_nothing[pmap-4-loop]",
-    "test_command_line.py::test_a_preemption_saves_the_step_it_comes_at",
-    "test_processes.py::test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage[save]",
-    "test_models.py::test_logits_are_the_references[experts1]",
-    "test_large_models.py::test_expert_map_and_rematerialisation_change_nothing[vmap]",
-    "test_methods.py::test_devices_and_modes_change_nothing[ldam_drw-0]",
-    "test_methods.py::test_devices_and_modes_change_nothing[ride_router-0]",
-    "test_methods.py::test_devices_and_modes_change_nothing[ride_router-1]",
-    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[ride_router]",
-    "test_methods.py::test_a_restored_state_goes_on_bit_for_bit[ldam_drw]",
-    "test_unreadable.py::test_skipped_images_are_replaced_by_the_next_of_their_class",
-    "test_parallel.py::test_rematerialisation_changes_nothing[pmap-vmap]",
-    "test_non_finite.py::test_a_resumed_run_counts_as_an_undisturbed_one[1]",
-    "test_losses.py::test_gradients[False]",
-    "test_communication.py::test_global_statistics_add_two_small_ones_an_application[2]",
-    "test_communication.py::test_statistics_per_device_leave_one_all_reduce_a_step[2]",
-    "test_kill.py::test_killed_runs_end_as_an_undisturbed_one",
-    "test_method_runs.py::test_a_run[bcl]",
-    "test_method_runs.py::test_a_run[tlc]",
-    "test_method_runs.py::test_a_run[balpoe_cs]",
-    "test_tpu_step.py::test_both_steps_do_the_same_work",
-    "test_benchmarks.py::test_both_sides_make_the_same_distribution_of_images[cifar long]",
-    "test_training.py::test_another_run_ends_with_the_same_bits",
-    "test_training.py::test_a_quickly_compiled_state_has_the_usual_bits",
-    "test_photo_datasets.py::test_a_training_batch_is_what_its_stages_make[augment0]",
-    "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-4-False]",
-    "test_parallel.py::test_all_shards_stay_equal[False-pmap]",
-    "test_method_runs.py::test_a_run[paco]",
-    "test_method_runs.py::test_a_run[mislas]",
-    "test_accumulation.py::test_batch_norm_takes_each_microbatch_by_itself[pmap-1-True]",
-    "test_non_finite.py::test_an_update_that_overflows_is_skipped",
-    "test_samplers.py::test_batches_are_made_of_what_the_sampler_says[class_balanced]",
-    "test_fuzz_config.py::test_the_command_itself_refuses_garbage"
-    "[--config.eval.shift_lists=~nobody/x_forward5.txt]",
-    "test_pipeline.py::test_threads_change_nothing[2]",
-    "test_few_kernels.py::test_stacked_experts_are_those_of_the_loop[True]",
-    "test_device_views.py::test_the_same_images_under_scan_and_on_several_devices[randaugment]",
-    "test_device_runs.py::test_where_dispatches_are_cut_changes_no_bit[100]",
-    "test_device_runs.py::test_single_steps_round_otherwise_at_most",
-)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="Also run the costly tests.")
-
-
-# Files whose networks are of the reference's sizes, and run for longer than they are compiled; and
-# whose bits are those of programs as users compile them.
-_OPTIMISED = ("test_trajectory.py", "test_large_models.py", "test_device_runs.py")
+    parser.addoption(
+        "--all", action="store_true", help="Compile, and train the networks, as users do."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts a job in the background has it ignore these, and so would its processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("--all"):
         return
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # for processes of tests
@@ -192,14 +111,23 @@ def quick_compilation(request: pytest.FixtureRequest) -> None:
 
     `make test-all` compiles everything as users do.
     """
-    optimised = request.path.name in _OPTIMISED or request.config.getoption("--all")
+    marked = request.node.get_closest_marker("optimised") is not None
+    optimised = marked or request.config.getoption("--all")
     jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all"):
-        return
-    skip = pytest.mark.skip(reason="costly; make test-all runs it")
+    """Marks the cases that `slow_cases` names, each of which must be there."""
+    unknown: dict[str, set[str]] = {}
     for item in items:
-        if item.nodeid.removeprefix("tests/") in _COSTLY:
-            item.add_marker(skip)
+        for marker in item.iter_markers("slow_cases"):
+            name = item.nodeid.partition("[")[0]
+            case = item.callspec.id if isinstance(item, pytest.Function) else ""
+            unknown.setdefault(name, set(marker.args)).discard(case)
+            if case in marker.args:
+                item.add_marker(pytest.mark.slow)
+    selected = any("::" in argument for argument in config.args)
+    stale = {name: cases for name, cases in unknown.items() if cases}
+    if stale and not selected:
+        raise pytest.UsageError(f"slow_cases names cases that there are not: {stale}")

@@ -135,6 +135,7 @@ def by_hand(num_devices: int, accumulate: int, sync: bool):
     return jax.device_get((jax.tree.map(jnp.add, state.params, updates), stats))
 
 
+@pytest.mark.slow_cases("pmap-4-False", "pmap-1-True")
 @pytest.mark.parametrize(
     ("mode", "num_devices", "sync"),
     [("pmap", 1, True), ("shard_map", 4, True), ("pmap", 4, False)],

@@ -39,6 +39,7 @@ def assert_compared(found: dict) -> None:
     assert all(math.isfinite(x) and x > 0 for x in [*numbers, found["ratio"], found["cpu_ratio"]])
 
 
+@pytest.mark.slow
 def test_input_pipeline(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     small = ("--batch_size=8", "--image_size=32", "--repeats=1", "--seconds=0")
@@ -88,6 +89,7 @@ def test_without_pytorch_one_sentence_says_what_to_install() -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow_cases("photos long", "cifar long")
 @pytest.mark.parametrize("name", ["cifar standard", "cifar long", "photos long"])
 def test_both_sides_make_the_same_distribution_of_images(name: str, tmp_path: Path) -> None:
     """Mean, spread and roughness of many random images, on which every transform has a say."""
@@ -134,6 +136,7 @@ def test_more_cores_than_there_are_are_refused() -> None:
         measuring.pin(100_000)
 
 
+@pytest.mark.slow
 def test_method_steps() -> None:
     """Also of one that has a teacher, and of one with arguments."""
     methods = ["cross_entropy", "ride_distill", "ride:experts=2"]

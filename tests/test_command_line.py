@@ -179,6 +179,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path) -> None:
         use_compilation_cache(str(tmp_path / "file" / "cache"))
 
 
+@pytest.mark.slow
 def test_a_preemption_saves_the_step_it_comes_at(tmp_path: Path) -> None:
     workdir, temporary = tmp_path / "run", tmp_path / "temporary"
     temporary.mkdir()

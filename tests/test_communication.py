@@ -49,6 +49,7 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
     )
 
 
+@pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_statistics_per_device_leave_one_all_reduce_a_step(accumulate: int) -> None:
     """Of gradients and losses, and of the running averages, so that the state stays replicated."""
@@ -56,6 +57,7 @@ def test_statistics_per_device_leave_one_all_reduce_a_step(accumulate: int) -> N
     assert sizes == [("all-reduce", FLOAT * (parameters + statistics))]
 
 
+@pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_global_statistics_add_two_small_ones_an_application(accumulate: int) -> None:
     """Forward a mean and a mean of squares, backward their gradients; nothing else is sent.

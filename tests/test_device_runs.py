@@ -20,7 +20,8 @@ from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import _dispatches, train
 
-pytestmark = pytest.mark.usefixtures("tiny_experts", "no_page")
+# Its bits are those of programs as users compile them.
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("tiny_experts", "no_page")]
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +65,7 @@ def test_a_row_a_dispatch_is_written_and_the_pipeline_recorded(finished: Path) -
     assert start["step"] == 3
 
 
+@pytest.mark.slow_cases("100")
 @pytest.mark.parametrize("steps", [2, 100])
 def test_where_dispatches_are_cut_changes_no_bit(
     finished: Path, tmp_path: Path, steps: int
@@ -75,6 +77,7 @@ def test_where_dispatches_are_cut_changes_no_bit(
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == ends
 
 
+@pytest.mark.slow
 def test_single_steps_round_otherwise_at_most(finished: Path, tmp_path: Path) -> None:
     train(config_of(steps=None), str(tmp_path))  # which is 1 on a CPU
     singly = [row["loss"] for row in rows(tmp_path) if "loss" in row]

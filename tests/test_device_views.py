@@ -301,6 +301,7 @@ def test_randaugment_draws_as_the_hosts() -> None:
     assert within_four_sigma(cubic, 0.5)
 
 
+@pytest.mark.slow_cases("randaugment")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -173,6 +173,7 @@ def test_overrides(capsys, overrides: list[str]) -> None:
     assert len(lines) == 1 and lines[0].startswith("Error: ") and len(lines[0]) < 5000
 
 
+@pytest.mark.slow_cases("--config.eval.shift_lists=~nobody/x_forward5.txt")
 @pytest.mark.parametrize(
     "argument",
     [

@@ -12,6 +12,7 @@ from benchmarks import kill_test
 CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path: Path) -> None:
     command = kill_test.Command("configs/digits_lt.py:experts=1", 2, CACHE)

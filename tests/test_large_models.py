@@ -19,6 +19,9 @@ from balpoe_jax.losses import balpoe_loss
 from balpoe_jax.models import IMAGENET_MODELS, create_model
 from balpoe_jax.torch_import import check_against, convert
 
+# Networks of the reference's size run for longer than they are compiled.
+pytestmark = pytest.mark.optimised
+
 # Compiled in half the time; the numbers of these small problems need no fast code.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -52,6 +55,7 @@ def abstract_variables(name: str, **options: Any) -> Any:
 # Against the reference.
 
 
+@pytest.mark.slow_cases("resnet50/nonsquare-loop-options2", "resnet50/nonorm-vmap-options1")
 @pytest.mark.parametrize(
     ("case", "expert_map", "options"),
     [
@@ -77,6 +81,7 @@ def test_logits_are_the_references(case: str, expert_map: str, options: dict, x6
     assert max_relative(trained, golden(case)["logits_train_f64"]) < 1e-8
 
 
+@pytest.mark.slow
 def test_gradients_are_the_references(x64) -> None:
     """Of a few parameters from stem to head: all filters' gradients take a CPU a minute."""
     case, images = golden("resnet50/main"), reference_images("resnet50/main")
@@ -211,6 +216,7 @@ def small_variables(name: str) -> Any:
     return convert(large_reference_state(num_experts=2, grouped=grouped, **SMALL))
 
 
+@pytest.mark.slow_cases("loop", "vmap")
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
 def test_expert_map_and_rematerialisation_change_nothing(expert_map: str, x64) -> None:
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3), jnp.float64)
@@ -280,6 +286,7 @@ def test_half_precision_is_in_the_body_alone() -> None:
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_half_precision_rounds_a_little() -> None:
     images = jax.random.normal(jax.random.key(1), (4, 64, 64, 3))
     variables = small_variables("resnext50")

@@ -112,6 +112,15 @@ DISTINCT = distinct()
 CASES = [(name, phase) for name in DISTINCT for phase in phases(name)]
 
 
+@pytest.mark.slow_cases(
+    "mdcs-0",
+    "sade-0",
+    "gpaco-0",
+    "balanced_softmax-0",
+    "ldam_drw-0",
+    "ride_router-0",
+    "ride_router-1",
+)
 @pytest.mark.parametrize(("name", "phase"), CASES)
 def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
     """In double precision, in which steps do not amplify roundings to be seen."""
@@ -125,6 +134,7 @@ def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow_cases("mdcs", "sade", "gpaco", "ride_router", "ldam_drw")
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) -> None:
     """Through a checkpoint in the middle, with whatever state the method keeps."""

@@ -301,6 +301,7 @@ def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> No
 UNIMIX = MixSettings(alpha=0.8, groups=2, rule="unimix", sampling_power=-0.5)
 
 
+@pytest.mark.slow_cases("mix1")
 @pytest.mark.parametrize("mix", [UNIMIX, CMO])
 def test_two_hosts_and_a_resumed_run_make_the_same_batches(mix: MixSettings) -> None:
     source = imbalanced_source()

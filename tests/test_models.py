@@ -51,6 +51,7 @@ def reference_images(name: str) -> np.ndarray:
     return images
 
 
+@pytest.mark.slow_cases("experts7", "experts2", "nonorm", "reduce", "experts1")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_the_references(variant: str, x64) -> None:
     case, images = golden(f"resnet32/{variant}"), jnp.asarray(reference_images(variant))
@@ -76,6 +77,7 @@ def test_single_precision_is_the_references(expert_map: str) -> None:
     assert max_relative(outputs.logits, case["logits_eval_f64"]) < 5e-5
 
 
+@pytest.mark.slow_cases("False", "True")
 @pytest.mark.parametrize("mixup", [False, True])
 def test_gradients_are_the_references(mixup: bool, x64) -> None:
     case, images = golden("resnet32/main"), reference_images("main")
@@ -139,6 +141,7 @@ def test_shapes(name: str, num_experts: int) -> None:
     assert all(x.shape[0] == num_experts for x in jax.tree.leaves(variables["params"]["expert"]))
 
 
+@pytest.mark.slow_cases("options0")
 @pytest.mark.parametrize("options", [{"expert_map": "vmap"}, {"remat": True}])
 def test_expert_map_and_rematerialisation_give_one_model(options: dict) -> None:
     """The same variables from a seed, and the same function and statistics of them."""
@@ -175,6 +178,7 @@ def test_experts_share_as_much_as_they_are_asked_to(shared: int | None) -> None:
     assert parameters == sum(PARTS[:cut]) + 3 * sum(PARTS[cut:])
 
 
+@pytest.mark.slow_cases("-1")
 @pytest.mark.parametrize("shared", [-1, 3])
 def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
     """With the same weights: one function, and the same statistics after it."""

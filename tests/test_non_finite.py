@@ -94,6 +94,7 @@ def test_an_update_that_overflows_is_seen_in_the_state() -> None:
     assert state_is_finite(before)
 
 
+@pytest.mark.slow
 def test_an_update_that_overflows_is_skipped() -> None:
     before, after, metrics = take_step(3e38, skip=True, pixel=0.0)
     assert np.isfinite(metrics["loss"]) and not metrics["finite"]
@@ -153,6 +154,7 @@ def test_skipped_steps_are_counted_in_the_record(skipped: Path) -> None:
     assert evaluate(config_of(1), str(skipped))["skipped_steps"] == 1
 
 
+@pytest.mark.slow_cases("1")
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_resumed_run_counts_as_an_undisturbed_one(
     skipped: Path, tmp_path: Path, monkeypatch, epoch: int

@@ -81,6 +81,7 @@ def assert_close(left, right) -> None:
     chex.assert_trees_all_close(jax.device_get(left), jax.device_get(right), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow_cases("pmap-1-vmap", "pmap-4-loop")
 @pytest.mark.parametrize(
     ("mode", "num_devices", "expert_map"),
     [("pmap", 4, "loop"), ("shard_map", 4, "loop"), ("pmap", 1, "vmap")],
@@ -95,6 +96,7 @@ def test_mode_devices_and_expert_map_change_nothing(
     assert int(state.step) == STEPS
 
 
+@pytest.mark.slow_cases("shard_map-loop", "pmap-vmap")
 @pytest.mark.parametrize(("mode", "expert_map"), [("pmap", "vmap"), ("shard_map", "loop")])
 def test_rematerialisation_changes_nothing(mode: str, expert_map: str) -> None:
     """Its second forward pass takes the statistics of all devices again."""
@@ -104,6 +106,7 @@ def test_rematerialisation_changes_nothing(mode: str, expert_map: str) -> None:
     assert_close(state, expected_state)
 
 
+@pytest.mark.slow_cases("False-pmap")
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 @pytest.mark.parametrize("sync", [True, False])
 def test_all_shards_stay_equal(mode: str, sync: bool) -> None:

@@ -163,6 +163,7 @@ def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
     assert np.abs(batches[0]["images"] - batches[1]["images"]).mean() > 0.1
 
 
+@pytest.mark.slow_cases("augment0")
 @pytest.mark.parametrize("augment", [LONG, dataclasses.replace(LONG, rotation=30.0)])
 def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: AugmentSettings) -> None:
     """Done here by batch and on bytes: a rotation comes before the changes of colour."""

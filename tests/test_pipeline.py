@@ -72,11 +72,13 @@ def test_a_resumed_run_reads_the_same_batches() -> None:
     assert_equal(collect(0, 7)[4:], collect(4, 7))
 
 
+@pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_threads_change_nothing(threads: int) -> None:
     assert_equal(collect(0, 5, Host(threads=threads)), collect(0, 5))
 
 
+@pytest.mark.slow_cases("autoaugment_cifar")
 @pytest.mark.parametrize("policy", ["none", "autoaugment_cifar"])
 def test_hosts_make_the_same_global_batches(policy: str) -> None:
     augment = AugmentSettings(crop_padding=1, flip=True, rotation=15.0, policy=policy)

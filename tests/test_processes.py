@@ -144,6 +144,7 @@ def test_two_processes_make_the_batches_of_one_on_their_devices(
     np.testing.assert_allclose(logits[1], logits[0], **GRADIENTS)
 
 
+@pytest.mark.slow
 def test_the_twin_mode_trains_what_one_process_does(two: Path) -> None:
     losses, state = process_runs.cifar_steps("shard_map")
     first, second = (process_runs.load(two / f"cifar-{i}.npz") for i in range(2))
@@ -235,6 +236,7 @@ def test_an_error_of_one_process_ends_all(
         assert line in pair.error(0), pair.everything()
 
 
+@pytest.mark.slow_cases("1-19")
 @pytest.mark.parametrize(
     ("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
@@ -271,6 +273,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
             pass
 
 
+@pytest.mark.slow_cases("restore", "save")
 @pytest.mark.parametrize("task", ["save", "restore"])
 def test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage(
     tmp_path: Path, task: str
@@ -284,6 +287,7 @@ def test_a_peer_lost_at_a_checkpoint_is_not_an_error_of_the_storage(
         assert any(words in pair.error(0) for words in last_words), pair.everything()
 
 
+@pytest.mark.slow
 def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
     """SIGTERM to one process stops both after the same step, with a checkpoint."""
     workdir = tmp_path / "run"

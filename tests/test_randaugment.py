@@ -136,6 +136,7 @@ def test_only_the_drawn_operations_run(monkeypatch) -> None:
     np.testing.assert_array_equal(runs.numpy(), expected.sum(axis=0))
 
 
+@pytest.mark.slow
 def test_threads_change_nothing() -> None:
     images = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3)).astype(np.uint8)
 

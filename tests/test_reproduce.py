@@ -184,6 +184,7 @@ def _pretended_command(job: reproduce.Job) -> list[str]:
     return ["-c", script]
 
 
+@pytest.mark.slow
 def test_two_real_runs_at_once(tmp_path: Path) -> None:
     settings = "epochs=1,method=cross_entropy,mixup=false"
     one = PaperRun("digits_one", "digits_lt.py", settings)

@@ -90,6 +90,7 @@ def test_orders_are_a_function_of_the_step(sampler: str) -> None:
     assert not np.array_equal(whole[0], whole[2])
 
 
+@pytest.mark.slow_cases("class_balanced")
 @pytest.mark.parametrize("sampler", SAMPLERS[1:])
 def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:
     source = numbered_source(21)

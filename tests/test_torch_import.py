@@ -487,6 +487,7 @@ def restored(config: Any, workdir: Path) -> Any:
         return checkpoints.restore_latest(build(config).abstract_state())
 
 
+@pytest.mark.slow
 def test_evaluation_sees_the_imported_network(tmp_path: Path, digits_file: Path) -> None:
     config, workdir = digits_config(), tmp_path / "run"
     import_checkpoint(digits_file, config, str(workdir))

@@ -16,6 +16,7 @@ from balpoe_jax.parallel import make_parallel
 from benchmarks import flax_imagenet, tpu_step
 
 
+@pytest.mark.slow
 def test_both_steps_do_the_same_work() -> None:
     """One expert is a ResNet-50, to the operation, on the same batch."""
     step, arguments = flax_imagenet.abstract_step(jax.devices()[:4], 8)
@@ -37,6 +38,7 @@ def _with_benchmark_settings(config):
     return config
 
 
+@pytest.mark.slow
 def test_the_example_learns() -> None:
     """A step that were not one would be nothing to compare with."""
     step, arguments = flax_imagenet.abstract_step(jax.devices()[:2], 4, 16, (1,))

@@ -92,6 +92,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     assert [row["step"] for row in discarded] == [*range(epoch * STEPS_PER_EPOCH + 1, 7), 6]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_page")
 def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """Whatever the threads of its input, and however often it looks."""
@@ -103,6 +104,7 @@ def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> 
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_quickly_compiled_state_has_the_usual_bits(monkeypatch) -> None:
     quick = jax.device_get(build(tiny_config()).init_state())
     monkeypatch.setattr(program, "_QUICK", None)

@@ -196,6 +196,7 @@ def assert_equal(left: list[dict], right: list[dict]) -> None:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+@pytest.mark.slow
 def test_skipped_images_are_replaced_by_the_next_of_their_class(tmp_path: Path) -> None:
     source = bad_source(tmp_path)
     replacements, found = make_skipping(source)
@@ -212,6 +213,7 @@ def test_skipped_images_are_replaced_by_the_next_of_their_class(tmp_path: Path) 
     np.testing.assert_array_equal(np.bincount(labels), [PER_CLASS] * CLASSES)
 
 
+@pytest.mark.slow
 def test_skipping_goes_on_after_a_resume_and_on_any_hosts(tmp_path: Path) -> None:
     source = bad_source(tmp_path)
     replacements, found = make_skipping(source)
@@ -226,6 +228,7 @@ def test_skipping_goes_on_after_a_resume_and_on_any_hosts(tmp_path: Path) -> Non
     assert_equal(half, [{key: batch[key][BATCH // 2 :] for key in batch} for batch in one])
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_are_refused(tmp_path: Path) -> None:
     source = write_photos(tmp_path, dict.fromkeys(range(0, 33, 3), b""))
     with pytest.raises(UserError, match="More than 10 of the 40 training images cannot be read"):
@@ -282,6 +285,7 @@ def test_pipelines_without_damage_examine_nothing(tmp_path: Path, monkeypatch) -
     assert pipeline.batch_indices(np.zeros(NUM, int), SETTINGS, 4).shape == (BATCH,)
 
 
+@pytest.mark.slow
 def test_a_partner_of_the_second_sampler_is_replaced_too(tmp_path: Path) -> None:
     cmo = dataclasses.replace(SETTINGS, mix=MixSettings(alpha=1.0, rule="cmo"))
     labels = np.arange(NUM) % CLASSES
