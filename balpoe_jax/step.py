@@ -111,8 +111,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
         vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
-        epoch = context.epoch(state.step)
-        method_state = method.on_step_start(state.method_state, state.params, context, epoch)
+        now = context.at(state.step)
+        method_state = method.on_step_start(state.method_state, state.params, now)
 
         def gradients(batch: Batch) -> tuple[Any, Losses]:
             """Of a batch's loss, and beside them the rest of what the loss function returns."""
@@ -120,7 +120,7 @@ def make_train_step(
             def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
                 params = _freeze(params, rate_factor)
                 losses = loss_of(
-                    Network(network, params, state.batch_stats), method_state, batch, context, epoch
+                    Network(network, params, state.batch_stats), method_state, batch, now
                 )
                 return losses.total, losses
 

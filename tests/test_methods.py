@@ -8,6 +8,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_network
@@ -17,6 +18,7 @@ from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
+from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
@@ -214,6 +216,47 @@ def test_hyper_parameters_of_another_method_are_refused() -> None:
         make_method({**section, "alpha": 1.0})
     with pytest.raises(UserError, match=r"Unknown config.method.name 'x'; choose from balpoe"):
         make_method({**section, "name": "x"})
+
+
+def test_a_context_tells_the_step_from_the_epochs_of_its_phase() -> None:
+    context = Context(tiny_network.COUNTS, steps_per_epoch=3, first_step=4)
+    moments = [context.at(step) for step in range(4, 11)]
+    assert [moment.epoch for moment in moments] == [0, 0, 0, 1, 1, 1, 2]
+    assert [moment.is_first_step_of_epoch for moment in moments] == [True, False, False] * 2 + [
+        True
+    ]
+    assert dataclasses.replace(context, axis_name="x").batch_norm_axis == "x"
+    assert (
+        dataclasses.replace(context, axis_name="x", sync_batch_norm=False).batch_norm_axis is None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness(BalPoE):
+    """Keeps what it was told of the step."""
+
+    def on_step_start(self, method_state, params, context: Context):
+        now = (context.step, context.epoch, context.is_first_step_of_epoch)
+        return {"before": jnp.stack([jnp.asarray(x, jnp.int32) for x in now])}
+
+    def loss(self, network, method_state, batch, context: Context):
+        now = jnp.stack([context.step, context.epoch])
+        kept = {**method_state, "within": now.astype(jnp.int32)}
+        return super().loss(network, method_state, batch, context)._replace(method_state=kept)
+
+
+def test_a_step_tells_the_method_which_one_it_is() -> None:
+    devices = make_parallel("pmap", jax.devices()[:1])
+    _, context, network = parts("balanced_softmax")
+    step = make_train_step(network, make_optimizer(RATE), Witness(), context)
+    state = fresh("balanced_softmax")
+    kept = {"before": np.zeros(3, np.int32), "within": np.zeros(2, np.int32)}
+    state = devices.replicate(state.replace(method_state=kept))
+    mapped = devices.map_step(step)
+    for expected in ([0, 0, 1], [1, 0, 0], [2, 1, 1]):
+        state, _ = mapped(state, devices.shard(tiny_network.batch(BATCH)))
+        assert state.method_state["before"].tolist() == expected
+        assert state.method_state["within"].tolist() == expected[:2]
 
 
 def test_methods_are_data() -> None:

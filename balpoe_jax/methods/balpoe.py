@@ -6,7 +6,6 @@ With one expert it is balanced softmax (tau 1) or cross-entropy (tau 0).
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
@@ -22,9 +21,7 @@ class BalPoE(Method):
         """Those of the config."""
         return taus
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The mean over experts and rows."""
         outputs, batch_stats = network(batch["images"])
         targets = soft_labels(batch, context.num_classes)

@@ -25,7 +25,7 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """What a method knows of its run: constants of the compiled step.
+    """What a method knows of its run: constants of the compiled step, and the step itself.
 
     Attributes:
         class_counts: int64 `[C]`, training images of each class.
@@ -38,6 +38,8 @@ class Context:
         sync_batch_norm: whether BatchNorm takes its statistics over that axis.
         teacher: the network of `Method.teacher_run` with the shapes of its variables; None without
             one. What they are is in the method state, under "teacher".
+        step: Number of updates made so far, a traced int32 scalar within a step, see `at`; 0
+            outside of one.
     """
 
     class_counts: npt.NDArray[np.int64]
@@ -49,15 +51,31 @@ class Context:
     axis_name: str | None = None
     sync_batch_norm: bool = True
     teacher: "Network | None" = None
+    step: jax.Array | int = 0
 
     @property
     def num_classes(self) -> int:
         """`C`."""
         return len(self.class_counts)
 
-    def epoch(self, step: jax.Array) -> jax.Array:
-        """The 0-based epoch of this phase in which the update after `step` is made, traced."""
-        return (step - self.first_step) // self.steps_per_epoch
+    def at(self, step: jax.Array | int) -> "Context":
+        """The context of the update that is made after `step` updates."""
+        return dataclasses.replace(self, step=step)
+
+    @property
+    def epoch(self) -> Any:
+        """The 0-based epoch of this phase that the step belongs to, as traced as the step is."""
+        return (self.step - self.first_step) // self.steps_per_epoch
+
+    @property
+    def is_first_step_of_epoch(self) -> Any:
+        """Whether an epoch of this phase begins with the step, as traced as the step is."""
+        return (self.step - self.first_step) % self.steps_per_epoch == 0
+
+    @property
+    def batch_norm_axis(self) -> str | None:
+        """The mapped axis over which BatchNorm takes its statistics; None for a device's own."""
+        return self.axis_name if self.sync_batch_norm else None
 
     def gather(self, rows: jax.Array) -> jax.Array:
         """The rows of all devices in the order of the global batch, differentiable.
@@ -139,7 +157,7 @@ class Prediction(NamedTuple):
     experts_used: jax.Array | None = None
 
 
-LossFunction = Callable[[Network, Any, Batch, Context, jax.Array], Losses]
+LossFunction = Callable[[Network, Any, Batch, Context], Losses]
 
 
 def _whole_rate(path: str) -> float:
@@ -151,8 +169,8 @@ class Phase(NamedTuple):
 
     Attributes:
         name: for the log.
-        loss: called with the network, the method state, this device's rows of the batch, the
-            context and the traced 0-based epoch.
+        loss: Function of the network, the method state, this device's rows of the batch and the
+            context of the step.
         rate_factor: of the learning rate, by a parameter's path such as `expert/head/kernel`; what
             has 0 is frozen: no gradient, no weight decay, bit-identical.
     """
@@ -202,15 +220,11 @@ class Method:
         """The method state before the first step: a tree of arrays that nothing differentiates."""
         return {}
 
-    def on_step_start(
-        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
-    ) -> Any:
+    def on_step_start(self, method_state: Any, params: Any, context: Context) -> Any:
         """The method state at the start of a step, such as a moving average of parameters."""
         return method_state
 
-    def loss(
-        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
         """The loss of the first phase; arguments as `Phase.loss` has them."""
         raise NotImplementedError
 

@@ -85,9 +85,7 @@ class LADE(Method):
         """Those of balanced softmax."""
         return (1.0,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The mean over experts; the regulariser is that of the global batch."""
         outputs, batch_stats = network(batch["images"])
         logits, prior = outputs.logits, log_prior(context.class_counts)

@@ -9,7 +9,6 @@ code of the latter scores nothing but compensated logits; with `tau = 0` ours ar
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
@@ -38,9 +37,7 @@ class PostHoc(Method):
         """What is predicted is biased as by a loss of that tau."""
         return (self.tau,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The mean over experts and rows of the cross-entropy."""
         outputs, batch_stats = network(batch["images"])
         targets = soft_labels(batch, context.num_classes)

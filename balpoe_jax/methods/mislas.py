@@ -121,9 +121,7 @@ class Mislas(Method):
             Phase("classifier tuning", self.tuning_loss, second),
         )
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """Cross-entropy of mixed labels."""
         outputs, batch_stats = network(batch["images"])
         targets = soft_labels(batch, context.num_classes)
@@ -131,7 +129,7 @@ class Mislas(Method):
         return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
     def tuning_loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context
     ) -> Losses:
         """Label-aware smoothing. Statistics are those of the batch, and go on moving."""
         outputs, batch_stats = network(batch["images"])

@@ -90,28 +90,23 @@ class Reweighted(Method):
         plain = self.base == "cross_entropy" and not self.weighs
         return (0.0 if plain else None,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The mean over experts and rows."""
         outputs, batch_stats = network(batch["images"])
-        by_expert = self.expert_losses(outputs.logits, batch, context, epoch)
+        by_expert = self.expert_losses(outputs.logits, batch, context)
         return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
 
-    def expert_losses(
-        self, logits: jax.Array, batch: Batch, context: Context, epoch: jax.Array
-    ) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
         """Weighted means over the rows of `[E, b, C]`, float `[E]`; their mean over devices counts.
 
         Args:
             logits: of all experts.
             batch: this device's rows.
-            context: of the run.
-            epoch: traced, counted from 0.
+            context: Context of the step.
         """
         # Log priors are not needed, but a class without examples has no weight and no margin.
         log_prior(context.class_counts)
-        weights = self.class_weights(context, epoch).astype(logits.dtype)
+        weights = self.class_weights(context).astype(logits.dtype)
 
         def weighted_mean(logits: jax.Array) -> jax.Array:
             return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, context)).mean()
@@ -122,13 +117,13 @@ class Reweighted(Method):
         shares = mix_losses(batch, lambda labels: weights[labels])
         return means / context.mean_over_devices(shares.mean())
 
-    def class_weights(self, context: Context, epoch: jax.Array) -> jax.Array:
-        """Those of an epoch, float `[C]`."""
+    def class_weights(self, context: Context) -> jax.Array:
+        """Those of the step's epoch, float `[C]`."""
         ones = jnp.ones(context.num_classes)
         if not self.weighs:
             return ones
         weights = jnp.asarray(class_balanced_weights(context.class_counts, self.beta))
-        return jnp.where(epoch >= self.reweight_epoch, weights, ones)
+        return jnp.where(context.epoch >= self.reweight_epoch, weights, ones)
 
     def row_losses(
         self, logits: jax.Array, labels: jax.Array, weights: jax.Array, context: Context

@@ -252,12 +252,10 @@ class RIDE(Method):
         router = Phase("router", self.router_loss, lambda path: float(path.startswith("router/")))
         return (experts, router) if self.router else (experts,)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The sum over experts, of means over rows."""
         outputs, batch_stats = network(batch["images"])
-        own, divergence = self.expert_and_diversity_losses(outputs.logits, batch, context, epoch)
+        own, divergence = self.expert_and_diversity_losses(outputs.logits, batch, context)
         by_expert = own + self.diversity * divergence
         total, terms = by_expert.sum(), {"ldam": own.sum(), "divergence": divergence.sum()}
         if self.distill:
@@ -284,18 +282,18 @@ class RIDE(Method):
         return distillation(*means, self.teacher_temperature).mean()
 
     def expert_and_diversity_losses(
-        self, logits: jax.Array, batch: Batch, context: Context, epoch: jax.Array
+        self, logits: jax.Array, batch: Batch, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         """Each expert's own loss and its divergence from the mean, float `[E]`."""
-        own = self.expert_loss.expert_losses(logits, batch, context, epoch)
+        own = self.expert_loss.expert_losses(logits, batch, context)
         temperatures = jnp.ones(context.num_classes)
         if self.reweight_epoch >= 0:
             later = jnp.asarray(class_temperatures(context.class_counts, self.temperature_spread))
-            temperatures = jnp.where(epoch >= self.reweight_epoch, later, temperatures)
+            temperatures = jnp.where(context.epoch >= self.reweight_epoch, later, temperatures)
         return own, divergence_from_mean(logits, self.temperature * temperatures)
 
     def router_loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context
     ) -> Losses:
         """The binary cross-entropy of the gates, the mean over rows and gates.
 

@@ -78,9 +78,7 @@ class Sade(Method):
         """0 and 1; the third expert's prior is no power of the training prior."""
         return (0.0, 1.0, None)[: len(taus)] + (None,) * (len(taus) - 3)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The sum over the experts of their means over rows."""
         outputs, batch_stats = network(batch["images"])
         if len(outputs.logits) != 3:
