@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import optax
 from flax import linen as nn
 
 from balpoe_jax.models import ExpertEnsemble, Outputs
@@ -160,24 +161,49 @@ class Prediction(NamedTuple):
 LossFunction = Callable[[Network, Any, Batch, Context], Losses]
 
 
-def _whole_rate(path: str) -> float:
-    return 1.0
+def _everything(path: str) -> bool:
+    return True
 
 
-class Phase(NamedTuple):
+def _as_it_is(optimizer: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    return optimizer
+
+
+def _as_they_are(params: Any, key: jax.Array, context: Context) -> Any:
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
     """A part of a training with a loss of its own.
 
     Attributes:
         name: for the log.
         loss: Function of the network, the method state, this device's rows of the batch and the
             context of the step.
-        rate_factor: of the learning rate, by a parameter's path such as `expert/head/kernel`; what
-            has 0 is frozen: no gradient, no weight decay, bit-identical.
+        trainable: Function that says of a parameter, by its path such as `expert/head/kernel`,
+            whether it learns; what does not is frozen: no gradient, no weight decay, bit-identical.
+        transform: Function of the config's optimizer and the shapes of the parameters that returns
+            the optimizer of this phase. Its state must have the same structure, which is that of
+            all phases and of every checkpoint; `optim.followed_by` keeps it. Frozen parameters stay
+            frozen, whatever it does.
+        begin: Function of the parameters, a random key and the context that returns the parameters
+            with which this phase begins, where it is not the first one. The key depends on the
+            seed and the phase alone.
     """
 
     name: str
     loss: LossFunction
-    rate_factor: Callable[[str], float] = _whole_rate
+    trainable: Callable[[str], bool] = _everything
+    transform: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation] = (
+        _as_it_is
+    )
+    begin: Callable[[Any, jax.Array, Context], Any] = _as_they_are
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it begins with the parameters that there are, and the config's own optimizer."""
+        return self.transform is _as_it_is and self.begin is _as_they_are
 
 
 class Method:
@@ -235,6 +261,13 @@ class Method:
     def predict(self, outputs: Outputs, params: Any, context: Context) -> Prediction:
         """What is predicted from the network's outputs; the mean logits unless it says more."""
         return Prediction(outputs.logits)
+
+
+def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """A tree of a function's values, of the path of each leaf, `expert/head/kernel`, and of it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function("/".join(key.key for key in keys), leaf), tree
+    )
 
 
 def mix_losses(batch: Batch, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -12,17 +12,30 @@ one of the first, the authors' one more.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import optax
 from flax import linen as nn
 
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, soft_labels
+from balpoe_jax.methods.base import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Network,
+    Phase,
+    map_by_path,
+    soft_labels,
+)
 from balpoe_jax.methods.checks import check_choice, check_range
+from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble, Outputs
+from balpoe_jax.optim import followed_by
 
 SHAPES = ("concave", "linear", "convex")
 
@@ -108,18 +121,24 @@ class Mislas(Method):
     def phases(self) -> tuple[Phase, ...]:
         """Mixup training of all but the scales, then the classifier's tuning."""
 
-        def first(path: str) -> float:
-            return 0.0 if path == "class_scale" else 1.0
+        def first(path: str) -> bool:
+            return path != "class_scale"
 
-        def second(path: str) -> float:
-            if path == "class_scale":
-                return 1.0
-            return self.classifier_rate if "/head/" in path else 0.0
+        def second(path: str) -> bool:
+            return path == "class_scale" or (in_classifier(path) and self.classifier_rate > 0)
 
         return (
             Phase("mixup training", self.loss, first),
-            Phase("classifier tuning", self.tuning_loss, second),
+            Phase("classifier tuning", self.tuning_loss, second, self.slower_classifier),
         )
+
+    def slower_classifier(
+        self, optimizer: optax.GradientTransformation, params: Any
+    ) -> optax.GradientTransformation:
+        """The optimizer, with the classifier's updates times `classifier_rate`."""
+        labels = map_by_path(lambda path, _: "head" if in_classifier(path) else "rest", params)
+        rates = {"head": optax.scale(self.classifier_rate), "rest": optax.identity()}
+        return followed_by(optimizer, optax.partition(rates, labels))
 
     def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """Cross-entropy of mixed labels."""

@@ -248,8 +248,8 @@ class RIDE(Method):
 
     def phases(self) -> tuple[Phase, ...]:
         """The experts, and then the router with everything else frozen."""
-        experts = Phase("experts", self.loss, lambda path: float(not path.startswith("router/")))
-        router = Phase("router", self.router_loss, lambda path: float(path.startswith("router/")))
+        experts = Phase("experts", self.loss, lambda path: not path.startswith("router/"))
+        router = Phase("router", self.router_loss, lambda path: path.startswith("router/"))
         return (experts, router) if self.router else (experts,)
 
     def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
