@@ -19,7 +19,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import mix_losses
+from balpoe_jax.methods.base import ExpertLosses, mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.run.checkpoint import Checkpoints
@@ -257,6 +257,24 @@ def test_a_step_tells_the_method_which_one_it_is() -> None:
         state, _ = mapped(state, devices.shard(tiny_network.batch(BATCH)))
         assert state.method_state["before"].tolist() == expected
         assert state.method_state["within"].tolist() == expected[:2]
+
+
+@pytest.mark.parametrize("total", ["mean", "sum"])
+def test_a_loss_for_each_expert_and_row_makes_a_method(total: str) -> None:
+    """Of squared logits, whose statistics in a test are the averages."""
+    kind = type("Squares", (ExpertLosses,), {"total": total, "expert_losses": squares})
+    images = np.random.default_rng(0).normal(size=(6, 2, 5))  # logits of 2 experts
+    batch, context = {**tiny_network.batch(6), "images": images}, Context(tiny_network.COUNTS)
+    found = kind().loss(tiny_network.logits_as_images, {"kept": 1}, batch, context)
+    by_expert = (images**2).sum(axis=2).mean(axis=0)
+    np.testing.assert_allclose(found.by_expert, by_expert, rtol=1e-5)
+    expected = by_expert.mean() if total == "mean" else by_expert.sum()
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
+    assert found.method_state == {"kept": 1} and not found.terms
+
+
+def squares(method, logits, batch, context):
+    return jnp.square(logits).sum(axis=-1)
 
 
 def test_methods_are_data() -> None:

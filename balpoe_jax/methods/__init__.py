@@ -25,13 +25,22 @@ from balpoe_jax.methods import (
     sade,
     tlc,
 )
-from balpoe_jax.methods.base import Context, Losses, Method, Network, Phase, Prediction
+from balpoe_jax.methods.base import (
+    Context,
+    ExpertLosses,
+    Losses,
+    Method,
+    Network,
+    Phase,
+    Prediction,
+)
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
 __all__ = [
     "METHODS",
     "PRESETS",
     "Context",
+    "ExpertLosses",
     "Losses",
     "Method",
     "Network",

@@ -263,6 +263,61 @@ class Method:
         return Prediction(outputs.logits)
 
 
+class ExpertLosses(Method):
+    """The base of methods that are a loss for each expert and row, and nothing else.
+
+    They write `expert_losses`; the total is the mean over experts of the means over rows.
+
+    Attributes:
+        total: "mean" over experts, or their "sum".
+    """
+
+    total: ClassVar[str] = "mean"
+
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """The losses of the first phase, float `[E, b]`.
+
+        Args:
+            logits: float `[E, b, C]`, of this device's rows.
+            batch: This device's rows.
+            context: Context of the step.
+        """
+        raise NotImplementedError
+
+    def expert_means(self, losses: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Each expert's loss float `[E]` of its rows' `[E, b]`; their mean over devices counts."""
+        return losses.mean(axis=1)
+
+    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
+        """The mean or the sum over experts, of means over rows."""
+        return self.loss_of(self.expert_losses, network, method_state, batch, context)
+
+    def loss_of(
+        self,
+        expert_losses: Callable[[jax.Array, Batch, Context], jax.Array],
+        network: Network,
+        method_state: Any,
+        batch: Batch,
+        context: Context,
+        train: bool = True,
+    ) -> Losses:
+        """What a phase returns whose losses are these.
+
+        Args:
+            expert_losses: Function like the method of that name.
+            network: Network to apply.
+            method_state: State that stays as it is.
+            batch: This device's rows.
+            context: Context of the step.
+            train: Whether BatchNorm takes the batch's statistics, or its averages as in a test.
+        """
+        outputs, batch_stats = network(batch["images"], train)
+        losses = expert_losses(outputs.logits, batch, context)
+        by_expert = self.expert_means(losses, batch, context)
+        total = by_expert.mean() if self.total == "mean" else by_expert.sum()
+        return Losses(total, by_expert, batch_stats, method_state)
+
+
 def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """A tree of a function's values, of the path of each leaf, `expert/head/kernel`, and of it."""
     return jax.tree_util.tree_map_with_path(

@@ -12,6 +12,7 @@ one of the first, the authors' one more.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,9 +25,7 @@ from flax import linen as nn
 from balpoe_jax.methods.base import (
     Batch,
     Context,
-    Losses,
-    Method,
-    Network,
+    ExpertLosses,
     Phase,
     map_by_path,
     soft_labels,
@@ -93,7 +92,7 @@ class ScaledEnsemble(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mislas(Method):
+class Mislas(ExpertLosses):
     """See the module.
 
     Attributes:
@@ -127,9 +126,11 @@ class Mislas(Method):
         def second(path: str) -> bool:
             return path == "class_scale" or (in_classifier(path) and self.classifier_rate > 0)
 
+        # Statistics are those of the batch, and go on moving.
+        tuning = partial(self.loss_of, self.tuning_losses)
         return (
             Phase("mixup training", self.loss, first),
-            Phase("classifier tuning", self.tuning_loss, second, self.slower_classifier),
+            Phase("classifier tuning", tuning, second, self.slower_classifier),
         )
 
     def slower_classifier(
@@ -140,28 +141,18 @@ class Mislas(Method):
         rates = {"head": optax.scale(self.classifier_rate), "rest": optax.identity()}
         return followed_by(optimizer, optax.partition(rates, labels))
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
-        """Cross-entropy of mixed labels."""
-        outputs, batch_stats = network(batch["images"])
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies of mixed labels."""
         targets = soft_labels(batch, context.num_classes)
-        by_expert = -(targets[None] * jax.nn.log_softmax(outputs.logits)).sum(axis=-1).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+        return -(targets[None] * jax.nn.log_softmax(logits)).sum(axis=-1)
 
-    def tuning_loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context
-    ) -> Losses:
-        """Label-aware smoothing. Statistics are those of the batch, and go on moving."""
-        outputs, batch_stats = network(batch["images"])
+    def tuning_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies of labels that are smoothed by their classes."""
         smoothing = label_smoothing(
             context.class_counts, self.smooth_head, self.smooth_tail, self.smooth_shape
         )
-        losses = label_aware_smoothing(
-            outputs.logits,
-            jnp.broadcast_to(batch["labels"], outputs.logits.shape[:2]),
-            jnp.asarray(smoothing, outputs.logits.dtype),
-        )
-        by_expert = losses.mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+        labels = jnp.broadcast_to(batch["labels"], logits.shape[:2])
+        return label_aware_smoothing(logits, labels, jnp.asarray(smoothing, logits.dtype))
 
 
 _SOURCE = "MiSLAS's repository"

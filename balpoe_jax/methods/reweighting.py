@@ -26,7 +26,7 @@ from balpoe_jax.losses import (
     ldam_margins,
     log_prior,
 )
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, mix_losses
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, mix_losses
 from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -37,7 +37,7 @@ FOCAL_PS = ("unweighted", "weighted")
 
 
 @dataclasses.dataclass(frozen=True)
-class Reweighted(Method):
+class Reweighted(ExpertLosses):
     """The weighted mean over rows of a loss, and the mean over experts if there are several.
 
     Attributes:
@@ -90,32 +90,29 @@ class Reweighted(Method):
         plain = self.base == "cross_entropy" and not self.weighs
         return (0.0 if plain else None,) * len(taus)
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
-        """The mean over experts and rows."""
-        outputs, batch_stats = network(batch["images"])
-        by_expert = self.expert_losses(outputs.logits, batch, context)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
-
     def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
-        """Weighted means over the rows of `[E, b, C]`, float `[E]`; their mean over devices counts.
-
-        Args:
-            logits: of all experts.
-            batch: this device's rows.
-            context: Context of the step.
-        """
+        """Weighted losses, which `expert_means` divides by what the weights come to."""
         # Log priors are not needed, but a class without examples has no weight and no margin.
         log_prior(context.class_counts)
         weights = self.class_weights(context).astype(logits.dtype)
 
-        def weighted_mean(logits: jax.Array) -> jax.Array:
-            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, context)).mean()
+        def of_expert(logits: jax.Array) -> jax.Array:
+            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, context))
 
-        means = jax.vmap(weighted_mean)(logits)
+        return jax.vmap(of_expert)(logits)
+
+    def expert_means(self, losses: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Weighted means; with "sum_w" over the weights of the whole batch."""
+        means = losses.mean(axis=1)
         if not self.needs_global_batch:
             return means
+        weights = self.class_weights(context).astype(losses.dtype)
         shares = mix_losses(batch, lambda labels: weights[labels])
         return means / context.mean_over_devices(shares.mean())
+
+    def weighted_means(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Each expert's loss float `[E]` of logits `[E, b, C]`; their mean over devices counts."""
+        return self.expert_means(self.expert_losses(logits, batch, context), batch, context)
 
     def class_weights(self, context: Context) -> jax.Array:
         """Those of the step's epoch, float `[C]`."""

@@ -285,7 +285,7 @@ class RIDE(Method):
         self, logits: jax.Array, batch: Batch, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         """Each expert's own loss and its divergence from the mean, float `[E]`."""
-        own = self.expert_loss.expert_losses(logits, batch, context)
+        own = self.expert_loss.weighted_means(logits, batch, context)
         temperatures = jnp.ones(context.num_classes)
         if self.reweight_epoch >= 0:
             later = jnp.asarray(class_temperatures(context.class_counts, self.temperature_spread))
