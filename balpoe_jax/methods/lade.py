@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LADE: balanced softmax, regularised so that logits do not depend on the training prior.
+"""LADE: balanced softmax, regularised so that logits do not depend on the training prior (Hong et
+al., CVPR 2021).
 
-Hong et al., "Disentangling Label Distribution for Long-tailed Visual Recognition", CVPR 2021. The
+The paper is "Disentangling Label Distribution for Long-tailed Visual Recognition". The
 regulariser (LADER) is a Donsker-Varadhan bound on how much logit `c` tells images of class `c` from
 images under a uniform prior. Under such a prior an example counts `1 / (C pi_y)` times, by its own
 label; the released code, from which the published figures are, takes the prior of the logit's class

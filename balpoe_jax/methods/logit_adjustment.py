@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-hoc logit adjustment: trained as cross-entropy, the prior taken out of what is predicted.
+"""Post-hoc logit adjustment: trained as cross-entropy, the prior taken out of what is predicted
+(Menon et al., ICLR 2021).
 
-`argmax_c z_c - tau log pi_c` is that of Menon et al. (ICLR 2021). With `tau = 1` and a known target
+Predicted is `argmax_c z_c - tau log pi_c`. With `tau = 1` and a known target
 prior, whose logarithm evaluation adds, it is post-compensated (PC) softmax of Hong et al. (CVPR
 2021), `z - log pi + log pi_target`: before the softmax, since the two do not commute. The released
 code of the latter scores nothing but compensated logits; with `tau = 0` ours are plain.

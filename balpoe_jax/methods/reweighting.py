@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that weigh classes: class-balanced cross-entropy, focal loss, LDAM, each perhaps deferred.
+"""Losses that weigh classes: class-balanced cross-entropy, focal loss, LDAM, each perhaps deferred
+(2017 to 2019).
 
 Class-balanced weights are those of Cui et al. (CVPR 2019), the focal loss that of Lin et al. (ICCV
 2017), margins (LDAM) and deferred re-weighting (DRW) those of Cao et al. (NeurIPS 2019), whose

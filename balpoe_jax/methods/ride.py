@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RIDE: experts on LDAM losses, rewarded for differing, and a router that skips some of them.
+"""RIDE: experts on LDAM losses, rewarded for differing, and a router that skips some of them (Wang
+et al., ICLR 2021).
 
-Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021. We
-follow the released code where it differs from the paper: experts are compared with the detached
-mean of all of them instead of pairwise, and the divergence is multiplied by the square of the mean
-temperature. The total is the sum over experts. Where we deliberately differ from that code:
+The paper is "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts". We follow the
+released code where it differs from the paper: experts are compared with the detached mean of all of
+them instead of pairwise, and the divergence is multiplied by the square of the mean temperature.
+The total is the sum over experts. Where we deliberately differ from that code:
 
 - Without a diversity factor the experts keep their own losses. The code then takes the loss of the
   mean logits instead, once for each expert.
