@@ -17,7 +17,15 @@ from test_config import get_config
 from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
-from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
+from balpoe_jax.methods import (
+    METHODS,
+    PRESETS,
+    Context,
+    Network,
+    make_method,
+    scaled_fields,
+    settings,
+)
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.base import ExpertLosses, mix_losses
 from balpoe_jax.optim import make_optimizer
@@ -275,6 +283,50 @@ def test_a_loss_for_each_expert_and_row_makes_a_method(total: str) -> None:
 
 def squares(method, logits, batch, context):
     return jnp.square(logits).sum(axis=-1)
+
+
+def test_fields_that_scale_with_the_training_are_marked() -> None:
+    """Those that a rule by their names found before; such a name without a mark is a slip."""
+    marked = {(kind.__name__, field) for kind in METHODS.values() for field in scaled_fields(kind)}
+    assert marked >= {
+        *{("BalPoECS", "warmup_epochs"), ("MDCS", "warmup_epochs"), ("RIDE", "reweight_epoch")},
+        *{("Reweighted", "reweight_epoch"), ("TLC", "reweight_epoch"), ("TLC", "kl_epochs")},
+    }
+    assert marked >= {
+        (kind.__name__, field.name)
+        for kind in METHODS.values()
+        for field in dataclasses.fields(kind)
+        if field.name.endswith(("epoch", "epochs"))
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_twice_the_length_doubles_what_is_marked_and_the_schedule(name: str) -> None:
+    """Of every preset, and nothing else: not what an evaluation does, nor how often one saves."""
+    once, twice = (
+        get_config("cifar100_lt", f"method={name},epochs={epochs}").to_dict()
+        for epochs in (6000, 12000)
+    )
+    flat = [dict(_flatten(config)) for config in (once, twice)]
+    changed = {field for field, value in flat[0].items() if flat[1][field] != value}
+    positive = lambda value: value != () and np.all(np.array(value) > 0)  # noqa: E731
+    scaled = {
+        *{"total_epochs", "optim.decay_epochs", "optim.warmup_epochs"},
+        *(f"method.{field}" for field in scaled_fields(type(PRESETS[name].method))),
+        *{"mix.first_epoch", "mix.last_epoch", "phase2.epochs"},
+    }
+    assert changed == {x for x in scaled if x in flat[0] and positive(flat[0][x])}
+    for field in changed:
+        ratio = np.array(flat[1][field]) / np.array(flat[0][field])
+        np.testing.assert_allclose(ratio, 2, rtol=0.02, err_msg=field)
+
+
+def _flatten(section: dict, prefix: str = ""):
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def test_methods_are_data() -> None:

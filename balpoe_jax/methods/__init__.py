@@ -21,6 +21,8 @@ from balpoe_jax.methods.base import (
     Network,
     Phase,
     Prediction,
+    epochs,
+    scaled_fields,
 )
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -37,7 +39,9 @@ __all__ = [
     "Prediction",
     "Preset",
     "PublishedResult",
+    "epochs",
     "make_method",
+    "scaled_fields",
     "settings",
 ]
 

@@ -24,6 +24,22 @@ from balpoe_jax.models import ExpertEnsemble, Outputs
 Batch = dict[str, jax.Array]
 
 
+def epochs(default: int) -> Any:
+    """A hyper-parameter of a method that counts epochs, and is scaled with the training's length.
+
+    Args:
+        default: Number of epochs in a training of the preset's own length; 0 and negative ones
+            have meanings of their own and stay as they are.
+    """
+    return dataclasses.field(default=default, metadata={"scales_with": "epochs"})
+
+
+def scaled_fields(method: "type[Method]") -> tuple[str, ...]:
+    """The names of a method's hyper-parameters that `epochs` has marked."""
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    return tuple(field.name for field in fields if field.metadata.get("scales_with") == "epochs")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
     """What a method knows of its run: constants of the compiled step, and the step itself.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, epochs, soft_labels
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -59,7 +59,7 @@ class _SelfDistilled(Method):
     needs_global_batch = True
 
     mu: float = 0.6
-    warmup_epochs: int = 20
+    warmup_epochs: int = epochs(20)
 
     def __post_init__(self) -> None:
         """Raises a `UserError` for a value that is not valid."""

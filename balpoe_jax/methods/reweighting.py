@@ -27,7 +27,7 @@ from balpoe_jax.losses import (
     ldam_margins,
     log_prior,
 )
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, mix_losses
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, epochs, mix_losses
 from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -59,7 +59,7 @@ class Reweighted(ExpertLosses):
     base: str = "cross_entropy"
     weights: str = "none"
     beta: float = 0.9999
-    reweight_epoch: int = 0
+    reweight_epoch: int = epochs(0)
     weight_norm: str = "sum_w"
     gamma: float = 1.0
     focal_p: str = "unweighted"

@@ -25,7 +25,16 @@ from flax import linen as nn
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import cross_entropy
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, Prediction
+from balpoe_jax.methods.base import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Network,
+    Phase,
+    Prediction,
+    epochs,
+)
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.reweighting import Reweighted
@@ -184,7 +193,7 @@ class RIDE(Method):
     diversity: float = -0.45
     temperature: float = 1.0
     temperature_spread: float = 0.05
-    reweight_epoch: int = 160
+    reweight_epoch: int = epochs(160)
     beta: float = 0.9999
     max_margin: float = 0.5
     router: bool = False

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balpoe_jax.losses import class_balanced_weights, cross_entropy, ldam_margins
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction, epochs
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.preset import Preset, PublishedResult
@@ -86,9 +86,9 @@ class TLC(Method):
 
     engagement: float = 0.54
     sharpness: float = 0.2
-    kl_epochs: int = 13200
+    kl_epochs: int = epochs(13200)
     diversity: float = 0.01
-    reweight_epoch: int = 160
+    reweight_epoch: int = epochs(160)
     temperature_spread: float = 0.05
     beta: float = 0.9999
     max_margin: float = 0.5
