@@ -7,7 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.losses import cross_entropy
+from balpoe_jax.methods.base import Batch, mix_losses
 from balpoe_jax.models.heads import CosineHead, LinearHead
+
+
+def cross_entropies(logits: jax.Array, batch: Batch, weights: jax.Array | None = None) -> jax.Array:
+    """The cross-entropy of each expert and row, float `[E, b]`.
+
+    Args:
+        logits: float `[E, b, C]`.
+        batch: Rows with two labels each, whose losses count by their shares.
+        weights: float `[C]`, factors of the losses by label; None for none.
+    """
+
+    def losses(labels: jax.Array) -> jax.Array:
+        plain = jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels)
+        return plain if weights is None else weights[labels][None] * plain
+
+    return mix_losses(batch, losses)
 
 
 def in_classifier(path: str) -> bool:
