@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,26 @@ def rate_of_step(
         return table[jnp.minimum(step // steps_per_epoch, len(table) - 1)]
 
     return schedule
+
+
+def followed_by(
+    optimizer: optax.GradientTransformation, change: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """An optimizer whose updates go through a change that keeps no state.
+
+    Unlike `optax.chain`, it leaves the structure of the optimizer's state as it is.
+
+    Args:
+        optimizer: Optimizer whose state it has.
+        change: Transformation of updates whose own state holds no arrays; it sees the parameters.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        updates, _ = change.update(updates, change.init(params), params)
+        return updates, state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def make_optimizer(

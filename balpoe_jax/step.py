@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, map_by_path
 from balpoe_jax.one_vector import join
+from balpoe_jax.optim import followed_by
 
 Metrics = dict[str, Any]
 
@@ -95,7 +96,7 @@ def make_train_step(
 
     Args:
         network: what `method.network` returned.
-        optimizer: of the phase.
+        optimizer: Optimizer of the config, which the phase may transform, see `phase_optimizer`.
         method: whose loss it is.
         context: Constants of the run and the phase.
         phase: position in `method.phases()`.
@@ -105,22 +106,23 @@ def make_train_step(
             see `one_vector`; the optimizer has a setting of its own.
     """
     gathered = join if as_one_vector else lambda tree: tree
-    _, loss_of, rate_factor = method.phases()[phase]
+    described = method.phases()[phase]
+    optimizer = phase_optimizer(optimizer, described)
     axis_name = str(context.axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
         vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
-        epoch = context.epoch(state.step)
-        method_state = method.on_step_start(state.method_state, state.params, context, epoch)
+        now = context.at(state.step)
+        method_state = method.on_step_start(state.method_state, state.params, now)
 
         def gradients(batch: Batch) -> tuple[Any, Losses]:
             """Of a batch's loss, and beside them the rest of what the loss function returns."""
 
             def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
-                params = _freeze(params, rate_factor)
-                losses = loss_of(
-                    Network(network, params, state.batch_stats), method_state, batch, context, epoch
+                params = _freeze(params, described.trainable)
+                losses = described.loss(
+                    Network(network, params, state.batch_stats), method_state, batch, now
                 )
                 return losses.total, losses
 
@@ -137,7 +139,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, _scale(updates, rate_factor)),
+            params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
             method_state=losses.method_state,
@@ -160,28 +162,39 @@ def make_train_step(
     return train_step
 
 
-def _path(keys: Any) -> str:
-    return "/".join(key.key for key in keys)
+def phase_optimizer(
+    optimizer: optax.GradientTransformation, phase: Phase
+) -> optax.GradientTransformation:
+    """The optimizer of a phase: transformed by it, and without updates of what it freezes.
+
+    Args:
+        optimizer: Optimizer that the config describes, whose state's structure is kept.
+        phase: Phase of the method.
+    """
+
+    def transformed(params: Any) -> optax.GradientTransformation:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        return phase.transform(optimizer, shapes)
+
+    def labels(params: Any) -> Any:
+        return map_by_path(lambda path, _: "learns" if phase.trainable(path) else "frozen", params)
+
+    freeze = optax.partition({"learns": optax.identity(), "frozen": optax.set_to_zero()}, labels)
+
+    def init(params: Any) -> Any:
+        return transformed(params).init(params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return followed_by(transformed(params), freeze).update(grads, state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
-def _freeze(params: Any, rate_factor: Callable[[str], float]) -> Any:
+def _freeze(params: Any, trainable: Callable[[str], bool]) -> Any:
     """The parameters, without a gradient for those that do not learn."""
-
-    def freeze(keys: Any, leaf: jax.Array) -> jax.Array:
-        return leaf if rate_factor(_path(keys)) else jax.lax.stop_gradient(leaf)
-
-    return jax.tree_util.tree_map_with_path(freeze, params)
-
-
-def _scale(updates: Any, rate_factor: Callable[[str], float]) -> Any:
-    """The updates, each times its factor of the learning rate."""
-
-    def scale(keys: Any, leaf: jax.Array) -> jax.Array:
-        factor = rate_factor(_path(keys))
-        # Not a product with 0, which would let what is not finite through.
-        return leaf if factor == 1 else leaf * factor if factor else jnp.zeros_like(leaf)
-
-    return jax.tree_util.tree_map_with_path(scale, updates)
+    return map_by_path(
+        lambda path, leaf: leaf if trainable(path) else jax.lax.stop_gradient(leaf), params
+    )
 
 
 def all_finite(tree: Any) -> jax.Array:

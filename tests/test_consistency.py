@@ -82,7 +82,7 @@ def test_losses_are_the_twins(method, x64) -> None:
 
     @jax.jit
     def loss(images):
-        return method.loss(logits_as_images, {}, {**batch, **images}, FACTS, jnp.asarray(epoch))
+        return method.loss(logits_as_images, {}, {**batch, **images}, FACTS.at(jnp.asarray(epoch)))
 
     images = {name: jnp.asarray(batch[name]) for name in views}
     np.testing.assert_allclose(loss(images).total, twin(method, batch, epoch, batch), rtol=1e-6)
@@ -125,7 +125,7 @@ def test_without_weight_it_is_balpoe() -> None:
     def step(method, params):
         def loss(params):
             losses = method.loss(
-                Network(network, params, variables["batch_stats"]), {}, batch, FACTS, jnp.asarray(0)
+                Network(network, params, variables["batch_stats"]), {}, batch, FACTS
             )
             return losses.total, (losses.by_expert, losses.batch_stats)
 

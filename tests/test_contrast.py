@@ -106,7 +106,6 @@ def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
         jax.tree.map(jnp.asarray, method_state),
         jax.tree.map(jnp.asarray, TWO_VIEWS),
         Context(COUNTS),
-        jnp.asarray(0),
     )
     first, second = TWO_VIEWS["images"], TWO_VIEWS["images_2"]
     keys = 2 * second[:, 5:]
@@ -124,7 +123,7 @@ def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
 def test_the_whole_loss_of_gpaco_contrasts_both_views(x64) -> None:
     method = PaCo(alpha=0.3, temperature=0.5, width=4, momentum=0.0)
     batch = jax.tree.map(jnp.asarray, TWO_VIEWS)
-    found = method.loss(Network(Linear(), 1.0, 0.0), {}, batch, Context(COUNTS), jnp.asarray(0))
+    found = method.loss(Network(Linear(), 1.0, 0.0), {}, batch, Context(COUNTS))
     both = np.concatenate([TWO_VIEWS["images"], TWO_VIEWS["images_2"]])
     labels, similarities = np.tile(LABELS, 2), both[:, 5:] @ both[:, 5:].T / 0.5
     expected = paco_twin(both[:, :5], similarities, labels, labels, 0.3)
@@ -197,9 +196,7 @@ def test_the_slow_network_gets_no_gradient_and_the_queue_none() -> None:
 
     def loss(params, slow):
         network = dataclasses.replace(net, params=params)
-        return method.loss(
-            network, {**method_state, **slow}, batch, context, jnp.zeros((), int)
-        ).total
+        return method.loss(network, {**method_state, **slow}, batch, context).total
 
     slow = {"params": method_state["params"], "queue": method_state["queue"]}
     fast, of_slow = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], slow)
@@ -248,7 +245,7 @@ def test_the_whole_loss_of_bcl_classifies_one_view_and_contrasts_two(x64) -> Non
     method = BCL(classification=1.5, contrast=0.4, temperature=0.5)
     batch = {**TWO_VIEWS, "images_3": np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)])}
     placed = jax.tree.map(jnp.asarray, batch)
-    found = method.loss(Network(Linear(), 1.0, 0.0), {}, placed, Context(COUNTS), jnp.asarray(0))
+    found = method.loss(Network(Linear(), 1.0, 0.0), {}, placed, Context(COUNTS))
     features = np.concatenate([batch["images_2"][:, 5:], batch["images_3"][:, 5:]])
     contrasted = bcl_twin(features, np.tile(LABELS, 2), PROTOTYPES, 0.5)
     rows = zip(batch["images"][:, :5] + PRIOR, LABELS, strict=True)

@@ -133,7 +133,7 @@ WALLS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
 APART = {"data": ("data.device",)}
 
 COMMANDS = ("main", "compare", "report", "aot.__main__", "reproduce.__main__")
-COMMANDS += ("torch_import.__main__",)
+COMMANDS += ("torch_import.__main__", "methods.__main__")
 
 
 def violations(root: Path) -> list[str]:

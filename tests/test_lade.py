@@ -82,7 +82,7 @@ def losses_of(method, taus=(1.0, 1.0)):
     module = tiny_network.experts(2)
     network = Network(module, **tiny_network.init(module))
     batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
-    return method.loss(network, {}, batch, Context(COUNTS, taus), jnp.asarray(0))
+    return method.loss(network, {}, batch, Context(COUNTS, taus))
 
 
 def test_without_its_regulariser_it_is_balanced_softmax() -> None:

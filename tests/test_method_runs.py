@@ -18,9 +18,10 @@ from balpoe_jax import evaluate, methods
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
 
-# One with a second phase and one that keeps a queue and a moving average; test_methods.py takes the
-# state of every method through a checkpoint.
-RESUMED = ("mislas", "paco")
+# One with a second phase, one whose second phase begins with parameters of its own and projects
+# them, and one that keeps a queue and a moving average; test_methods.py takes the state of every
+# method through a checkpoint.
+RESUMED = ("mislas", "ltwb", "paco")
 
 # Whose batches, phases and evaluation are another one's, or are tested by themselves below.
 COVERED = {
@@ -101,9 +102,14 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> 
 
 
 @pytest.mark.usefixtures("no_page")
-def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "phase"), [("mislas", "classifier tuning"), ("los", "classifier re-training")]
+)
+def test_a_phase_that_begins_starts_the_optimizer_again(
+    name: str, phase: str, tmp_path: Path
+) -> None:
     """Resumed from the very end of the first phase, where the second one has yet to begin."""
-    config, finished, resumed = config_of("mislas"), tmp_path / "finished", tmp_path / "resumed"
+    config, finished, resumed = config_of(name), tmp_path / "finished", tmp_path / "resumed"
     config.phase2.learning_rate = 0.025
     results = train(config, str(finished))
     interrupt(finished, resumed, epoch=2)
@@ -112,7 +118,7 @@ def test_a_stage_that_begins_starts_the_optimizer_anew(tmp_path: Path) -> None:
     assert rates[6:9] == [0.025] * 3 and rates[9] < 0.025
     count = final_state(config, finished).opt_state[1][1].count
     assert int(count) == 6 and results["step"] == 12
-    assert "the phase classifier tuning begins" in (resumed / "train.log").read_text()
+    assert f"the phase {phase} begins" in (resumed / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("no_page")

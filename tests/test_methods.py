@@ -8,6 +8,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_network
@@ -16,8 +17,17 @@ from test_config import get_config
 from balpoe_jax.config import resolve_taus
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
-from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
-from balpoe_jax.methods.base import mix_losses
+from balpoe_jax.methods import (
+    METHODS,
+    PRESETS,
+    Context,
+    Network,
+    make_method,
+    scaled_fields,
+    settings,
+)
+from balpoe_jax.methods.balpoe import BalPoE
+from balpoe_jax.methods.base import ExpertLosses, mix_losses
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.run.checkpoint import Checkpoints
@@ -120,6 +130,11 @@ CASES = [(name, phase) for name in DISTINCT for phase in phases(name)]
     "ldam_drw-0",
     "ride_router-0",
     "ride_router-1",
+    # Their first phase is cross-entropy, as the tests of their own files say.
+    "ltwb-0",
+    "los-0",
+    "crt-0",
+    "lws-0",
 )
 @pytest.mark.parametrize(("name", "phase"), CASES)
 def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
@@ -134,7 +149,7 @@ def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow_cases("mdcs", "sade", "gpaco", "ride_router", "ldam_drw")
+@pytest.mark.slow_cases("mdcs", "sade", "gpaco", "ride_router", "ldam_drw", "los", "crt", "lws")
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) -> None:
     """Through a checkpoint in the middle, with whatever state the method keeps."""
@@ -224,6 +239,109 @@ def test_hyper_parameters_of_another_method_are_refused() -> None:
         make_method({**section, "alpha": 1.0})
     with pytest.raises(UserError, match=r"Unknown config.method.name 'x'; choose from balpoe"):
         make_method({**section, "name": "x"})
+
+
+def test_a_context_tells_the_step_from_the_epochs_of_its_phase() -> None:
+    context = Context(tiny_network.COUNTS, steps_per_epoch=3, first_step=4)
+    moments = [context.at(step) for step in range(4, 11)]
+    assert [moment.epoch for moment in moments] == [0, 0, 0, 1, 1, 1, 2]
+    assert [moment.is_first_step_of_epoch for moment in moments] == [True, False, False] * 2 + [
+        True
+    ]
+    assert dataclasses.replace(context, axis_name="x").batch_norm_axis == "x"
+    assert (
+        dataclasses.replace(context, axis_name="x", sync_batch_norm=False).batch_norm_axis is None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness(BalPoE):
+    """Keeps what it was told of the step."""
+
+    def on_step_start(self, method_state, params, context: Context):
+        now = (context.step, context.epoch, context.is_first_step_of_epoch)
+        return {"before": jnp.stack([jnp.asarray(x, jnp.int32) for x in now])}
+
+    def loss(self, network, method_state, batch, context: Context):
+        now = jnp.stack([context.step, context.epoch])
+        kept = {**method_state, "within": now.astype(jnp.int32)}
+        return super().loss(network, method_state, batch, context)._replace(method_state=kept)
+
+
+def test_a_step_tells_the_method_which_one_it_is() -> None:
+    devices = make_parallel("pmap", jax.devices()[:1])
+    _, context, network = parts("balanced_softmax")
+    step = make_train_step(network, make_optimizer(RATE), Witness(), context)
+    state = fresh("balanced_softmax")
+    kept = {"before": np.zeros(3, np.int32), "within": np.zeros(2, np.int32)}
+    state = devices.replicate(state.replace(method_state=kept))
+    mapped = devices.map_step(step)
+    for expected in ([0, 0, 1], [1, 0, 0], [2, 1, 1]):
+        state, _ = mapped(state, devices.shard(tiny_network.batch(BATCH)))
+        assert state.method_state["before"].tolist() == expected
+        assert state.method_state["within"].tolist() == expected[:2]
+
+
+@pytest.mark.parametrize("total", ["mean", "sum"])
+def test_a_loss_for_each_expert_and_row_makes_a_method(total: str) -> None:
+    """Of squared logits, whose statistics in a test are the averages."""
+    kind = type("Squares", (ExpertLosses,), {"total": total, "expert_losses": squares})
+    images = np.random.default_rng(0).normal(size=(6, 2, 5))  # logits of 2 experts
+    batch, context = {**tiny_network.batch(6), "images": images}, Context(tiny_network.COUNTS)
+    found = kind().loss(tiny_network.logits_as_images, {"kept": 1}, batch, context)
+    by_expert = (images**2).sum(axis=2).mean(axis=0)
+    np.testing.assert_allclose(found.by_expert, by_expert, rtol=1e-5)
+    expected = by_expert.mean() if total == "mean" else by_expert.sum()
+    np.testing.assert_allclose(found.total, expected, rtol=1e-5)
+    assert found.method_state == {"kept": 1} and not found.terms
+
+
+def squares(method, logits, batch, context):
+    return jnp.square(logits).sum(axis=-1)
+
+
+def test_fields_that_scale_with_the_training_are_marked() -> None:
+    """Those that a rule by their names found before; such a name without a mark is a slip."""
+    marked = {(kind.__name__, field) for kind in METHODS.values() for field in scaled_fields(kind)}
+    assert marked >= {
+        *{("BalPoECS", "warmup_epochs"), ("MDCS", "warmup_epochs"), ("RIDE", "reweight_epoch")},
+        *{("Reweighted", "reweight_epoch"), ("TLC", "reweight_epoch"), ("TLC", "kl_epochs")},
+    }
+    assert marked >= {
+        (kind.__name__, field.name)
+        for kind in METHODS.values()
+        for field in dataclasses.fields(kind)
+        if field.name.endswith(("epoch", "epochs"))
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_twice_the_length_doubles_what_is_marked_and_the_schedule(name: str) -> None:
+    """Of every preset, and nothing else: not what an evaluation does, nor how often one saves."""
+    once, twice = (
+        get_config("cifar100_lt", f"method={name},epochs={epochs}").to_dict()
+        for epochs in (6000, 12000)
+    )
+    flat = [dict(_flatten(config)) for config in (once, twice)]
+    changed = {field for field, value in flat[0].items() if flat[1][field] != value}
+    positive = lambda value: value != () and np.all(np.array(value) > 0)  # noqa: E731
+    scaled = {
+        *{"total_epochs", "optim.decay_epochs", "optim.warmup_epochs"},
+        *(f"method.{field}" for field in scaled_fields(type(PRESETS[name].method))),
+        *{"mix.first_epoch", "mix.last_epoch", "phase2.epochs"},
+    }
+    assert changed == {x for x in scaled if x in flat[0] and positive(flat[0][x])}
+    for field in changed:
+        ratio = np.array(flat[1][field]) / np.array(flat[0][field])
+        np.testing.assert_allclose(ratio, 2, rtol=0.02, err_msg=field)
+
+
+def _flatten(section: dict, prefix: str = ""):
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def test_methods_are_data() -> None:

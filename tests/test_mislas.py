@@ -11,6 +11,8 @@ from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods.mislas import SHAPES, Mislas, label_aware_smoothing, label_smoothing
+from balpoe_jax.optim import make_optimizer
+from balpoe_jax.step import phase_optimizer
 
 COUNTS = np.array([500, 7, 120, 30, 7])
 
@@ -74,10 +76,23 @@ def test_the_second_stage_moves_classifier_scales_and_statistics_alone() -> None
 
 
 def test_the_classifier_learns_at_its_own_rate() -> None:
-    """One step: what it moves is in proportion to the factor, but for the common rate."""
-    rate = Mislas(classifier_rate=0.2).phases()[1].rate_factor
-    assert (rate("class_scale"), rate("ensemble/expert/head/dense/kernel")) == (1.0, 0.2)
-    assert rate("ensemble/expert/body/Dense_0/kernel") == rate("ensemble/trunk/Dense_0/bias") == 0
+    """To the bit: an update of the head is the common one times the factor."""
+    params = tiny_network.init(Mislas().network(tiny_network.experts(1), None))["params"]
+    grads = jax.tree.map(lambda x: x + 0.3, params)
+    base = make_optimizer(0.1)
+    plain, state = base.update(grads, base.init(params), params)
+    tuned = phase_optimizer(base, Mislas(classifier_rate=0.2).phases()[1])
+    found, new_state = tuned.update(grads, tuned.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, new_state, state)
+    np.testing.assert_array_equal(found["class_scale"], plain["class_scale"])
+    head, expected = (x["ensemble"]["expert"].pop("head")["kernel"] for x in (found, plain))
+    np.testing.assert_array_equal(head, expected * 0.2)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found["ensemble"]))
+
+
+def test_a_classifier_without_a_rate_is_frozen() -> None:
+    trainable = Mislas(classifier_rate=0.0).phases()[1].trainable
+    assert trainable("class_scale") and not trainable("ensemble/expert/head/kernel")
 
 
 def test_scales_of_one_change_nothing_and_scale_the_bias_too() -> None:

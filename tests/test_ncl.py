@@ -81,7 +81,7 @@ def test_the_whole_loss_is_the_twin_with_its_weights(x64) -> None:
     logits = RANDOM.normal(size=(3, 4, 5), scale=2)
     batch = {"images": jnp.asarray(np.moveaxis(logits, 0, 1)), "labels": jnp.asarray(LABELS)}
     method = NCL(distillation=0.7, hard_share=0.5)  # two of five classes
-    found = method.loss(logits_as_images, {}, batch, Context(COUNTS), jnp.asarray(0))
+    found = method.loss(logits_as_images, {}, batch, Context(COUNTS))
     np.testing.assert_allclose(found.total, twin(logits, "zero", 2, 0.7), rtol=1e-6)
     parts = found.by_expert.sum() + found.terms["distillation"]
     np.testing.assert_allclose(found.total, parts, rtol=1e-9)
@@ -176,7 +176,6 @@ def test_the_whole_loss_with_contrast(x64) -> None:
         jax.tree.map(jnp.asarray, method_state),
         jax.tree.map(jnp.asarray, rows),
         Context(COUNTS),
-        jnp.asarray(0),
     )
     logits, queries = np.split(first.swapaxes(0, 1), [5], axis=-1)
     keys = 2 * second.swapaxes(0, 1)[..., 5:]

@@ -49,9 +49,7 @@ def test_it_is_trained_as_cross_entropy_is() -> None:
     network = Network(network, **tiny_network.init(network))
     batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
     losses = [
-        make_method(settings(PRESETS[name].method)).loss(
-            network, {}, batch, Context(COUNTS, taus), jnp.asarray(0)
-        )
+        make_method(settings(PRESETS[name].method)).loss(network, {}, batch, Context(COUNTS, taus))
         for name, taus in (("logit_adjustment", (1.0, 1.0)), ("cross_entropy", (0.0, 0.0)))
     ]
     np.testing.assert_allclose(losses[0].by_expert, losses[1].by_expert, rtol=1e-6)

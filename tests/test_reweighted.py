@@ -32,7 +32,7 @@ def loss_and_gradient(method: Reweighted, case, epoch: int, scale: float = 1.0):
         if method.focal_p == "weighted":  # by any weights, as the reference's case has them
             weights = jnp.asarray(case["per_class_weights"])
             return method.row_losses(logits, case["labels"], weights, context).mean()
-        return method.expert_losses(logits[None], whole(case["labels"]), context, epoch)[0]
+        return method.weighted_means(logits[None], whole(case["labels"]), context.at(epoch))[0]
 
     return jax.jit(jax.value_and_grad(total))(jnp.asarray(case["logits"], jnp.float64))
 
@@ -91,10 +91,10 @@ def test_without_weights_and_exponent_all_are_cross_entropy(x64) -> None:
         Reweighted(reweight_epoch=7, **CLASS_BALANCED),
         Reweighted(reweight_epoch=-1, **CLASS_BALANCED),
     ):
-        actual = method.expert_losses(logits, whole(labels), Context(COUNTS), jnp.asarray(6))
+        actual = method.weighted_means(logits, whole(labels), Context(COUNTS).at(jnp.asarray(6)))
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
     switched = Reweighted(reweight_epoch=7, **CLASS_BALANCED)
-    after = switched.expert_losses(logits, whole(labels), Context(COUNTS), jnp.asarray(7))
+    after = switched.weighted_means(logits, whole(labels), Context(COUNTS).at(jnp.asarray(7)))
     assert not np.allclose(after, expected, rtol=1e-2)
 
 
@@ -105,7 +105,7 @@ def test_the_focal_factor_is_of_the_networks_probability(x64) -> None:
     weights = class_balanced_weights(COUNTS, 0.9999)[labels]
     expected = (weights * (1 - p[:, 0]) ** 2 * -np.log(p[:, 0])).sum() / weights.sum()
     method = Reweighted("focal", gamma=2.0, **CLASS_BALANCED)
-    actual = method.expert_losses(logits[:1], whole(labels), Context(COUNTS), jnp.asarray(0))
+    actual = method.weighted_means(logits[:1], whole(labels), Context(COUNTS))
     np.testing.assert_allclose(actual, [expected], rtol=1e-10)
     assert np.isfinite(jax.grad(focal_loss)(0.0, 0.5))
 
@@ -114,8 +114,8 @@ def test_a_weighted_mean_divides_by_the_weights_or_by_the_rows(x64) -> None:
     logits, labels = random_batch()
     weights = class_balanced_weights(COUNTS, 0.9999)[labels]
     means = [
-        Reweighted(weight_norm=norm, **CLASS_BALANCED).expert_losses(
-            logits, whole(labels), Context(COUNTS), jnp.asarray(0)
+        Reweighted(weight_norm=norm, **CLASS_BALANCED).weighted_means(
+            logits, whole(labels), Context(COUNTS)
         )
         for norm in ("sum_w", "batch")
     ]
@@ -138,7 +138,7 @@ def test_rows_of_two_labels_count_by_their_shares(x64) -> None:
             loss = np.log(np.exp(lowered - lowered.max()).sum()) + lowered.max() - lowered[label]
             total += part * weights[label] * loss
             norm += part * weights[label]
-    actual = method.expert_losses(logits[:1], batch, context, jnp.asarray(0))
+    actual = method.weighted_means(logits[:1], batch, context)
     np.testing.assert_allclose(actual, [total / norm], rtol=1e-10)
 
 
@@ -158,9 +158,7 @@ def test_values_that_are_not_valid_are_refused(field: str, value, message: str) 
 def test_a_class_without_examples_is_refused() -> None:
     logits, labels = random_batch()
     with pytest.raises(UserError, match="Every class needs at least one training example"):
-        Reweighted("ldam").expert_losses(
-            logits, whole(labels), Context(np.array([5, 0, 1, 1, 1])), jnp.asarray(0)
-        )
+        Reweighted("ldam").weighted_means(logits, whole(labels), Context(np.array([5, 0, 1, 1, 1])))
 
 
 def test_remix_begins_to_weigh_with_the_last_drop_of_its_rate() -> None:

@@ -36,7 +36,9 @@ COUNTS = tiny_network.COUNTS
 @partial(jax.jit, static_argnums=(0, 1))
 def total(method: RIDE, context: Context, labels, epoch: int, logits: jax.Array) -> jax.Array:
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
-    own, divergence = method.expert_and_diversity_losses(logits, batch, context, jnp.asarray(epoch))
+    own, divergence = method.expert_and_diversity_losses(
+        logits, batch, context.at(jnp.asarray(epoch))
+    )
     return (own + method.diversity * divergence).sum()
 
 
@@ -76,7 +78,7 @@ def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None
     logits, labels = random_logits()
     context = Context(COUNTS, scale=3.0)
     batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
-    loss = jax.jit(Reweighted("ldam").expert_losses, static_argnums=2)
+    loss = jax.jit(Reweighted("ldam").weighted_means, static_argnums=2)
     expected = loss(logits, batch, context, 0).sum()
     actual = total(RIDE(diversity=0.0), context, labels, 159, logits)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
@@ -91,7 +93,7 @@ def test_the_total_is_the_sum_over_experts() -> None:
     @jax.jit
     def losses():
         network = lambda images: (Outputs(logits, logits), {})  # noqa: E731
-        return method.loss(network, {}, batch, context, jnp.asarray(160))  # type: ignore
+        return method.loss(network, {}, batch, context.at(jnp.asarray(160)))  # type: ignore
 
     found = losses()
     np.testing.assert_allclose(found.total, total(method, context, labels, 160, logits), rtol=1e-5)
@@ -150,7 +152,7 @@ def test_the_routers_loss_in_loops() -> None:
 
     batch = {"images": None, "labels": labels}
     method = RIDE(router=True, router_positive_weight=7.0)
-    found = method.router_loss(network, {}, batch, Context(COUNTS), jnp.asarray(0))  # type: ignore
+    found = method.router_loss(network, {}, batch, Context(COUNTS))  # type: ignore
     worth, expected = np.asarray(router_labels(prefix_means(logits), labels)), 0.0
     for i, row in np.ndindex(2, 30):
         p = 1 / (1 + np.exp(-gates[i, row]))
@@ -200,9 +202,7 @@ def test_a_distilled_run_adds_the_teachers_term() -> None:
 
     @jax.jit
     def losses():
-        found = [
-            method.loss(student, method_state, batch, context, jnp.asarray(0)) for method in methods
-        ]
+        found = [method.loss(student, method_state, batch, context) for method in methods]
         return [loss.total for loss in found], found[1].terms["teacher"]
 
     (plain, distilled, repeated), term = losses()

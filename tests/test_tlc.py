@@ -92,8 +92,7 @@ def test_the_loss_is_its_twin(epoch: int, x64) -> None:
         jnp.asarray(logits),
         jnp.asarray(labels),
         jnp.asarray(remaining),
-        context,
-        jnp.asarray(epoch),
+        context.at(jnp.asarray(epoch)),
     )
     weights, temperatures = np.ones(5), np.ones(5)
     if epoch >= 3:
@@ -127,8 +126,8 @@ def test_later_experts_learn_from_what_earlier_ones_are_uncertain_of(x64) -> Non
     def compute(batch):
         logits = jnp.moveaxis(batch["images"], 1, 0)
         remaining = remaining_uncertainty(opinion(jnp.exp(logits)))
-        by_row = method.row_losses(logits, batch["labels"], remaining, context, jnp.asarray(1))
-        found = method.loss(logits_as_images, {}, batch, context, jnp.asarray(1))
+        by_row = method.row_losses(logits, batch["labels"], remaining, context.at(jnp.asarray(1)))
+        found = method.loss(logits_as_images, {}, batch, context.at(jnp.asarray(1)))
         return found, remaining, by_row
 
     found, remaining, by_row = jax.device_get(compute(batch))
@@ -151,7 +150,7 @@ def test_gradients_are_finite_at_extreme_logits(extreme: float) -> None:
 
     def loss(logits):
         remaining = remaining_uncertainty(opinion(jnp.exp(jax.lax.stop_gradient(logits))))
-        return method.row_losses(logits, labels, remaining, context, jnp.asarray(5)).sum()
+        return method.row_losses(logits, labels, remaining, context.at(jnp.asarray(5))).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
     assert np.isfinite(value) and np.isfinite(gradient).all()

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax.methods import PRESETS, settings
+from balpoe_jax.methods import METHODS, PRESETS, scaled_fields, settings
 from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
 
 # Which schedule and augmentation a config file's argument asks for: the method's own, or one of
@@ -36,6 +36,17 @@ _PHASE2 = {
     "sampler": "shuffle",
     "samples_per_class": 1,
 }
+
+# Of the fields that a preset may set, those that scale with the length of the training; with the
+# schedule of `optim`, and the method's own, which are marked where they stand. What a trained model
+# is evaluated with does not depend on how long it was trained.
+_SCALED = (
+    "mix.first_epoch",
+    "mix.last_epoch",
+    "phase2.epochs",
+    "phase2.decay_epochs",
+    "phase2.warmup_epochs",
+)
 
 # The reference's recipes for CIFAR: epochs, decay epochs, warm-up epochs, and whether images are
 # augmented strongly (AutoAugment) instead of rotated.
@@ -210,12 +221,10 @@ def _scale_epochs(
     config.total_epochs = epochs
     config.optim.decay_epochs = tuple(round(x * scale) for x in config.optim.decay_epochs)
     config.optim.warmup_epochs = round(config.optim.warmup_epochs * scale)
-    # Each once: a preset may set a method's field for a data set.
-    for field in {**{f"method.{name}": None for name in config.method}, **fields}:
+    of_method = [f"method.{name}" for name in scaled_fields(METHODS[config.method.name])]
+    for field in (*of_method, *(name for name in _SCALED if name in fields)):
         section, _, name = field.rpartition(".")
-        # What a trained model is evaluated with does not depend on how long it was trained.
-        if section not in ("", "optim", "eval") and name.endswith(("epoch", "epochs")):
-            config[section][name] = _scaled(config[section][name], epochs / own_epochs)
+        config[section][name] = _scaled(config[section][name], epochs / own_epochs)
 
 
 def _scaled(value: Any, scale: float) -> Any:

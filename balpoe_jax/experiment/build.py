@@ -170,7 +170,8 @@ def build_program(
         image_shape: `(H, W, 3)` of the images that the model gets.
 
     Raises:
-        UserError (a `ValueError`): as `check` does.
+        UserError (a `ValueError`): as `check` does, or a method whose phases change the structure
+            of the state.
     """
     check(config, devices)
     method = make_method(config.method.to_dict())
@@ -182,7 +183,7 @@ def build_program(
     one_vector = saves_kernels(config.model.name, devices.platform)
     plans = _plan_phases(config, method, taus, class_counts, teacher, one_vector)
     model = _make_model(config, len(class_counts), devices)
-    return Program(
+    program = Program(
         config=config.to_dict(),
         image_shape=image_shape,
         parallel=devices,
@@ -193,6 +194,8 @@ def build_program(
         taus=method.expert_taus(taus),
         teacher=teacher,
     )
+    program.check_phases()
+    return program
 
 
 def _plan_phases(

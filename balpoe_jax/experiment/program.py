@@ -3,24 +3,36 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import linen as nn
 
 from balpoe_jax import config as config_lib
 from balpoe_jax import parallel
+from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
 from balpoe_jax.experiment.phases import PhasePlan
-from balpoe_jax.methods import Context, Method
+from balpoe_jax.methods import Context, Method, Phase
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble
 from balpoe_jax.run import teachers
-from balpoe_jax.step import TrainState, create_state, make_eval_step, make_train_step
+from balpoe_jax.step import (
+    TrainState,
+    create_state,
+    make_eval_step,
+    make_train_step,
+    phase_optimizer,
+)
 
 # On a CPU the drawing of initial values takes XLA 10 times as long to compile at its usual level,
 # for the same bits (jaxlib 0.10.2, ResNet-8 with 3 experts: 25.5 s against 2.7).
 _QUICK = {"xla_backend_optimization_level": 1}
+
+# Folded into the seed's key with the number of a phase; 1 is the method state's.
+_PHASE_KEYS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Program:
         create = jax.jit(
             lambda seed: self._create_state(jax.random.key(seed)),
             out_shardings=self.parallel.replicated,
-            compiler_options=_QUICK if jax.default_backend() == "cpu" else None,
+            compiler_options=_quick(),
         )
         # A NumPy value: an array of one process's device could not be spread over all processes.
         state = create(np.int32(self.config["seed"]))
@@ -84,16 +96,52 @@ class Program:
     def _create_state(self, key: jax.Array) -> TrainState:
         return create_state(
             self.network,
-            self.phases[0].optimizer,
+            self._optimizer(0),
             key,
             self.image_shape,
             lambda network, key: self.method.init_state(network, self.context, key),
         )
 
     def begin_phase(self, phase: int, state: TrainState) -> TrainState:
-        """The state at which the phase before ended, with an optimizer that starts anew."""
-        init = jax.jit(self.phases[phase].optimizer.init, out_shardings=self.parallel.replicated)
-        return state.replace(opt_state=init(state.params))
+        """The state in which a later phase begins, of that in which the phase before ended.
+
+        The optimizer starts afresh, with the parameters that the method's phase begins with.
+        """
+        context = self.phases[phase].context
+
+        def begin(params: Any, seed: jax.Array) -> tuple[Any, Any]:
+            key = jax.random.fold_in(jax.random.key(seed), _PHASE_KEYS + phase)
+            params = _begin(self.method.phases()[phase], context, params, key)
+            return params, self._optimizer(phase).init(params)
+
+        begin = jax.jit(begin, out_shardings=self.parallel.replicated, compiler_options=_quick())
+        params, opt_state = begin(state.params, np.int32(self.config["seed"]))
+        return state.replace(params=params, opt_state=opt_state)
+
+    def _optimizer(self, phase: int) -> optax.GradientTransformation:
+        return phase_optimizer(self.phases[phase].optimizer, self.method.phases()[phase])
+
+    def check_phases(self) -> None:
+        """Checks that all phases keep the structure of the state, on shapes alone.
+
+        Raises:
+            UserError (a `ValueError`): a phase whose `begin` or `transform` changes it.
+        """
+        if all(phase.is_plain for phase in self.method.phases()[: len(self.phases)]):
+            return
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params = jax.eval_shape(
+            lambda key: self.network.init(key, np.zeros((1, *self.image_shape)), train=False), key
+        )["params"]
+        for plan in self.phases:
+            phase, optimizer = self.method.phases()[plan.index], self._optimizer(plan.index)
+            state = jax.eval_shape(plan.optimizer.init, params)
+            begun = jax.eval_shape(partial(_begin, phase, plan.context), params, key)
+            _check_same(params, begun, phase.name, "begin", "the parameters")
+            fresh = jax.eval_shape(optimizer.init, params)
+            _check_same(state, fresh, phase.name, "transform", "the optimizer's state")
+            _, after = jax.eval_shape(optimizer.update, params, state, params)
+            _check_same(state, after, phase.name, "transform", "the optimizer's state")
 
     def train_step(self, phase: int = 0) -> Callable[..., Any]:
         """The update of one device."""
@@ -166,6 +214,30 @@ class Program:
             "steps_per_epoch": self.context.steps_per_epoch,
             "total_steps": self.total_steps,
         }
+
+
+def _quick() -> dict[str, Any] | None:
+    return _QUICK if jax.default_backend() == "cpu" else None
+
+
+def _begin(phase: Phase, context: Context, params: Any, key: jax.Array) -> Any:
+    """The parameters with which a phase begins."""
+    return phase.begin(params, key, context.at(context.first_step))
+
+
+def _check_same(expected: Any, found: Any, phase: str, function: str, what: str) -> None:
+    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"The {function} of the phase {phase!r} must keep the structure of {what}, which every "
+            f"checkpoint holds: expected {_leaves(expected)}, got {_leaves(found)}; change values "
+            "alone, or the updates by balpoe_jax.optim.followed_by."
+        )
+
+
+def _leaves(tree: Any) -> str:
+    leaves = jax.tree.leaves(tree)
+    return f"{len(leaves)} arrays of {sum(leaf.size for leaf in leaves)} numbers"
 
 
 def saves_kernels(model: str, platform: str) -> bool:

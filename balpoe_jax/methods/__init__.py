@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods by name: how a model is trained, and what it predicts.
 
-A method is a file here with a `Method`, which `base.py` describes, and `PRESETS`; a line below
-makes its recipes arguments of every config file. `docs/methods.md` tells how to add one.
+A method is a file here with a `Method`, which `base.py` describes, and `PRESETS`, which are
+arguments of every config file. Adding a file adds a method; `docs/methods.md` tells how.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import (
-    balpoe,
-    bcl,
-    lade,
-    logit_adjustment,
-    mdcs,
-    mislas,
-    mixed_images,
-    ncl,
-    paco,
-    reweighting,
-    ride,
-    sade,
-    tlc,
+from balpoe_jax.methods.base import (
+    Context,
+    ExpertLosses,
+    Losses,
+    Method,
+    Network,
+    Phase,
+    Prediction,
+    epochs,
+    scaled_fields,
 )
-from balpoe_jax.methods.base import Context, Losses, Method, Network, Phase, Prediction
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
 __all__ = [
     "METHODS",
+    "MODULES",
     "PRESETS",
     "Context",
+    "ExpertLosses",
     "Losses",
     "Method",
     "Network",
@@ -39,35 +39,47 @@ __all__ = [
     "Prediction",
     "Preset",
     "PublishedResult",
+    "epochs",
     "make_method",
+    "scaled_fields",
     "settings",
 ]
 
-_MODULES = (
-    balpoe,
-    mdcs,
-    reweighting,
-    logit_adjustment,
-    mixed_images,
-    lade,
-    ride,
-    sade,
-    mislas,
-    paco,
-    bcl,
-    ncl,
-    tlc,
-)
 
-# What `method=` of a config file may be.
-PRESETS: dict[str, Preset] = {
-    name: recipe for module in _MODULES for name, recipe in module.PRESETS.items()
-}
+def _find_modules() -> tuple[ModuleType, ...]:
+    """The files of this folder that have presets: BalPoE's, then the others by name."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    public = [name for name in names if not name.startswith("_")]
+    ordered = sorted(public, key=lambda name: (name != "balpoe", name))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in ordered]
+    return tuple(module for module in modules if hasattr(module, "PRESETS"))
 
-# What `config.method.name` may be, by the name of the class in lower case.
-METHODS: dict[str, type[Method]] = {
-    type(recipe.method).__name__.lower(): type(recipe.method) for recipe in PRESETS.values()
-}
+
+def _collect(modules: Iterable[ModuleType]) -> tuple[dict[str, Preset], dict[str, type[Method]]]:
+    """Presets by their names, and the classes of their methods by theirs in lower case.
+
+    Raises:
+        UserError (a `ValueError`): two files with one name for different things.
+    """
+    presets: dict[str, Preset] = {}
+    classes: dict[str, type[Method]] = {}
+    for module in modules:
+        for name, preset in module.PRESETS.items():
+            kind = type(preset.method)
+            taken = name in presets or classes.get(kind.__name__.lower(), kind) is not kind
+            if taken:
+                raise UserError(
+                    f"Expected names of presets and classes that no other method has, got "
+                    f"{name!r} and {kind.__name__} in {module.__name__}; rename one."
+                )
+            presets[name], classes[kind.__name__.lower()] = preset, kind
+    return presets, classes
+
+
+MODULES = _find_modules()
+
+# What `method=` of a config file may be, and what `config.method.name` may be.
+PRESETS, METHODS = _collect(MODULES)
 
 
 def settings(method: Method) -> dict[str, Any]:

@@ -10,28 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
 
 @dataclasses.dataclass(frozen=True)
-class BalPoE(Method):
+class BalPoE(ExpertLosses):
     """The mean over experts of `CE(f_e + tau_e log prior, y)`; see `losses.balpoe_loss`."""
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of the config."""
         return taus
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
-        """The mean over experts and rows."""
-        outputs, batch_stats = network(batch["images"])
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Logit-adjusted cross-entropies by the experts' taus."""
         targets = soft_labels(batch, context.num_classes)
-        by_expert = expert_losses(
-            outputs.logits, targets, log_prior(context.class_counts), jnp.asarray(context.taus)
-        ).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+        prior, taus = log_prior(context.class_counts), jnp.asarray(context.taus)
+        return expert_losses(logits, targets, prior, taus)
 
 
 _TABLE_2 = "BalPoE's Table 2"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import optax
 from flax import linen as nn
 
 from balpoe_jax.models import ExpertEnsemble, Outputs
@@ -23,9 +24,25 @@ from balpoe_jax.models import ExpertEnsemble, Outputs
 Batch = dict[str, jax.Array]
 
 
+def epochs(default: int) -> Any:
+    """A hyper-parameter of a method that counts epochs, and is scaled with the training's length.
+
+    Args:
+        default: Number of epochs in a training of the preset's own length; 0 and negative ones
+            have meanings of their own and stay as they are.
+    """
+    return dataclasses.field(default=default, metadata={"scales_with": "epochs"})
+
+
+def scaled_fields(method: "type[Method]") -> tuple[str, ...]:
+    """The names of a method's hyper-parameters that `epochs` has marked."""
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    return tuple(field.name for field in fields if field.metadata.get("scales_with") == "epochs")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """What a method knows of its run: constants of the compiled step.
+    """What a method knows of its run: constants of the compiled step, and the step itself.
 
     Attributes:
         class_counts: int64 `[C]`, training images of each class.
@@ -38,6 +55,8 @@ class Context:
         sync_batch_norm: whether BatchNorm takes its statistics over that axis.
         teacher: the network of `Method.teacher_run` with the shapes of its variables; None without
             one. What they are is in the method state, under "teacher".
+        step: Number of updates made so far, a traced int32 scalar within a step, see `at`; 0
+            outside of one.
     """
 
     class_counts: npt.NDArray[np.int64]
@@ -49,15 +68,31 @@ class Context:
     axis_name: str | None = None
     sync_batch_norm: bool = True
     teacher: "Network | None" = None
+    step: jax.Array | int = 0
 
     @property
     def num_classes(self) -> int:
         """`C`."""
         return len(self.class_counts)
 
-    def epoch(self, step: jax.Array) -> jax.Array:
-        """The 0-based epoch of this phase in which the update after `step` is made, traced."""
-        return (step - self.first_step) // self.steps_per_epoch
+    def at(self, step: jax.Array | int) -> "Context":
+        """The context of the update that is made after `step` updates."""
+        return dataclasses.replace(self, step=step)
+
+    @property
+    def epoch(self) -> Any:
+        """The 0-based epoch of this phase that the step belongs to, as traced as the step is."""
+        return (self.step - self.first_step) // self.steps_per_epoch
+
+    @property
+    def is_first_step_of_epoch(self) -> Any:
+        """Whether an epoch of this phase begins with the step, as traced as the step is."""
+        return (self.step - self.first_step) % self.steps_per_epoch == 0
+
+    @property
+    def batch_norm_axis(self) -> str | None:
+        """The mapped axis over which BatchNorm takes its statistics; None for a device's own."""
+        return self.axis_name if self.sync_batch_norm else None
 
     def gather(self, rows: jax.Array) -> jax.Array:
         """The rows of all devices in the order of the global batch, differentiable.
@@ -139,27 +174,52 @@ class Prediction(NamedTuple):
     experts_used: jax.Array | None = None
 
 
-LossFunction = Callable[[Network, Any, Batch, Context, jax.Array], Losses]
+LossFunction = Callable[[Network, Any, Batch, Context], Losses]
 
 
-def _whole_rate(path: str) -> float:
-    return 1.0
+def _everything(path: str) -> bool:
+    return True
 
 
-class Phase(NamedTuple):
+def _as_it_is(optimizer: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    return optimizer
+
+
+def _as_they_are(params: Any, key: jax.Array, context: Context) -> Any:
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
     """A part of a training with a loss of its own.
 
     Attributes:
         name: for the log.
-        loss: called with the network, the method state, this device's rows of the batch, the
-            context and the traced 0-based epoch.
-        rate_factor: of the learning rate, by a parameter's path such as `expert/head/kernel`; what
-            has 0 is frozen: no gradient, no weight decay, bit-identical.
+        loss: Function of the network, the method state, this device's rows of the batch and the
+            context of the step.
+        trainable: Function that says of a parameter, by its path such as `expert/head/kernel`,
+            whether it learns; what does not is frozen: no gradient, no weight decay, bit-identical.
+        transform: Function of the config's optimizer and the shapes of the parameters that returns
+            the optimizer of this phase. Its state must have the same structure, which is that of
+            all phases and of every checkpoint; `optim.followed_by` keeps it. Frozen parameters stay
+            frozen, whatever it does.
+        begin: Function of the parameters, a random key and the context that returns the parameters
+            with which this phase begins, where it is not the first one. The key depends on the
+            seed and the phase alone.
     """
 
     name: str
     loss: LossFunction
-    rate_factor: Callable[[str], float] = _whole_rate
+    trainable: Callable[[str], bool] = _everything
+    transform: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation] = (
+        _as_it_is
+    )
+    begin: Callable[[Any, jax.Array, Context], Any] = _as_they_are
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it begins with the parameters that there are, and the config's own optimizer."""
+        return self.transform is _as_it_is and self.begin is _as_they_are
 
 
 class Method:
@@ -202,15 +262,11 @@ class Method:
         """The method state before the first step: a tree of arrays that nothing differentiates."""
         return {}
 
-    def on_step_start(
-        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
-    ) -> Any:
+    def on_step_start(self, method_state: Any, params: Any, context: Context) -> Any:
         """The method state at the start of a step, such as a moving average of parameters."""
         return method_state
 
-    def loss(
-        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
         """The loss of the first phase; arguments as `Phase.loss` has them."""
         raise NotImplementedError
 
@@ -221,6 +277,68 @@ class Method:
     def predict(self, outputs: Outputs, params: Any, context: Context) -> Prediction:
         """What is predicted from the network's outputs; the mean logits unless it says more."""
         return Prediction(outputs.logits)
+
+
+class ExpertLosses(Method):
+    """The base of methods that are a loss for each expert and row, and nothing else.
+
+    They write `expert_losses`; the total is the mean over experts of the means over rows.
+
+    Attributes:
+        total: "mean" over experts, or their "sum".
+    """
+
+    total: ClassVar[str] = "mean"
+
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """The losses of the first phase, float `[E, b]`.
+
+        Args:
+            logits: float `[E, b, C]`, of this device's rows.
+            batch: This device's rows.
+            context: Context of the step.
+        """
+        raise NotImplementedError
+
+    def expert_means(self, losses: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Each expert's loss float `[E]` of its rows' `[E, b]`; their mean over devices counts."""
+        return losses.mean(axis=1)
+
+    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
+        """The mean or the sum over experts, of means over rows."""
+        return self.loss_of(self.expert_losses, network, method_state, batch, context)
+
+    def loss_of(
+        self,
+        expert_losses: Callable[[jax.Array, Batch, Context], jax.Array],
+        network: Network,
+        method_state: Any,
+        batch: Batch,
+        context: Context,
+        train: bool = True,
+    ) -> Losses:
+        """What a phase returns whose losses are these.
+
+        Args:
+            expert_losses: Function like the method of that name.
+            network: Network to apply.
+            method_state: State that stays as it is.
+            batch: This device's rows.
+            context: Context of the step.
+            train: Whether BatchNorm takes the batch's statistics, or its averages as in a test.
+        """
+        outputs, batch_stats = network(batch["images"], train)
+        losses = expert_losses(outputs.logits, batch, context)
+        by_expert = self.expert_means(losses, batch, context)
+        total = by_expert.mean() if self.total == "mean" else by_expert.sum()
+        return Losses(total, by_expert, batch_stats, method_state)
+
+
+def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """A tree of a function's values, of the path of each leaf, `expert/head/kernel`, and of it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function("/".join(key.key for key in keys), leaf), tree
+    )
 
 
 def mix_losses(batch: Batch, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:

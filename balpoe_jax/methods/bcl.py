@@ -100,13 +100,11 @@ class BCL(Method):
     def network(self, ensemble: ExpertEnsemble, context: Context) -> ProjectedEnsemble:
         """The expert with two heads, of features and of classes."""
         check_single(ensemble, "BCL")
-        axis_name = context.axis_name if context.sync_batch_norm else None
-        heads = (Projection((self.hidden,), self.width, True, axis_name) for _ in range(2))
+        axis = context.batch_norm_axis
+        heads = (Projection((self.hidden,), self.width, True, axis) for _ in range(2))
         return ProjectedEnsemble(ensemble, *heads)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The weighted sum of both means over the whole batch."""
         rows = len(batch["labels"])
         names = ("images", "images_2", "images_3")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LADE: balanced softmax, regularised so that logits do not depend on the training prior.
+"""LADE: balanced softmax, regularised so that logits do not depend on the training prior (Hong et
+al., CVPR 2021).
 
-Hong et al., "Disentangling Label Distribution for Long-tailed Visual Recognition", CVPR 2021. The
+The paper is "Disentangling Label Distribution for Long-tailed Visual Recognition". The
 regulariser (LADER) is a Donsker-Varadhan bound on how much logit `c` tells images of class `c` from
 images under a uniform prior. Under such a prior an example counts `1 / (C pi_y)` times, by its own
 label; the released code, from which the published figures are, takes the prior of the logit's class
@@ -85,9 +86,7 @@ class LADE(Method):
         """Those of balanced softmax."""
         return (1.0,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The mean over experts; the regulariser is that of the global batch."""
         outputs, batch_stats = network(batch["images"])
         logits, prior = outputs.logits, log_prior(context.class_counts)

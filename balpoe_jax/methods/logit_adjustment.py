@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-hoc logit adjustment: trained as cross-entropy, the prior taken out of what is predicted.
+"""Post-hoc logit adjustment: trained as cross-entropy, the prior taken out of what is predicted
+(Menon et al., ICLR 2021).
 
-`argmax_c z_c - tau log pi_c` is that of Menon et al. (ICLR 2021). With `tau = 1` and a known target
+Predicted is `argmax_c z_c - tau log pi_c`. With `tau = 1` and a known target
 prior, whose logarithm evaluation adds, it is post-compensated (PC) softmax of Hong et al. (CVPR
 2021), `z - log pi + log pi_target`: before the softmax, since the two do not commute. The released
 code of the latter scores nothing but compensated logits; with `tau = 0` ours are plain.
@@ -14,14 +15,14 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods import lade
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction, soft_labels
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Prediction, soft_labels
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import Outputs
 
 
 @dataclasses.dataclass(frozen=True)
-class PostHoc(Method):
+class PostHoc(ExpertLosses):
     """Cross-entropy; predicts adjusted logits, so that everything evaluation does starts from them.
 
     Attributes:
@@ -38,16 +39,12 @@ class PostHoc(Method):
         """What is predicted is biased as by a loss of that tau."""
         return (self.tau,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
-        """The mean over experts and rows of the cross-entropy."""
-        outputs, batch_stats = network(batch["images"])
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies."""
         targets = soft_labels(batch, context.num_classes)
-        prior = log_prior(context.class_counts)
-        taus = jnp.zeros(len(outputs.logits))
-        by_expert = expert_losses(outputs.logits, targets, prior, taus).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+        return expert_losses(
+            logits, targets, log_prior(context.class_counts), jnp.zeros(len(logits))
+        )
 
     def predict(self, outputs: Outputs, params: object, context: Context) -> Prediction:
         """Every expert's logits without the prior."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, epochs, soft_labels
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -59,7 +59,7 @@ class _SelfDistilled(Method):
     needs_global_batch = True
 
     mu: float = 0.6
-    warmup_epochs: int = 20
+    warmup_epochs: int = epochs(20)
 
     def __post_init__(self) -> None:
         """Raises a `UserError` for a value that is not valid."""
@@ -108,12 +108,10 @@ class BalPoECS(_SelfDistilled):
 
     views = 3
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """BalPoE's mean over experts and rows, plus the weighted consistency."""
         if self.mu == 0:
-            return BalPoE().loss(network, method_state, batch, context, epoch)
+            return BalPoE().loss(network, method_state, batch, context)
         (mixed, weak, strong), batch_stats = _apply_to_views(
             network, batch, ("images", "images_2", "images_3")
         )
@@ -124,7 +122,7 @@ class BalPoECS(_SelfDistilled):
             jnp.asarray(context.taus),
         ).mean(axis=1)
         added = self.consistency(weak, strong, batch["labels"], context).mean()
-        total = by_expert.mean() + self.weight(epoch) * added
+        total = by_expert.mean() + self.weight(context.epoch) * added
         return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
 
@@ -139,9 +137,7 @@ class MDCS(_SelfDistilled):
     views = 2
     supports_mixing = False
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The sum over experts of the mean cross-entropy of both views and the consistency."""
         (strong, weak), batch_stats = _apply_to_views(network, batch, ("images", "images_2"))
         prior, taus = log_prior(context.class_counts), jnp.asarray(context.taus)
@@ -152,7 +148,7 @@ class MDCS(_SelfDistilled):
             ]
         ).mean(axis=(0, 2))
         added = self.consistency(weak, strong, batch["labels"], context).sum()
-        total = by_expert.sum() + self.weight(epoch) * added
+        total = by_expert.sum() + self.weight(context.epoch) * added
         return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
 

@@ -12,17 +12,29 @@ one of the first, the authors' one more.
 """
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import optax
 from flax import linen as nn
 
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, soft_labels
+from balpoe_jax.methods.base import (
+    Batch,
+    Context,
+    ExpertLosses,
+    Phase,
+    map_by_path,
+    soft_labels,
+)
 from balpoe_jax.methods.checks import check_choice, check_range
+from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble, Outputs
+from balpoe_jax.optim import followed_by
 
 SHAPES = ("concave", "linear", "convex")
 
@@ -80,7 +92,7 @@ class ScaledEnsemble(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mislas(Method):
+class Mislas(ExpertLosses):
     """See the module.
 
     Attributes:
@@ -108,43 +120,39 @@ class Mislas(Method):
     def phases(self) -> tuple[Phase, ...]:
         """Mixup training of all but the scales, then the classifier's tuning."""
 
-        def first(path: str) -> float:
-            return 0.0 if path == "class_scale" else 1.0
+        def first(path: str) -> bool:
+            return path != "class_scale"
 
-        def second(path: str) -> float:
-            if path == "class_scale":
-                return 1.0
-            return self.classifier_rate if "/head/" in path else 0.0
+        def second(path: str) -> bool:
+            return path == "class_scale" or (in_classifier(path) and self.classifier_rate > 0)
 
+        # Statistics are those of the batch, and go on moving.
+        tuning = partial(self.loss_of, self.tuning_losses)
         return (
             Phase("mixup training", self.loss, first),
-            Phase("classifier tuning", self.tuning_loss, second),
+            Phase("classifier tuning", tuning, second, self.slower_classifier),
         )
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
-        """Cross-entropy of mixed labels."""
-        outputs, batch_stats = network(batch["images"])
-        targets = soft_labels(batch, context.num_classes)
-        by_expert = -(targets[None] * jax.nn.log_softmax(outputs.logits)).sum(axis=-1).mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+    def slower_classifier(
+        self, optimizer: optax.GradientTransformation, params: Any
+    ) -> optax.GradientTransformation:
+        """The optimizer, with the classifier's updates times `classifier_rate`."""
+        labels = map_by_path(lambda path, _: "head" if in_classifier(path) else "rest", params)
+        rates = {"head": optax.scale(self.classifier_rate), "rest": optax.identity()}
+        return followed_by(optimizer, optax.partition(rates, labels))
 
-    def tuning_loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
-        """Label-aware smoothing. Statistics are those of the batch, and go on moving."""
-        outputs, batch_stats = network(batch["images"])
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies of mixed labels."""
+        targets = soft_labels(batch, context.num_classes)
+        return -(targets[None] * jax.nn.log_softmax(logits)).sum(axis=-1)
+
+    def tuning_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies of labels that are smoothed by their classes."""
         smoothing = label_smoothing(
             context.class_counts, self.smooth_head, self.smooth_tail, self.smooth_shape
         )
-        losses = label_aware_smoothing(
-            outputs.logits,
-            jnp.broadcast_to(batch["labels"], outputs.logits.shape[:2]),
-            jnp.asarray(smoothing, outputs.logits.dtype),
-        )
-        by_expert = losses.mean(axis=1)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+        labels = jnp.broadcast_to(batch["labels"], logits.shape[:2])
+        return label_aware_smoothing(logits, labels, jnp.asarray(smoothing, logits.dtype))
 
 
 _SOURCE = "MiSLAS's repository"

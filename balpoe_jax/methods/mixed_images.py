@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One classifier on mixed images: CutMix, Remix, UniMix, Bayias and CMO, as recipes.
+"""One classifier on mixed images: CutMix, Remix, UniMix, Bayias and CMO, as presets (2019 to 2022).
 
 How images and labels are mixed is a transform of the data (`balpoe_jax.data.batches.mixing`), and
 the losses are BalPoE's for one expert, so that these need no method of their own.

@@ -173,9 +173,7 @@ class NCL(Method):
         noise = jax.random.normal(key, (self.queue_size, experts, self.width))
         return {**init_momentum_encoder(network), "queue": normalize(noise, axis=-1)}
 
-    def on_step_start(
-        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
-    ) -> Any:
+    def on_step_start(self, method_state: Any, params: Any, context: Context) -> Any:
         """The slow networks move before they encode a batch."""
         return (
             update_momentum_encoder(method_state, params, self.momentum)
@@ -187,9 +185,7 @@ class NCL(Method):
         """Each network is balanced softmax."""
         return (1.0,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
         """The sum over networks of their means over rows."""
         outputs, batch_stats = network(batch["images"])
         log_prior(context.class_counts)  # which refuses classes without examples

@@ -126,10 +126,9 @@ class PaCo(Method):
     def network(self, ensemble: ExpertEnsemble, context: Context) -> nn.Module:
         """The expert with a projection: a hidden layer with BatchNorm, or GPaCo's two without."""
         check_single(ensemble, "PaCo")
-        axis_name = context.axis_name if context.sync_batch_norm else None
         hidden = (0,) if self.momentum else (0, 0)  # as wide as the features
         return ProjectedEnsemble(
-            ensemble, Projection(hidden, self.width, bool(self.momentum), axis_name)
+            ensemble, Projection(hidden, self.width, bool(self.momentum), context.batch_norm_axis)
         )
 
     def init_state(self, network: Network, context: Context, key: jax.Array) -> Any:
@@ -143,17 +142,13 @@ class PaCo(Method):
             "labels": jnp.full(self.queue_size, -1, jnp.int32),
         }
 
-    def on_step_start(
-        self, method_state: Any, params: Any, context: Context, epoch: jax.Array
-    ) -> Any:
+    def on_step_start(self, method_state: Any, params: Any, context: Context) -> Any:
         """The slow network moves before it encodes a batch."""
         if not self.momentum:
             return method_state
         return update_momentum_encoder(method_state, params, self.momentum)
 
-    def loss(
-        self, network: Network, method_state: Any, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
         """The mean over the images of the whole batch."""
         step = self._with_queue if self.momentum else self._with_both_views
         return step(network, method_state, batch, context)

@@ -49,8 +49,8 @@ class Preset:
         teacher: recipe and arguments of the run that it learns from, such as ("ride", "experts=6"),
             which tables train before it; None for a method that learns from the labels alone.
 
-    Fields whose names end in `epoch` or `epochs` are scaled with the training, except
-    those of `eval`.
+    With the length of the training scale the method's fields that `base.epochs` marks, and of the
+    fields here those that `balpoe_jax.config.dataset_defaults` lists.
     """
 
     method: Method

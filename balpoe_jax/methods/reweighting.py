@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses that weigh classes: class-balanced cross-entropy, focal loss, LDAM, each perhaps deferred.
+"""Losses that weigh classes: class-balanced cross-entropy, focal loss, LDAM, each perhaps deferred
+(2017 to 2019).
 
 Class-balanced weights are those of Cui et al. (CVPR 2019), the focal loss that of Lin et al. (ICCV
 2017), margins (LDAM) and deferred re-weighting (DRW) those of Cao et al. (NeurIPS 2019), whose
@@ -26,7 +27,7 @@ from balpoe_jax.losses import (
     ldam_margins,
     log_prior,
 )
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, mix_losses
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, epochs, mix_losses
 from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -37,7 +38,7 @@ FOCAL_PS = ("unweighted", "weighted")
 
 
 @dataclasses.dataclass(frozen=True)
-class Reweighted(Method):
+class Reweighted(ExpertLosses):
     """The weighted mean over rows of a loss, and the mean over experts if there are several.
 
     Attributes:
@@ -58,7 +59,7 @@ class Reweighted(Method):
     base: str = "cross_entropy"
     weights: str = "none"
     beta: float = 0.9999
-    reweight_epoch: int = 0
+    reweight_epoch: int = epochs(0)
     weight_norm: str = "sum_w"
     gamma: float = 1.0
     focal_p: str = "unweighted"
@@ -90,45 +91,37 @@ class Reweighted(Method):
         plain = self.base == "cross_entropy" and not self.weighs
         return (0.0 if plain else None,) * len(taus)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
-        """The mean over experts and rows."""
-        outputs, batch_stats = network(batch["images"])
-        by_expert = self.expert_losses(outputs.logits, batch, context, epoch)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
-
-    def expert_losses(
-        self, logits: jax.Array, batch: Batch, context: Context, epoch: jax.Array
-    ) -> jax.Array:
-        """Weighted means over the rows of `[E, b, C]`, float `[E]`; their mean over devices counts.
-
-        Args:
-            logits: of all experts.
-            batch: this device's rows.
-            context: of the run.
-            epoch: traced, counted from 0.
-        """
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Weighted losses, which `expert_means` divides by what the weights come to."""
         # Log priors are not needed, but a class without examples has no weight and no margin.
         log_prior(context.class_counts)
-        weights = self.class_weights(context, epoch).astype(logits.dtype)
+        weights = self.class_weights(context).astype(logits.dtype)
 
-        def weighted_mean(logits: jax.Array) -> jax.Array:
-            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, context)).mean()
+        def of_expert(logits: jax.Array) -> jax.Array:
+            return mix_losses(batch, lambda y: self.row_losses(logits, y, weights, context))
 
-        means = jax.vmap(weighted_mean)(logits)
+        return jax.vmap(of_expert)(logits)
+
+    def expert_means(self, losses: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Weighted means; with "sum_w" over the weights of the whole batch."""
+        means = losses.mean(axis=1)
         if not self.needs_global_batch:
             return means
+        weights = self.class_weights(context).astype(losses.dtype)
         shares = mix_losses(batch, lambda labels: weights[labels])
         return means / context.mean_over_devices(shares.mean())
 
-    def class_weights(self, context: Context, epoch: jax.Array) -> jax.Array:
-        """Those of an epoch, float `[C]`."""
+    def weighted_means(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Each expert's loss float `[E]` of logits `[E, b, C]`; their mean over devices counts."""
+        return self.expert_means(self.expert_losses(logits, batch, context), batch, context)
+
+    def class_weights(self, context: Context) -> jax.Array:
+        """Those of the step's epoch, float `[C]`."""
         ones = jnp.ones(context.num_classes)
         if not self.weighs:
             return ones
         weights = jnp.asarray(class_balanced_weights(context.class_counts, self.beta))
-        return jnp.where(epoch >= self.reweight_epoch, weights, ones)
+        return jnp.where(context.epoch >= self.reweight_epoch, weights, ones)
 
     def row_losses(
         self, logits: jax.Array, labels: jax.Array, weights: jax.Array, context: Context

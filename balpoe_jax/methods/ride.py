@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RIDE: experts on LDAM losses, rewarded for differing, and a router that skips some of them.
+"""RIDE: experts on LDAM losses, rewarded for differing, and a router that skips some of them (Wang
+et al., ICLR 2021).
 
-Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021. We
-follow the released code where it differs from the paper: experts are compared with the detached
-mean of all of them instead of pairwise, and the divergence is multiplied by the square of the mean
-temperature. The total is the sum over experts. Where we deliberately differ from that code:
+The paper is "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts". We follow the
+released code where it differs from the paper: experts are compared with the detached mean of all of
+them instead of pairwise, and the divergence is multiplied by the square of the mean temperature.
+The total is the sum over experts. Where we deliberately differ from that code:
 
 - Without a diversity factor the experts keep their own losses. The code then takes the loss of the
   mean logits instead, once for each expert.
@@ -24,7 +25,16 @@ from flax import linen as nn
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import cross_entropy
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, Prediction
+from balpoe_jax.methods.base import (
+    Batch,
+    Context,
+    Losses,
+    Method,
+    Network,
+    Phase,
+    Prediction,
+    epochs,
+)
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.reweighting import Reweighted
@@ -183,7 +193,7 @@ class RIDE(Method):
     diversity: float = -0.45
     temperature: float = 1.0
     temperature_spread: float = 0.05
-    reweight_epoch: int = 160
+    reweight_epoch: int = epochs(160)
     beta: float = 0.9999
     max_margin: float = 0.5
     router: bool = False
@@ -248,16 +258,14 @@ class RIDE(Method):
 
     def phases(self) -> tuple[Phase, ...]:
         """The experts, and then the router with everything else frozen."""
-        experts = Phase("experts", self.loss, lambda path: float(not path.startswith("router/")))
-        router = Phase("router", self.router_loss, lambda path: float(path.startswith("router/")))
+        experts = Phase("experts", self.loss, lambda path: not path.startswith("router/"))
+        router = Phase("router", self.router_loss, lambda path: path.startswith("router/"))
         return (experts, router) if self.router else (experts,)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The sum over experts, of means over rows."""
         outputs, batch_stats = network(batch["images"])
-        own, divergence = self.expert_and_diversity_losses(outputs.logits, batch, context, epoch)
+        own, divergence = self.expert_and_diversity_losses(outputs.logits, batch, context)
         by_expert = own + self.diversity * divergence
         total, terms = by_expert.sum(), {"ldam": own.sum(), "divergence": divergence.sum()}
         if self.distill:
@@ -284,18 +292,18 @@ class RIDE(Method):
         return distillation(*means, self.teacher_temperature).mean()
 
     def expert_and_diversity_losses(
-        self, logits: jax.Array, batch: Batch, context: Context, epoch: jax.Array
+        self, logits: jax.Array, batch: Batch, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         """Each expert's own loss and its divergence from the mean, float `[E]`."""
-        own = self.expert_loss.expert_losses(logits, batch, context, epoch)
+        own = self.expert_loss.weighted_means(logits, batch, context)
         temperatures = jnp.ones(context.num_classes)
         if self.reweight_epoch >= 0:
             later = jnp.asarray(class_temperatures(context.class_counts, self.temperature_spread))
-            temperatures = jnp.where(epoch >= self.reweight_epoch, later, temperatures)
+            temperatures = jnp.where(context.epoch >= self.reweight_epoch, later, temperatures)
         return own, divergence_from_mean(logits, self.temperature * temperatures)
 
     def router_loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
+        self, network: Network, method_state: dict, batch: Batch, context: Context
     ) -> Losses:
         """The binary cross-entropy of the gates, the mean over rows and gates.
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -61,12 +61,14 @@ def sade_losses(expert_logits: jax.Array, targets: jax.Array, biases: jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sade(Method):
+class Sade(ExpertLosses):
     """See the module.
 
     Attributes:
         strength: of the third expert's inverse prior (the paper's lambda).
     """
+
+    total = "sum"
 
     strength: float = 2.0
 
@@ -78,17 +80,16 @@ class Sade(Method):
         """0 and 1; the third expert's prior is no power of the training prior."""
         return (0.0, 1.0, None)[: len(taus)] + (None,) * (len(taus) - 3)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
-        """The sum over the experts of their means over rows."""
-        outputs, batch_stats = network(batch["images"])
-        if len(outputs.logits) != 3:
-            raise UserError(f"SADE has 3 experts, got {len(outputs.logits)}; leave experts alone.")
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies, each expert's with its own bias.
+
+        Raises:
+            UserError (a `ValueError`): another number of experts than 3.
+        """
+        if len(logits) != 3:
+            raise UserError(f"SADE has 3 experts, got {len(logits)}; leave experts alone.")
         targets = soft_labels(batch, context.num_classes)
-        biases = expert_biases(context.class_counts, self.strength)
-        by_expert = sade_losses(outputs.logits, targets, biases).mean(axis=1)
-        return Losses(by_expert.sum(), by_expert, batch_stats, method_state)
+        return sade_losses(logits, targets, expert_biases(context.class_counts, self.strength))
 
 
 # Random views of test images from which weights are learnt, as for contrastive pretraining.

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balpoe_jax.losses import class_balanced_weights, cross_entropy, ldam_margins
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction
+from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction, epochs
 from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.preset import Preset, PublishedResult
@@ -86,9 +86,9 @@ class TLC(Method):
 
     engagement: float = 0.54
     sharpness: float = 0.2
-    kl_epochs: int = 13200
+    kl_epochs: int = epochs(13200)
     diversity: float = 0.01
-    reweight_epoch: int = 160
+    reweight_epoch: int = epochs(160)
     temperature_spread: float = 0.05
     beta: float = 0.9999
     max_margin: float = 0.5
@@ -104,9 +104,7 @@ class TLC(Method):
         check_range("beta", self.beta, 0, 0.999999)
         check_range("max_margin", self.max_margin, 0, 100)
 
-    def loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context, epoch: jax.Array
-    ) -> Losses:
+    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The sum over experts of their means over the images that they learn from."""
         outputs, batch_stats = network(batch["images"])
         logits = jnp.moveaxis(context.gather(jnp.moveaxis(outputs.logits, 1, 0)), 1, 0)
@@ -114,7 +112,7 @@ class TLC(Method):
         opinions = opinion(jnp.exp(jax.lax.stop_gradient(logits)))
         remaining = remaining_uncertainty(opinions)
         learns = remaining > self.engagement * remaining.max(axis=1, keepdims=True)
-        by_row = self.row_losses(logits, labels, remaining, context, epoch)
+        by_row = self.row_losses(logits, labels, remaining, context)
         by_expert = (learns * by_row).sum(axis=1) / jnp.maximum(1, learns.sum(axis=1))
         shares = {f"engaged_{e + 1}": learns[e].mean() for e in range(1, len(learns))}
         return Losses(by_expert.sum(), by_expert, batch_stats, method_state, shares)
@@ -125,11 +123,10 @@ class TLC(Method):
         labels: jax.Array,
         remaining: jax.Array,
         context: Context,
-        epoch: jax.Array,
     ) -> jax.Array:
         """Evidential loss, divergence from uniform and reward for diversity, float `[E, B]`."""
         dtype, counts = logits.dtype, context.class_counts
-        later = epoch >= self.reweight_epoch
+        later = context.epoch >= self.reweight_epoch
 
         def from_then_on(values: np.ndarray) -> jax.Array:
             return jnp.where(later, jnp.asarray(values, dtype), 1.0)
@@ -147,7 +144,7 @@ class TLC(Method):
         log_target = jax.nn.log_softmax(target)[None]
         log_own = jax.nn.log_softmax(logits / temperatures[None, None])
         apart = (jnp.exp(log_target) * (log_target - log_own)).sum(axis=-1)
-        ramp = (epoch + 1) / self.kl_epochs
+        ramp = (context.epoch + 1) / self.kl_epochs
         return own + ramp * uniform - self.diversity * temperatures.mean() ** 2 * apart
 
     def combined(self, logits: jax.Array, remaining: jax.Array) -> jax.Array:

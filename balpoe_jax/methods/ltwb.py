@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LTWB: weights balanced by weight decay, and in a second phase by MaxNorm (Alshammari et al., CVPR
+2022).
+
+The first phase is cross-entropy with a weight decay that is ten times the usual one. The second one
+trains the classifier alone, by the class-balanced loss, with weight decay and MaxNorm: after every
+update each class's weight vector is projected onto the ball of a common radius. That lies a tenth
+of the way from the smallest to the largest norm that the first phase has left, as in the authors'
+code (ShadeAlsha/LTR-weight-balancing); the bias is free. Statistics of BatchNorm move on.
+
+Where we differ: the class-balanced loss is weighted cross-entropy, the mean over rows. The code's
+is the binary cross-entropy of the softmax, the mean over rows and classes, which is a smaller loss
+against the same weight decay. On CIFAR the first phase has 200 epochs, the code's 320, and the
+network is that of the other methods, the code's a ResNet-34. For photographs the second phase is
+CIFAR's, for want of the authors' settings.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from balpoe_jax.losses import class_balanced_weights
+from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Phase, map_by_path
+from balpoe_jax.methods.checks import check_range
+from balpoe_jax.methods.classifier import cross_entropies, in_classifier
+from balpoe_jax.methods.preset import Preset
+from balpoe_jax.models import ExpertEnsemble, Outputs
+from balpoe_jax.optim import followed_by
+
+
+class BoundedEnsemble(nn.Module):
+    """An ensemble with a radius for the classifier of each expert, which it does not look at."""
+
+    ensemble: ExpertEnsemble
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> Outputs:
+        """As the ensemble's."""
+        self.param("radius", nn.initializers.ones, (self.ensemble.num_experts,))
+        return self.ensemble(images, train)
+
+
+def is_classifier_kernel(path: str) -> bool:
+    """Whether a parameter holds the classes' weight vectors, `[E, D, C]`."""
+    return in_classifier(path) and path.endswith("kernel")
+
+
+def radius_between(kernel: jax.Array, share: float) -> jax.Array:
+    """The radius for each expert, float `[E]`, between the norms of its classes' weight vectors.
+
+    Args:
+        kernel: float `[E, D, C]`, a column for each class.
+        share: Place of the radius, 0 for the smallest norm and 1 for the largest.
+    """
+    norms = jnp.linalg.norm(kernel, axis=1)
+    least, largest = norms.min(axis=1), norms.max(axis=1)
+    return least + share * (largest - least)
+
+
+def project_classes(kernel: jax.Array, radius: jax.Array) -> jax.Array:
+    """Each class's weight vector, or where it is longer than the radius its nearest on the ball.
+
+    Args:
+        kernel: float `[E, D, C]`.
+        radius: float `[E]`.
+    """
+    of_class = optax.projections.projection_l2_ball
+    of_expert = jax.vmap(of_class, in_axes=(1, None), out_axes=1)
+    return jax.vmap(of_expert)(kernel, radius)
+
+
+def _max_norm() -> optax.GradientTransformation:
+    """A change of updates, so that what they lead to is projected."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def change(is_kernel: bool, update: jax.Array, old: jax.Array) -> jax.Array:
+            return project_classes(old + update, params["radius"]) - old if is_kernel else update
+
+        kernels = map_by_path(lambda path, _: is_classifier_kernel(path), updates)
+        return jax.tree.map(change, kernels, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@dataclasses.dataclass(frozen=True)
+class LTWB(ExpertLosses):
+    """See the module.
+
+    Attributes:
+        beta: Base of the effective numbers of the class-balanced loss.
+        radius_share: Place of the radius between the smallest norm (0) and the largest (1).
+    """
+
+    beta: float = 0.9999
+    radius_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises a `UserError` for a value that is not valid."""
+        check_range("beta", self.beta, 0, 1 - 1e-9)
+        check_range("radius_share", self.radius_share, 0, 1)
+
+    def network(self, ensemble: ExpertEnsemble, context: Context) -> BoundedEnsemble:
+        """The ensemble with a place for the radius, which every checkpoint holds with it."""
+        return BoundedEnsemble(ensemble)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Cross-entropy, then the classifier with its weights on balls."""
+        return (
+            Phase("training", self.loss, lambda path: path != "radius"),
+            Phase(
+                "classifier balancing",
+                partial(self.loss_of, self.balanced_losses),
+                in_classifier,
+                lambda optimizer, params: followed_by(optimizer, _max_norm()),
+                self.with_radius,
+            ),
+        )
+
+    def with_radius(self, params: Any, key: jax.Array, context: Context) -> Any:
+        """The parameters with the radius that the classifier's norms ask for."""
+        paths = jax.tree.leaves(map_by_path(lambda path, _: is_classifier_kernel(path), params))
+        leaves = zip(paths, jax.tree.leaves(params), strict=True)
+        (kernel,) = [leaf for is_kernel, leaf in leaves if is_kernel]
+        return {**params, "radius": radius_between(kernel, self.radius_share)}
+
+    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies."""
+        return cross_entropies(logits, batch)
+
+    def balanced_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+        """Cross-entropies, each times the weight of its class."""
+        weights = jnp.asarray(class_balanced_weights(context.class_counts, self.beta), logits.dtype)
+        return cross_entropies(logits, batch, weights)
+
+
+_CIFAR = {
+    "batch_size": 64,
+    "optim.learning_rate": 0.01,
+    "optim.weight_decay": 5e-3,
+    "optim.schedule": "cosine",
+    "optim.decay_epochs": (),
+    "optim.warmup_epochs": 0,
+    "augment.rotation": 0.0,
+}
+
+PRESETS = {
+    "ltwb": Preset(
+        LTWB(),
+        "weight balancing, with MaxNorm",
+        fields={
+            "model.classifier": "linear",
+            "optim.nesterov": False,
+            "phase2.epochs": 10,
+            "phase2.learning_rate": 0.01,
+            "phase2.weight_decay": 0.1,
+        },
+        on={"cifar10_lt": _CIFAR, "cifar100_lt": _CIFAR},
+    ),
+}
