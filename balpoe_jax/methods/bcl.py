@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BCL: balanced contrastive learning beside balanced softmax (Zhu et al., CVPR 2022).
+"""BCL: balanced contrastive learning next to balanced softmax (Zhu et al., CVPR 2022).
 
 The contrastive loss averages over each class before it sums over classes, and gives every class a
 prototype, so that a batch contrasts all of them, whatever it holds. Prototypes are projections of

@@ -6,9 +6,10 @@ keeps the features, BatchNorm's averages included. cRT trains a new classifier o
 the classifier and learns a factor for each class, 1 at first, by which its logit is multiplied,
 bias included.
 
-The training on ImageNet-LT is the paper's, as we read it; what is not certain is the rate of its
-second phase, taken to be that of the first. None was published for CIFAR and iNaturalist's second
-phase: there the first phase is that of the other methods, and the second one has 10 epochs.
+The training on ImageNet-LT is the paper's as we recall it, and was not compared with the authors'
+code: neither the rate of its second phase, taken to be that of the first, nor that BatchNorm's
+averages stay is certain. None was published for CIFAR and iNaturalist's second phase: there the
+first phase is that of the other methods, and the second one has 10 epochs.
 """
 
 import dataclasses

@@ -64,7 +64,7 @@ def luminance(pixels: jax.Array) -> jax.Array:
 
 
 def _smooth(pixels: jax.Array, height: int, width: int) -> list[jax.Array]:
-    """Means of three by three, the centre of which weighs 5 of 13; three int32 `[..., n]`."""
+    """Means of three by three whose centre weighs 5 of 13; three int32 `[..., n]`."""
     size = height * width
     padded = jnp.pad(pixels, [(0, 0)] * (pixels.ndim - 1) + [(width + 1, width + 1)])
     starts = [y * width + x for y in range(3) for x in range(3)]
