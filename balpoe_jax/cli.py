@@ -102,11 +102,7 @@ def define_run_flags() -> None:
 def define_config_flag() -> None:
     """Defines --config."""
     config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "File of the experiment, FILE.py[:key=value,...].",
-        lock_config=True,
-        sys_argv=rename_overrides(sys.argv),
+        "config", None, "File of the experiment, FILE.py[:key=value,...].", lock_config=True
     )
     flags.mark_flag_as_required("config")
 
@@ -177,8 +173,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     file = _config_path(argv).partition(":")[0]
     if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
         _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
-    argv = rename_overrides(argv)
+    given, argv = sys.argv, rename_overrides(argv)
     try:
+        sys.argv = argv  # where ml_collections looks for overrides
         arguments = flags.FLAGS(argv)
     except flags.Error as error:
         about_field = str(error).startswith("flag --config.")
@@ -187,6 +184,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         # Of ml_collections, which names the field at best: a file that it cannot load, or an
         # override that does not fit the config and that it expects no more than its type does.
         _fail(_unknown_field(argv) or _own_sentence(error))
+    finally:
+        sys.argv = given  # as the run's record keeps it
     if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):  # unreadable
         _fail(
             f"The config file {_config_path(argv)} cannot be read; name an experiment's file, such "

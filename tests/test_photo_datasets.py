@@ -69,7 +69,7 @@ def test_counts_that_are_not_the_published_ones_are_refused(data_dir: Path) -> N
 def test_published_counts_are_accepted(tmp_path: Path, monkeypatch) -> None:
     test = np.ones(1000, int)
     prepare("imagenet_lt", tmp_path, {"train": TRAIN, "validation": test, "test": test})
-    published = photos.PublishedResult(1000, int(TRAIN.sum()), 5, 1, 1000, "test", "", "file_name")
+    published = photos.PhotoDataset(1000, int(TRAIN.sum()), 5, 1, 1000, "test", "", "file_name")
     monkeypatch.setitem(photos.PHOTO_DATASETS, "imagenet_lt", published)
     assert load(tmp_path, verify_counts=True).counts_as_published
     for change in ({"num_train": 9}, {"largest": 6}, {"smallest": 2}, {"num_test": 2000}):

@@ -277,7 +277,7 @@ def test_checkpoints_of_nobody_are_not_adopted(finished: Path, tmp_path: Path) -
 
 
 def test_what_is_refused_leaves_the_workdir_free(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mixup\.groups must divide the batch size 140"):
+    with pytest.raises(UserError, match=r"mix\.groups must divide the batch size 140"):
         train(tiny_config(mix__groups=3), str(tmp_path))
     assert not (tmp_path / "config.json").exists()
 

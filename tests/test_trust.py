@@ -3,6 +3,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,9 @@ def test_the_locks_agree() -> None:
 
 def test_what_is_pinned_is_what_the_package_asks_for() -> None:
     """Whoever installs the package itself gets at least versions that are tested."""
-    text = (ROOT / "pyproject.toml").read_text()
-    asked = [Requirement(found) for found in re.findall(r'^    "([^"]+)",$', text, re.M)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"].values()
+    asked = [Requirement(each) for part in (project["dependencies"], *optional) for each in part]
     pins = pinned("requirements.txt") | pinned("requirements-dev.txt")
     for requirement in asked:
         name = requirement.name.lower().replace("_", "-")

@@ -57,7 +57,7 @@ def write(folder: Path, groups: Sequence[RunGroup], content: Sequence[Table]) ->
     """
     folder = record.open_workdir(str(folder))
     note = shared_note(groups)
-    heading = "# Comparison" + (f"\n\nRemark: {note}" if note else "")
+    heading = "# Comparison" + (f"\n\nNote: {note}" if note else "")
     tables.write_files(folder, content, heading, "compare", note)
     figures_of = {
         group.name: {
