@@ -18,6 +18,8 @@ from balpoe_jax.errors import UserError
 from benchmarks import accelerator, accelerator_tables, packed_data, sides
 from benchmarks.sides import Clock, Job, Results
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 
 # Not on a borrowed machine; as Python's site does it, so that processes it starts lack them, too.

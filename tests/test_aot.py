@@ -23,6 +23,8 @@ from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import auto_expert_map, build
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 
 needs_libtpu = pytest.mark.skipif(
@@ -238,6 +240,7 @@ def test_every_topology_that_is_offered_is_known_to_the_compiler() -> None:
 
 _LOAD = """
 from balpoe_jax.aot.topologies import compile_only_devices
+
 print(len(compile_only_devices("v5e:2x2")), flush=True)
 input()
 """

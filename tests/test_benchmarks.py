@@ -17,6 +17,8 @@ from balpoe_jax.errors import UserError
 from benchmarks import measuring, method_steps, tf_pipeline
 from benchmarks.measuring import Sample
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 
 needs_torch = pytest.mark.skipif(

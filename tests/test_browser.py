@@ -17,7 +17,10 @@ from balpoe_jax.reporting.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 BROWSER = BROWSER or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed"),
+]
 
 # Shows a page in a frame of some width and writes into its own title how wide it became.
 FRAME = """<!DOCTYPE html><meta charset="utf-8"><title>waiting</title>

@@ -18,6 +18,8 @@ from balpoe_jax.methods.__main__ import main, write_catalogue, write_new
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.sade import Sade
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "balpoe_jax" / "methods"
 HINT = "write it again with python -m balpoe_jax.methods catalogue"
@@ -58,6 +60,7 @@ def watch(event, arguments):
         seen.append((event, arguments[0]))
 sys.addaudithook(watch)
 import balpoe_jax.methods
+
 for event, path in seen:
     print(event, path)
 """
@@ -104,6 +107,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow_cases("ab", "methodoftwentyfourletter")
 @pytest.mark.parametrize("name", ["ab", "a_b", "methodoftwentyfourletter"])
 def test_a_new_method_passes_the_checks(checkout: Path, name: str) -> None:
     def run(*arguments: str) -> str:

@@ -14,6 +14,8 @@ from balpoe_jax import cli
 from balpoe_jax.cli import use_compilation_cache
 from balpoe_jax.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -215,6 +217,7 @@ def test_programs_are_kept_in_the_users_folder_unless_jax_has_one(tmp_path: Path
     code = """
 from balpoe_jax.cli import use_compilation_cache
 import jax
+
 use_compilation_cache("")
 print(jax.config.jax_compilation_cache_dir)
 use_compilation_cache(None)

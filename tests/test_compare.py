@@ -17,6 +17,8 @@ from balpoe_jax.reporting.comparison import compare, write
 from balpoe_jax.reporting.runs import find_runs, group_runs, significance, spread
 from balpoe_jax.reporting.tables import Column, as_text
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

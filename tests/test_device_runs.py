@@ -21,7 +21,11 @@ from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import _dispatches, train
 
 # Its bits are those of programs as users compile them.
-pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("tiny_experts", "no_page")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.optimised,
+    pytest.mark.usefixtures("tiny_experts", "no_page"),
+]
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,10 @@ from balpoe_jax.experiment.build import build
 from balpoe_jax.methods import PRESETS
 
 # Of ml_collections, when it loads a config file.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
 
 CONFIGS = ("digits_lt", "cifar10_lt", "cifar100_lt", "imagenet_lt", "inaturalist2018")
 

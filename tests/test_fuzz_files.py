@@ -26,6 +26,8 @@ from balpoe_jax.reporting.schema import load_config, load_results
 from balpoe_jax.torch_import import convert
 from balpoe_jax.torch_import.files import load_checkpoint
 
+pytestmark = pytest.mark.integration
+
 LABELS = np.repeat(np.arange(4), 10)
 TRAIN = np.array([300, 120, 50, 8])
 NAMES = np.array([f"val_{i:03d}.JPEG" for i in range(40)])

@@ -15,6 +15,8 @@ import pytest
 from balpoe_jax.reproduce import job_processes
 from balpoe_jax.reproduce.job_processes import Command, environment, run_together
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -146,6 +148,7 @@ import sys
 from pathlib import Path
 from balpoe_jax import cli
 from balpoe_jax.reproduce import job_processes
+
 root = Path(sys.argv.pop())
 
 def main(arguments):

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import kill_test
 
+pytestmark = pytest.mark.integration
+
 CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 

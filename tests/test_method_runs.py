@@ -18,6 +18,8 @@ from balpoe_jax import evaluate, methods
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
 
+pytestmark = pytest.mark.integration
+
 # One with a second phase, one whose second phase begins with parameters of its own and projects
 # them, and one that keeps a queue and a moving average; test_methods.py takes the state of every
 # method through a checkpoint.

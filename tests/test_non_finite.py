@@ -25,7 +25,7 @@ from balpoe_jax.step import all_finite as state_is_finite
 from balpoe_jax.step import create_state, make_train_step
 from balpoe_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("tiny_experts", "no_page")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts", "no_page")]
 
 BAD_STEP = 5  # in the second epoch
 make_batches = pipeline.train_batches

@@ -14,7 +14,7 @@ from configs import digits_lt
 
 RUNS = Path(__file__).parent / "fixtures" / "runs"
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_page")]
 
 
 def config_of(arguments: str, **fields: object) -> digits_lt.ConfigDict:

@@ -18,6 +18,8 @@ from balpoe_jax.errors import Preempted
 from balpoe_jax.run import preemption
 from balpoe_jax.run.preemption import PreemptionNotice
 
+pytestmark = pytest.mark.integration
+
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )

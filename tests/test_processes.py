@@ -26,7 +26,7 @@ from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.train import train
 
 # Here as in the processes that `process_runs` starts.
-pytestmark = pytest.mark.usefixtures("tiny_experts")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts")]
 
 STEPS = process_runs.STEPS
 # A device computes its part alike in both layouts, but the sums over devices are made in another

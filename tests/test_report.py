@@ -18,6 +18,8 @@ from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.result_tables import result_tables
 from balpoe_jax.reporting.runs import find_runs, group_runs
 
+pytestmark = pytest.mark.integration
+
 VOID = {"meta", "br", "link"}
 
 

@@ -20,6 +20,8 @@ from balpoe_jax.reproduce import scores
 from balpoe_jax.reproduce.paper import SCALES, TABLES, PaperFigure, PaperRow, PaperRun, PaperTable
 from balpoe_jax.run import record
 
+pytestmark = pytest.mark.integration
+
 EXPERIMENTS = {
     one for table in TABLES.values() for row in table.rows for one in row.experiment.with_teacher()
 }

@@ -15,6 +15,8 @@ from balpoe_jax.experiment.build import build_program
 from balpoe_jax.parallel import make_parallel
 from benchmarks import flax_imagenet, tpu_step
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.slow
 def test_both_steps_do_the_same_work() -> None:

@@ -27,7 +27,7 @@ from balpoe_jax.run.lock import WorkdirLock
 from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import missing_test_row, train
 
-pytestmark = pytest.mark.usefixtures("tiny_experts")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts")]
 
 STEPS_PER_EPOCH = 3
 

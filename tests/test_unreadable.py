@@ -26,6 +26,8 @@ from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSe
 from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import bad_images
 
+pytestmark = pytest.mark.integration
+
 SIZE, CLASSES, PER_CLASS, BATCH = 16, 4, 10, 8
 NUM = CLASSES * PER_CLASS
 SETTINGS = TrainSettings(

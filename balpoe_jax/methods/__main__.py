@@ -73,7 +73,8 @@ def write_new(root: Path, name: str) -> None:
         f"Wrote {module} and {test}.\n"
         f"Try it:    python -m balpoe_jax.main --config=configs/digits_lt.py:method={name} "
         f"--workdir=runs/{name}\n"
-        f"Test it:   python -m pytest {test} tests/test_methods.py tests/test_method_runs.py\n"
+        f"Test it:   python -m pytest -m 'not slow' {test} tests/test_methods.py "
+        "tests/test_method_runs.py\n"
         "Then:      python -m balpoe_jax.methods catalogue"
     )
 
