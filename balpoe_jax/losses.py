@@ -259,7 +259,7 @@ def ldam_margins(
 def ldam_loss(
     logits: jax.Array, labels: jax.Array, margins: npt.ArrayLike, scale: float
 ) -> jax.Array:
-    """Cross-entropy of logits of which the label's was lowered by its class's margin.
+    """Cross-entropy of logits, the label's lowered by its class's margin.
 
     The loss of Cao et al. (NeurIPS 2019).
 

@@ -7,7 +7,7 @@ the network keeps its parameters and only its BatchNorm statistics move on ("shi
 
 Followed is the authors' code (dvlab-research/MiSLAS), where the paper differs: the smoothed mass is
 spread over all classes, not over the others alone, and the classifier of the first phase is
-continued, not initialised anew. Where we differ: an epoch of the second phase has as many steps as
+continued, not initialised again. Where we differ: an epoch of the second phase has as many steps as
 one of the first, the authors' one more.
 """
 

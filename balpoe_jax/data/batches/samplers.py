@@ -31,7 +31,7 @@ def batches(
         seed: of the run.
         first_step, last_step: the steps, without the last.
         sampler: one of `SAMPLERS`; an epoch has `steps_per_epoch` steps with each.
-        samples_per_class: so many examples of a class follow each other in "class_aware".
+        samples_per_class: Number of examples of a class that follow each other in "class_aware".
     """
     if sampler == "class_balanced":
         balanced = WeightedSampler(labels)

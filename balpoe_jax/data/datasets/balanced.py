@@ -108,7 +108,7 @@ def _explain_counts(
         f"{name} should have {profile.train_per_class} training and {profile.test_per_class} test "
         f"images in each of {profile.num_classes} classes, but the one found has "
         f"{train.min()} to {train.max()} and {test.min()} to {test.max()} ({train.sum()} and "
-        f"{test.sum()} in all); prepare it anew, or pass --config.data.verify_counts=False to use "
+        f"{test.sum()} in all); prepare it again, or pass --config.data.verify_counts=False to use "
         "it as it is."
     )
 

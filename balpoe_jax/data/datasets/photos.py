@@ -130,7 +130,7 @@ def _explain_counts(
         f"{name} should have {published.num_train} training images, {published.largest} to "
         f"{published.smallest} a class, and {published.num_test} test images, but the one found "
         f"has {counts.sum()}, {counts.max()} to {counts.min()}, and {test_counts.sum()}; prepare "
-        "it anew, or pass --config.data.verify_counts=False to use it as it is."
+        "it again, or pass --config.data.verify_counts=False to use it as it is."
     )
 
 

@@ -119,7 +119,7 @@ def color_jitter(image: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.T
 
     Args:
         image: packed `[H, W]`, see `packed_ops`.
-        factors: float32 `[3]` or `[4]`, of the first so many `CHANGES`.
+        factors: float32 `[3]` or `[4]`, factors of the first three or four of `CHANGES`.
         order: int32, a permutation of their numbers from 0.
     """
     changes = list(zip(CHANGES, tf.unstack(factors), strict=False))

@@ -3,7 +3,7 @@
 
 A packed image is uint32 `[H, W]` with red in the lowest byte, then green and blue, and nothing in
 the highest: channels are taken out by shifts, and a look-up brings all three at once. On images
-of the size of photographs this is several times as fast as `batch_ops` on bytes, an image of which
+of the size of photographs this is several times as fast as `batch_ops` on bytes, whose images
 would have to be read and written for every step of the arithmetic; small images are better done
 there, by batch. The arithmetic is Pillow's here too, to the bit if nothing else is said;
 `tests/test_pixels.py` compares them. Nothing here is random.
