@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -173,7 +174,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     file = _config_path(argv).partition(":")[0]
     if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
         _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
-    given, argv = sys.argv, rename_overrides(argv)
+    given, argv = sys.argv, rename_overrides(argv, partial(_own_taus, argv))
     try:
         sys.argv = argv  # where ml_collections looks for overrides
         arguments = flags.FLAGS(argv)
@@ -192,6 +193,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             "as --config=configs/digits_lt.py."
         )
     return arguments
+
+
+def _own_taus(argv: Sequence[str]) -> tuple[float, ...]:
+    """The taus of a config file, where only one of their ends is given by its old name."""
+    try:
+        return tuple(ConfigFileFlagParser("config").parse(_config_path(argv)).loss.taus)
+    except Exception:  # whatever a config file raises; it will be told when the flags are parsed
+        return (0.0, 2.0)
 
 
 def _own_sentence(error: Exception) -> str:

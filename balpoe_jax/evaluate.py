@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from ml_collections import ConfigDict
 
 from balpoe_jax import files
+from balpoe_jax.config import Settings
 from balpoe_jax.data.records.sources import Source
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import expert_weights, predictions, scoring
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 
 
-def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def evaluate(settings: Settings, workdir: str) -> dict[str, Any]:
     """Restores the newest checkpoint of a run, evaluates it and writes results and report.
 
     Args:
-        config: the one that the run was trained with.
+        settings: those that the run was trained with.
         workdir: of the run.
 
     Returns:
@@ -41,21 +41,22 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         UserError (a `ValueError`): no run or no checkpoint there, or one of another config.
     """
     there = record.locate(workdir)
-    multihost.run_on_process_0(lambda: record.check_same_config(there, config.to_dict()))
+    multihost.run_on_process_0(lambda: record.check_same_config(there, settings))
     path = record.open_workdir(workdir)
-    record.check_config_everywhere(config.to_dict())
+    record.check_config_everywhere(settings)
     with metric_writer.log_to_file(path):
-        experiment = build_together(config)
+        experiment = build_together(settings)
         with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
-            state = checkpoints.restore_latest(experiment.abstract_state())
+            state = checkpoints.restore_latest(experiment.program.abstract_state())
         if state is None:
             raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
         log.info("Evaluating the checkpoint of step %d", int(state.step))
-        results = Evaluator(experiment).score(state, path / "predictions")
+        results, test = Evaluator(experiment).score(state, path / "predictions")
         if results:
-            results |= non_finite.summary(experiment.config, path, results["step"])
-            results |= bad_images.count(experiment.config, path, results["step"])
-            publish(results, path)
+            step, policy = results["step"], settings.data.on_bad_image
+            results |= non_finite.summary(settings.optim.skip_non_finite, path, step)
+            results |= bad_images.count(policy, path, step)
+            publish(results, test, path)
     return results
 
 
@@ -68,7 +69,7 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._step = experiment.inputs.map_eval_step(experiment.eval_step())
+        self._step = experiment.inputs.map_eval_step(experiment.program.eval_step())
 
     def score_test(
         self, state: TrainState, folder: Path, interrupted: Callable[[], bool] = lambda: False
@@ -88,47 +89,53 @@ class Evaluator:
         if test is None:
             return {}
         scores = scoring.score_test(
-            test, data.class_counts, self._experiment.taus, **self._score_options()
+            test, data.class_counts, self._experiment.program.taus, **self._score_options()
         )
         return self._results(state, scores)
 
-    def score(self, state: TrainState, folder: Path) -> dict[str, Any]:
+    def score(
+        self, state: TrainState, folder: Path
+    ) -> tuple[dict[str, Any], predictions.Predictions | None]:
         """Predicts every test and held-out example once, into `folder`, and scores all there is.
 
-        Returns the content of `results.json`: plain values, None where undefined; nothing in other
-        processes than the first.
+        Returns:
+            The content of `results.json`: plain values, None where undefined; and the predictions
+            of the test set. Nothing and None in other processes than the first.
         """
         experiment, data = self._experiment, self._experiment.data
+        evaluation = experiment.settings.eval
         test = self._predict(state, data.test, folder)
         aggregations = self._aggregate(state, folder)
         held_out = None
         if data.held_out is not None:
             held_out = self._predict(state, data.held_out, folder, predictions.HELD_OUT)
         if test is None:
-            return {}
+            return {}, None
         scores = scoring.score(
             test,
             data.class_counts,
-            experiment.taus,
+            experiment.program.taus,
             held_out=held_out,
             held_out_description=data.held_out_description,
             targets=experiment.targets,
-            prior_strength=experiment.config["eval"]["prior_strength"],
-            shift_test_level=experiment.config["eval"]["shift_test_level"],
+            prior_strength=evaluation.prior_strength,
+            shift_test_level=evaluation.shift_test_level,
             **self._score_options(),
         )
         if aggregations:
             scores["aggregation"] = scoring.score_aggregations(
                 test, experiment.targets, aggregations
             )
-        return self._results(state, scores)
+        return self._results(state, scores), test
 
     def _aggregate(self, state: TrainState, folder: Path) -> list[expert_weights.Aggregation]:
         """Weights learnt for each target distribution; all processes predict, the first learns."""
         experiment = self._experiment
-        evaluation = experiment.config["eval"]
-        learnt = [expert_weights.start(len(experiment.taus)) for _ in experiment.targets]
-        for epoch in range(evaluation["expert_weights_epochs"] if len(experiment.taus) > 1 else 0):
+        evaluation = experiment.settings.eval
+        learnt = [expert_weights.start(len(experiment.program.taus)) for _ in experiment.targets]
+        for epoch in range(
+            evaluation.expert_weights_epochs if len(experiment.program.taus) > 1 else 0
+        ):
             prefixes = [f"view{i}_" for i in range(2)]
             try:
                 views = [
@@ -143,7 +150,7 @@ class Evaluator:
                         before,
                         first,
                         second,
-                        evaluation["expert_weights_rate"],
+                        evaluation.expert_weights_rate,
                         epoch,
                         target.indices,
                     )
@@ -169,8 +176,8 @@ class Evaluator:
         every batch; the first one alone takes them down.
         """
         experiment = self._experiment
-        shape = (len(experiment.taus), len(source), experiment.data.num_classes)
-        batches = experiment.inputs.predict(source, experiment.eval_batch_size, view)
+        shape = (len(experiment.program.taus), len(source), experiment.data.num_classes)
+        batches = experiment.inputs.predict(source, experiment.program.eval_batch_size, view)
         outputs = (
             self._step(state.variables, batch, source) for batch in _unless(interrupted, batches)
         )
@@ -181,21 +188,20 @@ class Evaluator:
         return predictions.stream(folder, prefix, shape, map(jax.device_get, outputs))
 
     def _score_options(self) -> dict[str, Any]:
-        config = self._experiment.config
+        settings = self._experiment.settings
         return {
-            "num_bins": config["eval"]["num_bins"],
-            "thresholds": tuple(config["data"]["shot_thresholds"]),
+            "num_bins": settings.eval.num_bins,
+            "thresholds": settings.data.shot_thresholds,
         }
 
     def _results(self, state: TrainState, scores: dict[str, Any]) -> dict[str, Any]:
-        step, note = int(state.step), self._experiment.config["note"]
-        evaluation = self._experiment.config["eval"]
+        step, settings = int(state.step), self._experiment.settings
         results = {
             "step": step,
-            "epoch": int(self._experiment.epoch_at(step)),
+            "epoch": int(self._experiment.program.epoch_at(step)),
             "num_parameters": num_parameters(state.params),
-            **({"note": note} if note else {}),
-            "settings": {name: evaluation[name] for name in record.EVALUATION_SETTINGS},
+            **({"note": settings.note} if settings.note else {}),
+            "settings": {name: getattr(settings.eval, name) for name in record.EVALUATION_SETTINGS},
             **scores,
         }
         return files.to_json(results)
@@ -208,9 +214,15 @@ def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Itera
         yield batch
 
 
-def publish(results: dict[str, Any], workdir: Path) -> None:
-    """Writes `results.json` and the report, and logs the main tables."""
+def publish(results: dict[str, Any], test: predictions.Predictions | None, workdir: Path) -> None:
+    """Writes `results.json` and the report, and logs the main tables.
+
+    Args:
+        results: what `results.json` is to hold.
+        test: Predictions of the test set, which the report shows.
+        workdir: of the run.
+    """
     files.write_atomically(workdir / files.RESULTS, json.dumps(results, indent=2) + "\n")
-    page = report.write_report(str(workdir))
+    page = report.write_report_of(workdir, results, test)
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n\nReport: %s", report.result_text(results, width), page)

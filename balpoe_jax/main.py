@@ -79,15 +79,16 @@ def _processes() -> contextlib.AbstractContextManager[None]:
 
 def _start(notice: PreemptionNotice) -> None:
     # Here and not above, so that --help and wrong flags need not wait for JAX.
+    from balpoe_jax.config import resolve
     from balpoe_jax.evaluate import evaluate
     from balpoe_jax.train import train
 
-    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    cli.use_compilation_cache(config.compilation_cache_dir)
+    settings, workdir = resolve(flags.FLAGS.config), flags.FLAGS.workdir
+    cli.use_compilation_cache(settings.compilation_cache_dir)
     if flags.FLAGS.mode == "train":
-        train(config, workdir, startup_times.of_this_process(), notice)
+        train(settings, workdir, startup_times.of_this_process(), notice)
     else:
-        evaluate(config, workdir)
+        evaluate(settings, workdir)
 
 
 if __name__ == "__main__":

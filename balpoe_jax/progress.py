@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from balpoe_jax import files
-from balpoe_jax.experiment.build import Experiment
+from balpoe_jax.experiment.program import Program
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.run import non_finite
 from balpoe_jax.step import TrainState, all_finite
@@ -40,15 +40,15 @@ class Progress:
     metrics of those before.
 
     Args:
-        experiment: Experiment that is trained.
+        program: Program that is run.
         first_step: Step after which this start goes on.
         trouble: Takes down the steps that are not finite.
     """
 
     def __init__(
-        self, experiment: Experiment, first_step: int, trouble: non_finite.NonFiniteSteps
+        self, program: Program, first_step: int, trouble: non_finite.NonFiniteSteps
     ) -> None:
-        self._experiment = experiment
+        self._program = program
         self._trouble = trouble
         self._all_finite = jax.jit(all_finite)
         self._first_step = self._last_step = first_step
@@ -122,13 +122,13 @@ class Progress:
         steps = mark.step - self._last_step
         row = {
             "step": mark.step,
-            "epoch": self._experiment.epoch_at(mark.step),
+            "epoch": self._program.epoch_at(mark.step),
             **{name: _mean(values) for name, values in finite.items() if name != "finite"},
-            "learning_rate": self._experiment.learning_rate(mark.step),
+            "learning_rate": self._program.learning_rate(mark.step),
             "images_per_second": self._batch_size / seconds,
             "data_wait_fraction": waited,
         }
-        if self._experiment.config["optim"]["skip_non_finite"]:
+        if self._program.settings.optim.skip_non_finite:
             row["skipped_steps"] = self._trouble.skipped
         self._log(row, steps, steps * seconds)
         self._last_step = mark.step
@@ -138,12 +138,12 @@ class Progress:
         if self._last_step > self._first_step:  # the first interval is mostly compilation
             self._steps_timed += steps
             self._seconds_timed += elapsed
-        left = self._experiment.total_steps - row["step"]
+        left = self._program.total_steps - row["step"]
         per_step = self._seconds_timed / self._steps_timed if self._steps_timed else elapsed / steps
         log.info(
             "step %d/%d  epoch %.1f  loss %.4f  lr %.4g  %.0f images/s  data wait %.0f%%  %s left",
             row["step"],
-            self._experiment.total_steps,
+            self._program.total_steps,
             row["epoch"],
             row["loss"],
             row["learning_rate"],

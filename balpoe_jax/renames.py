@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fields of a config that had another name once: records and commands with it still work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # By the old dotted name; a section stands for all fields in it.
@@ -26,6 +26,28 @@ FIELDS = {
     "phase2.class_run": "phase2.samples_per_class",
     "phase2.factor": "phase2.decay_factor",
 }
+
+# What None, the default or nothing of the kind, was written as.
+NONE_WAS: dict[str, Any] = {
+    "data.data_dir": "",
+    "data.eval_resize": 0,
+    "data.image_size": 0,
+    "data.threads": 0,
+    "eval.every_epochs": 0,
+    "eval.shift_lists": "",
+    "method.reweight_epoch": -1,
+    "method.teacher": "",
+    "mix.last_epoch": 0,
+    "model.expert_map": "auto",
+    "model.shared_stages": -2,
+    "phase2.batch_size": 0,
+    **{
+        f"{section}.crop_area": 0
+        for section in ("augment", "view2", "view3", "test_view", "other_augment")
+    },
+}
+# Ends of the range that `loss.taus` may be now.
+_TAU_ENDS = ("config.loss.tau_min", "config.loss.tau_max")
 
 
 def current_name(field: str) -> str:
@@ -53,11 +75,35 @@ def rename_fields(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def rename_overrides(arguments: Sequence[str]) -> list[str]:
+def current_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config under today's names with what its values are written as today.
+
+    Args:
+        config: Nested dictionaries.
+    """
+    current = {
+        name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()
+    }
+    for field, none_was in NONE_WAS.items():
+        section, _, name = field.partition(".")
+        values = current.get(section)
+        if isinstance(values, dict) and name in values and values[name] == none_was:
+            values[name] = None
+    loss = current.get("loss")
+    if isinstance(loss, dict) and {"tau_min", "tau_max"} <= set(loss):
+        ends = (loss.pop("tau_min"), loss.pop("tau_max"))
+        loss["taus"] = loss.get("taus") or ends
+    return current
+
+
+def rename_overrides(
+    arguments: Sequence[str], taus: Callable[[], tuple[float, ...]] = lambda: (0.0, 2.0)
+) -> list[str]:
     """Arguments of a command, with `--config.FIELD` under today's names.
 
     Args:
         arguments: Words of the command line; what follows `--` is left alone.
+        taus: Function that returns the config's own `loss.taus`, of which one end may be given.
     """
     renamed = []
     ended = False
@@ -69,4 +115,22 @@ def rename_overrides(arguments: Sequence[str]) -> list[str]:
             field = f"config.{current_name(field.removeprefix('config.'))}"
             argument = f"{dashes}{field}{equals}{value}"
         renamed.append(argument)
-    return renamed
+    return _join_tau_ends(renamed, taus)
+
+
+def _join_tau_ends(arguments: list[str], taus: Callable[[], tuple[float, ...]]) -> list[str]:
+    """The arguments, with one of `loss.taus` in place of those of its former ends."""
+    given: dict[str, str] = {}
+    kept: list[str] = []
+    for argument in arguments if "--" not in arguments else arguments[: arguments.index("--")]:
+        field, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and equals and field in _TAU_ENDS:
+            given[field] = value
+        else:
+            kept.append(argument)
+    if not given:
+        return arguments
+    rest = arguments[arguments.index("--") :] if "--" in arguments else []
+    own = (None, None) if len(given) == 2 else taus()
+    ends = (given.get(_TAU_ENDS[0], own[0]), given.get(_TAU_ENDS[1], own[-1]))
+    return [*kept, f"--config.loss.taus=({ends[0]},{ends[1]})", *rest]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training changes, and how one step changes it: pure functions for a single device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -74,10 +74,11 @@ def make_train_step(
     accumulate: int = 1,
     skip_non_finite: bool = False,
     as_one_vector: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of one device, which must run mapped over the axis `context.axis_name`.
 
-    The returned function takes the replicated state and this device's part of the batch:
+    The returned function takes the replicated state, the constants of the run (a teacher's
+    variables as "teacher", or nothing) as its last argument, and this device's part of the batch:
     `images` float `[b, H, W, 3]` (and `images_2`, `images_3` for a method of several views),
     `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the share of `labels`. It returns
     the new state and metrics, equal on all devices. With `context.sync_batch_norm=False` the
@@ -110,10 +111,12 @@ def make_train_step(
     optimizer = phase_optimizer(optimizer, described)
     axis_name = str(context.axis_name)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, constants: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
         vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
-        now = context.at(state.step)
+        now = context.at(state.step, (constants or {}).get("teacher"))
         method_state = method.on_step_start(state.method_state, state.params, now)
 
         def gradients(batch: Batch) -> tuple[Any, Losses]:

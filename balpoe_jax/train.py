@@ -10,15 +10,14 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from balpoe_jax import files
-from balpoe_jax.config import check_config
+from balpoe_jax.config import Settings
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, Interrupted, publish
 from balpoe_jax.experiment.build import Experiment, build_together
 from balpoe_jax.experiment.phases import PhasePlan
-from balpoe_jax.experiment.program import num_parameters
+from balpoe_jax.experiment.program import Program, num_parameters
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.progress import Progress
 from balpoe_jax.run import bad_images, metric_writer, multihost, non_finite, record
@@ -33,15 +32,15 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    config: ConfigDict,
+    settings: Settings,
     workdir: str,
     start_up: StartUp | None = None,
     notice: PreemptionNotice | None = None,
 ) -> dict[str, Any]:
-    """Trains, or goes on training, the experiment of `config` in `workdir`, then evaluates it.
+    """Trains, or goes on training, an experiment in `workdir`, then evaluates it.
 
     Args:
-        config: see `balpoe_jax.config.default_config`.
+        settings: of the experiment, as `balpoe_jax.config.resolve` makes them of a config.
         workdir: folder of the run; a run that is there already is resumed from its newest
             checkpoint, and a finished one only evaluated again.
         start_up: the stopwatch of the command; None to measure from here on.
@@ -56,26 +55,25 @@ def train(
         Preempted: a signal came, and a checkpoint was saved.
     """
     start_up, notice = start_up or StartUp(), notice or PreemptionNotice()
-    check_config(config)
     path = record.open_workdir(workdir)
-    record.check_config_everywhere(config.to_dict())
+    record.check_config_everywhere(settings)
     with metric_writer.log_to_file(path), WorkdirLock(path) as lock:
         notice.at_exit(lock.release)
-        multihost.run_on_process_0(partial(_check_workdir, path, config))
+        multihost.run_on_process_0(partial(_check_workdir, path, settings))
         with start_up.measure("devices"):
             jax.local_devices()
         begun_in = record.recorded_pipeline(path)
-        _check_pipeline(path, config, begun_in)
+        _check_pipeline(path, settings.data.pipeline, begun_in)
         with start_up.measure("data"):
-            experiment = build_together(config, begun_in)
+            experiment = build_together(settings, begun_in)
         multihost.run_on_process_0(partial(_claim, path, experiment))
         return _train(experiment, path, start_up, notice, lock)
 
 
-def _check_workdir(path: Path, config: ConfigDict) -> None:
+def _check_workdir(path: Path, settings: Settings) -> None:
     """Refuses a workdir that belongs to another run."""
     if record.has_config(path):
-        record.check_same_config(path, config.to_dict())
+        record.check_same_config(path, settings)
     elif any((path / "checkpoints").glob("[0-9]*")):
         raise UserError(
             f"{path} holds checkpoints but no {files.CONFIG} to tell whose they are; choose "
@@ -83,9 +81,8 @@ def _check_workdir(path: Path, config: ConfigDict) -> None:
         )
 
 
-def _check_pipeline(path: Path, config: ConfigDict, begun_in: str | None) -> None:
+def _check_pipeline(path: Path, wanted: str | None, begun_in: str | None) -> None:
     """Refuses to go on with other batches than a run began with."""
-    wanted = config.data.pipeline
     if wanted and begun_in and wanted != begun_in:
         raise UserError(
             f"The run in {path} makes its batches on the {begun_in}, and the {wanted} would draw "
@@ -96,7 +93,7 @@ def _check_pipeline(path: Path, config: ConfigDict, begun_in: str | None) -> Non
 def _claim(path: Path, experiment: Experiment) -> None:
     if not record.has_config(path):
         record.write_config(
-            path, experiment.config, experiment.resolved(), experiment.data_record()
+            path, experiment.settings, experiment.resolved(), experiment.data_record()
         )
 
 
@@ -107,26 +104,27 @@ def _train(
     notice: PreemptionNotice,
     lock: WorkdirLock,
 ) -> dict[str, Any]:
-    config = experiment.config
-    total_steps = experiment.total_steps
+    settings, program = experiment.settings, experiment.program
+    total_steps, policy = program.total_steps, settings.data.on_bad_image
     _announce(experiment)
 
-    with Checkpoints(str(workdir / "checkpoints"), config["checkpoint"]["keep"]) as checkpoints:
+    with Checkpoints(str(workdir / "checkpoints"), settings.checkpoint.keep) as checkpoints:
         # The newest checkpoint, or a fresh state.
         with start_up.measure("restore"):
-            state = checkpoints.restore_latest(experiment.abstract_state())
+            state = checkpoints.restore_latest(program.abstract_state())
         if state is None:
             with start_up.measure("initialise"):
-                state = jax.block_until_ready(experiment.init_state())
+                state = jax.block_until_ready(program.init_state())
         else:
             log.info("Resumed from the checkpoint of step %d", int(state.step))
         log.info("%s parameters", f"{num_parameters(state.params):,}")
         first_step = int(state.step)
+        constants = program.load_constants() if first_step < total_steps else {}
         evaluator = Evaluator(experiment)
 
         with (
             metric_writer.MetricWriter(workdir, first_step) as writer,
-            StepProfiler(workdir, config["profile"]["steps"]) as profiler,
+            StepProfiler(workdir, settings.profile.steps) as profiler,
         ):
 
             def score_test(state: TrainState, step: int) -> None:
@@ -135,7 +133,7 @@ def _train(
                 except Interrupted:
                     save_and_stop(state, step)
                 if results:
-                    writer.write(_test_row(results, step, experiment.epoch_at(step)))
+                    writer.write(_test_row(results, step, program.epoch_at(step)))
 
             def save_and_stop(state: TrainState, step: int) -> NoReturn:
                 checkpoints.save(state)
@@ -147,21 +145,21 @@ def _train(
             trouble = non_finite.NonFiniteSteps(
                 workdir,
                 first_step,
-                limit=experiment.config["optim"]["skip_non_finite"],
+                limit=settings.optim.skip_non_finite,
                 batch_indices=experiment.batch_indices,
-                learning_rate=experiment.learning_rate,
+                learning_rate=program.learning_rate,
                 ids=experiment.data.train.ids,
             )
-            progress = Progress(experiment, first_step, trouble)
-            for plan in experiment.phases:
+            progress = Progress(program, first_step, trouble)
+            for plan in program.phases:
                 if plan.last_step <= first_step:
                     continue
                 start = max(first_step, plan.first_step)
                 if start == plan.first_step > 0:
                     log.info("Step %d: the phase %s begins", start, plan.name)
-                    state = experiment.begin_phase(plan.index, state)
+                    state = program.begin_phase(plan.index, state)
                 train_steps = experiment.inputs.map_train_step(
-                    experiment.train_step(plan.index), plan.index
+                    program.train_step(plan.index), plan.index, constants
                 )
                 dispatches = list(_dispatches(experiment, plan, start))
                 with start_up.measure("pipeline"):
@@ -184,12 +182,12 @@ def _train(
                             state, metrics = train_steps(state, next(inputs))
                     compiled.add(step - before)
                     profiler.after(step, metrics)
-                    save = _is_time(experiment, step, config["checkpoint"]["every_epochs"])
-                    test = _is_time(experiment, step, config["eval"]["every_epochs"])
+                    save = _is_time(program, step, settings.checkpoint.every_epochs)
+                    test = _is_time(program, step, settings.eval.every_epochs)
                     last = step == total_steps
                     stop = notice.requested() and not last
                     ends = save or test or stop or step == plan.last_step
-                    every = config["log_every_steps"]
+                    every = settings.log_every_steps
                     with _explicit_transfers():
                         progress.add(before, step, metrics)
                         if before // every < step // every or ends:
@@ -199,7 +197,7 @@ def _train(
                         rows = progress.rows(wait=ends)
                     for row in rows:
                         lock.check()
-                        writer.write({**row, **bad_images.count(config, workdir, row["step"])})
+                        writer.write({**row, **bad_images.count(policy, workdir, row["step"])})
                     # Before the test, which may take long: a run ended in it resumes with it.
                     if stop:
                         save_and_stop(state, step)
@@ -210,13 +208,13 @@ def _train(
                         progress.restart_clock()
             checkpoints.wait()
             notice.mark_saved(f"step {total_steps} is saved")
-            results = evaluator.score(state, workdir / "predictions")
+            results, predicted = evaluator.score(state, workdir / "predictions")
             if results and not metric_writer.has_test_row(workdir, total_steps):
-                writer.write(_test_row(results, total_steps, experiment.epoch_at(total_steps)))
+                writer.write(_test_row(results, total_steps, program.epoch_at(total_steps)))
     if results:
-        results |= non_finite.summary(config, workdir, total_steps)
-        results |= bad_images.count(config, workdir, total_steps)
-        publish(results, workdir)
+        results |= non_finite.summary(settings.optim.skip_non_finite, workdir, total_steps)
+        results |= bad_images.count(policy, workdir, total_steps)
+        publish(results, predicted, workdir)
     return results
 
 
@@ -226,16 +224,17 @@ def _dispatches(experiment: Experiment, plan: PhasePlan, start: int) -> Iterator
     A dispatch ends where something is to be done, and at multiples of its length otherwise, so that
     an interruption changes nothing.
     """
-    config, length = experiment.config, experiment.inputs.steps_per_dispatch(plan.index)
-    first, last = config["profile"]["steps"] or (0, 0)
+    settings, program = experiment.settings, experiment.program
+    length = experiment.inputs.steps_per_dispatch(plan.index)
+    first, last = settings.profile.steps or (0, 0)
     before = start
     for step in range(start + 1, plan.last_step + 1):
         if (
             (step - plan.first_step) % length == 0
             or step == plan.last_step
             or step in (first - 1, last)
-            or _is_time(experiment, step, config["checkpoint"]["every_epochs"])
-            or _is_time(experiment, step, config["eval"]["every_epochs"])
+            or _is_time(program, step, settings.checkpoint.every_epochs)
+            or _is_time(program, step, settings.eval.every_epochs)
         ):
             yield before, step
             before = step
@@ -245,7 +244,7 @@ def _make_inputs(
     experiment: Experiment, plan: PhasePlan, dispatches: list[tuple[int, int]], workdir: Path
 ) -> Prefetcher:
     """The inputs of a phase, placed on the devices before they are asked for."""
-    policy, start = experiment.config["data"]["on_bad_image"], dispatches[0][0]
+    policy, start = experiment.settings.data.on_bad_image, dispatches[0][0]
     replacements = bad_images.make_replacements(policy, experiment.data.train, workdir, start)
     within = [(before - plan.first_step, step - plan.first_step) for before, step in dispatches]
     return experiment.inputs.train(plan.index, within, replacements)
@@ -270,30 +269,30 @@ def _first_dispatch(
 
 
 def _announce(experiment: Experiment) -> None:
-    config, devices, context = experiment.config, experiment.parallel, experiment.context
+    settings, program = experiment.settings, experiment.program
+    devices, taus = program.parallel, [tau for tau in program.taus if tau is not None]
     log.info(
         "%s, %s with %d experts, taus %s; %d steps, %d an epoch, learning rate %g",
-        config["model"]["name"],
-        config["method"]["name"],
-        len(experiment.taus),
-        ", ".join("-" if tau is None else f"{tau:g}" for tau in experiment.taus),
-        experiment.total_steps,
-        context.steps_per_epoch,
-        config["optim"]["learning_rate"],
+        settings.model.name,
+        settings.method.name,
+        len(program.taus),
+        ", ".join("-" if tau is None else f"{tau:g}" for tau in program.taus),
+        program.total_steps,
+        program.context.steps_per_epoch,
+        settings.optim.learning_rate,
     )
     log.info(
         "Batch: %d images in all, %d a host, %d a device; hosts: %d, devices: %d (%s)",
-        config["batch_size"],
-        config["batch_size"] // devices.num_hosts,
-        config["batch_size"] // devices.num_devices,
+        settings.batch_size,
+        settings.batch_size // devices.num_hosts,
+        settings.batch_size // devices.num_devices,
         devices.num_hosts,
         devices.num_devices,
         devices.mesh.devices.flat[0].device_kind,
     )
-    if config["note"]:
-        log.info("Note: %s", config["note"])
-    taus = [tau for tau in experiment.taus if tau is not None]
-    known = len(taus) == len(experiment.taus)
+    if settings.note:
+        log.info("Note: %s", settings.note)
+    known = len(taus) == len(program.taus)
     if known and not np.isclose(mean_tau := float(np.mean(taus)), 1):
         leaning = "frequent" if mean_tau < 1 else "rare"
         log.info(
@@ -305,16 +304,16 @@ def _announce(experiment: Experiment) -> None:
 
 def missing_test_row(experiment: Experiment, workdir: Path, step: int) -> bool:
     """Whether the run was stopped before it wrote the scores that are due after `step`."""
-    due = _is_time(experiment, step, experiment.config["eval"]["every_epochs"])
-    if not due or not 0 < step < experiment.total_steps:
+    due = _is_time(experiment.program, step, experiment.settings.eval.every_epochs)
+    if not due or not 0 < step < experiment.program.total_steps:
         return False
     return multihost.broadcast_bool(lambda: not metric_writer.has_test_row(workdir, step))
 
 
-def _is_time(experiment: Experiment, step: int, every_epochs: int) -> bool:
+def _is_time(program: Program, step: int, every_epochs: int | None) -> bool:
     """Whether an epoch ends with a step, and as many epochs do as something is to be done after."""
-    epoch = experiment.epoch_at(step)
-    return every_epochs > 0 and epoch == int(epoch) and int(epoch) % every_epochs == 0
+    epoch = program.epoch_at(step)
+    return every_epochs is not None and epoch == int(epoch) and int(epoch) % every_epochs == 0
 
 
 def _test_row(results: dict[str, Any], step: int, epoch: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import cli
 from balpoe_jax.aot.flops import count_flops
+from balpoe_jax.config import resolve
 from balpoe_jax.experiment.build import Experiment, build
 from balpoe_jax.experiment.program import Program
 from balpoe_jax.torch_import import convert
@@ -82,7 +83,7 @@ def measure(case: Case, sizes: Sizes, data: str) -> Row:
     else:
         many = sizes.dispatch if case.dispatch == "several" else 1
         experiment = _build(config, data, many)
-        program, call = experiment, _on_pipeline(experiment)
+        program, call = experiment.program, _on_pipeline(experiment)
     start = time.perf_counter()
     losses = np.ravel(jax.device_get(call.run())).tolist()
     compiled = time.perf_counter() - start
@@ -147,22 +148,24 @@ def _on_pipeline(experiment: Experiment) -> _Calls:
     many = experiment.inputs.steps_per_dispatch(0)
     dispatches = ((i * many, (i + 1) * many) for i in itertools.count())
     inputs = experiment.inputs.train(0, dispatches)
-    step = experiment.inputs.map_train_step(experiment.train_step(), 0)
-    return _Calls(step, experiment.init_state(), lambda: next(inputs), lambda: inputs.waited)
+    step = experiment.inputs.map_train_step(experiment.program.train_step(), 0)
+    return _Calls(
+        step, experiment.program.init_state(), lambda: next(inputs), lambda: inputs.waited
+    )
 
 
 def _build(config: ConfigDict, data: str, many: int) -> Experiment:
     config.data.update(
         data_dir=data, pipeline="device", steps_per_dispatch=many, verify_counts=False
     )
-    return build(config)
+    return build(resolve(config))
 
 
 def _place_batch(program: Program) -> Any:
     """A ready batch on the devices, with images of the network's precision."""
-    size = program.config["batch_size"]
+    size = program.settings.batch_size
     batch = step_cases.ready_batch(size, program.image_shape, program.context.class_counts)
-    images = batch["images"].astype(jax.numpy.dtype(program.config["model"]["dtype"]))
+    images = batch["images"].astype(jax.numpy.dtype(program.settings.model.dtype))
     return program.parallel.shard(batch | {"images": images})
 
 

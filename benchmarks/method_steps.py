@@ -56,6 +56,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
     import jax
 
     from balpoe_jax import parallel
+    from balpoe_jax.config import resolve
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment.build import build_program
     from balpoe_jax.experiment.program import num_parameters
@@ -71,10 +72,12 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
     with tempfile.TemporaryDirectory() as folder:
         if teacher := PRESETS[method.partition(":")[0]].teacher:
             taught_by = _config(":".join(teacher), backbone)
-            _pretend_to_have_trained(taught_by, build(taught_by).init_state(), Path(folder))
+            teacher_state = build(resolve(taught_by)).init_state()
+            _pretend_to_have_trained(taught_by, teacher_state, Path(folder))
             config.method.teacher = folder
-        program = build(config)
+        program = build(resolve(config))
         state: Any = program.init_state()
+        constants = [program.load_constants()] if teacher else []
     random = np.random.default_rng(0)
     names = ["images", *(f"images_{view}" for view in range(2, program.method.views + 1))]
     labels = random.integers(0, len(counts), (2, batch_size)).astype(np.int32)
@@ -91,7 +94,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
 
     def step() -> None:
         nonlocal state
-        state, metrics = update(state, batch)
+        state, metrics = update(state, batch, *constants)
         jax.block_until_ready(metrics)
 
     step()

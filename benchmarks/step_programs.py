@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from balpoe_jax import parallel
+from balpoe_jax.config import resolve
 from balpoe_jax.config.dataset_defaults import IMAGENET_LT, cifar_config, photo_config
 from balpoe_jax.data.datasets import published
 from balpoe_jax.experiment.build import build_program
@@ -43,19 +44,19 @@ def make_program(config: ConfigDict, sizes: Sizes) -> Program:
     else:
         counts = np.full(sizes.photo_classes, 116, np.int64)
         shape = (sizes.photo_size, sizes.photo_size, 3)
-    return build_program(config, devices, counts, shape)
+    return build_program(resolve(config), devices, counts, shape)
 
 
 def with_stages(program: Program, stage_sizes: Sequence[int]) -> Program:
     """The program with another number of blocks in each stage of its network."""
     model = create_model(
-        program.config["model"]["name"],
+        program.settings.model.name,
         num_classes=len(program.context.class_counts),
         num_experts=EXPERTS,
         axis_name=parallel.AXIS_NAME,
         expert_map=program.model.expert_map,
         stage_sizes=stage_sizes,
-        dtype=jnp.dtype(program.config["model"]["dtype"]),
+        dtype=jnp.dtype(program.settings.model.dtype),
     )
     network = program.method.network(model, program.context)
     return dataclasses.replace(program, model=model, network=network)

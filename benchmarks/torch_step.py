@@ -61,13 +61,13 @@ class Step:
         prior = torch.from_numpy(np.array(log_prior(program.context.class_counts))).to(device)
         taus = torch.tensor(program.context.taus, device=device)
         self._bias = taus[:, None, None] * prior
-        options = program.config["optim"]
+        options = program.settings.optim
         self._optimizer = torch.optim.SGD(
             model.parameters(),
             program.learning_rate(1),
-            options["momentum"],
-            weight_decay=options["weight_decay"],
-            nesterov=options["nesterov"],
+            options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=options.nesterov,
             fused=device == "cuda",
         )
         placed = {name: x.to(device) for name, x in torch_resnet.to_torch(batch).items()}

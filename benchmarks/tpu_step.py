@@ -21,7 +21,7 @@ from balpoe_jax import cli
 from balpoe_jax.aot import examine
 from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.aot.topologies import chip_of, compile_only_devices
-from balpoe_jax.config import check_config
+from balpoe_jax.config import resolve
 from balpoe_jax.config.dataset_defaults import IMAGENET_LT, photo_config
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
@@ -43,7 +43,6 @@ def our_config(num_experts: int, batch_size: int) -> ConfigDict:
     config = photo_config(IMAGENET_LT, f"experts={num_experts},batch_size={batch_size}")
     config.model.dtype = "bfloat16"
     config.parallel.sync_batch_norm = False
-    check_config(config)
     return config
 
 
@@ -71,7 +70,7 @@ def compare(
     theirs = examine.examine_step(step, arguments, batch_size, count_flops(step, *arguments), chip)
     yield "Flax's example", theirs
     for name, config in configs.items():
-        ours = examine.examine_on(config, devices, chip, evaluation=False)["train"]
+        ours = examine.examine_on(resolve(config), devices, chip, evaluation=False)["train"]
         ours["cycles_ratio"] = ours["cycles"] / theirs["cycles"]
         ours["flops_ratio"] = ours["flops"]["needed"] / theirs["flops"]["needed"]
         yield name, ours

@@ -38,6 +38,7 @@ def run(
     import torch
 
     from balpoe_jax import parallel
+    from balpoe_jax.config import resolve
     from balpoe_jax.config.dataset_defaults import cifar_config
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment.build import build_program
@@ -53,7 +54,7 @@ def run(
     config.batch_size = batch_size
     counts, image_shape = published("cifar100", 100.0)
     devices = parallel.make_parallel(devices=jax.devices("cpu")[:1])
-    program = build_program(config, devices, counts, image_shape)
+    program = build_program(resolve(config), devices, counts, image_shape)
     model = torch_resnet.Ensemble(CIFAR_MODELS[backbone].stage_sizes[0], experts, len(counts))
     trainer = torch_resnet.Trainer(
         model,

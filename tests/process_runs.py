@@ -187,6 +187,7 @@ def load(path: Path) -> list[np.ndarray]:
 
 def agree(folder: Path) -> None:
     """What one process refuses, all refuse; no training."""
+    from balpoe_jax.config import Settings, resolve
     from balpoe_jax.data.datasets import balanced
     from balpoe_jax.errors import UserError
     from balpoe_jax.experiment.build import build_together
@@ -210,17 +211,17 @@ def agree(folder: Path) -> None:
     balanced.BALANCED_DATASETS["digits"] = (profile, load_own)
     for attempt in (
         lambda: record.open_workdir(str(own)),
-        lambda: record.check_config_everywhere({"seed": jax.process_index()}),
+        lambda: record.check_config_everywhere(Settings(seed=jax.process_index())),
         lambda: multihost.run_on_process_0(refuse),
         lambda: record.open_workdir("/dev/null/x" if multihost.is_first() else str(own)),
-        lambda: build_together(digits_config()),
+        lambda: build_together(resolve(digits_config())),
     ):
         try:
             attempt()
         except UserError as error:
             refusals.append(str(error))
     balanced.BALANCED_DATASETS["digits"] = (profile, load)
-    record.check_config_everywhere({"seed": 1})
+    record.check_config_everywhere(Settings())
     record.open_workdir(str(folder / "shared"))
     (folder / f"refusals-{jax.process_index()}.json").write_text(json.dumps(refusals))
 
@@ -232,6 +233,7 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     """
     import tiny_network
 
+    from balpoe_jax.config import resolve
     from balpoe_jax.evaluate import Evaluator
     from balpoe_jax.experiment import build
     from balpoe_jax.reporting import report
@@ -245,14 +247,14 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
         report.write_report = lambda workdir: "no page"
     with metric_writer.log_to_file(folder):
         agree(folder)
-    results = train(digits_config(), str(folder / "run"))
+    results = train(resolve(digits_config()), str(folder / "run"))
     assert bool(results) == (who == 0)
     for mode in MODES:
-        train(device_config(mode), str(folder / f"device-{mode}"))
+        train(resolve(device_config(mode)), str(folder / f"device-{mode}"))
     if twin:
         dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
     with metric_writer.log_to_file(folder):
-        program = build.build(digits_config(parallel__mode="shard_map"))
+        program = build.build(resolve(digits_config(parallel__mode="shard_map"))).program
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
         state = checkpoints.restore_latest(program.abstract_state())
     scores = Evaluator(program).score_test(state, folder / "predictions")

@@ -19,9 +19,11 @@ from test_config import get_config
 
 from balpoe_jax.aot import examine, topologies
 from balpoe_jax.aot.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
+from balpoe_jax.config import resolve
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import auto_expert_map, build
+from balpoe_jax.experiment.settings import train_settings
 
 pytestmark = pytest.mark.integration
 
@@ -43,13 +45,13 @@ def tiny_config():
 def found() -> dict:
     """Both steps of a tiny experiment on four CPUs that are taken for chips of 1 MB."""
     chip = Chip(hbm_bytes=10**6, peak_flops=1e12, flops_per_cycle=1000, slices=())
-    return examine.examine_on(tiny_config(), jax.devices()[:4], chip)
+    return examine.examine_on(resolve(tiny_config()), jax.devices()[:4], chip)
 
 
 def test_figures_of_both_steps(found: dict) -> None:
     assert found["num_parameters"] == sum(
         np.prod(leaf.shape)
-        for leaf in jax.tree.leaves(build(tiny_config()).abstract_state().params)
+        for leaf in jax.tree.leaves(build(resolve(tiny_config())).program.abstract_state().params)
     )
     assert (found["train"]["batch_size"], found["eval"]["batch_size"]) == (32, 32)
     train, evaluation = found["train"]["flops"], found["eval"]["flops"]
@@ -87,11 +89,11 @@ def test_abstract_batches_are_those_of_the_pipeline(method: str, dtype: str) -> 
     """Otherwise another step would be compiled than the one that runs."""
     config = get_config("digits_lt", f"method={method}")
     config.model.dtype = dtype
-    experiment = build(config)
-    train, evaluation = examine.abstract_batches(experiment)
-    settings = experiment.train_settings
+    experiment = build(resolve(config))
+    train, evaluation = examine.abstract_batches(experiment.program)
+    settings = train_settings(experiment.settings)[0]
     made = next(pipeline.train_batches(experiment.data.train, settings, 0, 1))
-    size = experiment.eval_batch_size
+    size = experiment.program.eval_batch_size
     made_eval = next(
         pipeline.eval_batches(
             experiment.data.test, size, settings.mean, settings.std, dtype=settings.dtype
@@ -107,13 +109,13 @@ def test_an_abstract_plan_is_that_of_the_device_pipeline() -> None:
     config = get_config("digits_lt")
     config.augment.policy = "autoaugment_cifar"
     config.data.pipeline, config.parallel.mode = "device", "shard_map"
-    experiment = build(config)
+    experiment = build(resolve(config))
     step, plan, constants = examine._planned_step(config, experiment, experiment.data.class_counts)
     made = next(experiment.inputs.train(0, [(0, 1)]))
     placed = experiment.inputs._images(experiment.data.train)
     for abstract, concrete in ((plan, made), (constants["images"], placed)):
         assert shapes(abstract) == shapes(concrete)
-    state = experiment.abstract_state()
+    state = experiment.program.abstract_state()
     after, metrics = jax.eval_shape(step, state, plan, constants)
     assert shapes(after) == shapes(state) and "loss" in metrics
 
@@ -141,10 +143,10 @@ def test_published_counts_need_no_data() -> None:
     counts, shape = datasets.published("cifar100", 100)
     assert (len(counts), counts.sum(), counts[0], counts[-1]) == (100, 10847, 500, 5)
     assert shape == (32, 32, 3)
-    experiment = build(tiny_config())
+    experiment = build(resolve(tiny_config()))
     counts, shape = datasets.published("digits", 26)
     np.testing.assert_array_equal(counts, experiment.data.class_counts)
-    assert shape == experiment.image_shape
+    assert shape == experiment.program.image_shape
     with pytest.raises(UserError, match="Unknown data set 'mnist'; choose from digits"):
         datasets.published("mnist", 100)
 
@@ -280,7 +282,7 @@ def test_a_tpu_gets_cycles_and_one_all_reduce_of_all_gradients(
     config = tiny_config()
     config.parallel.sync_batch_norm = sync
     config.optim.accumulation_steps = accumulate
-    found = examine.examine(config, "v5e:2x2")
+    found = examine.examine(resolve(config), "v5e:2x2")
     (reduced,) = found["train"]["collectives"]
     assert (reduced["kind"], reduced["count"]) == ("all-reduce", count)
     assert reduced["bytes"] > 4 * found["num_parameters"]

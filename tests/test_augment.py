@@ -245,9 +245,9 @@ def test_normalizes_by_channel() -> None:
     ("settings", "message"),
     [
         ({"policy": "trivial"}, "one of none, autoaugment_cifar, randaugment; got 'trivial'"),
-        ({"color_jitter": (0.4, 0.4)}, "color_jitter must be three"),
-        ({"color_jitter": (0.4, 0.4, 1.2)}, "color_jitter must be three"),
-        ({"fill": (0, 0, 256)}, "fill must be three"),
+        ({"color_jitter": (0.4, 0.4)}, "color_jitter must be"),
+        ({"color_jitter": (0.4, 0.4, 1.2)}, "color_jitter must be"),
+        ({"fill": (0, 0, 256)}, "fill must be"),
         ({"rotation": -1.0}, "rotation"),
         ({"rotation": float("nan")}, "rotation"),
         ({"crop_padding": -1}, "crop_padding"),

@@ -12,7 +12,7 @@ import tiny_network
 from test_methods import fresh, parts, run
 from tiny_network import COUNTS, numeric_gradient
 
-from balpoe_jax.config import default_config
+from balpoe_jax.config import default_config, resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
@@ -314,12 +314,12 @@ def test_mixed_images_are_refused() -> None:
 
     config = get_config("digits_lt", "method=paco,mixup=true")
     with pytest.raises(UserError, match=r"paco knows no mixed labels: config.mix.alpha must be 0"):
-        check(config, make_parallel())
+        check(resolve(config), make_parallel())
     config = get_config("digits_lt", "method=balpoe")
     config.view2 = default_config().augment
     with pytest.raises(UserError, match="takes 1 views of an image, and the config describes 2"):
-        check(config, make_parallel())
+        check(resolve(config), make_parallel())
     config = get_config("digits_lt", "method=bcl")
     config.optim.accumulation_steps = 2
     with pytest.raises(UserError, match="accumulation_steps must be 1 for the method bcl"):
-        check(config, make_parallel())
+        check(resolve(config), make_parallel())

@@ -10,6 +10,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 from test_config import get_config
 
+from balpoe_jax.config import resolve
 from balpoe_jax.data import datasets, long_tail
 from balpoe_jax.data.datasets import balanced, cifar_tfds
 from balpoe_jax.errors import UserError
@@ -105,7 +106,7 @@ def test_unchecked_counts_are_announced_and_recorded(monkeypatch, caplog) -> Non
     config = get_config("cifar100_lt", "ir=10,backbone=resnet8")
     config.data.verify_counts = False
     with caplog.at_level(logging.INFO, logger="balpoe_jax"):
-        experiment = build(config)
+        experiment = build(resolve(config))
     lines = [message for message in caplog.messages if "not checked" in message]
     assert lines == [
         "Class counts are not checked (data.verify_counts=False): they are not as published"

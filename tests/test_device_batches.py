@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from scipy import stats
 from test_config import get_config
 
+from balpoe_jax.config import resolve
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.batches import mixing as host_mixing
 from balpoe_jax.data.device.batches import make_batch
@@ -32,7 +33,7 @@ from balpoe_jax.data.settings import (
 )
 from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.experiment.inputs import DeviceInputs, map_planned_step
-from balpoe_jax.experiment.settings import phase_configs, train_settings
+from balpoe_jax.experiment.settings import train_settings
 from balpoe_jax.methods import PRESETS
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import TrainState
@@ -300,7 +301,7 @@ def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
         if name == "digits_lt" and recipe in ("strong", "long"):
             continue
         config = get_config(name, f"recipe={recipe},method={method}")
-        for settings in map(partial(train_settings, phase=0), phase_configs(config)):
+        for settings in train_settings(resolve(config)):
             if settings in planned:
                 continue
             planned.add(settings)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_config import get_config
 
+from balpoe_jax.config import resolve
 from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import inputs
@@ -48,7 +49,7 @@ def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def final_state(workdir: Path):
     with Checkpoints(str(workdir / "checkpoints"), read_only=True) as checkpoints:
-        return checkpoints.restore_latest(build(config_of()).abstract_state())
+        return checkpoints.restore_latest(build(resolve(config_of())).program.abstract_state())
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("balpoe_jax.evaluate.report.write_report", lambda workdir: "no page")
-        train(config_of(), str(workdir))
+        train(resolve(config_of()), str(workdir))
     return workdir
 
 
@@ -75,7 +76,7 @@ def test_where_dispatches_are_cut_changes_no_bit(
     finished: Path, tmp_path: Path, steps: int
 ) -> None:
     """Two steps, or the one to the end of an epoch; or as many as there are to a checkpoint."""
-    train(config_of(steps), str(tmp_path))
+    train(resolve(config_of(steps)), str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(finished))
     ends = [2, 3, 4, 6, 8, 9] if steps == 2 else [3, 6, 9]
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == ends
@@ -83,7 +84,7 @@ def test_where_dispatches_are_cut_changes_no_bit(
 
 @pytest.mark.slow
 def test_single_steps_round_otherwise_at_most(finished: Path, tmp_path: Path) -> None:
-    train(config_of(steps=None), str(tmp_path))  # which is 1 on a CPU
+    train(resolve(config_of(steps=None)), str(tmp_path))  # which is 1 on a CPU
     singly = [row["loss"] for row in rows(tmp_path) if "loss" in row]
     together = [row["loss"] for row in rows(finished) if "loss" in row]
     assert len(singly) == 9
@@ -97,7 +98,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     workdir = shutil.copytree(finished, tmp_path / "run")
     for step in (6, 9):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    train(config_of(pipeline=None), str(workdir))
+    train(resolve(config_of(pipeline=None)), str(workdir))
     jax.tree.map(np.testing.assert_array_equal, final_state(workdir), final_state(finished))
     assert (workdir / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
@@ -108,24 +109,26 @@ def test_a_signal_ends_the_run_after_the_dispatch(
     notice = PreemptionNotice()
     monkeypatch.setattr(notice, "requested", lambda: True)
     with pytest.raises(Preempted, match="step 2 is saved"):
-        train(config_of(steps=2), str(tmp_path), notice=notice)
-    train(config_of(steps=2), str(tmp_path))
+        train(resolve(config_of(steps=2)), str(tmp_path), notice=notice)
+    train(resolve(config_of(steps=2)), str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), final_state(finished))
 
 
 def test_a_step_that_is_not_finite_is_named_within_its_dispatch(tmp_path: Path) -> None:
     config = config_of(steps=3, optim__learning_rate=1e12, optim__warmup_epochs=0)
     with pytest.raises(UserError, match=r"is not finite at step [2-6] \(learning rate") as raised:
-        train(config, str(tmp_path))
+        train(resolve(config), str(tmp_path))
     (row,) = rows(tmp_path, "non_finite.jsonl")
     assert f"step {row['step']} " in str(raised.value)
-    experiment = build(config)
+    experiment = build(resolve(config))
     np.testing.assert_array_equal(row["indices"], experiment.batch_indices(row["step"]))
 
 
 def test_both_pipelines_evaluate_alike(finished: Path, tmp_path: Path) -> None:
-    on_device = evaluate(config_of(), str(shutil.copytree(finished, tmp_path / "device")))
-    on_host = evaluate(config_of(None, "host"), str(shutil.copytree(finished, tmp_path / "host")))
+    on_device = evaluate(resolve(config_of()), str(shutil.copytree(finished, tmp_path / "device")))
+    on_host = evaluate(
+        resolve(config_of(None, "host")), str(shutil.copytree(finished, tmp_path / "host"))
+    )
     assert on_device["test"] == pytest.approx(on_host["test"], rel=1e-4, abs=1e-5)
     logits = [
         np.load(tmp_path / where / "predictions" / f"{part}expert_logits.npy")
@@ -138,7 +141,7 @@ def test_both_pipelines_evaluate_alike(finished: Path, tmp_path: Path) -> None:
 
 def test_random_views_do_not_depend_on_the_batch_size() -> None:
     def views(batch_size: int) -> np.ndarray:
-        experiment = build(config_of(eval__batch_size=batch_size))
+        experiment = build(resolve(config_of(eval__batch_size=batch_size)))
 
         def pixels(variables, batch):
             gather = jax.lax.all_gather
@@ -149,7 +152,7 @@ def test_random_views_do_not_depend_on_the_batch_size() -> None:
 
         step = experiment.inputs.map_eval_step(pixels)
         test = experiment.data.test
-        batches = experiment.inputs.predict(test, experiment.eval_batch_size, view=1)
+        batches = experiment.inputs.predict(test, experiment.program.eval_batch_size, view=1)
         out = [jax.device_get(step({}, batch, test)) for batch in batches]
         return np.concatenate([one["images"][one["mask"]] for one in out])
 
@@ -160,35 +163,35 @@ def test_random_views_do_not_depend_on_the_batch_size() -> None:
 
 def test_dispatches_end_where_something_is_to_be_done() -> None:
     config = config_of(steps=4, eval__every_epochs=2, checkpoint__every_epochs=3)
-    experiment = build(config)
-    (plan,) = experiment.phases
+    experiment = build(resolve(config))
+    (plan,) = experiment.program.phases
     assert list(_dispatches(experiment, plan, 0)) == [(0, 4), (4, 6), (6, 8), (8, 9)]
     assert list(_dispatches(experiment, plan, 5)) == [(5, 6), (6, 8), (8, 9)]
-    traced = build(config_of(steps=100, profile__steps=(2, 2), checkpoint__every_epochs=3))
+    traced = build(resolve(config_of(steps=100, profile__steps=(2, 2), checkpoint__every_epochs=3)))
     assert list(_dispatches(traced, plan, 0)) == [(0, 1), (1, 2), (2, 9)]
 
 
 def test_a_run_does_not_change_its_pipeline(finished: Path) -> None:
     with pytest.raises(UserError, match="makes its batches on the device, and the host would"):
-        train(config_of(None, "host"), str(finished))
+        train(resolve(config_of(None, "host")), str(finished))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pipeline": "gpu"}, "data.pipeline must be None, host or device; got 'gpu'"),
+        ({"pipeline": "gpu"}, "data.pipeline must be one of host, device, or None; got 'gpu'"),
         ({"pipeline": "host", "steps": 3}, "steps_per_dispatch=3 needs the device pipeline"),
-        ({"steps": 0}, "steps_per_dispatch must be 1 to 10000"),
+        ({"steps": 0}, "steps_per_dispatch must be from 1 to 10000"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build(config_of(**changes))
+        build(resolve(config_of(**changes)))
 
 
 def test_photographs_are_not_for_device_memory() -> None:
     photos = type("Photos", (), {"train": object(), "test": object(), "held_out": None})()
-    parallel = build(config_of()).parallel
+    parallel = build(resolve(config_of())).program.parallel
     with pytest.raises(UserError, match="photographs that are read from files; set it to host"):
         inputs.choose_pipeline("device", photos, parallel)
     assert inputs.choose_pipeline(None, photos, parallel) == "host"
@@ -212,7 +215,7 @@ def test_the_default_follows_platform_memory_and_what_is_installed(
     mesh = type("Mesh", (), {"devices": np.array([device])})()
     parallel = type("Parallel", (), {"mesh": mesh})()
     monkeypatch.setattr(inputs.extras, "has_tensorflow", lambda: tensorflow)
-    data = build(config_of()).data
+    data = build(resolve(config_of())).data
     assert inputs.choose_pipeline(None, data, parallel) == expected
 
 

@@ -79,7 +79,7 @@ ARGUMENTS = st.one_of(
 @fuzzed(60)
 @given(arguments=ARGUMENTS)
 def test_arguments_of_a_config(name: str, arguments: str) -> None:
-    sentence_of(lambda: config_lib.check_config(get_config(name, arguments)))
+    sentence_of(lambda: config_lib.resolve(get_config(name, arguments)))
 
 
 def fields(config, prefix: str = "config") -> list[str]:

@@ -9,6 +9,7 @@ from test_config import get_config
 
 from balpoe_jax.aot import examine, gpus
 from balpoe_jax.aot.kernels import Kernels, count_launches, kernels, launches
+from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 
 # In the words of the compiler: a fusion that takes two slices of an array, one with a reduction, a
@@ -137,7 +138,7 @@ def test_without_the_assembler_or_with_an_old_one_a_sentence_says_so(monkeypatch
 
 @needs_cuda
 def test_a_step_compiled_for_an_absent_gpu() -> None:
-    found = examine.examine(get_config("digits_lt", "method=balpoe"), "h100")
+    found = examine.examine(resolve(get_config("digits_lt", "method=balpoe")), "h100")
     assert (found["devices"], found["expert_map"]) == (1, "stacked")
     counted = found["train"]["kernels"]
     assert counted["kinds"]["convolutions"] > 3 * 7

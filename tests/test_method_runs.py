@@ -15,6 +15,7 @@ from test_methods import DISTINCT
 from test_training import final_state, interrupt, rows
 
 from balpoe_jax import evaluate, methods
+from balpoe_jax.config import resolve
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
 
@@ -59,7 +60,7 @@ def config_of(name: str):
 def test_a_run(name: str, tmp_path: Path) -> None:
     config, finished, resumed = config_of(name), tmp_path / "finished", tmp_path / "resumed"
     epochs = 4 if config.get("phase2") else 2
-    results = train(config, str(finished))
+    results = train(resolve(config), str(finished))
     assert (results["step"], results["epoch"]) == (3 * epochs, epochs)
     assert 0 < results["test"]["top1"] <= 1 and results["shift"]["forward10"]["prior"] > 0
     logged = [row for row in rows(finished) if "loss" in row]
@@ -69,7 +70,7 @@ def test_a_run(name: str, tmp_path: Path) -> None:
     assert recorded["method"]["name"] == config.method.name
     if name in RESUMED:
         interrupt(finished, resumed, epoch=epochs - 1)
-        assert train(config, str(resumed)) == results
+        assert train(resolve(config), str(resumed)) == results
         jax.tree.map(
             np.testing.assert_array_equal,
             final_state(config, resumed),
@@ -81,11 +82,11 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> 
     """From views of the test images: every target has a history, and nothing else is touched."""
     config = config_of("sade")
     config.eval.expert_weights_epochs = 2
-    results = train(config, str(tmp_path / "with"))
+    results = train(resolve(config), str(tmp_path / "with"))
     tables = (tmp_path / "with" / "report" / "tables.md").read_text()
     request.getfixturevalue("no_page")
     config.eval.expert_weights_epochs = 0
-    without = evaluate.evaluate(config, str(tmp_path / "with"))
+    without = evaluate.evaluate(resolve(config), str(tmp_path / "with"))
     found = results.pop("aggregation")
     assert set(found) == set(results["shift"])
     for name, scores in found.items():
@@ -113,9 +114,9 @@ def test_a_phase_that_begins_starts_the_optimizer_again(
     """Resumed from the very end of the first phase, where the second one has yet to begin."""
     config, finished, resumed = config_of(name), tmp_path / "finished", tmp_path / "resumed"
     config.phase2.learning_rate = 0.025
-    results = train(config, str(finished))
+    results = train(resolve(config), str(finished))
     interrupt(finished, resumed, epoch=2)
-    assert train(config, str(resumed)) == results
+    assert train(resolve(config), str(resumed)) == results
     rates = [row["learning_rate"] for row in rows(resumed) if "loss" in row]
     assert rates[6:9] == [0.025] * 3 and rates[9] < 0.025
     count = final_state(config, finished).opt_state[1][1].count
@@ -135,6 +136,6 @@ def test_the_example_of_a_method_of_ones_own(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setitem(methods.METHODS, "ramp", module.Ramp)
     config = config_of("ramp")
     assert config.method.ramp_epochs == 1  # of 100 in 200
-    results = train(config, str(tmp_path))
+    results = train(resolve(config), str(tmp_path))
     assert results["experts"][0]["tau"] is None
     assert [row["loss_tau"] for row in rows(tmp_path) if "loss" in row] == [1.0] * 6

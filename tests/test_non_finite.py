@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from test_training import STEPS_PER_EPOCH, final_state, rows, tiny_config
 
+from balpoe_jax.config import resolve
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment.build import build
+from balpoe_jax.experiment.settings import train_settings
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
@@ -105,7 +107,7 @@ def test_a_state_that_overflowed_is_never_saved(tmp_path: Path, monkeypatch) -> 
     """With metrics that are all finite: what is saved is looked at itself."""
     monkeypatch.setattr("balpoe_jax.progress.all_finite", lambda state: state.step < 3)
     with pytest.raises(UserError, match="the update is not finite at step 3"):
-        train(config_of(0), str(tmp_path))
+        train(resolve(config_of(0)), str(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
@@ -119,8 +121,8 @@ def test_a_sound_step_is_made_as_ever(request) -> None:
 
 
 def test_the_batch_of_a_step_can_be_told_afterwards() -> None:
-    experiment = build(config_of(0))
-    source, settings = experiment.data.train, experiment.train_settings
+    experiment = build(resolve(config_of(0)))
+    source, settings = experiment.data.train, train_settings(experiment.settings)[0]
     for step, batch in enumerate(make_batches(source, settings, 0, 4)):
         indices = pipeline.batch_indices(source.labels, settings, step)
         np.testing.assert_array_equal(source.labels[indices], batch["labels"])
@@ -132,7 +134,7 @@ def skipped(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("skipped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, BAD_STEP)
-        train(config_of(1), str(workdir))
+        train(resolve(config_of(1)), str(workdir))
     return workdir
 
 
@@ -144,14 +146,14 @@ def test_skipped_steps_are_counted_in_the_record(skipped: Path) -> None:
     (row,) = rows(skipped, "non_finite.jsonl")
     assert (row["step"], row["skipped"]) == (BAD_STEP, True)
     assert row["learning_rate"] == made[BAD_STEP - 1]["learning_rate"]
-    experiment = build(config_of(1))
-    source, settings = experiment.data.train, experiment.train_settings
+    experiment = build(resolve(config_of(1)))
+    source, settings = experiment.data.train, train_settings(experiment.settings)[0]
     expected = pipeline.batch_indices(source.labels, settings, BAD_STEP - 1)
     assert row["indices"] == expected.tolist()
     assert row["ids"] == [str(key) for key in source.keys[expected]]
     assert "Step 5 is not finite and skipped, 1 of 1" in (skipped / "train.log").read_text()
     assert all_finite(final_state(config_of(1), skipped))
-    assert evaluate(config_of(1), str(skipped))["skipped_steps"] == 1
+    assert evaluate(resolve(config_of(1)), str(skipped))["skipped_steps"] == 1
 
 
 @pytest.mark.slow_cases("1")
@@ -165,7 +167,7 @@ def test_a_resumed_run_counts_as_an_undisturbed_one(
         if int(checkpoint.name) > epoch * STEPS_PER_EPOCH:
             shutil.rmtree(checkpoint)
     spoil(monkeypatch, BAD_STEP)
-    train(config_of(1), str(workdir))
+    train(resolve(config_of(1)), str(workdir))
     for name in ("results.json", "non_finite.jsonl"):
         assert (workdir / name).read_bytes() == (skipped / name).read_bytes()
     states = [final_state(config_of(1), path) for path in (workdir, skipped)]
@@ -185,7 +187,7 @@ def test_one_too_many_ends_the_run(skipped: Path, tmp_path: Path, monkeypatch) -
         r"is training examples \d+ \(\d+\), .* and 132 more, all listed in .*non_finite\.jsonl"
     )
     with pytest.raises(UserError, match=expected):
-        train(config_of(1), str(workdir))
+        train(resolve(config_of(1)), str(workdir))
     assert [row["skipped"] for row in rows(workdir, "non_finite.jsonl")] == [True, False]
     with Checkpoints(str(workdir / "checkpoints"), read_only=True) as checkpoints:
         assert checkpoints.latest_step() == 3
@@ -198,4 +200,4 @@ def test_a_damaged_count_is_refused(skipped: Path, tmp_path: Path) -> None:
     for text in ("{", '{"step": 3}\n'):
         (workdir / "non_finite.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"non_finite\.jsonl is damaged: it should hold"):
-            evaluate(config_of(1), str(workdir))
+            evaluate(resolve(config_of(1)), str(workdir))

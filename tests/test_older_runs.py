@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from balpoe_jax.config import resolve
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.train import train
 from configs import digits_lt
@@ -29,7 +30,7 @@ def test_a_finished_run_is_evaluated(tmp_path: Path) -> None:
     workdir = shutil.copytree(RUNS / "finished", tmp_path / "run")
     before = json.loads((workdir / "results.json").read_text())
     (workdir / "results.json").unlink()
-    results = evaluate(config_of("epochs=2"), str(workdir))
+    results = evaluate(resolve(config_of("epochs=2")), str(workdir))
     assert results["step"] == before["step"] == 26
     assert results["class_counts"] == before["class_counts"]
     assert results["num_parameters"] == before["num_parameters"]
@@ -41,7 +42,7 @@ def test_a_finished_run_is_evaluated(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     workdir = shutil.copytree(RUNS / "interrupted", tmp_path / "run")
-    train(config_of("method=paco,epochs=2", log_every_steps=1), str(workdir))
+    train(resolve(config_of("method=paco,epochs=2", log_every_steps=1)), str(workdir))
     expected = _rows(RUNS / "interrupted_goes_on.jsonl")
     rows = _rows(workdir / "metrics.jsonl")[9:]
     assert [row["step"] for row in rows] == [row["step"] for row in expected]

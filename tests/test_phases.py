@@ -12,6 +12,7 @@ import tiny_network
 from test_config import get_config
 
 from balpoe_jax import methods
+from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import build
 from balpoe_jax.methods import Phase
@@ -107,7 +108,7 @@ def program_of(monkeypatch):
         config.seed = fields.pop("seed", 1)
         config.method.update(fields)
         counts, shape = np.arange(50, 0, -5), (8, 8, 3)
-        return build.build_program(config, make_parallel("pmap"), counts, shape)
+        return build.build_program(resolve(config), make_parallel("pmap"), counts, shape)
 
     return make
 

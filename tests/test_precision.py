@@ -8,7 +8,7 @@ import pytest
 from test_config import get_config
 
 from balpoe_jax.aot import examine
-from balpoe_jax.config import check_config
+from balpoe_jax.config import resolve
 from balpoe_jax.data.datasets import published
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build_program
@@ -20,7 +20,7 @@ def lowered(precision: str | None, **model: str) -> tuple[str, str]:
     config = get_config("digits_lt", "method=cross_entropy")
     config.model.update(precision=precision, **model)
     parallel = make_parallel("shard_map", jax.devices()[:1])
-    program = build_program(config, parallel, *published("digits", 26.0))
+    program = build_program(resolve(config), parallel, *published("digits", 26.0))
     batch, _ = examine.abstract_batches(program)
     return program.precision, program.map_train_step().lower(
         program.abstract_state(), batch
@@ -43,5 +43,7 @@ def test_a_body_in_bfloat16_has_no_other_precision() -> None:
     assert lowered(None, dtype="bfloat16")[0] == "bfloat16"
     config = get_config("digits_lt", "")
     config.model.update(precision="full", dtype="bfloat16")
-    with pytest.raises(UserError, match=r"with config\.model\.dtype=float32, or None, got 'full'"):
-        check_config(config)
+    with pytest.raises(
+        UserError, match=r"needs config\.model\.dtype=float32, or must be None, got 'full'"
+    ):
+        resolve(config)

@@ -16,6 +16,7 @@ import process_runs
 import pytest
 from conftest import flags_of_xla, quick_flags
 
+from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment.build import build
@@ -44,7 +45,7 @@ def reference(tiny_experts, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda workdir: "no page")
-        train(process_runs.digits_config(), str(workdir))
+        train(resolve(process_runs.digits_config()), str(workdir))
     return workdir
 
 
@@ -65,7 +66,7 @@ def restore(workdir: Path, num_devices: int = 4):
     placement = make_parallel("pmap", jax.devices()[:num_devices]).replicated
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
-        build(process_runs.digits_config()).abstract_state(),
+        build(resolve(process_runs.digits_config())).program.abstract_state(),
     )
     with Checkpoints(str(workdir / "checkpoints"), read_only=True) as checkpoints:
         return checkpoints.restore_latest(abstract)
@@ -108,7 +109,7 @@ def test_two_processes_train_what_one_does(reference: Path, two: Path) -> None:
     assert int(state.step) == STEPS
     assert_same_training(state, wanted)
     # The tolerance is a small part of what was learnt.
-    fresh = build(process_runs.digits_config()).init_state()
+    fresh = build(resolve(process_runs.digits_config())).program.init_state()
     for part, tolerance in STATE_TOLERANCES.items():
         assert distance(fresh, wanted, part) > 50 * tolerance
 
@@ -119,7 +120,7 @@ def device_reference(tiny_experts, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("device_reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda workdir: "no page")
-        train(process_runs.device_config("pmap"), str(workdir))
+        train(resolve(process_runs.device_config("pmap")), str(workdir))
     return workdir
 
 
@@ -182,7 +183,7 @@ def test_two_processes_predict_what_one_does(reference: Path, two: Path, tmp_pat
     workdir = tmp_path / "run"
     shutil.copytree(two / "run", workdir)
     before = json.loads((workdir / "results.json").read_text())
-    after = evaluate(process_runs.digits_config(), str(workdir))
+    after = evaluate(resolve(process_runs.digits_config()), str(workdir))
     for name, value in before["test"].items():
         assert after["test"][name] == pytest.approx(value, abs=1e-5)
 
@@ -325,4 +326,4 @@ def test_a_training_is_preempted_and_killed_and_goes_on(tmp_path: Path) -> None:
 def test_hosts_need_groups_of_their_own(monkeypatch) -> None:
     monkeypatch.setattr(Parallel, "num_hosts", 2)
     with pytest.raises(UserError, match=r"multiple of the number of hosts, 2; got 1"):
-        build(process_runs.digits_config(mix__groups=1))
+        build(resolve(process_runs.digits_config(mix__groups=1)))

@@ -3,7 +3,7 @@
 
 import pytest
 
-from balpoe_jax.config import check_config, resolve_taus
+from balpoe_jax.config import resolve
 from balpoe_jax.config.dataset_defaults import IMAGENET_LT, INATURALIST2018, photo_config
 from balpoe_jax.data.settings import AugmentSettings
 from balpoe_jax.errors import UserError
@@ -23,11 +23,11 @@ def test_published_recipes(
     recipe, arguments, epochs, batch, rate, decay, taus, alpha, policy
 ) -> None:
     config = photo_config(recipe, arguments)
-    check_config(config)
+    resolve(config)
     assert (config.total_epochs, config.batch_size) == (epochs, batch)
     assert (config.optim.learning_rate, config.optim.weight_decay) == (rate, decay)
     assert (config.optim.schedule, config.optim.warmup_epochs) == ("cosine", 0)
-    assert resolve_taus(config) == taus
+    assert resolve(config).taus == taus
     assert (config.mix.alpha, config.augment.policy) == (alpha, policy)
     assert (config.model.name, config.model.num_experts) == ("resnet50", 3)
     assert (config.data.image_size, config.augment.crop_padding) == (224, 0)
@@ -44,9 +44,9 @@ def test_colour_jitter_is_part_of_all_recipes_but_inaturalists_standard_one() ->
 
 
 def test_one_expert_has_the_tau_of_its_method() -> None:
-    assert resolve_taus(photo_config(IMAGENET_LT, "experts=1")) == (1.25,)
-    assert resolve_taus(photo_config(INATURALIST2018, "method=balanced_softmax")) == (1,)
-    assert resolve_taus(photo_config(INATURALIST2018, "method=cross_entropy,mixup=false")) == (0,)
+    assert resolve(photo_config(IMAGENET_LT, "experts=1")).taus == (1.25,)
+    assert resolve(photo_config(INATURALIST2018, "method=balanced_softmax")).taus == (1,)
+    assert resolve(photo_config(INATURALIST2018, "method=cross_entropy,mixup=false")).taus == (0,)
 
 
 def test_the_learning_rate_follows_the_batch_size() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fields of a config by their older names: in records, results and commands."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 from test_config import get_config
 
 from balpoe_jax.config import default_config, with_defaults
+from balpoe_jax.config.settings import Phase2Settings
 from balpoe_jax.renames import (
     FIELDS,
+    NONE_WAS,
     SECTIONS,
     current_name,
+    current_values,
     rename_fields,
     rename_overrides,
 )
@@ -58,7 +62,44 @@ def test_a_record_of_an_older_version_has_all_of_todays_fields() -> None:
     assert fields_of(with_defaults(recorded)) == fields_of(with_defaults(renamed))
     assert renamed["mix"]["alpha"] == recorded["mixup"]["alpha"]
     assert renamed["optim"]["decay_epochs"] == recorded["optim"]["boundaries"]
-    assert fields_of(renamed) <= fields_of(with_defaults(recorded))
+    ends = {"loss.tau_min", "loss.tau_max"}
+    assert fields_of(renamed) - fields_of(with_defaults(recorded)) == ends
+
+
+def test_what_none_was_written_as() -> None:
+    old = {
+        "model": {"shared_stages": -2, "expert_map": "auto"},
+        "mix": {"last_epoch": 0, "first_epoch": 0},
+        "augment": {"crop_area": 0.0},
+        "loss": {"taus": (), "tau_min": 0.5, "tau_max": 2.0},
+        "seed": 0,
+    }
+    assert current_values(old) == {
+        "model": {"shared_stages": None, "expert_map": None},
+        "mix": {"last_epoch": None, "first_epoch": 0},
+        "augment": {"crop_area": None},
+        "loss": {"taus": (0.5, 2.0)},
+        "seed": 0,
+    }
+    assert old["model"]["shared_stages"] == -2  # the record itself stays as it is
+    listed = {"loss": {"taus": (0.0, 1.0, 3.0), "tau_min": 0.0, "tau_max": 2.0}}
+    assert current_values(listed) == {"loss": {"taus": (0.0, 1.0, 3.0)}}
+    fields = fields_of(get_config("cifar100_lt", "method=sade").to_dict()) | fields_of(
+        get_config("cifar100_lt", "method=ride_distill").to_dict()
+    )
+    known = fields | {f"phase2.{field.name}" for field in dataclasses.fields(Phase2Settings)}
+    views = {"view2.crop_area", "view3.crop_area", "other_augment.crop_area"}
+    assert set(NONE_WAS) - views <= known
+
+
+def test_ends_of_the_range_of_taus_in_a_command() -> None:
+    low, high = "--config.loss.tau_min=0.5", "--config.loss.tau_max=3"
+    assert rename_overrides(["main", low, "-x", high]) == [
+        "main", "-x", "--config.loss.taus=(0.5,3)",
+    ]  # fmt: skip
+    assert rename_overrides(["main", high, "--", low], taus=lambda: (1.0, 2.0)) == [
+        "main", "--config.loss.taus=(1.0,3)", "--", low,
+    ]  # fmt: skip
 
 
 def test_results_of_an_older_version_are_read_by_todays_names(tmp_path: Path) -> None:
@@ -87,4 +128,4 @@ def test_a_command_takes_older_names(tmp_path: Path) -> None:
         f"--workdir={tmp_path}",
     )
     assert result.returncode == 2
-    assert "config.mix.remix_kappa must be at least 1, got 0.5" in result.stderr
+    assert "config.mix.remix_kappa must be from 1 to 1000000000, got 0.5" in result.stderr

@@ -12,7 +12,7 @@ import commands
 import pytest
 from test_config import get_config
 
-from balpoe_jax.config import check_config
+from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.tables import as_csv, as_text
 from balpoe_jax.reproduce import jobs as reproduce
@@ -38,7 +38,7 @@ def test_every_row_is_a_valid_config(experiment: PaperRun, scale: str) -> None:
         return
     arguments = reproduce._arguments(experiment, SCALES[scale])
     config = get_config(experiment.config.removesuffix(".py"), arguments)
-    check_config(config)
+    resolve(config)
     assert config.model.name == "resnet8" or scale == "full"
     assert config.total_epochs in ((15,) if scale == "cpu" else (90, 100, 180, 200, 300, 400, 1419))
 
@@ -56,8 +56,7 @@ def test_rows_are_what_their_names_say() -> None:
     trained = {
         name: (
             config.model.num_experts,
-            config.loss.tau_min,
-            config.loss.tau_max,
+            *config.loss.taus,
             config.mix.alpha,
         )
         for name, config in configs.items()
@@ -105,7 +104,7 @@ def tiny_table() -> PaperTable:
 def pretend(job: reproduce.Job, top1: float, step: int = 6) -> None:
     """Writes the files that a run of this job would leave."""
     job.workdir.mkdir(parents=True)
-    record.write_config(job.workdir, job._fields(), {"total_steps": 6}, {})
+    record.write_config(job.workdir, job._settings(), {"total_steps": 6}, {})
     scores = {"top1": top1, "many": 0.9, "medium": 0.8, "few": None, "ece": 0.1, "mce": 0.2}
     results = {
         "step": step,
@@ -215,7 +214,7 @@ def test_a_teacher_is_trained_before_its_student_and_named(tmp_path: Path) -> No
     named = [[x for x in job.command() if x.startswith("--config.method")] for job in jobs]
     assert named == [[], [f"{option}1"], [], [f"{option}2"]]
     # As the command sets it, so that a run is known again.
-    assert jobs[1]._fields()["method"]["teacher"] == f"{tmp_path}/digits_teacher/seed1"
+    assert jobs[1]._settings().method.teacher == f"{tmp_path}/digits_teacher/seed1"
     assert reproduce.only(jobs, ["digits_student"]) == jobs
     assert reproduce.only(jobs, ["digits_teacher"]) == jobs[::2]
     pretend(jobs[1], 0.5)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from test_pipeline import PLAIN, assert_equal, make_settings, numbered_source, positions_of
 
+from balpoe_jax.config.settings import DataSettings
 from balpoe_jax.data.batches import samplers
 from balpoe_jax.data.pipeline import batch_indices, train_batches
 from balpoe_jax.data.randomness import RowRandom, fold_in
@@ -110,6 +111,6 @@ def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:
 
 def test_refuses_what_is_not_valid() -> None:
     with pytest.raises(UserError, match="one of shuffle, class_balanced, class_aware; got 'fair'"):
-        make_settings(sampler="fair")
-    with pytest.raises(UserError, match="samples_per_class must be at least 1, got 0"):
-        make_settings(samples_per_class=0)
+        DataSettings(sampler="fair")
+    with pytest.raises(UserError, match="samples_per_class must be from 1 to 1048576, got 0"):
+        DataSettings(samples_per_class=0)

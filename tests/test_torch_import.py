@@ -26,6 +26,7 @@ import pytest
 from reference_weights import reference_state
 from test_config import get_config
 
+from balpoe_jax.config import resolve
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
@@ -484,19 +485,19 @@ def digits_file(tmp_path: Path) -> Path:
 
 def restored(config: Any, workdir: Path) -> Any:
     with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
-        return checkpoints.restore_latest(build(config).abstract_state())
+        return checkpoints.restore_latest(build(resolve(config)).program.abstract_state())
 
 
 @pytest.mark.slow
 def test_evaluation_sees_the_imported_network(tmp_path: Path, digits_file: Path) -> None:
     config, workdir = digits_config(), tmp_path / "run"
-    import_checkpoint(digits_file, config, str(workdir))
-    results = evaluate(config, str(workdir))
+    import_checkpoint(digits_file, resolve(config), str(workdir))
+    results = evaluate(resolve(config), str(workdir))
     assert (results["step"], results["epoch"]) == (6, 3)  # the file tells no epoch: the last
     assert len(results["experts"]) == 3
     assert json.loads((workdir / "config.json").read_text())["data"]["num_train"] == 413
 
-    test, variables = build(config).data.test, convert(small_state())
+    test, variables = build(resolve(config)).data.test, convert(small_state())
     batch = next(iter(pipeline.eval_batches(test, len(test), config.data.mean, config.data.std)))
     expected = create_model("resnet8", num_classes=10, num_experts=3).apply(
         variables, batch["images"], train=False
@@ -514,7 +515,7 @@ def test_the_epoch_of_a_checkpoint_becomes_the_step(
     with monkeypatch.context() as during_save:
         torch.save(genuine_checkpoint(torch, small_state(), during_save), path)
     config = digits_config(total_epochs=9)
-    import_checkpoint(path, config, str(workdir))
+    import_checkpoint(path, resolve(config), str(workdir))
     state = restored(config, workdir)
     assert int(state.step) == 14
     counters = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.integer)]
@@ -524,9 +525,9 @@ def test_the_epoch_of_a_checkpoint_becomes_the_step(
 
 def test_refuses_a_workdir_with_a_run(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
-    import_checkpoint(digits_file, digits_config(), str(workdir))
+    import_checkpoint(digits_file, resolve(digits_config()), str(workdir))
     with pytest.raises(UserError, match=r"already holds a run \(config\.json, checkpoints\)"):
-        import_checkpoint(digits_file, digits_config(), str(workdir))
+        import_checkpoint(digits_file, resolve(digits_config()), str(workdir))
 
 
 def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
@@ -535,18 +536,22 @@ def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
     state[name][0, 0, 0, 0] = np.nan
     np.savez(tmp_path / "weights.npz", **state)
     with pytest.raises(UserError, match=f"not finite in {re.escape(name)}; it is damaged"):
-        import_checkpoint(tmp_path / "weights.npz", digits_config(), str(tmp_path / "run"))
+        import_checkpoint(tmp_path / "weights.npz", resolve(digits_config()), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_refuses_a_config_of_another_model(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"the model of the config: unexpected .*layer2s\.2\.0\."):
-        import_checkpoint(digits_file, digits_config(model__num_experts=2), str(workdir))
+        import_checkpoint(digits_file, resolve(digits_config(model__num_experts=2)), str(workdir))
     message = "The method mislas trains more than the reference's network; import into a config"
     with pytest.raises(UserError, match=message):
-        import_checkpoint(digits_file, get_config("digits_lt", "method=mislas"), str(workdir))
-    import_checkpoint(digits_file, digits_config(), str(workdir))  # the workdir is still free
+        import_checkpoint(
+            digits_file, resolve(get_config("digits_lt", "method=mislas")), str(workdir)
+        )
+    import_checkpoint(
+        digits_file, resolve(digits_config()), str(workdir)
+    )  # the workdir is still free
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ from test_config import get_config
 
 from balpoe_jax.aot import examine
 from balpoe_jax.aot.flops import count_flops
+from balpoe_jax.config import resolve
 from balpoe_jax.data.datasets import published
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.parallel import make_parallel
@@ -27,7 +28,7 @@ def test_both_steps_do_the_same_work() -> None:
     assert config == _with_benchmark_settings(get_config("imagenet_lt", "experts=1,batch_size=8"))
     counts, image_shape = published("imagenet_lt", config.data.imbalance_ratio, 224)
     parallel = make_parallel("shard_map", jax.devices()[:4])
-    program = build_program(config, parallel, counts, image_shape)
+    program = build_program(resolve(config), parallel, counts, image_shape)
     batch, _ = examine.abstract_batches(program)
     ours = count_flops(program.map_train_step(), program.abstract_state(), batch)
     assert ours == count_flops(step, *arguments)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from test_config import get_config
 
+from balpoe_jax.config import resolve
 from balpoe_jax.errors import Preempted, TransientError, UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment import program
@@ -51,14 +52,14 @@ def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def final_state(config, workdir: Path):
     with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
-        return checkpoints.restore_latest(build(config).abstract_state())
+        return checkpoints.restore_latest(build(resolve(config)).program.abstract_state())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """An undisturbed run of six steps."""
     workdir = tmp_path_factory.mktemp("run")
-    train(tiny_config(), str(workdir))
+    train(resolve(tiny_config()), str(workdir))
     return workdir
 
 
@@ -78,7 +79,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
 ) -> None:
     workdir = tmp_path / "run"
     interrupt(finished, workdir, epoch)
-    train(tiny_config(), str(workdir))
+    train(resolve(tiny_config()), str(workdir))
     undisturbed, resumed = final_state(tiny_config(), finished), final_state(tiny_config(), workdir)
     assert int(resumed.step) == 6
     jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
@@ -97,7 +98,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
 def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """Whatever the threads of its input, and however often it looks."""
     config = tiny_config(data__threads=1, log_every_steps=4, checkpoint__every_epochs=2)
-    train(config, str(tmp_path))
+    train(resolve(config), str(tmp_path))
     states = [final_state(config, workdir) for workdir in (finished, tmp_path)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     for name in ("results.json", "predictions/expert_logits.npy"):
@@ -106,9 +107,9 @@ def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_quickly_compiled_state_has_the_usual_bits(monkeypatch) -> None:
-    quick = jax.device_get(build(tiny_config()).init_state())
+    quick = jax.device_get(build(resolve(tiny_config())).program.init_state())
     monkeypatch.setattr(program, "_QUICK", None)
-    usual = jax.device_get(build(tiny_config()).init_state())
+    usual = jax.device_get(build(resolve(tiny_config())).program.init_state())
     jax.tree.map(np.testing.assert_array_equal, quick, usual)
 
 
@@ -184,10 +185,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished: Path, tmp_path: 
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = json.loads((finished / "results.json").read_text())
-    after = evaluate(tiny_config(eval__batch_size=50, note="again"), str(workdir))
+    after = evaluate(resolve(tiny_config(eval__batch_size=50, note="again")), str(workdir))
     assert after["note"] == "again"
     assert after["settings"] == before["settings"] == {
-        "num_bins": 15, "held_out_per_class": 20, "shift_lists": "", "prior_strength": 0.3,
+        "num_bins": 15, "held_out_per_class": 20, "shift_lists": None, "prior_strength": 0.3,
         "shift_test_level": 0.01, "expert_weights_epochs": 0, "expert_weights_rate": 0.1,
     }  # fmt: skip
     assert "; again</p>" in (workdir / "report" / "index.html").read_text()
@@ -210,7 +211,7 @@ def test_what_is_in_the_way_of_an_evaluation_is_named(
         path.unlink()
         path.mkdir()
     with pytest.raises(UserError, match=rf"run/{name} cannot be written \("):
-        evaluate(tiny_config(), str(workdir))
+        evaluate(resolve(tiny_config()), str(workdir))
     assert not list(workdir.glob(".*"))
 
 
@@ -221,7 +222,7 @@ def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> 
     shutil.copytree(finished, workdir)
     (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
     before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
-    evaluate(tiny_config(checkpoint__keep=1), str(workdir))
+    evaluate(resolve(tiny_config(checkpoint__keep=1)), str(workdir))
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
 
 
@@ -229,7 +230,7 @@ def test_evaluation_leaves_checkpoints_alone(finished: Path, tmp_path: Path) -> 
 def test_a_finished_run_is_only_evaluated_again(finished: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    train(tiny_config(), str(workdir))
+    train(resolve(tiny_config()), str(workdir))
     assert rows(workdir) == rows(finished)
     assert rows(workdir, "start_up.jsonl") == rows(finished, "start_up.jsonl")
     assert not (workdir / "metrics.discarded.jsonl").exists()
@@ -244,7 +245,7 @@ def test_a_run_that_stopped_in_its_last_evaluation_gets_its_row(
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert "test_top1" in lines[-1]
     (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
-    train(tiny_config(), str(workdir))
+    train(resolve(tiny_config()), str(workdir))
     assert rows(workdir) == rows(finished)
 
 
@@ -256,12 +257,12 @@ def test_a_run_that_stopped_in_an_evaluation_on_its_way_makes_it_up(
     for copy in (workdir, other):
         interrupt(finished, copy, epoch=1)
     config = tiny_config(eval__every_epochs=1)
-    experiment = build(config)
+    experiment = build(resolve(config))
     assert [s for s in range(7) if missing_test_row(experiment, workdir, s)] == [3]
-    train(config, str(workdir))
+    train(resolve(config), str(workdir))
     found = rows(workdir)
     assert [row["step"] for row in found] == [1, 2, 3, 3, 4, 5, 6, 6]
-    assert found[3]["test_top1"] == evaluate(config, str(other))["test"]["top1"]
+    assert found[3]["test_top1"] == evaluate(resolve(config), str(other))["test"]["top1"]
     jax.tree.map(
         np.testing.assert_array_equal, final_state(config, workdir), final_state(config, finished)
     )
@@ -273,12 +274,12 @@ def test_checkpoints_of_nobody_are_not_adopted(finished: Path, tmp_path: Path) -
     shutil.copytree(finished, workdir)
     (workdir / "config.json").unlink()
     with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
-        train(tiny_config(seed=5), str(workdir))
+        train(resolve(tiny_config(seed=5)), str(workdir))
 
 
 def test_what_is_refused_leaves_the_workdir_free(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mix\.groups must divide the batch size 140"):
-        train(tiny_config(mix__groups=3), str(tmp_path))
+        train(resolve(tiny_config(mix__groups=3)), str(tmp_path))
     assert not (tmp_path / "config.json").exists()
 
 
@@ -292,7 +293,7 @@ def test_another_config_is_refused_with_the_fields(finished: Path) -> None:
 def test_reading_more_often_is_the_same_run(finished: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
-    evaluate(tiny_config(log_every_steps=7, data__threads=1), str(workdir))
+    evaluate(resolve(tiny_config(log_every_steps=7, data__threads=1)), str(workdir))
 
 
 def test_a_run_of_before_a_field_existed_goes_on_with_its_default(
@@ -303,12 +304,12 @@ def test_a_run_of_before_a_field_existed_goes_on_with_its_default(
         del content["config"][section][field]
     del content["config"]["profile"], content["config"]["compilation_cache_dir"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    record.check_same_config(tmp_path, tiny_config().to_dict())
+    record.check_same_config(tmp_path, resolve(tiny_config()))
     record.check_same_config(
-        tmp_path, tiny_config(profile__steps=(1, 2), model__remat=True).to_dict()
+        tmp_path, resolve(tiny_config(profile__steps=(1, 2), model__remat=True))
     )
     with pytest.raises(UserError, match=r"optim\.accumulation_steps was 1 and is now 2"):
-        record.check_same_config(tmp_path, tiny_config(optim__accumulation_steps=2).to_dict())
+        record.check_same_config(tmp_path, resolve(tiny_config(optim__accumulation_steps=2)))
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ def traced(tmp_path_factory) -> tuple[Path, list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "add", add)
         patch.setattr(report, "write_report", lambda workdir: "no page")
-        train(config, str(workdir))
+        train(resolve(config), str(workdir))
     jax.monitoring.unregister_event_duration_listener(listen)
     return workdir, by_step
 
@@ -382,7 +383,7 @@ def test_transfers_that_nobody_asked_for_end_the_run(monkeypatch, tmp_path: Path
     monkeypatch.setattr(Parallel, "shard", shard)
     config = tiny_config(model__num_experts=1)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        train(config, str(tmp_path))
+        train(resolve(config), str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +391,7 @@ def diverged(tmp_path_factory) -> Path:
     """A run whose loss is soon not finite, of taus with the mean 0.5."""
     workdir = tmp_path_factory.mktemp("diverged")
     with pytest.raises(UserError, match=r"not finite at step [4-9] \(learning rate"):
-        train(diverging_config(), str(workdir))
+        train(resolve(diverging_config()), str(workdir))
     return workdir
 
 
@@ -399,7 +400,7 @@ def diverging_config():
         total_epochs=4,
         note="not the paper's setting",
         log_every_steps=5,
-        loss__tau_max=1.0,
+        loss__taus=(0.0, 1.0),
         optim__warmup_epochs=0,
         optim__decay_epochs=(1,),
         optim__decay_factor=1e20,  # after the first epoch, and its checkpoint
@@ -407,9 +408,9 @@ def diverging_config():
 
 
 def test_a_loss_that_is_not_finite_leaves_no_such_checkpoint(diverged: Path) -> None:
-    experiment = build(diverging_config())
+    experiment = build(resolve(diverging_config()))
     with Checkpoints(str(diverged / "checkpoints")) as checkpoints:
-        state = checkpoints.restore_latest(experiment.abstract_state())
+        state = checkpoints.restore_latest(experiment.program.abstract_state())
     assert int(state.step) == 3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert all(np.isfinite(row["loss"]) for row in rows(diverged))
@@ -429,7 +430,7 @@ def test_a_note_is_announced_as_training_starts(diverged: Path, finished: Path) 
 
 
 def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
-    other = build(tiny_config(model__num_experts=2))
+    other = build(resolve(tiny_config(model__num_experts=2)))
     message = (
         r"another model.*/mean \(3, \d+\) instead of \(2, \d+\).* and \d+ more; use the config"
     )
@@ -437,7 +438,7 @@ def test_a_checkpoint_of_another_shape_is_refused(finished: Path) -> None:
         Checkpoints(str(finished / "checkpoints")) as checkpoints,
         pytest.raises(UserError, match=message),
     ):
-        checkpoints.restore_latest(other.abstract_state())
+        checkpoints.restore_latest(other.program.abstract_state())
 
 
 @pytest.mark.usefixtures("no_page")
@@ -451,7 +452,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(
     for path in (checkpoints / "6").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-    assert evaluate(tiny_config(), str(workdir))["step"] == 3
+    assert evaluate(resolve(tiny_config()), str(workdir))["step"] == 3
     assert "The checkpoint of step 6 is damaged" in caplog.text
     assert "Taking the checkpoint of step 3 instead" in caplog.text
     assert sorted(path.name for path in checkpoints.iterdir()) == before
@@ -473,13 +474,13 @@ def test_workdirs_are_local_and_may_begin_at_home(monkeypatch, tmp_path: Path) -
     monkeypatch.setenv("HOME", str(tmp_path))
     assert record.open_workdir("~/runs/a") == tmp_path / "runs" / "a"
     with pytest.raises(UserError, match="local folder so far, got 'gs://bucket/run'"):
-        train(tiny_config(), "gs://bucket/run")
+        train(resolve(tiny_config()), "gs://bucket/run")
 
 
 def test_a_workdir_without_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copy(finished / "config.json", tmp_path)
     with pytest.raises(UserError, match="no checkpoint in"):
-        evaluate(tiny_config(), str(tmp_path))
+        evaluate(resolve(tiny_config()), str(tmp_path))
 
 
 class NoticeAt(PreemptionNotice):
@@ -501,7 +502,9 @@ def test_a_preemption_in_a_test_saves_the_step_and_gives_the_test_up(
     config = tiny_config(eval__every_epochs=1, checkpoint__every_epochs=2, eval__batch_size=100)
     workdir = tmp_path / "run"
     with pytest.raises(Preempted, match=r"^step 3 is saved"):
-        train(config, str(workdir), notice=NoticeAt(3 + 2))  # three steps, and the second batch
+        train(
+            resolve(config), str(workdir), notice=NoticeAt(3 + 2)
+        )  # three steps, and the second batch
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3]
     assert not list(workdir.glob("predictions/*"))
@@ -512,7 +515,7 @@ def test_a_second_run_in_a_workdir_is_refused(finished: Path, tmp_path: Path) ->
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     with WorkdirLock(workdir), pytest.raises(UserError, match="in use by another run"):
-        train(tiny_config(), str(workdir))
+        train(resolve(tiny_config()), str(workdir))
     assert rows(workdir) == rows(finished)
 
 
@@ -526,7 +529,7 @@ def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path, monkeypatch) -> No
     rows_of = Progress.rows
     monkeypatch.setattr(Progress, "rows", collect)
     with pytest.raises(TransientError, match=r"run vanished, or its run\.lock was deleted"):
-        train(tiny_config(model__num_experts=1), str(tmp_path / "run"))
+        train(resolve(tiny_config(model__num_experts=1)), str(tmp_path / "run"))
     assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [1]
 
 

@@ -44,8 +44,10 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(flags.FLAGS.output) if flags.FLAGS.output else None
     if output and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UserError(f"--output must be a file in a folder that is there, got {output}.")
+    from balpoe_jax.config import resolve  # not above: it imports all methods
+
     jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays untouched
-    found = examine(flags.FLAGS.config, flags.FLAGS.topology)
+    found = examine(resolve(flags.FLAGS.config), flags.FLAGS.topology)
     print(as_text(found))
     if output:
         with reports_write_errors(output):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiled steps of an experiment need: memory, operations, traffic, communication."""
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from ml_collections import ConfigDict
 
 from balpoe_jax.aot import gpus, hlo, kernels
 from balpoe_jax.aot.flops import count_flops
@@ -21,6 +21,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.parallel import make_parallel
 
 if TYPE_CHECKING:  # it takes a second to import
+    from balpoe_jax.config import Settings
     from balpoe_jax.experiment.program import Program
 
 Batch = dict[str, jax.ShapeDtypeStruct]
@@ -57,7 +58,7 @@ _GPU_ROWS = (
 )
 
 
-def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
+def examine(settings: "Settings", topology: str) -> dict[str, Any]:
     """Compiles both steps of an experiment for a topology; what the command prints, plain.
 
     Raises:
@@ -66,14 +67,14 @@ def examine(config: ConfigDict, topology: str) -> dict[str, Any]:
     """
     if topology in gpus.TOPOLOGIES:
         gpu = gpus.GPUS[topology.partition(":")[0]]
-        found = examine_on(config, gpus.compile_only_devices(topology), gpu)
+        found = examine_on(settings, gpus.compile_only_devices(topology), gpu)
     else:
-        found = examine_on(config, compile_only_devices(topology), chip_of(topology))
+        found = examine_on(settings, compile_only_devices(topology), chip_of(topology))
     return {"topology": topology, **found}
 
 
 def examine_on(
-    config: ConfigDict, devices: Sequence[jax.Device], chip: Chip | Gpu, evaluation: bool = True
+    settings: "Settings", devices: Sequence[jax.Device], chip: Chip | Gpu, evaluation: bool = True
 ) -> dict[str, Any]:
     """The same for given devices, each of which is such a chip; without the eval step if wanted."""
     # Here and not above, so that wrong flags are told at once.
@@ -82,16 +83,13 @@ def examine_on(
     from balpoe_jax.experiment.program import num_parameters
 
     counts, image_shape = published(
-        config.data.name, config.data.imbalance_ratio, config.data.image_size
+        settings.data.name, settings.data.imbalance_ratio, settings.data.image_size or 0
     )
     parallel = make_parallel(_MODE, devices)
 
-    def build(remat: bool) -> Any:
-        changed = config.copy_and_resolve_references()
-        changed.model.remat = remat
-        return build_program(changed, parallel, counts, image_shape)
-
-    program, plain = build(config.model.remat), build(remat=False)
+    without = dataclasses.replace(settings, model=dataclasses.replace(settings.model, remat=False))
+    program = build_program(settings, parallel, counts, image_shape)
+    plain = build_program(without, parallel, counts, image_shape)
     state = program.abstract_state()
 
     train_batch, eval_batch = abstract_batches(program)
@@ -99,8 +97,8 @@ def examine_on(
     # What is computed twice to save memory is needed once.
     train_flops = count_flops(plain.map_train_step(), *train_arguments)
     train_step = program.map_train_step()
-    if config.data.pipeline == "device":
-        train_step, *planned = _planned_step(config, program, counts)
+    if settings.data.pipeline == "device":
+        train_step, *planned = _planned_step(settings, program, counts)
         train_arguments = (state, *planned)
     found = {
         "devices": len(devices),
@@ -108,15 +106,15 @@ def examine_on(
         "hbm_bytes": chip.hbm_bytes,
         "peak_flops": chip.peak_flops,
         "parallel_mode": _MODE,
-        "model": config.model.name,
-        "dtype": config.model.dtype,
-        "num_experts": config.model.num_experts,
+        "model": settings.model.name,
+        "dtype": settings.model.dtype,
+        "num_experts": settings.model.num_experts,
         "expert_map": program.model.expert_map,
         "num_parameters": num_parameters(state.params),
         "image_shape": image_shape,
-        "accumulate": config.optim.accumulation_steps,
-        "pipeline": config.data.pipeline or "host",
-        "train": examine_step(train_step, train_arguments, config.batch_size, train_flops, chip),
+        "accumulate": settings.optim.accumulation_steps,
+        "pipeline": settings.data.pipeline or "host",
+        "train": examine_step(train_step, train_arguments, settings.batch_size, train_flops, chip),
     }
     if evaluation:
         eval_flops = count_flops(plain.map_eval_step(), *eval_arguments)
@@ -137,10 +135,10 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
             for name, dtype in dtypes.items()
         }
 
-    images, labels = jnp.dtype(program.config["model"]["dtype"]), jnp.int32
+    images, labels = jnp.dtype(program.settings.model.dtype), jnp.int32
     return (
         batch(
-            program.config["batch_size"],
+            program.settings.batch_size,
             images=images,
             **{f"images_{view}": images for view in range(2, program.method.views + 1)},
             labels=labels,
@@ -152,15 +150,15 @@ def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
 
 
 def _planned_step(
-    config: ConfigDict, program: "Program", counts: npt.NDArray[np.int64]
-) -> tuple[Any, Any, Any]:
-    """The train step that makes its own batch, with its abstract plan and constants."""
+    settings: "Settings", program: "Program", counts: npt.NDArray[np.int64]
+) -> tuple[Any, Any, Any, Any]:
+    """The train step that makes its own batch, with its abstract plan, images and constants."""
     from balpoe_jax.data.device.plans import Planner
     from balpoe_jax.experiment.inputs import map_planned_step
-    from balpoe_jax.experiment.settings import phase_settings
+    from balpoe_jax.experiment.settings import train_settings
 
     labels = np.repeat(np.arange(len(counts)), counts)
-    planner = Planner(labels, program.image_shape, phase_settings(config)[0])
+    planner = Planner(labels, program.image_shape, train_settings(settings)[0])
     placed = program.parallel
 
     def abstract(tree: Any, placement: jax.sharding.Sharding) -> Any:
@@ -169,11 +167,12 @@ def _planned_step(
         )
 
     images = jax.ShapeDtypeStruct((len(labels), *program.image_shape[:2]), jnp.uint32)
-    constants = {"images": images, "tables": planner.tables()}
+    of_batches = {"images": images, "tables": planner.tables()}
     return (
         map_planned_step(placed, program.train_step(), planner, scanned=False),
         abstract(planner.step(0), placed.sharded),
-        abstract(constants, placed.replicated),
+        abstract(of_batches, placed.replicated),
+        {},
     )
 
 

@@ -1,32 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config of an experiment: fields, arguments of config files, checks, recipes."""
+"""The config of an experiment: settings, arguments of config files, defaults of data sets."""
 
 from balpoe_jax.config.arguments import parse_arguments
-from balpoe_jax.config.checks import check_config
-from balpoe_jax.config.fields import (
+from balpoe_jax.config.resolve import (
     AUGMENTATIONS,
-    BAD_IMAGE_POLICIES,
-    DTYPES,
-    OTHER_AUGMENT,
-    PRECISIONS,
-    TEST_VIEW,
-    VIEWS,
     default_config,
-    resolve_taus,
+    from_record,
+    resolve,
+    section_config,
+    to_config,
+    to_record,
     with_defaults,
 )
+from balpoe_jax.config.settings import PRECISIONS, Settings
 
 __all__ = [
     "AUGMENTATIONS",
-    "BAD_IMAGE_POLICIES",
-    "DTYPES",
-    "OTHER_AUGMENT",
     "PRECISIONS",
-    "TEST_VIEW",
-    "VIEWS",
-    "check_config",
+    "Settings",
     "default_config",
+    "from_record",
     "parse_arguments",
-    "resolve_taus",
+    "resolve",
+    "section_config",
+    "to_config",
+    "to_record",
     "with_defaults",
 ]

@@ -13,29 +13,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from balpoe_jax import config as config_lib
-from balpoe_jax.methods import METHODS, PRESETS, scaled_fields, settings
+from balpoe_jax.config.settings import Phase2Settings
+from balpoe_jax.methods import METHODS, PRESETS, scaled_fields
 from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
 
 # Which schedule and augmentation a config file's argument asks for: the method's own, or one of
 # BalPoE's, with which all methods can be compared.
 RECIPE_CHOICES = ("own", "standard", "strong", "long")
-
-# The second phase of a method that has one: what is not here is as in the first phase.
-_PHASE2 = {
-    "epochs": 0,
-    "batch_size": 0,
-    "learning_rate": 0.1,
-    "momentum": 0.9,
-    "nesterov": False,
-    "weight_decay": 5e-4,
-    "schedule": "cosine",
-    "decay_epochs": (),
-    "decay_factor": 0.1,
-    "warmup_epochs": 0,
-    "warmup_start": 0.0,
-    "sampler": "shuffle",
-    "samples_per_class": 1,
-}
 
 # Of the fields that a preset may set, those that scale with the length of the training; with the
 # schedule of `optim`, and the method's own, which are marked where they stand. What a trained model
@@ -173,9 +157,9 @@ def set_method(
         balpoe_taus: ends of BalPoE's range, which depend on the data set.
     """
     preset = PRESETS[args.method]
-    config.method = ConfigDict(settings(preset.method))
+    config.method = config_lib.section_config(preset.method)
     config.model.num_experts = args.experts or preset.experts
-    config.loss.tau_min, config.loss.tau_max = preset.taus or balpoe_taus
+    config.loss.taus = preset.taus or balpoe_taus
     alpha = config.mix.alpha
     if not preset.mixup:
         config.mix.alpha = 0.0
@@ -196,7 +180,7 @@ def set_method(
 def _is_of_schedule(field: str) -> bool:
     """Whether a field is one of those that BalPoE's recipes set for all methods."""
     return field in ("total_epochs", "batch_size") or field.startswith(
-        ("optim.", "augment.", f"{config_lib.OTHER_AUGMENT}.")
+        ("optim.", "augment.", "other_augment.")
     )
 
 
@@ -204,9 +188,9 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
     for field, value in fields.items():
         section, _, name = field.rpartition(".")
         if section == "phase2" and section not in config:
-            config.phase2 = ConfigDict(_PHASE2)
+            config.phase2 = config_lib.section_config(Phase2Settings())
         if section in config_lib.AUGMENTATIONS and section not in config:
-            config[section] = ConfigDict(config_lib.default_config().augment)
+            config[section] = config_lib.default_config().augment
         part = config[section] if section else config
         if name not in part:
             raise KeyError(f"The preset's field {field} is none of a config.")
@@ -230,9 +214,7 @@ def _scale_epochs(
 def _scaled(value: Any, scale: float) -> Any:
     if isinstance(value, tuple):
         return tuple(_scaled(each, scale) for each in value)
-    return (
-        max(1, round(value * scale)) if value > 0 else value
-    )  # 0 and -1 have meanings of their own
+    return max(1, round(value * scale)) if value else value
 
 
 def _set_cifar_schedule(config: ConfigDict, recipe: str) -> None:

@@ -8,6 +8,7 @@ them in the memory of the devices.
 import dataclasses
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.setting import Section, setting
 
 # How the training set is gone through:
 #   shuffle         every epoch is a permutation of all examples
@@ -15,18 +16,6 @@ from balpoe_jax.errors import UserError
 #   class_aware     the classes in turn, in a new order each time round, and of each class some of
 #                   its examples in turn, in a new order each time round (MiSLAS, stage 2)
 SAMPLERS = ("shuffle", "class_balanced", "class_aware")
-
-
-def check_sampler(sampler: str, samples_per_class: int) -> None:
-    """Refuses a sampler that there is not."""
-    if sampler not in SAMPLERS:
-        raise UserError(
-            f"config.data.sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}."
-        )
-    if samples_per_class < 1:
-        raise UserError(
-            f"config.data.samples_per_class must be at least 1, got {samples_per_class}."
-        )
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -72,16 +61,6 @@ POLICY_TABLES = {"none": (), "autoaugment_cifar": AUTOAUGMENT_CIFAR}
 POLICIES = (*POLICY_TABLES, "randaugment")
 
 
-def check_policy(name: str) -> None:
-    """Refuses an unknown policy.
-
-    Raises:
-        UserError (a `ValueError`): listing the valid names.
-    """
-    if name not in POLICIES:
-        raise UserError(f"augment.policy must be one of {', '.join(POLICIES)}; got {name!r}.")
-
-
 # timm's `rand-n2-m10-mstd0.5`: colour outside the image, operations an image, their magnitude.
 IMAGENET_MEAN = (124, 116, 104)
 RANDAUGMENT_LAYERS = 2
@@ -91,78 +70,75 @@ BLUR_SIGMA = (0.1, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentSettings:
-    """What happens to each image, in this order.
-
-    Attributes:
-        crop_area: a window with at least this share of the area is resized to the image's size, by
-            the rule of torchvision's RandomResizedCrop. 0: photographs, which always have such a
-            window, 0.08; of images of one size the whole is kept.
-        crop_padding: pixels of black around the image; a crop of the old size is taken from it.
-        flip: mirror left and right, half of the images.
-        rotation: uniform between minus and plus so many degrees; nearest pixel, black corners.
-        color_jitter: brightness, contrast and saturation each change by a factor that is uniform
-            within 1 plus or minus so much, in random order.
-        hue: it turns by a share of the circle that is uniform between minus and plus so much; one
-            more of these changes in random order.
-        jitter_probability: of all of these changes together.
-        grayscale: the share of images that lose their colour.
-        blur: the share of images that are blurred, by a Gaussian of a standard deviation that is
-            uniform in `BLUR_SIGMA` pixels; see `blur`.
-        policy: one of `POLICIES`.
-        fill: colour that the policy randaugment shows outside the image, 0 to 255 by channel.
-        randaugment_layers, randaugment_magnitude: of that policy, see `randaugment.draw`.
-        cutout: side in pixels of a black square with its centre anywhere; 0 for none.
+class AugmentSettings(Section):
+    """What happens to each image, in the order that `docs/pipelines.md` gives; by default nothing.
 
     Raises:
         UserError (a `ValueError`): a value that is not valid.
     """
 
-    crop_padding: int = 0
-    flip: bool = False
-    rotation: float = 0.0
-    color_jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    policy: str = "none"
-    fill: tuple[int, int, int] = IMAGENET_MEAN
-    cutout: int = 0
-    crop_area: float = 0.0
-    hue: float = 0.0
-    jitter_probability: float = 1.0
-    grayscale: float = 0.0
-    blur: float = 0.0
-    randaugment_layers: int = RANDAUGMENT_LAYERS
-    randaugment_magnitude: float = RANDAUGMENT_MAGNITUDE
+    path = "augment."
+
+    crop_padding: int = setting(
+        0, "Width in pixels of black around the image; a crop of its old size is taken.", 0, 1024
+    )
+    flip: bool = setting(False, "Whether half of the images are mirrored left and right.")
+    rotation: float = setting(
+        0.0,
+        "Greatest angle in degrees of a uniform rotation; nearest pixel, black corners.",
+        0,
+        180,
+    )
+    color_jitter: tuple[float, float, float] = setting(
+        (0.0, 0.0, 0.0),
+        "Greatest relative change of brightness, contrast and saturation, in random order.",
+        0,
+        1,
+        length=3,
+    )
+    policy: str = setting("none", "Name of a table of operations.", choices=POLICIES)
+    fill: tuple[int, int, int] = setting(
+        IMAGENET_MEAN,
+        "Colour outside of the image under the policy randaugment, 0 to 255 by channel.",
+        0,
+        255,
+        length=3,
+    )
+    cutout: int = setting(
+        0, "Side in pixels of a black square with its centre anywhere; even, 0 for none.", 0, 8192
+    )
+    crop_area: float | None = setting(
+        None,
+        "Least share of the area that a random window has, which is resized to the image's size by "
+        "the rule of torchvision's RandomResizedCrop. None: 0.08 for photographs, which always "
+        "have such a window, and the whole of images of one size.",
+        1e-9,
+        1,
+    )
+    hue: float = setting(
+        0.0, "Greatest turn of the hue as a share of the circle; one more random change.", 0, 0.5
+    )
+    jitter_probability: float = setting(
+        1.0, "Share of the images whose colours are changed at all.", 0, 1
+    )
+    grayscale: float = setting(0.0, "Share of the images that lose their colour.", 0, 1)
+    blur: float = setting(
+        0.0,
+        "Share of the images that a Gaussian blurs, of 0.1 to 2 pixels' standard deviation.",
+        0,
+        1,
+    )
+    randaugment_layers: int = setting(
+        RANDAUGMENT_LAYERS, "Number of RandAugment's operations an image.", 1, 100
+    )
+    randaugment_magnitude: float = setting(
+        RANDAUGMENT_MAGNITUDE, "Magnitude of RandAugment's operations.", 0, RANDAUGMENT_GREATEST
+    )
 
     def __post_init__(self) -> None:
-        check_policy(self.policy)
-        if not 0 <= self.rotation <= 180:
-            raise UserError(f"augment.rotation must be 0 to 180 degrees, got {self.rotation}.")
-        if self.crop_padding < 0:
-            raise UserError(f"augment.crop_padding must not be negative, got {self.crop_padding}.")
-        if len(self.color_jitter) != 3 or not all(0 <= x <= 1 for x in self.color_jitter):
-            raise UserError(
-                "augment.color_jitter must be three numbers from 0 to 1 (brightness, contrast, "
-                f"saturation), got {self.color_jitter}."
-            )
-        if not 0 <= self.hue <= 0.5:
-            raise UserError(f"augment.hue must be 0 to 0.5 of the circle, got {self.hue}.")
-        for name in ("crop_area", "jitter_probability", "grayscale", "blur"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise UserError(f"augment.{name} must be 0 to 1, got {share}.")
-        if len(self.fill) != 3 or not all(0 <= x <= 255 for x in self.fill):
-            raise UserError(f"augment.fill must be three values from 0 to 255, got {self.fill}.")
-        if self.randaugment_layers < 1:
-            raise UserError(
-                f"augment.randaugment_layers must be at least 1, got {self.randaugment_layers}; "
-                "augment.policy=none turns RandAugment off."
-            )
-        if not 0 <= self.randaugment_magnitude <= RANDAUGMENT_GREATEST:
-            raise UserError(
-                f"augment.randaugment_magnitude must be 0 to {RANDAUGMENT_GREATEST:g}, got "
-                f"{self.randaugment_magnitude}."
-            )
-        if self.cutout < 0 or self.cutout % 2:
-            raise UserError(f"augment.cutout must be even and not negative, got {self.cutout}.")
+        super().__post_init__()
+        if self.cutout % 2:
+            raise UserError(f"config.augment.cutout must be even, got {self.cutout}.")
 
     @property
     def has_geometry(self) -> bool:
@@ -201,68 +177,69 @@ REMIX_RULES = ("remix", "remix_cutmix")
 
 
 @dataclasses.dataclass(frozen=True)
-class MixSettings:
-    """How the images of a batch are mixed with others.
+class MixSettings(Section):
+    """How the images of a batch are mixed with others; by default not at all.
 
-    Attributes:
-        alpha: of the Beta distribution `Beta(alpha, alpha)` of coefficients; 0 for no mixing.
-        groups: partners in the batch are within this many equal groups of neighbours; 1 is the
-            reference, several keep the partners of a row on its host.
-        rule: one of `RULES`.
-            mixup: a weighted mean, one coefficient a batch.
-            cutmix: a box of the partner's pixels, one box a batch; the label's share is that of the
-                pixels.
-            mixup_or_cutmix: one of these two, with even odds for each batch.
-            remix, remix_cutmix: mixup or cutmix, but the whole label is the rarer one's where its
-                class is `remix_kappa` times as rare and the other's share of the image is less than
-                `threshold`.
-            unimix: a weighted mean with a coefficient for each image, which favours the rarer.
-            cmo: cutmix with partners from the second sampler.
-        probability: the share of batches that are mixed.
-        first_epoch, last_epoch: batches are mixed from the first of these epochs, counted from 0,
-            until before the last one; 0 for the last one means to the end.
-        remix_kappa, threshold: of Remix.
-        exponent: partners are drawn, where they are not a permutation of the batch, with
-            probability proportional to a class's number of examples to the power of so much: for
-            each class by the second sampler, for each image of the batch by unimix.
-        partners: "batch" (a permutation; of unimix with replacement) or "sampler" (the second one,
-            over the whole training set with replacement; its images are augmented by draws of
-            their own). Of cmo it is always the sampler.
+    The rules:
+        mixup: a weighted mean, one coefficient a batch.
+        cutmix: a box of the partner's pixels, one box a batch; the label's share is that of the
+            pixels.
+        mixup_or_cutmix: one of these two, with even odds for each batch.
+        remix, remix_cutmix: mixup or cutmix, but the whole label is the rarer one's where its class
+            is `remix_kappa` times as rare and the other's share of the image is less than
+            `remix_tau`.
+        unimix: a weighted mean with a coefficient for each image, which favours the rarer.
+        cmo: cutmix with partners from the second sampler.
 
     Raises:
         UserError (a `ValueError`): a value that is not valid.
     """
 
-    alpha: float = 0.0
-    groups: int = 1
-    rule: str = "mixup"
-    probability: float = 1.0
-    first_epoch: int = 0
-    last_epoch: int = 0
-    remix_kappa: float = 3.0
-    remix_tau: float = 0.5
-    sampling_power: float = 0.0
-    partners: str = "batch"
+    path = "mix."
+
+    alpha: float = setting(
+        0.0, "Parameter of the coefficients' distribution Beta(alpha, alpha); 0 for none.", 0, 1e6
+    )
+    groups: int = setting(
+        1,
+        "Number of equal groups of neighbours in which partners are found. 1 is the reference's; "
+        "a multiple of the hosts keeps the partners of a row on its host.",
+        1,
+        2**20,
+    )
+    rule: str = setting("mixup", "Name of the rule.", choices=RULES)
+    probability: float = setting(1.0, "Share of the batches that are mixed.", 0, 1)
+    first_epoch: int = setting(0, "First epoch with mixed batches, counted from 0.", 0, 1e6)
+    last_epoch: int | None = setting(
+        None, "Epoch before which mixing ends, counted from 0; None for the end.", 1, 1e6
+    )
+    remix_kappa: float = setting(
+        3.0, "Ratio of class counts from which Remix gives the label to the rarer class.", 1
+    )
+    remix_tau: float = setting(
+        0.5, "Share of the image below which the frequent class loses the label in Remix.", 0, 1
+    )
+    sampling_power: float = setting(
+        0.0,
+        "Power of a class's count to which its odds are proportional, where partners are not a "
+        "permutation of the batch: of a class in the second sampler, of an image in UniMix.",
+        -10,
+        10,
+    )
+    partners: str = setting(
+        "batch",
+        "Origin of the partners: the batch (permuted; UniMix draws with replacement), or a second "
+        "sampler over the whole training set, whose images are augmented by draws of their own. "
+        "CMO always has the sampler.",
+        choices=PARTNERS,
+    )
 
     def __post_init__(self) -> None:
-        for name, valid in (("rule", RULES), ("partners", PARTNERS)):
-            if (value := getattr(self, name)) not in valid:
-                raise UserError(
-                    f"config.mix.{name} must be one of {', '.join(valid)}; got {value!r}."
-                )
-        if not self.alpha >= 0:
-            raise UserError(f"config.mix.alpha must not be negative, got {self.alpha}.")
-        if not 0 <= self.probability <= 1:
-            raise UserError(f"config.mix.probability must be 0 to 1, got {self.probability}.")
-        if self.first_epoch < 0 or 0 < self.last_epoch <= self.first_epoch or self.last_epoch < 0:
+        super().__post_init__()
+        if self.last_epoch is not None and self.last_epoch <= self.first_epoch:
             raise UserError(
-                "config.mix.first_epoch must not be negative and .last_epoch be later, or 0 for "
-                f"the end; got {self.first_epoch} and {self.last_epoch}."
-            )
-        if not self.remix_kappa >= 1 or not 0 <= self.remix_tau <= 1:
-            raise UserError(
-                "config.mix.remix_kappa must be at least 1 and .remix_tau 0 to 1, got "
-                f"{self.remix_kappa} and {self.remix_tau}."
+                "config.mix.last_epoch must be later than config.mix.first_epoch, or None for the "
+                f"end; got {self.last_epoch} and {self.first_epoch}."
             )
 
     @property
@@ -273,7 +250,7 @@ class MixSettings:
     @property
     def always(self) -> bool:
         """Whether every batch is mixed."""
-        return self.probability == 1 and not self.first_epoch and not self.last_epoch
+        return self.probability == 1 and not self.first_epoch and self.last_epoch is None
 
     def check_groups(self, batch_size: int, num_hosts: int) -> None:
         """Refuses groups within which rows of one host could not find all their partners."""
@@ -303,9 +280,6 @@ class TrainSettings:
         dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
         views: of further views of the same images, what happens to each; they are not mixed.
         sampler, samples_per_class: see `samplers.batches`.
-
-    Raises:
-        UserError (a `ValueError`): a sampler that there is not.
     """
 
     batch_size: int
@@ -320,17 +294,14 @@ class TrainSettings:
     samples_per_class: int = 1
     other_augment: AugmentSettings | None = None
 
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.samples_per_class)
-
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Which part of each global batch to make, and with how many threads (0: all cores)."""
+    """Which part of each global batch to make, and with how many threads (None: all cores)."""
 
     index: int = 0
     count: int = 1
-    threads: int = 0
+    threads: int | None = None
 
     def rows(self, batch_size: int) -> slice:
         """This host's rows of a global batch."""

@@ -7,7 +7,8 @@ are not the same.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -37,6 +38,9 @@ PIPELINES = ("host", "device")
 _SHARE_OF_MEMORY, _ASSUMED_LIMIT = 0.25, 2 * 2**30
 
 Dispatches = Iterable[tuple[int, int]]
+
+# Of a step that needs none.
+NO_CONSTANTS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) -> str:
@@ -98,7 +102,7 @@ class HostInputs:
         settings: How training batches are made in each phase.
         test_view: How random views of test images are augmented.
         seed: Seed of the run.
-        threads: Number of the pipeline's threads; 0 for all cores.
+        threads: Number of the pipeline's threads; None for all cores.
     """
 
     pipeline = "host"
@@ -110,7 +114,7 @@ class HostInputs:
         settings: tuple[TrainSettings, ...],
         test_view: AugmentSettings,
         seed: int,
-        threads: int = 0,
+        threads: int | None = None,
     ) -> None:
         self._parallel, self._data, self._settings = parallel, data, settings
         self._test_view, self._seed = test_view, seed
@@ -121,14 +125,18 @@ class HostInputs:
         """Steps that one call makes."""
         return 1
 
-    def map_train_step(self, step: Callable[..., Any], phase: int) -> Callable[..., Any]:
+    def map_train_step(
+        self, step: Callable[..., Any], phase: int, constants: Mapping[str, Any] = NO_CONSTANTS
+    ) -> Callable[..., Any]:
         """The compiled update `(state, inputs) -> (state, metrics)`, which donates the state.
 
         Args:
             step: Update of one device, see `step.make_train_step`.
             phase: Position in the settings.
+            constants: Constants of the step, on the devices.
         """
-        return self._parallel.map_step(step, donate=True)
+        mapped = self._parallel.map_step(step, donate=True, constants=1)
+        return lambda state, inputs: mapped(state, inputs, dict(constants))
 
     def train(self, phase: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
         """What `map_train_step`'s function takes, one dispatch after the other.
@@ -224,7 +232,9 @@ class DeviceInputs:
             return 1
         return -(-len(self._train) // self._settings[phase].batch_size)
 
-    def map_train_step(self, step: Callable[..., Any], phase: int) -> Callable[..., Any]:
+    def map_train_step(
+        self, step: Callable[..., Any], phase: int, constants: Mapping[str, Any] = NO_CONSTANTS
+    ) -> Callable[..., Any]:
         """The compiled updates `(state, inputs) -> (state, metrics)`, which donate the state.
 
         Several steps are a loop in the program, and so is what is left of them, be it one: loops of
@@ -233,12 +243,13 @@ class DeviceInputs:
         Args:
             step: Update of one device, see `step.make_train_step`.
             phase: Position in the settings.
+            constants: Constants of the step, on the devices.
         """
         scanned = self.steps_per_dispatch(phase) > 1
         mapped = map_planned_step(self._parallel, step, self._planners[phase], scanned)
         tables = self._parallel.replicate(self._planners[phase].tables())
-        constants = {"images": self._images(self._train), "tables": tables}
-        return lambda state, inputs: mapped(state, inputs, constants)
+        of_batches = {"images": self._images(self._train), "tables": tables}
+        return lambda state, inputs: mapped(state, inputs, of_batches, dict(constants))
 
     def train(self, phase: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
         """What `map_train_step`'s function takes, one dispatch after the other.
@@ -333,7 +344,10 @@ Inputs = HostInputs | DeviceInputs
 def map_planned_step(
     parallel: Parallel, step: Callable[..., Any], planner: Planner, scanned: bool
 ) -> Callable[..., Any]:
-    """The compiled `(state, plan, constants) -> (state, metrics)`, which donates the state.
+    """The compiled `(state, plan, of_batches, constants)` to `(state, metrics)`.
+
+    It donates the state. What batches are made of is `images` and `tables`; the constants are those
+    of the step.
 
     Args:
         parallel: The devices.
@@ -342,15 +356,15 @@ def map_planned_step(
         scanned: Whether plans and metrics are of several steps, with a leading axis.
     """
 
-    def one(state: Any, plan: Any, constants: Any) -> Any:
-        return step(state, make_batch(constants, plan, planner, AXIS_NAME))
+    def one(state: Any, plan: Any, of_batches: Any, constants: Any) -> Any:
+        return step(state, make_batch(of_batches, plan, planner, AXIS_NAME), constants)
 
-    def several(state: Any, plans: Any, constants: Any) -> Any:
+    def several(state: Any, plans: Any, of_batches: Any, constants: Any) -> Any:
         made = jax.lax.scan if len(plans["index"]) > 1 else _loop_once
-        return made(lambda state, plan: one(state, plan, constants), state, plans)
+        return made(lambda state, plan: one(state, plan, of_batches, constants), state, plans)
 
     function = several if scanned else one
-    return parallel.map_step(function, donate=True, constants=1, axis=int(scanned))
+    return parallel.map_step(function, donate=True, constants=2, axis=int(scanned))
 
 
 def _loop_once(body: Callable[..., Any], state: Any, plans: Any) -> tuple[Any, Any]:

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from balpoe_jax import config as config_lib
 from balpoe_jax import parallel
+from balpoe_jax.config import PRECISIONS, Settings
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
 from balpoe_jax.experiment.phases import PhasePlan
@@ -40,7 +40,7 @@ class Program:
     """What is compiled for an experiment, which takes its data set's counts but not its images.
 
     Attributes:
-        config: the resolved values, plain and immutable by convention; for the record only.
+        settings: of the experiment.
         image_shape: `(H, W, 3)`.
         parallel: the devices.
         method: how it is trained, and what it predicts.
@@ -51,7 +51,7 @@ class Program:
         teacher: of the method's `teacher_run`; None without one.
     """
 
-    config: dict[str, Any]
+    settings: Settings
     image_shape: tuple[int, int, int]
     parallel: parallel.Parallel
     method: Method
@@ -79,11 +79,18 @@ class Program:
             compiler_options=_quick(),
         )
         # A NumPy value: an array of one process's device could not be spread over all processes.
-        state = create(np.int32(self.config["seed"]))
+        state: TrainState = create(np.int32(self.settings.seed))
+        return state
+
+    def load_constants(self) -> dict[str, Any]:
+        """What the train step takes after the batch: a teacher's variables, or nothing.
+
+        Raises:
+            UserError (a `ValueError`): no checkpoint of the teacher, or one that does not fit.
+        """
         if self.teacher is None:
-            return state
-        variables = teachers.load(self.method.teacher_run, self.teacher.abstract_state())
-        return state.replace(method_state={**state.method_state, "teacher": variables})
+            return {}
+        return {"teacher": teachers.load(self.method.teacher_run, self.teacher.abstract_state())}
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and placement of the state, without computing one."""
@@ -115,7 +122,7 @@ class Program:
             return params, self._optimizer(phase).init(params)
 
         begin = jax.jit(begin, out_shardings=self.parallel.replicated, compiler_options=_quick())
-        params, opt_state = begin(state.params, np.int32(self.config["seed"]))
+        params, opt_state = begin(state.params, np.int32(self.settings.seed))
         return state.replace(params=params, opt_state=opt_state)
 
     def _optimizer(self, phase: int) -> optax.GradientTransformation:
@@ -152,9 +159,9 @@ class Program:
             self.method,
             plan.context,
             plan.index,
-            self.config["optim"]["accumulation_steps"],
-            self.config["optim"]["skip_non_finite"] > 0,
-            saves_kernels(self.config["model"]["name"], self.parallel.platform),
+            self.settings.optim.accumulation_steps,
+            self.settings.optim.skip_non_finite > 0,
+            saves_kernels(self.settings.model.name, self.parallel.platform),
         )
         return self._with_precision(step)
 
@@ -164,8 +171,12 @@ class Program:
         return self._with_precision(step)
 
     def map_train_step(self, phase: int = 0) -> Callable[..., Any]:
-        """The update on all devices of a batch, which gives the state's memory to the new one."""
-        return self.parallel.map_step(self.train_step(phase), donate=True)
+        """The update on all devices of a batch, which gives the state's memory to the new one.
+
+        It takes `load_constants` as a third argument where there is a teacher.
+        """
+        constants = int(self.teacher is not None)
+        return self.parallel.map_step(self.train_step(phase), donate=True, constants=constants)
 
     def map_eval_step(self) -> Callable[..., Any]:
         """The prediction on all devices of a batch."""
@@ -173,12 +184,12 @@ class Program:
 
     def _with_precision(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step with convolutions and products of the config's precision."""
-        name = self.config["model"]["precision"]
+        name = self.settings.model.precision
         if name is None:
             return step
 
         def precise(*arguments: Any) -> Any:
-            with jax.default_matmul_precision(config_lib.PRECISIONS[name]):
+            with jax.default_matmul_precision(PRECISIONS[name]):
                 return step(*arguments)
 
         return precise
@@ -187,7 +198,7 @@ class Program:
     def eval_batch_size(self) -> int:
         """The config's, rounded up to what the devices can share; what is too much is padding."""
         devices = self.parallel.num_devices
-        return -(-self.config["eval"]["batch_size"] // devices) * devices
+        return -(-self.settings.eval.batch_size // devices) * devices
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the update that leads to `step`."""
@@ -200,10 +211,10 @@ class Program:
     @property
     def precision(self) -> str:
         """The precision of convolutions and products: "bfloat16", "tf32" or "full"."""
-        model, platform = self.config["model"], self.parallel.platform
-        if platform == "cpu" or model["dtype"] != "float32":
-            return "full" if model["dtype"] == "float32" else model["dtype"]
-        return model["precision"] or ("tf32" if platform == "gpu" else "bfloat16")
+        model, platform = self.settings.model, self.parallel.platform
+        if platform == "cpu" or model.dtype != "float32":
+            return "full" if model.dtype == "float32" else model.dtype
+        return model.precision or ("tf32" if platform == "gpu" else "bfloat16")
 
     def resolved(self) -> dict[str, Any]:
         """What the config leaves to its defaults and the devices, as it is in use."""

@@ -84,7 +84,7 @@ PRESETS, METHODS = _collect(MODULES)
 
 def settings(method: Method) -> dict[str, Any]:
     """The section `method` of a config: its name and its hyper-parameters."""
-    return {"name": type(method).__name__.lower(), **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    return {"name": method.name, **dataclasses.asdict(method)}  # type: ignore[call-overload]
 
 
 def make_method(section: Mapping[str, Any]) -> Method:

@@ -6,45 +6,32 @@
 views of contrastive learning (SimCLR's). Photographs are cropped at random besides.
 """
 
+import dataclasses
 from typing import Any
+
+from balpoe_jax.data.settings import AugmentSettings
 
 _JITTER = (0.4, 0.4, 0.4)
 
-_NOTHING: dict[str, Any] = {
-    "crop_padding": 0,
-    "flip": True,
-    "rotation": 0.0,
-    "color_jitter": (0.0, 0.0, 0.0),
-    "policy": "none",
-    "cutout": 0,
-    "crop_area": 0.0,
-    "hue": 0.0,
-    "jitter_probability": 1.0,
-    "grayscale": 0.0,
-    "blur": 0.0,
-    "randaugment_layers": 2,
-}
-_BASIC = {**_NOTHING, "crop_padding": 4}
-_REGULAR = {**_NOTHING, "color_jitter": _JITTER}
-_GRAY_AND_BLUR = {"grayscale": 0.2, "blur": 0.5}
-_RAND = {**_REGULAR, "policy": "randaugment"}
-
-VIEWS: dict[str, dict[str, Any]] = {
-    "basic": _BASIC,
-    "rotated": {**_BASIC, "rotation": 15.0},
-    "strong": {**_BASIC, "policy": "autoaugment_cifar", "cutout": 16},
-    "similar": {
-        **_NOTHING,
-        "crop_area": 0.2,
-        "color_jitter": _JITTER,
-        "hue": 0.1,
-        "jitter_probability": 0.8,
-        **_GRAY_AND_BLUR,
-    },
-    "regular": _REGULAR,
-    "rand": _RAND,
-    "stack": {**_RAND, **_GRAY_AND_BLUR},
-    "photo_similar": {**_REGULAR, **_GRAY_AND_BLUR},
+VIEWS = {
+    "basic": AugmentSettings(flip=True, crop_padding=4),
+    "rotated": AugmentSettings(flip=True, crop_padding=4, rotation=15.0),
+    "strong": AugmentSettings(flip=True, crop_padding=4, policy="autoaugment_cifar", cutout=16),
+    "similar": AugmentSettings(
+        flip=True,
+        crop_area=0.2,
+        color_jitter=_JITTER,
+        hue=0.1,
+        jitter_probability=0.8,
+        grayscale=0.2,
+        blur=0.5,
+    ),
+    "regular": AugmentSettings(flip=True, color_jitter=_JITTER),
+    "rand": AugmentSettings(flip=True, color_jitter=_JITTER, policy="randaugment"),
+    "stack": AugmentSettings(
+        flip=True, color_jitter=_JITTER, policy="randaugment", grayscale=0.2, blur=0.5
+    ),
+    "photo_similar": AugmentSettings(flip=True, color_jitter=_JITTER, grayscale=0.2, blur=0.5),
 }
 
 
@@ -64,4 +51,4 @@ def either_of(first: str, second: str) -> dict[str, Any]:
 
 
 def _section(section: str, name: str) -> dict[str, Any]:
-    return {f"{section}.{field}": value for field, value in VIEWS[name].items()}
+    return {f"{section}.{field}": value for field, value in dataclasses.asdict(VIEWS[name]).items()}

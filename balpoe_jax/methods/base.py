@@ -13,31 +13,32 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import optax
 from flax import linen as nn
 
 from balpoe_jax.models import ExpertEnsemble, Outputs
+from balpoe_jax.setting import Section, described, setting
 
 Batch = dict[str, jax.Array]
 
 
-def epochs(default: int) -> Any:
+def epochs(default: int, about: str, least: float = 0, most: float = 1e6) -> Any:
     """A hyper-parameter of a method that counts epochs, and is scaled with the training's length.
 
     Args:
-        default: Number of epochs in a training of the preset's own length; 0 and negative ones
-            have meanings of their own and stay as they are.
+        default: Number of epochs in a training of the preset's own length; 0 stays 0.
+        about: Sentence that begins with a noun, as for `setting`.
+        least: Least valid value.
+        most: Greatest valid value.
     """
-    return dataclasses.field(default=default, metadata={"scales_with": "epochs"})
+    return setting(default, about, least, most, scales=True)
 
 
 def scaled_fields(method: "type[Method]") -> tuple[str, ...]:
     """The names of a method's hyper-parameters that `epochs` has marked."""
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    return tuple(field.name for field in fields if field.metadata.get("scales_with") == "epochs")
+    return tuple(field.name for field, about in described(method) if about.scales)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,8 +54,8 @@ class Context:
         first_step: updates made before this phase.
         axis_name: the mapped axis over which a batch is shared; None outside of one.
         sync_batch_norm: whether BatchNorm takes its statistics over that axis.
-        teacher: the network of `Method.teacher_run` with the shapes of its variables; None without
-            one. What they are is in the method state, under "teacher".
+        teacher: Network of `Method.teacher_run`, with its variables within a step and their shapes
+            outside of one; None without a teacher.
         step: Number of updates made so far, a traced int32 scalar within a step, see `at`; 0
             outside of one.
     """
@@ -75,9 +76,17 @@ class Context:
         """`C`."""
         return len(self.class_counts)
 
-    def at(self, step: jax.Array | int) -> "Context":
-        """The context of the update that is made after `step` updates."""
-        return dataclasses.replace(self, step=step)
+    def at(self, step: jax.Array | int, teacher: Mapping[str, Any] | None = None) -> "Context":
+        """The context of the update that is made after `step` updates.
+
+        Args:
+            step: Number of updates made so far.
+            teacher: Variables of the teacher, `params` and `batch_stats`, where there is one.
+        """
+        network = self.teacher
+        if network is not None and teacher is not None:
+            network = dataclasses.replace(network, **teacher)
+        return dataclasses.replace(self, step=step, teacher=network)
 
     @property
     def epoch(self) -> Any:
@@ -222,7 +231,7 @@ class Phase:
         return self.transform is _as_it_is and self.begin is _as_they_are
 
 
-class Method:
+class Method(Section):
     """The base of all methods, with what most of them do.
 
     Attributes:
@@ -231,7 +240,17 @@ class Method:
         supports_mixing: whether its loss heeds the second label of a mixed image.
         needs_global_batch: the loss is not a mean over rows, or the method keeps a state, so
             that a batch cannot be cut into microbatches.
+
+    Raises:
+        UserError (a `ValueError`): a hyper-parameter out of its range.
     """
+
+    path = "method."
+
+    @property
+    def name(self) -> str:
+        """The name by which `config.method.name` knows it."""
+        return type(self).__name__.lower()
 
     views: ClassVar[int] = 1
     supports_mixing: ClassVar[bool] = True
@@ -239,11 +258,7 @@ class Method:
 
     @property
     def teacher_run(self) -> str:
-        """The workdir of a trained run to learn from; empty for none.
-
-        Its variables are put into the method state as "teacher", a dictionary of `params` and
-        `batch_stats`, when a training begins; `init_state` must hold their place.
-        """
+        """Workdir of the trained run that is `Context.teacher`; empty for none."""
         return ""
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
@@ -360,8 +375,3 @@ def soft_labels(batch: Batch, num_classes: int) -> jax.Array:
     one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
     weight = batch["weight"][:, None]
     return weight * one_hot(batch["labels"]) + (1 - weight) * one_hot(batch["other_labels"])
-
-
-def moving_average(old: Any, new: Any, momentum: float) -> Any:
-    """`momentum * old + (1 - momentum) * new`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * jnp.asarray(b), old, new)

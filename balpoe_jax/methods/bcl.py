@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.contrastive import ProjectedEnsemble, Projection, check_single
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
+from balpoe_jax.setting import setting
 
 
 def balanced_contrastive_loss(
@@ -68,30 +68,17 @@ class BCL(Method):
 
     `images` are classified; `images_2` and `images_3` are contrasted. All go through the network at
     once.
-
-    Attributes:
-        classification, contrast: weights of the two losses.
-        temperature: of the similarities.
-        hidden, width: of the projections' layers.
     """
 
     views = 3
     needs_global_batch = True
     supports_mixing = False
 
-    classification: float = 2.0
-    contrast: float = 0.6
-    temperature: float = 0.1
-    hidden: int = 512
-    width: int = 128
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        for name in ("classification", "contrast"):
-            check_range(name, getattr(self, name), 0, 1e6)
-        check_range("temperature", self.temperature, 1e-6, 1e6)
-        for name in ("hidden", "width"):
-            check_range(name, getattr(self, name), 1, 1e6)
+    classification: float = setting(2.0, "Weight of the classification loss.", 0, 1e6)
+    contrast: float = setting(0.6, "Weight of the contrastive loss.", 0, 1e6)
+    temperature: float = setting(0.1, "Divisor of the similarities.", 1e-6, 1e6)
+    hidden: int = setting(512, "Width of the projections' hidden layer.", 1, 1e6)
+    width: int = setting(128, "Width of the projections.", 1, 1e6)
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """The classifier is balanced softmax."""

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods.base import Context, Network, moving_average
+from balpoe_jax.methods.base import Context, Network
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize, torch_uniform
 from balpoe_jax.models.layers import BatchNorm
@@ -138,7 +139,9 @@ def init_momentum_encoder(network: Network) -> dict[str, Any]:
 
 def update_momentum_encoder(method_state: Any, params: Any, momentum: float) -> Any:
     """The method state with the slow network a step nearer to the fast one's `params`."""
-    return {**method_state, "params": moving_average(method_state["params"], params, momentum)}
+    # Of two that are interpolated it does not matter which is called new, but for the last bit.
+    slow = optax.incremental_update(method_state["params"], params, momentum)
+    return {**method_state, "params": slow}
 
 
 def encode_keys(

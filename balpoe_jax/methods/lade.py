@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
-from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
+from balpoe_jax.setting import setting
 
 IMPORTANCES = ("class", "sample")
 
@@ -62,25 +62,17 @@ def lade_regulariser(
 
 @dataclasses.dataclass(frozen=True)
 class LADE(Method):
-    """Balanced softmax plus `alpha` times the regulariser; the mean over experts if several.
+    """Balanced softmax plus `alpha` times the regulariser; the mean over experts if several."""
 
-    Attributes:
-        alpha: weight of the regulariser.
-        square: of the squared term within it (the paper's lambda).
-        importance: "class" or "sample"; see the module.
-    """
-
-    alpha: float = 0.1
-    square: float = 0.01
-    importance: str = "class"
+    alpha: float = setting(0.1, "Weight of the regulariser.", 0, 1e6)
+    square: float = setting(
+        0.01, "Weight of the squared term in the regulariser, the paper's lambda.", 0, 1e6
+    )
+    importance: str = setting(
+        "class", "Kind of importance weights, see the module `lade`.", choices=IMPORTANCES
+    )
 
     needs_global_batch = True
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("alpha", self.alpha, 0, 1e6)
-        check_range("square", self.square, 0, 1e6)
-        check_choice("importance", self.importance, IMPORTANCES)
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of balanced softmax."""

@@ -16,24 +16,16 @@ import jax.numpy as jnp
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods import lade
 from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Prediction, soft_labels
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import Outputs
+from balpoe_jax.setting import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class PostHoc(ExpertLosses):
-    """Cross-entropy; predicts adjusted logits, so that everything evaluation does starts from them.
+    """Cross-entropy; predicts adjusted logits, from which all of an evaluation starts."""
 
-    Attributes:
-        tau: how much of the log prior is taken out.
-    """
-
-    tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("tau", self.tau, -100, 100)
+    tau: float = setting(1.0, "Factor of the log prior that is taken out.", -100, 100)
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """What is predicted is biased as by a loss of that tau."""

@@ -21,27 +21,20 @@ import jax
 import jax.numpy as jnp
 
 from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Phase, mix_losses
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.classifier import cross_entropies, in_classifier, new_classifier
 from balpoe_jax.methods.mislas import label_aware_smoothing
 from balpoe_jax.methods.preset import Preset
+from balpoe_jax.setting import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class LOS(ExpertLosses):
-    """See the module.
+    """See the module."""
 
-    Attributes:
-        delta: Share of a label that is spread over all classes, in the second phase.
-        new_classifier: Whether the second phase begins with a new classifier.
-    """
-
-    delta: float = 0.98
-    new_classifier: bool = True
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("delta", self.delta, 0, 1)
+    delta: float = setting(
+        0.98, "Share of a label that is spread over all classes, in the second phase.", 0, 1
+    )
+    new_classifier: bool = setting(True, "Whether the second phase begins with a new classifier.")
 
     def phases(self) -> tuple[Phase, ...]:
         """Cross-entropy, then the classifier alone on smoothed labels."""

@@ -26,11 +26,11 @@ from flax import linen as nn
 
 from balpoe_jax.losses import class_balanced_weights
 from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Phase, map_by_path
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.classifier import cross_entropies, in_classifier
 from balpoe_jax.methods.preset import Preset
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.optim import followed_by
+from balpoe_jax.setting import setting
 
 
 class BoundedEnsemble(nn.Module):
@@ -89,20 +89,14 @@ def _max_norm() -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class LTWB(ExpertLosses):
-    """See the module.
+    """See the module."""
 
-    Attributes:
-        beta: Base of the effective numbers of the class-balanced loss.
-        radius_share: Place of the radius between the smallest norm (0) and the largest (1).
-    """
-
-    beta: float = 0.9999
-    radius_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("beta", self.beta, 0, 1 - 1e-9)
-        check_range("radius_share", self.radius_share, 0, 1)
+    beta: float = setting(
+        0.9999, "Base of the effective numbers of the class-balanced loss.", 0, 1 - 1e-9
+    )
+    radius_share: float = setting(
+        0.1, "Place of the radius between the smallest norm (0) and the largest (1).", 0, 1
+    )
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> BoundedEnsemble:
         """The ensemble with a place for the radius, which every checkpoint holds with it."""

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, epochs, soft_labels
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
+from balpoe_jax.setting import setting
 
 
 def adjusted(logits: jax.Array, context: Context) -> jax.Array:
@@ -48,23 +48,18 @@ def consistency(weak: jax.Array, strong: jax.Array, labels: jax.Array) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class _SelfDistilled(Method):
-    """What both methods have.
-
-    Attributes:
-        mu: weight of the consistency.
-        warmup_epochs: over which the weight grows from `mu / warmup_epochs` in the first; 0 for
-            the whole weight from the start.
-    """
+    """What both methods have."""
 
     needs_global_batch = True
 
-    mu: float = 0.6
-    warmup_epochs: int = epochs(20)
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("mu", self.mu, 0, 1e6)
-        check_range("warmup_epochs", self.warmup_epochs, 0, 1e6)
+    mu: float = setting(0.6, "Weight of the consistency.", 0, 1e6)
+    warmup_epochs: int = epochs(
+        20,
+        "Number of epochs over which the weight grows, from `mu / warmup_epochs` in the first; 0 "
+        "for the whole weight from the start.",
+        0,
+        1e6,
+    )
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Those of the config."""

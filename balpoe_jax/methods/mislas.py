@@ -30,11 +30,11 @@ from balpoe_jax.methods.base import (
     map_by_path,
     soft_labels,
 )
-from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.optim import followed_by
+from balpoe_jax.setting import setting
 
 SHAPES = ("concave", "linear", "convex")
 
@@ -93,25 +93,16 @@ class ScaledEnsemble(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Mislas(ExpertLosses):
-    """See the module.
+    """See the module."""
 
-    Attributes:
-        smooth_head, smooth_tail: smoothing of the largest and of the smallest class, in [0, 1].
-        smooth_shape: between them, one of `SHAPES`.
-        classifier_rate: of the classifier in the second phase, as a factor of the learning rate.
-    """
-
-    smooth_head: float = 0.4
-    smooth_tail: float = 0.1
-    smooth_shape: str = "concave"
-    classifier_rate: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("smooth_head", self.smooth_head, 0, 1)
-        check_range("smooth_tail", self.smooth_tail, 0, 1)
-        check_choice("smooth_shape", self.smooth_shape, SHAPES)
-        check_range("classifier_rate", self.classifier_rate, 0, 1e6)
+    smooth_head: float = setting(0.4, "Smoothing of the largest class.", 0, 1)
+    smooth_tail: float = setting(0.1, "Smoothing of the smallest class.", 0, 1)
+    smooth_shape: str = setting(
+        "concave", "Course of the smoothing between the two.", choices=SHAPES
+    )
+    classifier_rate: float = setting(
+        0.2, "Factor of the classifier's learning rate in the second phase.", 0, 1e6
+    )
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> ScaledEnsemble:
         """The ensemble with a scale for each class."""

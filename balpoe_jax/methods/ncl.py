@@ -27,7 +27,6 @@ from flax import linen as nn
 from balpoe_jax.losses import cross_entropy, log_prior
 from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
-from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.contrastive import (
     ProjectedExperts,
     Projection,
@@ -39,6 +38,7 @@ from balpoe_jax.methods.contrastive import (
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
+from balpoe_jax.setting import setting
 
 HARD_MASKS = ("zero", "inf")
 
@@ -114,40 +114,28 @@ def contrastive_losses(
 
 @dataclasses.dataclass(frozen=True)
 class NCL(Method):
-    """See the module.
-
-    Attributes:
-        distillation: weight of the divergences, of which each network has the mean over the others.
-        hard_share: of the classes that are hard for an image.
-        hard_mask: "zero" or "inf".
-        contrast: weight of the contrastive branch; 0 for none.
-        temperature: of its similarities.
-        width: of its projections.
-        queue_size: how many earlier images it contrasts; the most recent ones.
-        momentum: of the moving average of the networks that encodes them.
-    """
+    """See the module."""
 
     supports_mixing = False
 
-    distillation: float = 0.6
-    hard_share: float = 0.3
-    hard_mask: str = "zero"
-    contrast: float = 0.0
-    temperature: float = 0.2
-    width: int = 64
-    queue_size: int = 1024
-    momentum: float = 0.999
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("distillation", self.distillation, 0, 1e6)
-        check_range("hard_share", self.hard_share, 0, 1)
-        check_choice("hard_mask", self.hard_mask, HARD_MASKS)
-        check_range("contrast", self.contrast, 0, 1e6)
-        check_range("temperature", self.temperature, 1e-6, 1e6)
-        check_range("width", self.width, 1, 1e6)
-        check_range("queue_size", self.queue_size, 1, 1e9)
-        check_range("momentum", self.momentum, 0, 1)
+    distillation: float = setting(
+        0.6, "Weight of the divergences; each network has their mean over the others.", 0, 1e6
+    )
+    hard_share: float = setting(0.3, "Share of the classes that are hard for an image.", 0, 1)
+    hard_mask: str = setting(
+        "zero",
+        "Logits of the other classes in the hard term: 0, or minus infinity.",
+        choices=HARD_MASKS,
+    )
+    contrast: float = setting(0.0, "Weight of the contrastive branch; 0 for none.", 0, 1e6)
+    temperature: float = setting(0.2, "Divisor of the branch's similarities.", 1e-6, 1e6)
+    width: int = setting(64, "Width of the branch's projections.", 1, 1e6)
+    queue_size: int = setting(
+        1024, "Number of earlier images that it contrasts, the most recent ones.", 1, 1e9
+    )
+    momentum: float = setting(
+        0.999, "Momentum of the moving average of the networks that encodes them.", 0, 1
+    )
 
     @property
     def views(self) -> int:  # type: ignore[override]

@@ -25,7 +25,6 @@ from flax import linen as nn
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.augmentations import views
 from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.contrastive import (
     ProjectedEnsemble,
     Projection,
@@ -39,6 +38,7 @@ from balpoe_jax.methods.contrastive import (
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
+from balpoe_jax.setting import setting
 
 _EPSILON = 1e-12  # within the logarithm, after the largest term was made 1
 
@@ -91,33 +91,26 @@ def paco_loss(
 
 @dataclasses.dataclass(frozen=True)
 class PaCo(Method):
-    """See the module.
-
-    Attributes:
-        alpha: weight of each image of the same class, against 1 for the class centre.
-        temperature: of the similarities.
-        width: of the projections.
-        queue_size: how many earlier images are contrasted; the most recent ones.
-        momentum: of the moving average that encodes them; 0 for none, which makes it GPaCo.
-    """
+    """See the module."""
 
     views = 2
     needs_global_batch = True
     supports_mixing = False
 
-    alpha: float = 0.01
-    temperature: float = 0.05
-    width: int = 32
-    queue_size: int = 1024
-    momentum: float = 0.999
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("alpha", self.alpha, 0, 1e6)
-        check_range("temperature", self.temperature, 1e-6, 1e6)
-        check_range("width", self.width, 1, 1e6)
-        check_range("queue_size", self.queue_size, 1, 1e9)
-        check_range("momentum", self.momentum, 0, 1)
+    alpha: float = setting(
+        0.01, "Weight of each image of the same class, against 1 for the class centre.", 0, 1e6
+    )
+    temperature: float = setting(0.05, "Divisor of the similarities.", 1e-6, 1e6)
+    width: int = setting(32, "Width of the projections.", 1, 1e6)
+    queue_size: int = setting(
+        1024, "Number of earlier images that are contrasted, the most recent ones.", 1, 1e9
+    )
+    momentum: float = setting(
+        0.999,
+        "Momentum of the moving average that encodes them; 0 for none, which makes it GPaCo.",
+        0,
+        1,
+    )
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """The centre is adjusted as by tau 1."""

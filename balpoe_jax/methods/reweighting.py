@@ -28,8 +28,8 @@ from balpoe_jax.losses import (
     log_prior,
 )
 from balpoe_jax.methods.base import Batch, Context, ExpertLosses, epochs, mix_losses
-from balpoe_jax.methods.checks import check_choice, check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
+from balpoe_jax.setting import setting
 
 BASES = ("cross_entropy", "focal", "ldam")
 WEIGHTS = ("none", "class_balanced")
@@ -41,40 +41,31 @@ FOCAL_PS = ("unweighted", "weighted")
 class Reweighted(ExpertLosses):
     """The weighted mean over rows of a loss, and the mean over experts if there are several.
 
-    Attributes:
-        base: "cross_entropy", "focal" or "ldam".
-        weights: of classes, "none" or "class_balanced", see `class_balanced_weights`.
-        beta: of the effective number.
-        reweight_epoch: the first epoch with class weights, counted from 0; -1 for none.
-        weight_norm: "sum_w" divides the sum of weighted losses by the sum of weights, as
-            PyTorch does, over the whole batch; "batch" by the number of rows.
-        gamma: exponent of the focal loss.
-        focal_p: "unweighted" or "weighted"; see the module.
-        max_margin: of LDAM.
-
     In a mixed batch each row stands for its two labels, whose shares weigh beside their classes'
     weights. Mixed within a batch by one share that is what mixing the two weighted means gives.
     """
 
-    base: str = "cross_entropy"
-    weights: str = "none"
-    beta: float = 0.9999
-    reweight_epoch: int = epochs(0)
-    weight_norm: str = "sum_w"
-    gamma: float = 1.0
-    focal_p: str = "unweighted"
-    max_margin: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_choice("base", self.base, BASES)
-        check_choice("weights", self.weights, WEIGHTS)
-        check_choice("weight_norm", self.weight_norm, WEIGHT_NORMS)
-        check_choice("focal_p", self.focal_p, FOCAL_PS)
-        check_range("beta", self.beta, 0, 1 - 1e-9)
-        check_range("reweight_epoch", self.reweight_epoch, -1, 1e6)
-        check_range("gamma", self.gamma, 0, 100)
-        check_range("max_margin", self.max_margin, 0, 100)
+    base: str = setting("cross_entropy", "Name of the loss.", choices=BASES)
+    weights: str = setting(
+        "none", "Weights of the classes, see `class_balanced_weights`.", choices=WEIGHTS
+    )
+    beta: float = setting(0.9999, "Base of the effective number.", 0, 1 - 1e-9)
+    reweight_epoch: int | None = epochs(
+        0, "First epoch with class weights, counted from 0; None for never.", 0, 1e6
+    )
+    weight_norm: str = setting(
+        "sum_w",
+        "Divisor of the sum of weighted losses: the sum of the weights over the whole batch, as in "
+        "PyTorch, or the number of rows.",
+        choices=WEIGHT_NORMS,
+    )
+    gamma: float = setting(1.0, "Exponent of the focal loss.", 0, 100)
+    focal_p: str = setting(
+        "unweighted",
+        "Probability in the focal loss's factor, see the module `reweighting`.",
+        choices=FOCAL_PS,
+    )
+    max_margin: float = setting(0.5, "Margin of the rarest class in LDAM.", 0, 100)
 
     @property
     def needs_global_batch(self) -> bool:  # type: ignore[override]
@@ -84,7 +75,7 @@ class Reweighted(ExpertLosses):
     @property
     def weighs(self) -> bool:
         """Whether there is an epoch with class weights."""
-        return self.weights != "none" and self.reweight_epoch >= 0
+        return self.weights != "none" and self.reweight_epoch is not None
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """Unweighted cross-entropy is that of tau 0."""

@@ -35,11 +35,11 @@ from balpoe_jax.methods.base import (
     Prediction,
     epochs,
 )
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.reweighting import Reweighted
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import LinearHead, normalize
+from balpoe_jax.setting import setting
 
 
 def class_temperatures(
@@ -167,63 +167,61 @@ class RoutedEnsemble(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RIDE(Method):
-    """The sum over experts of deferred LDAM losses plus `diversity` times their divergence.
+    """The sum over experts of deferred LDAM losses plus `diversity` times their divergence."""
 
-    Attributes:
-        diversity: factor of the divergence from the experts' mean; negative, a reward.
-        temperature: by which logits are divided before they are compared.
-        temperature_spread: of classes' temperatures from `reweight_epoch` on, see
-            `class_temperatures`.
-        reweight_epoch: the first one with class weights and temperatures, counted from 0; -1 for
-            none.
-        beta: of the class weights' effective number.
-        max_margin: of the rarest class.
-        router: whether a router is trained in the second phase.
-        router_top_k: how many logits it sees; the authors' 30 on CIFAR, 50 on photographs.
-        router_width: of the feature that it sees.
-        router_positive_weight: of rows for which asking on is worth it.
-        distill: whether to learn from a teacher too.
-        teacher: workdir of the run that trained it, such as one of `ride` with `experts=6`.
-        teacher_weight: of the divergence from the teacher, see `distillation`.
-        teacher_temperature: of it.
-        repeat_by_experts: multiply all by the number of experts, as the released code does when it
-            distills; at the same weight decay that is a higher learning rate.
-    """
-
-    diversity: float = -0.45
-    temperature: float = 1.0
-    temperature_spread: float = 0.05
-    reweight_epoch: int = epochs(160)
-    beta: float = 0.9999
-    max_margin: float = 0.5
-    router: bool = False
-    router_top_k: int = 30
-    router_width: int = 16
-    router_positive_weight: float = 100.0
-    distill: bool = False
-    teacher: str = ""
-    teacher_weight: float = 1.0
-    teacher_temperature: float = 1.5
-    repeat_by_experts: bool = False
+    diversity: float = setting(
+        -0.45, "Factor of the divergence from the experts' mean; negative, a reward.", -1e3, 1e3
+    )
+    temperature: float = setting(1.0, "Divisor of the logits before they are compared.", 1e-3, 1e3)
+    temperature_spread: float = setting(
+        0.05,
+        "Spread of the classes' temperatures from `reweight_epoch` on, see `class_temperatures`.",
+        0,
+        1,
+    )
+    reweight_epoch: int | None = epochs(
+        160,
+        "First epoch with class weights and temperatures, counted from 0; None for never.",
+        0,
+        1e6,
+    )
+    beta: float = setting(0.9999, "Base of the class weights' effective number.", 0, 1 - 1e-9)
+    max_margin: float = setting(0.5, "Margin of the rarest class.", 0, 100)
+    router: bool = setting(False, "Whether a router is trained in the second phase.")
+    router_top_k: int = setting(
+        30,
+        "Number of logits that the router sees; the authors' 30 on CIFAR, 50 on photographs.",
+        1,
+        1e6,
+    )
+    router_width: int = setting(16, "Width of the feature that the router sees.", 1, 1e6)
+    router_positive_weight: float = setting(
+        100.0, "Weight of rows for which asking on is worth it.", 0, 1e9
+    )
+    distill: bool = setting(False, "Whether to learn from a teacher too.")
+    teacher: str | None = setting(
+        None, "Workdir of the run that trained it, such as one of `ride` with `experts=6`."
+    )
+    teacher_weight: float = setting(
+        1.0, "Weight of the divergence from the teacher, see `distillation`.", 0, 1e6
+    )
+    teacher_temperature: float = setting(1.5, "Temperature of that divergence.", 1e-3, 1e3)
+    repeat_by_experts: bool = setting(
+        False,
+        "Whether all is multiplied by the number of experts, as the released code does when it "
+        "distills; at the same weight decay that is a higher learning rate.",
+    )
 
     needs_global_batch = True
 
     def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("diversity", self.diversity, -1e3, 1e3)
-        check_range("temperature", self.temperature, 1e-3, 1e3)
-        check_range("temperature_spread", self.temperature_spread, 0, 1)
-        check_range("router_top_k", self.router_top_k, 1, 1e6)
-        check_range("router_width", self.router_width, 1, 1e6)
-        check_range("router_positive_weight", self.router_positive_weight, 0, 1e9)
-        check_range("teacher_weight", self.teacher_weight, 0, 1e6)
-        check_range("teacher_temperature", self.teacher_temperature, 1e-3, 1e3)
+        super().__post_init__()
         self.expert_loss  # noqa: B018  whose fields it checks
 
     @property
     def teacher_run(self) -> str:
         """Of the teacher, if there is one."""
-        return self.teacher if self.distill else ""
+        return (self.teacher or "") if self.distill else ""
 
     @property
     def expert_loss(self) -> Reweighted:
@@ -269,25 +267,15 @@ class RIDE(Method):
         by_expert = own + self.diversity * divergence
         total, terms = by_expert.sum(), {"ldam": own.sum(), "divergence": divergence.sum()}
         if self.distill:
-            terms["teacher"] = self.distillation_loss(outputs.logits, method_state, batch, context)
+            terms["teacher"] = self.distillation_loss(outputs.logits, batch, context)
             total += self.teacher_weight * terms["teacher"]
             total *= len(by_expert) if self.repeat_by_experts else 1
         return Losses(total, by_expert, batch_stats, method_state, terms)
 
-    def init_state(self, network: Network, context: Context, key: jax.Array) -> dict[str, Any]:
-        """The place of the teacher's variables."""
-        if context.teacher is None:
-            return {}
-        shapes = {"params": context.teacher.params, "batch_stats": context.teacher.batch_stats}
-        return {"teacher": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
-
-    def distillation_loss(
-        self, logits: jax.Array, method_state: dict[str, Any], batch: Batch, context: Context
-    ) -> jax.Array:
+    def distillation_loss(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
         """The mean over rows of the divergence from the teacher, which sees them as in a test."""
         assert context.teacher is not None  # `network` has seen to it
-        teacher = Network(context.teacher.module, **method_state["teacher"])
-        outputs, _ = teacher(batch["images"], train=False)
+        outputs, _ = context.teacher(batch["images"], train=False)
         means = outputs.logits.mean(axis=0), logits.mean(axis=0)
         return distillation(*means, self.teacher_temperature).mean()
 
@@ -297,7 +285,7 @@ class RIDE(Method):
         """Each expert's own loss and its divergence from the mean, float `[E]`."""
         own = self.expert_loss.weighted_means(logits, batch, context)
         temperatures = jnp.ones(context.num_classes)
-        if self.reweight_epoch >= 0:
+        if self.reweight_epoch is not None:
             later = jnp.asarray(class_temperatures(context.class_counts, self.temperature_spread))
             temperatures = jnp.where(context.epoch >= self.reweight_epoch, later, temperatures)
         return own, divergence_from_mean(logits, self.temperature * temperatures)

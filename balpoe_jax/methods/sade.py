@@ -23,8 +23,8 @@ import numpy.typing as npt
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset, PublishedResult
+from balpoe_jax.setting import setting
 
 
 def reversed_counts(class_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
@@ -62,19 +62,13 @@ def sade_losses(expert_logits: jax.Array, targets: jax.Array, biases: jax.Array)
 
 @dataclasses.dataclass(frozen=True)
 class Sade(ExpertLosses):
-    """See the module.
-
-    Attributes:
-        strength: of the third expert's inverse prior (the paper's lambda).
-    """
+    """See the module."""
 
     total = "sum"
 
-    strength: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("strength", self.strength, 0, 1e3)
+    strength: float = setting(
+        2.0, "Factor of the third expert's inverse prior, the paper's lambda.", 0, 1e3
+    )
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
         """0 and 1; the third expert's prior is no power of the training prior."""

@@ -21,23 +21,17 @@ import jax.numpy as jnp
 
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.preset import Preset
+from balpoe_jax.setting import setting
 
 
 @dataclasses.dataclass(frozen=True)
 class @CLASS@(ExpertLosses):
-    """See the module.
+    """See the module."""
 
-    Attributes:
-        strength: Factor of the log prior that is added to the logits in training.
-    """
-
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("strength", self.strength, 0, 100)
+    strength: float = setting(
+        1.0, "Factor of the log prior that is added to the logits in training.", 0, 100
+    )
 
     def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
         """Cross-entropies of adjusted logits."""

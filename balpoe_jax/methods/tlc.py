@@ -29,11 +29,11 @@ import numpy as np
 
 from balpoe_jax.losses import class_balanced_weights, cross_entropy, ldam_margins
 from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction, epochs
-from balpoe_jax.methods.checks import check_range
 from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.models import Outputs
+from balpoe_jax.setting import setting
 
 # Of an expert's logits, beyond which evidence does not grow where its divergence is computed.
 _LARGEST_LOGIT = 15.0
@@ -67,42 +67,38 @@ def _apart(opinions: Opinion) -> list[Opinion]:
 
 @dataclasses.dataclass(frozen=True)
 class TLC(Method):
-    """See the module.
-
-    Attributes:
-        engagement: an expert learns from images whose remaining uncertainty is more than this share
-            of the batch's largest.
-        sharpness: by which the remaining uncertainties are divided before their softmax.
-        kl_epochs: in which the weight of the divergence from uniform would grow to 1; most of it is
-            never reached.
-        diversity: weight of the reward for differing from the combined output.
-        reweight_epoch: the first one with class weights and temperatures, counted from 0.
-        temperature_spread: see `ride.class_temperatures`.
-        beta, max_margin: see `reweighting.Reweighted`.
-    """
+    """See the module."""
 
     needs_global_batch = True
     supports_mixing = False
 
-    engagement: float = 0.54
-    sharpness: float = 0.2
-    kl_epochs: int = epochs(13200)
-    diversity: float = 0.01
-    reweight_epoch: int = epochs(160)
-    temperature_spread: float = 0.05
-    beta: float = 0.9999
-    max_margin: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Raises a `UserError` for a value that is not valid."""
-        check_range("engagement", self.engagement, 0, 1)
-        check_range("sharpness", self.sharpness, 1e-6, 1e6)
-        check_range("kl_epochs", self.kl_epochs, 1, 1e9)
-        check_range("diversity", self.diversity, 0, 1e6)
-        check_range("reweight_epoch", self.reweight_epoch, 0, 1e6)
-        check_range("temperature_spread", self.temperature_spread, 0, 1)
-        check_range("beta", self.beta, 0, 0.999999)
-        check_range("max_margin", self.max_margin, 0, 100)
+    engagement: float = setting(
+        0.54,
+        "Share of the batch's largest uncertainty above which an expert learns from an image.",
+        0,
+        1,
+    )
+    sharpness: float = setting(
+        0.2, "Divisor of the remaining uncertainties before their softmax.", 1e-6, 1e6
+    )
+    kl_epochs: int = epochs(
+        13200,
+        "Number of epochs in which the weight of the divergence from uniform would grow to 1; most "
+        "of it is never reached.",
+        1,
+        1e9,
+    )
+    diversity: float = setting(
+        0.01, "Weight of the reward for differing from the combined output.", 0, 1e6
+    )
+    reweight_epoch: int = epochs(
+        160, "First epoch with class weights and temperatures, counted from 0.", 0, 1e6
+    )
+    temperature_spread: float = setting(
+        0.05, "Spread of the classes' temperatures, see `ride.class_temperatures`.", 0, 1
+    )
+    beta: float = setting(0.9999, "Base of the class weights' effective number.", 0, 0.999999)
+    max_margin: float = setting(0.5, "Margin of the rarest class, see `reweighting`.", 0, 100)
 
     def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
         """The sum over experts of their means over the images that they learn from."""

@@ -55,9 +55,30 @@ def write_report(workdir: str) -> Path:
         raise UserError(
             f"{path} holds no results.json to report; evaluate the run first, with --mode=eval."
         )
+    return _write(path, results, _load_summaries(path, results))
+
+
+def write_report_of(
+    workdir: Path, results: Mapping[str, Any], test: predictions.Predictions | None
+) -> Path:
+    """Writes `report/` of an evaluation that has just been made; returns the path of its page.
+
+    Args:
+        workdir: of the run, with its `config.json` and `metrics.jsonl`.
+        results: what its `results.json` holds.
+        test: Predictions of the test set; None for those in the workdir.
+
+    Raises:
+        UserError (a `ValueError`): a config that is damaged.
+    """
+    path = workdir.absolute()
+    shown = _Summaries(test) if test is not None else _load_summaries(path, results)
+    return _write(path, results, shown)
+
+
+def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str") -> Path:
     run = schema.load_config(path) or {}
     content = {table.name: table for table in result_tables.result_tables(results)}
-    summaries = _summaries(path, results)
     title, subtitle = _headline(results, run)
     folder = path / "report"
     tables.write_files(
@@ -87,7 +108,7 @@ class _Summaries:
         self.ensemble = ensemble
 
 
-def _summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
+def _load_summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
     """Those of the run's predictions, or a sentence that says why there are none."""
     try:
         test = predictions.load(path / predictions.FOLDER)

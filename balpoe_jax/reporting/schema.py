@@ -12,7 +12,7 @@ from typing import Any
 
 from balpoe_jax import files
 from balpoe_jax.errors import UserError
-from balpoe_jax.renames import current_name, rename_fields
+from balpoe_jax.renames import current_name, current_values, rename_fields
 
 # A shape of plain values: a kind by its name; a list of one shape for lists of it; an object's keys
 # with their shapes. A key that ends in "?" may be missing or null, "*" stands for any other key,
@@ -128,7 +128,7 @@ def _rename_config(content: dict[str, Any]) -> dict[str, Any]:
 def _rename_results(results: dict[str, Any]) -> dict[str, Any]:
     renamed = {current_name(name): value for name, value in results.items()}
     if isinstance(results.get("settings"), dict):
-        renamed["settings"] = rename_fields({"eval": results["settings"]})["eval"]
+        renamed["settings"] = current_values(rename_fields({"eval": results["settings"]}))["eval"]
     return renamed
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balpoe_jax import files
+from balpoe_jax.config import Settings, resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import schema
 from balpoe_jax.reproduce import job_processes
@@ -65,20 +66,20 @@ class Job:
         """
         if not record.has_config(self.workdir):
             return "to do"
-        record.check_same_config(self.workdir, self._fields())
+        record.check_same_config(self.workdir, self._settings())
         claimed = schema.load_config(self.workdir) or {}
         last = (claimed.get("resolved") or {}).get("total_steps")
         # The step alone, so that results which are damaged can be written again.
         step = (files.read_json(self.workdir / files.RESULTS) or {}).get("step")
         return "done" if last is not None and step == last else "begun"
 
-    def _fields(self) -> dict[str, object]:
+    def _settings(self) -> Settings:
         file, _, arguments = self.config.partition(":")
         config = runpy.run_path(file)["get_config"](arguments)
         config.seed = self.seed
         if self.teacher:
             config.method.teacher = str(self.teacher)
-        return config.to_dict()
+        return resolve(config)
 
 
 def plan(

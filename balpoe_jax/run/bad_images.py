@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -29,7 +28,7 @@ def make_replacements(
     """What replaces the images of a training set that cannot be read.
 
     Args:
-        policy: one of `balpoe_jax.config.BAD_IMAGE_POLICIES`.
+        policy: "fail" or "skip", as `config.data.on_bad_image` is.
         source: the training set.
         workdir: where what is found is recorded.
         first_step: after which this start goes on; what is recorded of later steps is discarded,
@@ -48,11 +47,11 @@ def make_replacements(
     return Replacements(source, known, report=lambda found: _write(path, found))
 
 
-def count(config: dict[str, Any], workdir: Path, step: int) -> dict[str, int]:
+def count(policy: str, workdir: Path, step: int) -> dict[str, int]:
     """What metrics and results say: `bad_images` met up to a step, if any is or was let pass."""
     found = [bad for path in sorted(workdir.glob(_FILE.format("*"))) for bad in _read(path)]
     met = {bad.index for bad in found if bad.step <= step}
-    return {"bad_images": len(met)} if met or config["data"]["on_bad_image"] == "skip" else {}
+    return {"bad_images": len(met)} if met or policy == "skip" else {}
 
 
 def _write(path: Path, found: Iterable[BadImage]) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ class Checkpoints:
             raise _unreadable(where, error) from error
         if saved is None:
             raise _unreadable(where, ValueError("it holds no state"))
+        former = _former_teacher(saved, abstract)
+        abstract = {**abstract, **former}
         _check_shapes(where, saved, abstract)
         try:
             restored = self._manager.restore(
@@ -139,7 +142,8 @@ class Checkpoints:
         except Exception as error:
             _raise_if_of_jax(error)
             raise _unreadable(where, error) from error
-        local = parallel.to_local_arrays(restored["state"], fields)
+        kept = {name: value for name, value in restored["state"].items() if name not in former}
+        local = parallel.to_local_arrays(kept, fields)
         return like.replace(**{_IN_MEMORY.get(name, name): value for name, value in local.items()})
 
     def _steps(self) -> list[int]:
@@ -237,6 +241,19 @@ def _fields(state: TrainState) -> dict[str, Any]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     kept = fields.pop("method_state")
     return fields | ({_METHOD_STATE: kept} if jax.tree.leaves(kept) else {})
+
+
+def _former_teacher(saved: Any, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher that a student's checkpoint held once, which is read and not kept."""
+    there = saved.get(_METHOD_STATE)
+    if _METHOD_STATE in expected or not isinstance(there, Mapping) or set(there) != {"teacher"}:
+        return {}
+    placement = jax.tree.leaves(expected)[0].sharding
+    return {
+        _METHOD_STATE: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), there
+        )
+    }
 
 
 def _check_shapes(where: str, saved: Any, expected: Any) -> None:

@@ -109,10 +109,10 @@ class NonFiniteSteps:
             files.write_atomically(self._path, text)
 
 
-def summary(config: dict[str, Any], workdir: Path, step: int) -> dict[str, int]:
+def summary(limit: int, workdir: Path, step: int) -> dict[str, int]:
     """What `results.json` says: `skipped_steps` up to a step, if any may or did pass."""
     skipped = sum(row["skipped"] and row["step"] <= step for row in _read(workdir / NON_FINITE))
-    return {"skipped_steps": skipped} if skipped or config["optim"]["skip_non_finite"] else {}
+    return {"skipped_steps": skipped} if skipped or limit else {}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from balpoe_jax import files
-from balpoe_jax.config import with_defaults
+from balpoe_jax.config import Settings, to_record, with_defaults
 from balpoe_jax.errors import TransientError, UserError, is_transient
 from balpoe_jax.files import CONFIG, read_json, to_json, write_atomically
 from balpoe_jax.run import multihost
@@ -84,17 +84,22 @@ def has_config(workdir: Path) -> bool:
 
 
 def write_config(
-    workdir: Path, config: Mapping[str, Any], resolved: Mapping[str, Any], data: Mapping[str, Any]
+    workdir: Path, settings: Settings, resolved: Mapping[str, Any], data: Mapping[str, Any]
 ) -> None:
     """Writes `config.json`: from then on the workdir belongs to this configuration.
 
     Args:
         workdir: of the run.
-        config: all its fields.
+        settings: of the experiment.
         resolved: what the fields that are left open turned out to be.
         data: what the data set turned out to be.
     """
-    content = {"config": config, "resolved": resolved, "data": data, "environment": environment()}
+    content = {
+        "config": to_record(settings),
+        "resolved": resolved,
+        "data": data,
+        "environment": environment(),
+    }
     write_atomically(workdir / CONFIG, json.dumps(to_json(content), indent=2) + "\n")
 
 
@@ -107,8 +112,8 @@ def recorded_pipeline(workdir: Path) -> str | None:
     return str(resolved.get("pipeline", "host")) if isinstance(resolved, dict) else "host"
 
 
-def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raises UserError unless `workdir` holds a run of this configuration."""
+def check_same_config(workdir: Path, settings: Settings) -> None:
+    """Raises UserError unless `workdir` holds a run of these settings."""
     path = workdir / CONFIG
     try:
         before = json.loads(path.read_text())["config"]
@@ -121,7 +126,7 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another workdir.") from error
-    there, here = experiment_fields(before), experiment_fields(config)
+    there, here = experiment_fields(before), experiment_fields(to_record(settings))
     differing = [
         f"{field} was {there.get(field)!r} and is now {here.get(field)!r}"
         for field in sorted(there.keys() | here.keys())
@@ -143,9 +148,9 @@ def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}
 
 
-def check_config_everywhere(config: Mapping[str, Any]) -> None:
+def check_config_everywhere(settings: Settings) -> None:
     """Refuses processes with different configs, but for the fields about the host itself."""
-    fields = _flatten(to_json(config))
+    fields = _flatten(to_json(to_record(settings)))
     own = ("data.data_dir", "data.threads")
     shared = {name: fields[name] for name in fields if name not in own}
     multihost.check_same(shared, "config", "use one command line for all")

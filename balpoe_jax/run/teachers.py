@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained runs that another one learns from: what they were, and their variables."""
 
+import dataclasses
 import json
 import logging
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from balpoe_jax import files
-from balpoe_jax.config import with_defaults
+from balpoe_jax.config import Settings, from_record, with_defaults
 from balpoe_jax.errors import UserError
 from balpoe_jax.run import record
 from balpoe_jax.run.checkpoint import Checkpoints
@@ -17,21 +16,19 @@ from balpoe_jax.step import TrainState
 log = logging.getLogger(__name__)
 
 
-def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
-    """The config of a teacher's run, with batches that the student's devices can share.
+def read_settings(workdir: str, student: Settings) -> Settings:
+    """The settings of a teacher's run, with batches that the student's devices can share.
 
     Args:
         workdir: of the teacher.
-        student: the config of the run that learns from it.
+        student: the settings of the run that learns from it.
 
     Raises:
         UserError (a `ValueError`): no run there, one that cannot be read, or one on other data.
     """
     path = record.locate(workdir) / files.CONFIG
     try:
-        saved = json.loads(path.read_text())["config"]
-        config = ConfigDict(with_defaults(saved))
-        data = config.data.name
+        settings = from_record(with_defaults(json.loads(path.read_text())["config"]))
     except FileNotFoundError as error:
         raise UserError(
             f"The teacher's workdir {path.parent} holds no run (there is no {files.CONFIG}); "
@@ -42,16 +39,19 @@ def read_config(workdir: str, student: ConfigDict) -> ConfigDict:
             f"The teacher's {path} cannot be read ({error}); name another one with "
             "--config.method.teacher=DIR."
         ) from error
-    if data != student.data.name:
+    if settings.data.name != student.data.name:
         raise UserError(
-            f"The teacher in {path.parent} was trained on {data}, not on "
+            f"The teacher in {path.parent} was trained on {settings.data.name}, not on "
             f"{student.data.name}; name another one with --config.method.teacher=DIR."
         )
-    config.batch_size, config.optim.accumulation_steps = student.batch_size, 1
-    config.mix.groups = student.mix.groups
-    if "phase2" in config:
-        config.phase2.batch_size = 0
-    return config
+    second = settings.phase2 and dataclasses.replace(settings.phase2, batch_size=None)
+    return dataclasses.replace(
+        settings,
+        batch_size=student.batch_size,
+        optim=dataclasses.replace(settings.optim, accumulation_steps=1),
+        mix=dataclasses.replace(settings.mix, groups=student.mix.groups),
+        phase2=second,
+    )
 
 
 def load(workdir: str, like: TrainState) -> dict[str, Any]:

@@ -28,9 +28,10 @@ def main(arguments: Sequence[str]) -> None:
             f"{', '.join(arguments[1:]) or 'nothing'}."
         )
     # Here and not above, so that wrong flags are told at once.
+    from balpoe_jax.config import resolve
     from balpoe_jax.torch_import.workdir import import_checkpoint
 
-    import_checkpoint(arguments[1], flags.FLAGS.config, flags.FLAGS.workdir)
+    import_checkpoint(arguments[1], resolve(flags.FLAGS.config), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from balpoe_jax import files
+from balpoe_jax.config import Settings
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build
 from balpoe_jax.experiment.phases import step_at
+from balpoe_jax.experiment.program import Program
 from balpoe_jax.run import metric_writer, record
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.torch_import.conversion import check_against, convert, refuse_non_finite
@@ -23,7 +25,7 @@ from balpoe_jax.torch_import.files import load_checkpoint
 log = logging.getLogger(__name__)
 
 
-def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -> None:
+def import_checkpoint(path: str | os.PathLike[str], settings: Settings, workdir: str) -> None:
     """Makes a workdir that `--mode=eval` evaluates, with a checkpoint of the reference as its own.
 
     The imported state has the step at which the checkpoint's epoch ended (the last step of the
@@ -31,7 +33,7 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
 
     Args:
         path: see `balpoe_jax.torch_import.files.load_checkpoint`.
-        config: the experiment's `ConfigDict`; its model must be the checkpoint's.
+        settings: of the experiment; its model must be the checkpoint's.
         workdir: without a run; created if needed.
 
     Raises:
@@ -44,20 +46,21 @@ def import_checkpoint(path: str | os.PathLike[str], config: Any, workdir: str) -
     directory = record.open_workdir(workdir)
     _refuse_used(directory)
     with metric_writer.log_to_file(directory):
-        experiment = build(config)
-        expected = experiment.abstract_state()
-        if experiment.network is not experiment.model or jax.tree.leaves(expected.method_state):
+        experiment = build(settings)
+        program = experiment.program
+        expected = program.abstract_state()
+        if program.network is not program.model or jax.tree.leaves(expected.method_state):
             raise UserError(
-                f"The method {config.method.name} trains more than the reference's network; import "
-                "into a config of method=balpoe."
+                f"The method {settings.method.name} trains more than the reference's network; "
+                "import into a config of method=balpoe."
             )
         check_against(variables, expected.variables)
-        step = experiment.total_steps if epoch is None else step_at(experiment.phases, epoch)
+        step = program.total_steps if epoch is None else step_at(program.phases, epoch)
         try:
             with Checkpoints(str(directory / "checkpoints")) as checkpoints:
-                checkpoints.save(_make_state(experiment, expected, variables, step))
+                checkpoints.save(_make_state(program, expected, variables, step))
             record.write_config(
-                directory, experiment.config, experiment.resolved(), experiment.data_record()
+                directory, settings, experiment.resolved(), experiment.data_record()
             )
         except BaseException:  # half an import would be in the way of the next try
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -74,10 +77,10 @@ def _refuse_used(workdir: Path) -> None:
         )
 
 
-def _make_state(experiment: Any, expected: Any, variables: dict[str, Any], step: int) -> Any:
+def _make_state(program: Program, expected: Any, variables: dict[str, Any], step: int) -> Any:
     """The state of a run at `step` with these variables, on every device."""
     cast = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), variables, expected.variables)
-    opt_state = experiment.phases[0].optimizer.init(cast["params"])
+    opt_state = program.phases[0].optimizer.init(cast["params"])
     state = expected.replace(
         step=jnp.asarray(step, expected.step.dtype),
         params=cast["params"],
@@ -85,4 +88,4 @@ def _make_state(experiment: Any, expected: Any, variables: dict[str, Any], step:
         # The schedule's counter, so that the learning rate would be that of the step.
         opt_state=optax.tree_utils.tree_set(opt_state, count=jnp.asarray(step, jnp.int32)),
     )
-    return experiment.parallel.replicate(state)
+    return program.parallel.replicate(state)

@@ -40,7 +40,7 @@ class View:
         # resized, and to change it unless it is to be cropped or rotated before.
         self._of_batch, self._of_each = settings, AugmentSettings()
         if source.encoded:
-            self._of_batch = dataclasses.replace(self._of_batch, flip=False, crop_area=0.0)
+            self._of_batch = dataclasses.replace(self._of_batch, flip=False, crop_area=None)
             if not self._of_batch.has_geometry:
                 self._of_batch, self._of_each = self._of_batch.split_per_image_ops()
 
