@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Phase, map_by_path
+from balpoe_jax.data.types import EvalBatch, TrainBatch
+from balpoe_jax.methods.base import Context, Losses, Method, Network, Phase, map_by_path
 from balpoe_jax.one_vector import join
 from balpoe_jax.optim import followed_by
 
@@ -77,12 +78,10 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of one device, which must run mapped over the axis `context.axis_name`.
 
-    The returned function takes the replicated state, the constants of the run (a teacher's
-    variables as "teacher", or nothing) as its last argument, and this device's part of the batch:
-    `images` float `[b, H, W, 3]` (and `images_2`, `images_3` for a method of several views),
-    `labels` and `other_labels` int `[b]`, `weight` float `[b]`, the share of `labels`. It returns
-    the new state and metrics, equal on all devices. With `context.sync_batch_norm=False` the
-    model's statistics are each device's own: they are averaged.
+    The returned function takes the replicated state, this device's part of a batch, and the
+    constants of the run: a teacher's variables as "teacher", or nothing. It returns the new state
+    and metrics, equal on all devices. With `context.sync_batch_norm=False` the model's statistics
+    are each device's own: they are averaged.
 
     With `accumulate=k` the part is worked off in k microbatches of `b / k` rows, one after the
     other, in a k-th of the memory for activations. The gradient is the mean of theirs, the large
@@ -112,14 +111,14 @@ def make_train_step(
     axis_name = str(context.axis_name)
 
     def train_step(
-        state: TrainState, batch: Batch, constants: Mapping[str, Any] | None = None
+        state: TrainState, batch: TrainBatch, constants: Mapping[str, Any] | None = None
     ) -> tuple[TrainState, Metrics]:
         # Without the cast, shard_map's transpose would already sum the gradients over devices.
         vary = partial(jax.lax.pcast, axis_name=axis_name, to="varying")
         now = context.at(state.step, (constants or {}).get("teacher"))
         method_state = method.on_step_start(state.method_state, state.params, now)
 
-        def gradients(batch: Batch) -> tuple[Any, Losses]:
+        def gradients(batch: TrainBatch) -> tuple[Any, Losses]:
             """Of a batch's loss, and beside them the rest of what the loss function returns."""
 
             def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
@@ -220,7 +219,7 @@ def _only_if(keep: jax.Array, new: TrainState, old: TrainState) -> TrainState:
 
 
 def _mean_over_microbatches(
-    gradients: Callable[[Batch], tuple[Any, Any]], zeros: Any, batch: Batch, count: int
+    gradients: Callable[[TrainBatch], tuple[Any, Any]], zeros: Any, batch: TrainBatch, count: int
 ) -> tuple[Any, Any]:
     """The mean of what `gradients` returns, a large tree and a small one, over `count` cuts.
 
@@ -230,7 +229,7 @@ def _mean_over_microbatches(
         return gradients(batch)
     cuts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
-    def add(total: Any, cut: Batch) -> tuple[Any, Any]:
+    def add(total: Any, cut: TrainBatch) -> tuple[Any, Any]:
         grads, rest = gradients(cut)
         return jax.tree.map(jnp.add, total, grads), rest
 
@@ -240,25 +239,25 @@ def _mean_over_microbatches(
 
 def make_eval_step(
     network: nn.Module, method: Method, context: Context
-) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
+) -> Callable[[dict[str, Any], EvalBatch], dict[str, jax.Array]]:
     """The prediction of one device, which must run mapped over the axis `context.axis_name`.
 
-    The returned function takes the network's variables and this device's part of the batch:
-    `images`, `labels` and `mask` (False for padding). It returns the whole batch, on every
-    device: `logits` `[E, B, C]`, `labels` `[B]` and `mask` `[B]`, and of a method that does not
-    average its experts `ensemble` `[B, C]` and perhaps `experts_used` `[B]`.
+    The returned function takes the network's variables and this device's part of an `EvalBatch`.
+    It returns the whole batch, on every device: `logits` `[E, B, C]`, `labels` `[B]` and `mask`
+    `[B]`, and of a method that does not average its experts `ensemble` `[B, C]` and perhaps
+    `experts_used` `[B]`.
     """
     axis_name = str(context.axis_name)
 
-    def eval_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(variables: dict[str, Any], batch: EvalBatch) -> dict[str, jax.Array]:
         outputs, _ = Network(network, variables["params"], variables["batch_stats"])(
-            batch["images"], train=False
+            batch.images, train=False
         )
         predicted = method.predict(outputs, variables["params"], context)
         gather = partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
         rows = {
-            "labels": batch["labels"],
-            "mask": batch["mask"],
+            "labels": batch.labels,
+            "mask": batch.mask,
             "ensemble": predicted.ensemble,
             "experts_used": predicted.experts_used,
         }

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from balpoe_jax import cli
 from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.config import resolve
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.experiment.build import Experiment, build
 from balpoe_jax.experiment.program import Program
 from balpoe_jax.torch_import import convert
@@ -165,8 +166,8 @@ def _place_batch(program: Program) -> Any:
     """A ready batch on the devices, with images of the network's precision."""
     size = program.settings.batch_size
     batch = step_cases.ready_batch(size, program.image_shape, program.context.class_counts)
-    images = batch["images"].astype(jax.numpy.dtype(program.settings.model.dtype))
-    return program.parallel.shard(batch | {"images": images})
+    images = batch.images.astype(jax.numpy.dtype(program.settings.model.dtype))
+    return program.parallel.shard(batch._replace(views=(images,)))
 
 
 def _count(program: Program) -> int:
@@ -189,10 +190,11 @@ def check_losses(path: Path, case: Case, sizes: Sizes, precision: str | None) ->
     """
     with np.load(path, allow_pickle=False) as stored:
         arrays = dict(stored)
-    weights, batch = (
+    weights, fields = (
         {name.partition(" ")[2]: x for name, x in arrays.items() if name.startswith(kind)}
         for kind in ("weight ", "batch ")
     )
+    batch = TrainBatch(**fields)._replace(views=tuple(fields["views"]))
     program = make_program(make_config(case, sizes), sizes)
     if case.network != "small" and sizes.photo_stages:
         program = with_stages(program, sizes.photo_stages)

@@ -58,6 +58,7 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
     from balpoe_jax import parallel
     from balpoe_jax.config import resolve
     from balpoe_jax.data.datasets import published
+    from balpoe_jax.data.types import TrainBatch
     from balpoe_jax.experiment.build import build_program
     from balpoe_jax.experiment.program import num_parameters
     from balpoe_jax.methods import PRESETS
@@ -79,16 +80,13 @@ def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[]
         state: Any = program.init_state()
         constants = [program.load_constants()] if teacher else []
     random = np.random.default_rng(0)
-    names = ["images", *(f"images_{view}" for view in range(2, program.method.views + 1))]
-    labels = random.integers(0, len(counts), (2, batch_size)).astype(np.int32)
-    batch = devices.shard(
-        {
-            **{name: random.standard_normal((batch_size, *image_shape), "f4") for name in names},
-            "labels": labels[0],
-            "other_labels": labels[1],
-            "weight": np.full(batch_size, 0.7, np.float32),
-        }
+    views = tuple(
+        random.standard_normal((batch_size, *image_shape), np.float32)
+        for _ in range(program.method.views)
     )
+    labels = random.integers(0, len(counts), (2, batch_size)).astype(np.int32)
+    weight = np.full(batch_size, 0.7, np.float32)
+    batch = devices.shard(TrainBatch(views, labels[0], labels[1], weight))
     number = num_parameters(state.params)
     update = program.map_train_step()
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from balpoe_jax.data.types import TrainBatch
+
 # Three experts everywhere, as in the paper's tables.
 EXPERTS = 3
 
@@ -147,7 +149,7 @@ def batch_size(case: Case | TorchCase, sizes: Sizes) -> int:
 
 def ready_batch(
     size: int, image_shape: tuple[int, int, int], class_counts: npt.NDArray[np.int64]
-) -> dict[str, npt.NDArray]:
+) -> TrainBatch:
     """A batch of random pixels and labels, the same in each process.
 
     Args:
@@ -156,8 +158,7 @@ def ready_batch(
         class_counts: Training images of each class, by which labels are drawn.
 
     Returns:
-        `images` float32 `[B, H, W, 3]`, `labels` and `other_labels` int32 `[B]`, `weight` float32
-        `[B]`.
+        NumPy arrays, one view.
     """
     random = np.random.default_rng(0)
     share = class_counts / class_counts.sum()
@@ -165,9 +166,5 @@ def ready_batch(
     def labels() -> npt.NDArray[np.int32]:
         return random.choice(len(share), size, p=share).astype(np.int32)
 
-    return {
-        "images": random.standard_normal((size, *image_shape), np.float32),
-        "labels": labels(),
-        "other_labels": labels(),
-        "weight": np.full(size, 0.7, np.float32),
-    }
+    images = random.standard_normal((size, *image_shape), np.float32)
+    return TrainBatch((images,), labels(), labels(), np.full(size, 0.7, np.float32))

@@ -63,7 +63,7 @@ class Case:
         start, start_cpu = time.perf_counter(), time.process_time()
         count = 0
         while count == 0 or time.perf_counter() < start + seconds:
-            count += len(next(batches)["labels"])
+            count += len(next(batches).labels)
         return Sample(count, time.perf_counter() - start, time.process_time() - start_cpu)
 
 

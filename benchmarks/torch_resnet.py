@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from balpoe_jax.data.types import TrainBatch
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -125,13 +127,13 @@ class Trainer:
         return -mixed.mean()
 
 
-def to_torch(batch: dict[str, npt.NDArray]) -> Batch:
+def to_torch(batch: TrainBatch) -> Batch:
     """A batch of our pipeline's layout."""
     return {
-        "images": torch.from_numpy(batch["images"].transpose(0, 3, 1, 2).copy()),
-        "labels": torch.from_numpy(batch["labels"].astype(np.int64)),
-        "other_labels": torch.from_numpy(batch["other_labels"].astype(np.int64)),
-        "weight": torch.from_numpy(batch["weight"]),
+        "images": torch.from_numpy(batch.images.transpose(0, 3, 1, 2).copy()),
+        "labels": torch.from_numpy(batch.labels.astype(np.int64)),
+        "other_labels": torch.from_numpy(batch.other_labels.astype(np.int64)),
+        "weight": torch.from_numpy(batch.mix_weight),
     }
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from balpoe_jax import cli
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.experiment.program import Program
 from balpoe_jax.losses import log_prior
 from balpoe_jax.models import CIFAR_MODELS
@@ -48,7 +49,7 @@ class Step:
         self,
         model: nn.Module,
         program: Program,
-        batch: dict[str, np.ndarray],
+        batch: TrainBatch,
         device: str,
         case: TorchCase,
         tf32: bool = True,
@@ -158,7 +159,7 @@ def first_losses(case: TorchCase, sizes: Sizes, device: str, path: Path) -> Row:
             step.run()
             losses[name].append(float(step.loss))
     arrays = {f"weight {name}": x for name, x in weights.items()}
-    arrays |= {f"batch {name}": x for name, x in batch.items()}
+    arrays |= {f"batch {name}": np.asarray(x) for name, x in batch._asdict().items()}
     np.savez(path, losses=losses["losses"], **arrays)
     return {"network": sizes.small if case.network == "small" else case.network, **losses}
 

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from balpoe_jax import cli
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
 from benchmarks import measuring
@@ -98,14 +99,11 @@ def run(
     }
 
 
-def _batch(batch_size: int, image_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+def _batch(batch_size: int, image_shape: tuple[int, ...], num_classes: int) -> TrainBatch:
     random = np.random.default_rng(0)
-    return {
-        "images": random.standard_normal((batch_size, *image_shape), np.float32),
-        "labels": random.integers(0, num_classes, batch_size).astype(np.int32),
-        "other_labels": random.integers(0, num_classes, batch_size).astype(np.int32),
-        "weight": np.full(batch_size, 0.7, np.float32),
-    }
+    images = random.standard_normal((batch_size, *image_shape), np.float32)
+    labels, others = random.integers(0, num_classes, (2, batch_size)).astype(np.int32)
+    return TrainBatch((images,), labels, others, np.full(batch_size, 0.7, np.float32))
 
 
 def _check_equal(losses: Sequence[tuple[float, float]]) -> None:

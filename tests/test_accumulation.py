@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods import Context
@@ -58,14 +59,14 @@ class WithBatchNorm(nn.Module):
         return Outputs(logits, x)
 
 
-def batch() -> dict[str, np.ndarray]:
+def batch() -> TrainBatch:
     random = np.random.default_rng(0)
-    return {
-        "images": random.normal(size=(BATCH, *SHAPE)),
-        "labels": random.integers(0, CLASSES, BATCH).astype(np.int32),
-        "other_labels": random.integers(0, CLASSES, BATCH).astype(np.int32),
-        "weight": np.full(BATCH, 0.3),
-    }
+    return TrainBatch(
+        views=(random.normal(size=(BATCH, *SHAPE)),),
+        labels=random.integers(0, CLASSES, BATCH).astype(np.int32),
+        other_labels=random.integers(0, CLASSES, BATCH).astype(np.int32),
+        mix_weight=np.full(BATCH, 0.3),
+    )
 
 
 def prior() -> jax.Array:
@@ -106,7 +107,7 @@ def test_microbatches_make_the_step_of_the_large_batch(
     expected_state, expected_metrics = step(model, "pmap", 1, 1)
     chex.assert_trees_all_close((state, metrics), (expected_state, expected_metrics), rtol=1e-12)
     assert metrics["grad_norm"] > 0.1
-    np.testing.assert_allclose(state.batch_stats["mean"], batch()["images"].mean(), rtol=1e-12)
+    np.testing.assert_allclose(state.batch_stats["mean"], batch().images.mean(), rtol=1e-12)
 
 
 def by_hand(num_devices: int, accumulate: int, sync: bool):
@@ -129,7 +130,7 @@ def by_hand(num_devices: int, accumulate: int, sync: bool):
         return losses.mean(), updated["batch_stats"]
 
     targets = soft_labels(batch(), CLASSES)
-    found = [gradient(state.params, batch()["images"][rows], targets[rows]) for rows in sets]
+    found = [gradient(state.params, batch().images[rows], targets[rows]) for rows in sets]
     grads, stats = jax.tree.map(lambda *each: sum(each) / len(sets), *found)
     updates, _ = OPTIMIZER.update(grads, state.opt_state, state.params)
     return jax.device_get((jax.tree.map(jnp.add, state.params, updates), stats))

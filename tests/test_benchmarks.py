@@ -101,7 +101,7 @@ def test_both_sides_make_the_same_distribution_of_images(name: str, tmp_path: Pa
     for number, image in enumerate(images):
         case.transform(examples[number % len(examples)], random.Random(number), image)
     batches = pipeline.train_batches(case.source, case.settings, 0, steps)
-    ours = np.concatenate([batch["images"] for batch in batches])
+    ours = np.concatenate([batch.images for batch in batches])
     for statistic in (np.mean, np.std, lambda x: np.abs(np.diff(x, axis=2)).mean()):
         a, b = ([statistic(image[None]) for image in side] for side in (ours, images))
         error = math.hypot(np.std(a), np.std(b)) / math.sqrt(len(images))

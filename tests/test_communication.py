@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from balpoe_jax.aot.hlo import collective_sizes
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
@@ -32,12 +33,12 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
     step = make_train_step(model, optimizer, BalPoE(), context, accumulate=accumulate)
     create = partial(create_state, model, optimizer, image_shape=(8, 8, 3))
     state = jax.eval_shape(create, key=jax.random.key(0))
-    batch = {
-        "images": jax.ShapeDtypeStruct((BATCH, 8, 8, 3), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        "other_labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        "weight": jax.ShapeDtypeStruct((BATCH,), jnp.float32),
-    }
+    batch = TrainBatch(
+        views=(jax.ShapeDtypeStruct((BATCH, 8, 8, 3), jnp.float32),),
+        labels=jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        other_labels=jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        mix_weight=jax.ShapeDtypeStruct((BATCH,), jnp.float32),
+    )
     lowered = devices.map_step(step).lower(state, batch)
     # What is sent is settled before machine code is made, which need not be fast here.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})

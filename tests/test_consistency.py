@@ -12,6 +12,7 @@ import pytest
 import tiny_network
 from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.balpoe import BalPoE
@@ -19,43 +20,44 @@ from balpoe_jax.methods.base import Context, Network
 from balpoe_jax.methods.mdcs import MDCS, BalPoECS, consistency
 
 FACTS = Context(COUNTS, taus=(0.0, 1.0, 2.0))
-VIEWS = ("images", "images_2", "images_3")
 
 
-def logits_batch(seed: int = 0, rows: int = 10) -> dict[str, np.ndarray]:
+def logits_batch(seed: int = 0, rows: int = 10) -> TrainBatch:
     random = np.random.default_rng(seed)
     batch = tiny_network.batch(rows, seed, np.float64)
     draw = partial(random.normal, size=(rows, 3, len(COUNTS)), scale=2.0)
-    return {**batch, **{name: draw() for name in VIEWS}}
+    return batch._replace(views=tuple(draw() for _ in batch.views))
+
+
+def with_view(batch: TrainBatch, number: int, images: np.ndarray) -> TrainBatch:
+    views = (*batch.views[:number], images, *batch.views[number + 1 :])
+    return batch._replace(views=views)
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:
     return z - z.max() - np.log(np.exp(z - z.max()).sum())
 
 
-def divergence(batch, weak: str, strong: str, teacher=None) -> list[float]:
+def divergence(batch: TrainBatch, weak: int, strong: int, teacher=None) -> list[float]:
     """Of each expert, in loops; the teacher is that of another batch where one is given."""
     prior = np.asarray(log_prior(COUNTS), np.float64)
     found = []
     for e, tau in enumerate(FACTS.taus):
         terms = []
-        for i, label in enumerate(batch["labels"]):
-            w = log_softmax((teacher or batch)[weak][i, e] + tau * prior)
-            s = log_softmax(batch[strong][i, e] + tau * prior)
+        for i, label in enumerate(batch.labels):
+            w = log_softmax((teacher or batch).views[weak][i, e] + tau * prior)
+            s = log_softmax(batch.views[strong][i, e] + tau * prior)
             if w.argmax() == label:
                 terms.append(sum(np.exp(a) * (a - b) for a, b in zip(w, s, strict=True)))
         found.append(sum(terms) / max(1, len(terms)))
     return found
 
 
-def cross_entropy(batch, view: str, label: str) -> np.ndarray:
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     prior = np.asarray(log_prior(COUNTS), np.float64)
     return np.array(
         [
-            [
-                -log_softmax(z + tau * prior)[y]
-                for z, y in zip(batch[view][:, e], batch[label], strict=True)
-            ]
+            [-log_softmax(z + tau * prior)[y] for z, y in zip(logits[:, e], labels, strict=True)]
             for e, tau in enumerate(FACTS.taus)
         ]
     )
@@ -63,43 +65,44 @@ def cross_entropy(batch, view: str, label: str) -> np.ndarray:
 
 def twin(method, batch, epoch: int, teacher) -> float:
     weight = method.mu * min((epoch + 1) / method.warmup_epochs, 1)
-    mixed = batch["weight"] * cross_entropy(batch, "images", "labels")
-    mixed = mixed + (1 - batch["weight"]) * cross_entropy(batch, "images", "other_labels")
+    mixed = batch.mix_weight * cross_entropy(batch.images, batch.labels)
+    mixed = mixed + (1 - batch.mix_weight) * cross_entropy(batch.images, batch.other_labels)
     if isinstance(method, BalPoECS):
-        added = np.mean(divergence(batch, "images_2", "images_3", teacher))
+        added = np.mean(divergence(batch, 1, 2, teacher))
         return mixed.mean() + weight * added
-    both = (mixed + cross_entropy(batch, "images_2", "labels")) / 2
-    added = np.sum(divergence(batch, "images_2", "images", teacher))
+    both = (mixed + cross_entropy(batch.views[1], batch.labels)) / 2
+    added = np.sum(divergence(batch, 1, 0, teacher))
     return both.mean(axis=1).sum() + weight * added
 
 
 @pytest.mark.parametrize("method", [BalPoECS(0.6, 4), MDCS(0.6, 4)], ids=["cs", "mdcs"])
 def test_losses_are_the_twins(method, x64) -> None:
     batch, epoch = logits_batch(), 2
-    views = VIEWS[: method.views]
-    kept = divergence(batch, "images_2", views[-1 if method.views == 3 else 0])
+    batch = batch._replace(views=batch.views[: method.views])
+    kept = divergence(batch, 1, 2 if method.views == 3 else 0)
     assert min(kept) > 0  # every expert keeps a row
 
     @jax.jit
-    def loss(images):
-        return method.loss(logits_as_images, {}, {**batch, **images}, FACTS.at(jnp.asarray(epoch)))
+    def loss(views):
+        given = batch._replace(views=views)
+        return method.loss(logits_as_images, {}, given, FACTS.at(jnp.asarray(epoch)))
 
-    images = {name: jnp.asarray(batch[name]) for name in views}
-    np.testing.assert_allclose(loss(images).total, twin(method, batch, epoch, batch), rtol=1e-6)
-    gradients = jax.grad(lambda images: loss(images).total)(images)
-    for name in views:
+    views = jax.tree.map(jnp.asarray, batch.views)
+    np.testing.assert_allclose(loss(views).total, twin(method, batch, epoch, batch), rtol=1e-6)
+    gradients = jax.grad(lambda views: loss(views).total)(views)
+    for number, view in enumerate(batch.views):
         expected = numeric_gradient(
-            lambda x, name=name: twin(method, {**batch, name: x}, epoch, batch), batch[name]
+            lambda x, number=number: twin(method, with_view(batch, number, x), epoch, batch), view
         )
         scale = max(np.abs(expected).max(), 1e-3)
-        np.testing.assert_allclose(gradients[name], expected, atol=2e-5 * scale)
+        np.testing.assert_allclose(gradients[number], expected, atol=2e-5 * scale)
 
 
 def test_identical_views_add_nothing() -> None:
     batch = logits_batch()
-    logits = jnp.asarray(np.moveaxis(batch["images"], 1, 0), jnp.float32)
+    logits = jnp.asarray(np.moveaxis(batch.images, 1, 0), jnp.float32)
     value, gradient = jax.value_and_grad(
-        lambda strong: consistency(logits, strong, jnp.asarray(batch["labels"])).sum()
+        lambda strong: consistency(logits, strong, jnp.asarray(batch.labels)).sum()
     )(logits)
     np.testing.assert_allclose(value, 0, atol=1e-6)
     np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-6)
@@ -107,7 +110,7 @@ def test_identical_views_add_nothing() -> None:
 
 def test_nothing_is_learnt_from_wrong_predictions() -> None:
     batch = logits_batch()
-    logits = jnp.asarray(np.moveaxis(batch["images"], 1, 0))
+    logits = jnp.asarray(np.moveaxis(batch.images, 1, 0))
     wrong = (logits.argmax(-1)[0] + 1) % len(COUNTS)
     value, gradient = jax.value_and_grad(
         lambda strong: consistency(logits[:1], strong, wrong).sum()

@@ -13,6 +13,7 @@ from test_methods import fresh, parts, run
 from tiny_network import COUNTS, numeric_gradient
 
 from balpoe_jax.config import default_config, resolve
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
@@ -43,12 +44,14 @@ class Linear:
 
 
 PROTOTYPES = unit(5, 4)
-TWO_VIEWS = {
-    **{
-        name: np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)]) for name in ("images", "images_2")
-    },
-    "labels": LABELS,
-}
+
+
+def view() -> np.ndarray:
+    """Logits and projections of six images, which `Linear` takes for images."""
+    return np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)])
+
+
+TWO_VIEWS = TrainBatch((view(), view()), LABELS, None, None)
 
 
 # --- PaCo --------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
         jax.tree.map(jnp.asarray, TWO_VIEWS),
         Context(COUNTS),
     )
-    first, second = TWO_VIEWS["images"], TWO_VIEWS["images_2"]
+    first, second = TWO_VIEWS.images, TWO_VIEWS.views[1]
     keys = 2 * second[:, 5:]
     contrasts = np.concatenate([first[:, 5:], keys, queue])
     others = np.concatenate([LABELS, LABELS, queue_labels])
@@ -124,7 +127,7 @@ def test_the_whole_loss_of_gpaco_contrasts_both_views(x64) -> None:
     method = PaCo(alpha=0.3, temperature=0.5, width=4, momentum=0.0)
     batch = jax.tree.map(jnp.asarray, TWO_VIEWS)
     found = method.loss(Network(Linear(), 1.0, 0.0), {}, batch, Context(COUNTS))
-    both = np.concatenate([TWO_VIEWS["images"], TWO_VIEWS["images_2"]])
+    both = np.concatenate([TWO_VIEWS.images, TWO_VIEWS.views[1]])
     labels, similarities = np.tile(LABELS, 2), both[:, 5:] @ both[:, 5:].T / 0.5
     expected = paco_twin(both[:, :5], similarities, labels, labels, 0.3)
     np.testing.assert_allclose(found.total, expected, rtol=1e-6)
@@ -174,10 +177,10 @@ def test_the_queue_and_the_slow_network_move_as_they_should(name: str, x64) -> N
     batch = tiny_network.batch(size, seed=1, dtype=np.float64)
     slow = Network(network, expected, state.method_state["batch_stats"])
     projected = jax.vmap(lambda images: slow(images)[0].projections, axis_name=context.axis_name)(
-        batch["images_2"][None]
+        batch.views[1][None]
     )[0]
     keys = np.moveaxis(projected, -2, 0)  # rows first, where there are several networks
-    new = {"queue": keys, "labels": batch["labels"]}
+    new = {"queue": keys, "labels": batch.labels}
     for kept in sorted(new.keys() & after.method_state.keys()):
         np.testing.assert_allclose(after.method_state[kept][:size], new[kept], atol=1e-9)
         np.testing.assert_array_equal(
@@ -192,7 +195,7 @@ def test_the_slow_network_gets_no_gradient_and_the_queue_none() -> None:
     variables = tiny_network.init(network)
     net = Network(network, variables["params"], variables["batch_stats"])
     method_state = method.init_state(net, context, jax.random.key(1))
-    batch = {k: jnp.asarray(v) for k, v in tiny_network.batch(8).items()}
+    batch = jax.tree.map(jnp.asarray, tiny_network.batch(8, views=method.views))
 
     def loss(params, slow):
         network = dataclasses.replace(net, params=params)
@@ -243,12 +246,12 @@ def test_bcl_is_its_twin(x64) -> None:
 
 def test_the_whole_loss_of_bcl_classifies_one_view_and_contrasts_two(x64) -> None:
     method = BCL(classification=1.5, contrast=0.4, temperature=0.5)
-    batch = {**TWO_VIEWS, "images_3": np.hstack([RANDOM.normal(size=(6, 5)), unit(6, 4)])}
+    batch = TWO_VIEWS._replace(views=(*TWO_VIEWS.views, view()))
     placed = jax.tree.map(jnp.asarray, batch)
     found = method.loss(Network(Linear(), 1.0, 0.0), {}, placed, Context(COUNTS))
-    features = np.concatenate([batch["images_2"][:, 5:], batch["images_3"][:, 5:]])
+    features = np.concatenate([batch.views[1][:, 5:], batch.views[2][:, 5:]])
     contrasted = bcl_twin(features, np.tile(LABELS, 2), PROTOTYPES, 0.5)
-    rows = zip(batch["images"][:, :5] + PRIOR, LABELS, strict=True)
+    rows = zip(batch.images[:, :5] + PRIOR, LABELS, strict=True)
     classified = np.mean([math.log(sum(np.exp(z))) - z[y] for z, y in rows])
     np.testing.assert_allclose(found.total, 1.5 * classified + 0.4 * contrasted, rtol=1e-6)
     np.testing.assert_allclose(found.by_expert, [classified], rtol=1e-6)
@@ -281,7 +284,7 @@ def test_an_absent_class_enters_by_its_prototype_alone(x64) -> None:
 def test_prototypes_learn_through_head_and_classifier() -> None:
     _, _, network = parts("bcl", None)
     variables = tiny_network.init(network)
-    images = tiny_network.batch(6)["images"]
+    images = tiny_network.batch(6).images
 
     @jax.jit
     @jax.grad

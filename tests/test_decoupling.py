@@ -9,6 +9,7 @@ import tiny_network
 from test_config import get_config
 from test_methods import fresh, parts, run
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.classifier import in_classifier
@@ -17,14 +18,15 @@ from balpoe_jax.methods.decoupling import CRT, LWS
 COUNTS = np.array([50, 10, 2])
 
 
-def mixed_batch() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def mixed_batch() -> tuple[np.ndarray, TrainBatch]:
     """Logits of 2 experts, and rows with two labels."""
     random = np.random.default_rng(1)
-    batch = {
-        "labels": np.array([0, 1, 2, 2]),
-        "other_labels": np.array([1, 1, 0, 2]),
-        "weight": np.array([0.7, 1.0, 0.25, 0.5]),
-    }
+    batch = TrainBatch(
+        views=(),
+        labels=np.array([0, 1, 2, 2]),
+        other_labels=np.array([1, 1, 0, 2]),
+        mix_weight=np.array([0.7, 1.0, 0.25, 0.5]),
+    )
     return random.normal(size=(2, 4, 3)), batch
 
 
@@ -39,9 +41,9 @@ def test_the_loss_is_its_twin(method, x64) -> None:
     for e in range(2):
         for i in range(4):
             first, second = (
-                log_probability(logits[e, i], batch[name][i]) for name in ("labels", "other_labels")
+                log_probability(logits[e, i], y[i]) for y in (batch.labels, batch.other_labels)
             )
-            weight = batch["weight"][i]
+            weight = batch.mix_weight[i]
             expected = -weight * first - (1 - weight) * second
             np.testing.assert_allclose(found[e, i], expected, rtol=1e-12)
 
@@ -87,7 +89,7 @@ def test_the_second_phase_sees_features_as_in_a_test(name: str) -> None:
     state, batch = fresh(name), tiny_network.batch()
     net = Network(network, state.params, state.batch_stats)
     found = method.phases()[1].loss(net, {}, batch, context)
-    outputs, _ = net(batch["images"], train=False)
+    outputs, _ = net(batch.images, train=False)
     expected = method.expert_losses(outputs.logits, batch, context).mean()
     np.testing.assert_allclose(found.total, expected, rtol=1e-6)
     assert found.batch_stats is state.batch_stats

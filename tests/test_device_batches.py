@@ -32,6 +32,7 @@ from balpoe_jax.data.settings import (
     steps_per_epoch,
 )
 from balpoe_jax.data.tracing import no_autograph
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.experiment.inputs import DeviceInputs, map_planned_step
 from balpoe_jax.experiment.settings import train_settings
 from balpoe_jax.methods import PRESETS
@@ -60,7 +61,7 @@ def planner_of(**changes: Any) -> Planner:
     return Planner(LABELS, SHAPE, settings_of(**changes))
 
 
-def made(planner: Planner, step: int) -> dict[str, np.ndarray]:
+def made(planner: Planner, step: int) -> TrainBatch:
     constants = {"images": pack_on_host(images()), "tables": planner.tables()}
     batch = jax.jit(partial(make_batch, planner=planner))(constants, planner.step(step))
     return jax.device_get(batch)
@@ -134,17 +135,13 @@ def test_a_batch_is_what_its_plan_says() -> None:
     pixels = normalized(images()[plan["index"]])
     share = plan["mix"]["share"][:, None, None, None]
     expected = share * pixels + (1 - share) * pixels[plan["mix"]["partner"]]
-    np.testing.assert_allclose(batch["images"], expected, atol=2e-6)
-    np.testing.assert_array_equal(batch["labels"], LABELS[plan["index"]])
-    np.testing.assert_array_equal(batch["other_labels"], batch["labels"][plan["mix"]["partner"]])
-    np.testing.assert_array_equal(batch["weight"], plan["mix"]["share"])
-    assert 0 < batch["weight"][0] < 1
-    assert {name: x.dtype.name for name, x in batch.items()} == {
-        "images": "float32",
-        "labels": "int32",
-        "other_labels": "int32",
-        "weight": "float32",
-    }
+    np.testing.assert_allclose(batch.images, expected, atol=2e-6)
+    np.testing.assert_array_equal(batch.labels, LABELS[plan["index"]])
+    np.testing.assert_array_equal(batch.other_labels, batch.labels[plan["mix"]["partner"]])
+    np.testing.assert_array_equal(batch.mix_weight, plan["mix"]["share"])
+    assert 0 < batch.mix_weight[0] < 1
+    dtypes = jax.tree.map(lambda x: x.dtype.name, batch)
+    assert dtypes == TrainBatch(("float32",), "int32", "int32", "float32")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -163,20 +160,20 @@ def test_mixed_pixels_and_shares_belong_together(rule: str) -> None:
             shares[row, top:bottom, left:right] = 0
         expected = shares * normalized(own) + (1 - shares) * normalized(others)
         batch = made(planner, step)
-        np.testing.assert_allclose(batch["images"], expected, atol=2e-6)
+        np.testing.assert_allclose(batch.images, expected, atol=2e-6)
         other_labels = LABELS[mix["partner"]]
         if OTHERS not in planner.views:
-            other_labels = batch["labels"][mix["partner"]]
-        np.testing.assert_array_equal(batch["other_labels"], other_labels)
+            other_labels = batch.labels[mix["partner"]]
+        np.testing.assert_array_equal(batch.other_labels, other_labels)
         area = shares.mean(axis=(1, 2, 3))
         if rule not in ("remix", "remix_cutmix"):
-            np.testing.assert_allclose(batch["weight"], area, atol=1e-6)
+            np.testing.assert_allclose(batch.mix_weight, area, atol=1e-6)
             continue
-        counts, other_counts = COUNTS[batch["labels"]], COUNTS[batch["other_labels"]]
+        counts, other_counts = COUNTS[batch.labels], COUNTS[batch.other_labels]
         rarer = (other_counts * 3 <= counts) & (area < 0.5)
         rarer_self = (counts * 3 <= other_counts) & (1 - area < 0.5)
         by_hand = np.where(rarer, 0, np.where(rarer_self, 1, area))
-        np.testing.assert_allclose(batch["weight"], by_hand, atol=1e-6)
+        np.testing.assert_allclose(batch.mix_weight, by_hand, atol=1e-6)
 
 
 def test_mixing_begins_and_ends_at_its_epochs_and_by_its_probability() -> None:
@@ -228,9 +225,9 @@ def test_both_pipelines_make_one_distribution_of_images() -> None:
     planner = Planner(source.labels, SHAPE, settings)
     constants = {"images": source.images, "tables": planner.tables()}
     make = jax.jit(partial(make_batch, planner=planner))
-    ours = np.concatenate([make(constants, planner.step(k))["images"] for k in range(4)])
+    ours = np.concatenate([make(constants, planner.step(k)).images for k in range(4)])
     host = pipeline.train_batches(source, settings, 0, 4)
-    theirs = np.concatenate([batch["images"] for batch in host])
+    theirs = np.concatenate([batch.images for batch in host])
     error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / len(ours))
     assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 5 * error).all()
     spread = ours.std(axis=0) / theirs.std(axis=0)
@@ -248,12 +245,10 @@ def collect(mode: str, devices: int, dispatches: list[tuple[int, int]], **change
     settings = settings_of(**changes)
     inputs = DeviceInputs(parallel, data, (settings,), AugmentSettings(), 3, steps)
 
-    def step(state: TrainState, batch: dict[str, jax.Array]):
+    def step(state: TrainState, batch: TrainBatch, constants: dict):
         gather = partial(jax.lax.all_gather, axis_name=AXIS_NAME, tiled=True, to="invarying")
-        return state.replace(step=state.step + 1), {
-            "loss": state.step,
-            **jax.tree.map(gather, batch),
-        }
+        metrics = {"loss": state.step, "batch": jax.tree.map(gather, batch)}
+        return state.replace(step=state.step + 1), metrics
 
     mapped = inputs.map_train_step(step, 0)
     state = parallel.replicate(TrainState(np.zeros((), np.int32), {}, {}, {}))
@@ -262,12 +257,12 @@ def collect(mode: str, devices: int, dispatches: list[tuple[int, int]], **change
         yield from _steps(jax.device_get(metrics))
 
 
-def _steps(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def _steps(metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if metrics["loss"].ndim == 0:
         yield metrics
         return
     for k in range(len(metrics["loss"])):
-        yield {name: x[k] for name, x in metrics.items()}
+        yield jax.tree.map(lambda x: x[k], metrics)  # noqa: B023
 
 
 CMO = MixSettings(alpha=1.0, rule="cmo", sampling_power=-1.0)
@@ -288,8 +283,9 @@ def test_any_number_of_steps_and_devices_makes_the_same_batches(mix: MixSettings
         assert len(batches) == 5
         for one, other in zip(singly, batches, strict=True):
             jax.tree.map(np.testing.assert_array_equal, one, other)
-    assert {"images", "images_2"} <= singly[0].keys()
-    assert (singly[0]["images"] != singly[1]["images"]).any()
+    first, second = (metrics["batch"] for metrics in singly[:2])
+    assert isinstance(first, TrainBatch) and len(first.views) == 2
+    assert (first.images != second.images).any()
 
 
 def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
@@ -341,10 +337,11 @@ def test_no_table_is_copied_for_each_image(mode: str, changes: dict[str, Any]) -
     """The largest table has 2**24 bytes, and an accelerator works on all images at once."""
     planner = planner_of(**changes)
     parallel = make_parallel(mode, jax.devices()[:2])
-    mapped = map_planned_step(parallel, lambda state, batch: (state, {}), planner, scanned=False)
-    constants = {"images": pack_on_host(images()), "tables": planner.tables()}
+    step = lambda state, batch, constants: (state, {})  # noqa: E731
+    mapped = map_planned_step(parallel, step, planner, scanned=False)
+    of_batches = {"images": pack_on_host(images()), "tables": planner.tables()}
     plan = jax.eval_shape(parallel.shard, planner.step(0))
-    traced = jax.make_jaxpr(mapped)(np.zeros((), np.int32), plan, constants)
+    traced = jax.make_jaxpr(mapped)(np.zeros((), np.int32), plan, of_batches, {})
     assert 1000 < max(_sizes(traced.jaxpr)) <= 2**24
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -144,17 +145,14 @@ def test_random_views_do_not_depend_on_the_batch_size() -> None:
         experiment = build(resolve(config_of(eval__batch_size=batch_size)))
 
         def pixels(variables, batch):
-            gather = jax.lax.all_gather
-            names = ("images", "mask")
-            return {
-                name: gather(batch[name], "devices", tiled=True, to="invarying") for name in names
-            }
+            gather = partial(jax.lax.all_gather, axis_name="devices", tiled=True, to="invarying")
+            return jax.tree.map(gather, batch)
 
         step = experiment.inputs.map_eval_step(pixels)
         test = experiment.data.test
         batches = experiment.inputs.predict(test, experiment.program.eval_batch_size, view=1)
         out = [jax.device_get(step({}, batch, test)) for batch in batches]
-        return np.concatenate([one["images"][one["mask"]] for one in out])
+        return np.concatenate([one.images[one.mask] for one in out])
 
     small, large = views(100), views(256)
     assert len(small) == 400

@@ -11,6 +11,7 @@ import pytest
 import tiny_network
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
@@ -171,13 +172,13 @@ def test_a_step_of_one_vector_is_that_of_the_tree(skip_non_finite: bool) -> None
     context = Context(np.array([9, 5, 3, 2, 1]), (0.0, 1.0), axis_name=AXIS_NAME)
     devices = make_parallel("shard_map", jax.devices()[:2])
     random = np.random.default_rng(5)
-    batch = {
-        "images": random.normal(size=(8, 8, 8, 3)).astype(np.float32),
-        "labels": np.arange(8, dtype=np.int32) % 5,
-        "other_labels": np.zeros(8, np.int32),
-        "weight": np.full(8, 0.7, np.float32),
-    }
-    bad = {**batch, "images": np.full_like(batch["images"], np.nan)}
+    batch = TrainBatch(
+        views=(random.normal(size=(8, 8, 8, 3)).astype(np.float32),),
+        labels=np.arange(8, dtype=np.int32) % 5,
+        other_labels=np.zeros(8, np.int32),
+        mix_weight=np.full(8, 0.7, np.float32),
+    )
+    bad = batch._replace(views=(np.full_like(batch.images, np.nan),))
     found = []
     for one in (False, True):
         optimizer = make_optimizer(0.1, as_one_vector=one)

@@ -103,7 +103,7 @@ RULE = (
 
 # The same within `data`.
 RULE_OF_DATA = (
-    ("extras", "cache", "long_tail", "magnitudes", "randomness", "settings", "tracing"),
+    ("extras", "cache", "long_tail", "magnitudes", "randomness", "settings", "tracing", "types"),
     ("records", "device"),
     ("images",),
     ("batches",),

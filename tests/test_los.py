@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_methods import fresh, run
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.base import map_by_path
@@ -16,14 +17,15 @@ from balpoe_jax.methods.los import LOS
 COUNTS = np.array([50, 10, 2])
 
 
-def mixed_batch() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def mixed_batch() -> tuple[np.ndarray, TrainBatch]:
     """Logits of 2 experts, and rows with two labels."""
     random = np.random.default_rng(1)
-    batch = {
-        "labels": np.array([0, 1, 2, 2]),
-        "other_labels": np.array([1, 1, 0, 2]),
-        "weight": np.array([0.7, 1.0, 0.25, 0.5]),
-    }
+    batch = TrainBatch(
+        views=(),
+        labels=np.array([0, 1, 2, 2]),
+        other_labels=np.array([1, 1, 0, 2]),
+        mix_weight=np.array([0.7, 1.0, 0.25, 0.5]),
+    )
     return random.normal(size=(2, 4, 3)), batch
 
 
@@ -40,11 +42,11 @@ def test_the_losses_are_their_twins(delta: float, x64) -> None:
     for e in range(2):
         for i in range(4):
             target, label = np.zeros(3), np.zeros(3)
-            for name, share in (("labels", batch["weight"][i]), ("other_labels", None)):
-                share = 1 - batch["weight"][i] if share is None else share
-                label[batch[name][i]] += share
+            weight = batch.mix_weight[i]
+            for y, share in ((batch.labels[i], weight), (batch.other_labels[i], 1 - weight)):
+                label[y] += share
                 for c in range(3):
-                    own = 1 - delta if c == batch[name][i] else 0
+                    own = 1 - delta if c == y else 0
                     target[c] += share * (own + delta / 3)
             logs = np.array([log_probability(logits[e, i], c) for c in range(3)])
             np.testing.assert_allclose(plain[e, i], -(label * logs).sum(), rtol=1e-12)
@@ -54,7 +56,7 @@ def test_the_losses_are_their_twins(delta: float, x64) -> None:
 def test_a_label_of_a_hundred_classes_is_a_little_above_the_others(x64) -> None:
     """The gradient of uniform logits, which is their probability less the label's share."""
     labels = np.array([7])
-    batch = {"labels": labels, "other_labels": labels, "weight": np.ones(1)}
+    batch = TrainBatch((), labels, labels, np.ones(1))
     context = Context(np.full(100, 5))
     loss = lambda z: LOS().smoothed_losses(z, batch, context).sum()  # noqa: E731
     shares = 0.01 - jax.grad(loss)(jnp.zeros((1, 1, 100)))[0, 0]

@@ -8,6 +8,7 @@ import optax
 import pytest
 from test_methods import fresh, run
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.base import map_by_path
@@ -18,14 +19,15 @@ from balpoe_jax.step import phase_optimizer
 COUNTS = np.array([50, 10, 2])
 
 
-def mixed_batch() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def mixed_batch() -> tuple[np.ndarray, TrainBatch]:
     """Logits of 2 experts, and rows with two labels."""
     random = np.random.default_rng(1)
-    batch = {
-        "labels": np.array([0, 1, 2, 2]),
-        "other_labels": np.array([1, 1, 0, 2]),
-        "weight": np.array([0.7, 1.0, 0.25, 0.5]),
-    }
+    batch = TrainBatch(
+        views=(),
+        labels=np.array([0, 1, 2, 2]),
+        other_labels=np.array([1, 1, 0, 2]),
+        mix_weight=np.array([0.7, 1.0, 0.25, 0.5]),
+    )
     return random.normal(size=(2, 4, 3)), batch
 
 
@@ -42,8 +44,8 @@ def test_the_losses_are_their_twins(x64) -> None:
     balanced = method.balanced_losses(jnp.asarray(logits), batch, context)
     for e in range(2):
         for i in range(4):
-            shares = ((batch["labels"][i], batch["weight"][i]),)
-            shares += ((batch["other_labels"][i], 1 - batch["weight"][i]),)
+            shares = ((batch.labels[i], batch.mix_weight[i]),)
+            shares += ((batch.other_labels[i], 1 - batch.mix_weight[i]),)
             own = [-share * log_probability(logits[e, i], label) for label, share in shares]
             np.testing.assert_allclose(plain[e, i], sum(own), rtol=1e-12)
             weighted = sum(weights[label] * x for (label, _), x in zip(shares, own, strict=True))

@@ -15,6 +15,7 @@ import tiny_network
 from test_config import get_config
 
 from balpoe_jax.config import resolve
+from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.methods import (
@@ -83,7 +84,8 @@ def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32
     start = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, fresh(name))
     state, history = devices.replicate(start), []
     for i in range(STEPS_PER_EPOCH * EPOCHS):
-        state, metrics = step(state, devices.shard(tiny_network.batch(BATCH, seed=i, dtype=dtype)))
+        batch = tiny_network.batch(BATCH, seed=i, dtype=dtype, views=method.views)
+        state, metrics = step(state, devices.shard(batch))
         history.append(jax.device_get((state, metrics)))
         for leaf in jax.tree.leaves(state):  # pmap would not notice devices that drift apart
             first_copy, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
@@ -159,7 +161,7 @@ def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) ->
     step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, context))
     state = restored
     for i in range(middle, len(history)):
-        batch = tiny_network.batch(BATCH, seed=i, dtype=np.float64)
+        batch = tiny_network.batch(BATCH, seed=i, dtype=np.float64, views=method.views)
         state, _ = step(state, devices.shard(batch))
     chex.assert_trees_all_equal(jax.device_get(state), history[-1][0])
 
@@ -169,15 +171,15 @@ def test_something_is_predicted(name: str) -> None:
     method, context, network = parts(name)
     devices = make_parallel("shard_map")
     step = devices.map_step(make_eval_step(network, method, context))
-    batch = {**tiny_network.batch(BATCH), "mask": np.arange(BATCH) < 13}
-    images = {key: batch[key] for key in ("images", "labels", "mask")}
+    trained_on = tiny_network.batch(BATCH)
+    batch = EvalBatch(trained_on.images, trained_on.labels, np.arange(BATCH) < 13)
     state = devices.replicate(fresh(name))
-    found = jax.device_get(step(state.variables, devices.shard(images)))
+    found = jax.device_get(step(state.variables, devices.shard(batch)))
     experts = network.num_experts if hasattr(network, "num_experts") else len(found["logits"])
     assert found["logits"].shape == (experts, BATCH, context.num_classes)
     assert found.get("ensemble", found["logits"][0]).shape == (BATCH, context.num_classes)
     chex.assert_tree_all_finite(found)
-    np.testing.assert_array_equal(found["mask"], batch["mask"])
+    np.testing.assert_array_equal(found["mask"], batch.mask)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_a_step_tells_the_method_which_one_it_is() -> None:
     state = devices.replicate(state.replace(method_state=kept))
     mapped = devices.map_step(step)
     for expected in ([0, 0, 1], [1, 0, 0], [2, 1, 1]):
-        state, _ = mapped(state, devices.shard(tiny_network.batch(BATCH)))
+        state, _ = mapped(state, devices.shard(tiny_network.batch(BATCH, views=1)))
         assert state.method_state["before"].tolist() == expected
         assert state.method_state["within"].tolist() == expected[:2]
 
@@ -283,7 +285,8 @@ def test_a_loss_for_each_expert_and_row_makes_a_method(total: str) -> None:
     """Of squared logits, whose statistics in a test are the averages."""
     kind = type("Squares", (ExpertLosses,), {"total": total, "expert_losses": squares})
     images = np.random.default_rng(0).normal(size=(6, 2, 5))  # logits of 2 experts
-    batch, context = {**tiny_network.batch(6), "images": images}, Context(tiny_network.COUNTS)
+    batch = tiny_network.batch(6)._replace(views=(images,))
+    context = Context(tiny_network.COUNTS)
     found = kind().loss(tiny_network.logits_as_images, {"kept": 1}, batch, context)
     by_expert = (images**2).sum(axis=2).mean(axis=0)
     np.testing.assert_allclose(found.by_expert, by_expert, rtol=1e-5)
@@ -346,11 +349,7 @@ def test_methods_are_data() -> None:
 
 
 def test_losses_are_mixed_by_rows_whatever_their_rank() -> None:
-    batch = {
-        "labels": np.array([0, 1]),
-        "other_labels": np.array([2, 3]),
-        "weight": np.array([0.25, 1.0]),
-    }
+    batch = TrainBatch((), np.array([0, 1]), np.array([2, 3]), np.array([0.25, 1.0]))
     rows = mix_losses(batch, lambda labels: jax.numpy.asarray(10.0 * labels))
     np.testing.assert_allclose(rows, [15.0, 10.0])
     experts = mix_losses(batch, lambda labels: jax.numpy.stack([10.0 * labels, 20.0 * labels]))

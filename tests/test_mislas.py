@@ -99,7 +99,7 @@ def test_scales_of_one_change_nothing_and_scale_the_bias_too() -> None:
     ensemble = tiny_network.experts(1, classifier="linear")
     network = Mislas().network(ensemble, None)
     variables = tiny_network.init(network)
-    images = tiny_network.batch()["images"]
+    images = tiny_network.batch().images
     inner = {name: tree["ensemble"] for name, tree in variables.items()}
     plain = ensemble.apply(inner, images, train=False).logits
     np.testing.assert_array_equal(network.apply(variables, images, train=False).logits, plain)

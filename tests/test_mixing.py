@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_pipeline import assert_equal, make_settings
+from test_pipeline import assert_equal, join, make_settings
 
 from balpoe_jax.data.batches.mixing import Mixer, box_mask, mix_images, relabel
 from balpoe_jax.data.pipeline import train_batches
@@ -281,16 +281,16 @@ def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> No
     mixer = Mixer(CMO, source.labels, (4, 4, 3), BATCH, 3, slice(0, BATCH))
     mixed = 0
     for step, (batch, before) in enumerate(zip(batches, unmixed, strict=True)):
-        np.testing.assert_array_equal(batch["labels"], before["labels"])
+        np.testing.assert_array_equal(batch.labels, before.labels)
         if not mixer.mixes(tf.constant(step, tf.int64)):
             assert_equal([batch], [before])
             continue
         positions = mixer.partners_to_read(tf.constant(step, tf.int64)).numpy()
-        np.testing.assert_array_equal(batch["other_labels"], LABELS[positions])
-        pasted = (batch["images"] != before["images"]).any(axis=(0, 3))
-        np.testing.assert_allclose(pasted.mean(), 1 - batch["weight"][0], atol=1e-6)
+        np.testing.assert_array_equal(batch.other_labels, LABELS[positions])
+        pasted = (batch.images != before.images).any(axis=(0, 3))
+        np.testing.assert_allclose(pasted.mean(), 1 - batch.mix_weight[0], atol=1e-6)
         # Padding is black, everything else is found in the image that was read.
-        values = (batch["images"][:, pasted] * make_settings().std + make_settings().mean) * 255
+        values = (batch.images[:, pasted] * make_settings().std + make_settings().mean) * 255
         for value, position in zip(np.round(values), positions, strict=True):
             pixels = {(0, 0, 0), *map(tuple, source.images[position].reshape(-1, 3))}
             assert {tuple(pixel) for pixel in value.astype(int)} <= pixels
@@ -307,11 +307,7 @@ def test_two_hosts_and_a_resumed_run_make_the_same_batches(mix: MixSettings) -> 
     source = imbalanced_source()
     whole = list(train_batches(source, settings(mix), 3, 8))
     parts = [list(train_batches(source, settings(mix), 6, 8, Host(i, 2))) for i in range(2)]
-    joined = [
-        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
-    assert_equal(joined, whole[3:])
+    assert_equal(join(parts), whole[3:])
 
 
 def test_partners_of_the_sampler_need_no_groups() -> None:

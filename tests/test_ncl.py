@@ -10,6 +10,7 @@ import pytest
 from test_methods import fresh, parts
 from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.contrastive import ProjectedExpertsOutputs
@@ -79,7 +80,8 @@ def test_ncl_is_its_twin(hard_mask: str, x64) -> None:
 
 def test_the_whole_loss_is_the_twin_with_its_weights(x64) -> None:
     logits = RANDOM.normal(size=(3, 4, 5), scale=2)
-    batch = {"images": jnp.asarray(np.moveaxis(logits, 0, 1)), "labels": jnp.asarray(LABELS)}
+    images = jnp.asarray(np.moveaxis(logits, 0, 1))
+    batch = TrainBatch((images,), jnp.asarray(LABELS), None, None)
     method = NCL(distillation=0.7, hard_share=0.5)  # two of five classes
     found = method.loss(logits_as_images, {}, batch, Context(COUNTS))
     np.testing.assert_allclose(found.total, twin(logits, "zero", 2, 0.7), rtol=1e-6)
@@ -169,7 +171,7 @@ def test_the_whole_loss_with_contrast(x64) -> None:
     method = NCL(distillation=0.7, hard_share=0.5, contrast=0.4, temperature=0.5, queue_size=5)
     first, second = RANDOM.normal(size=(2, 4, 3, 11))
     queue = RANDOM.normal(size=(5, 3, 6))
-    rows = {"images": first, "images_2": second, "labels": LABELS}
+    rows = TrainBatch((first, second), LABELS, None, None)
     method_state = {"params": 2.0, "batch_stats": 0.0, "queue": queue}
     found = method.loss(
         Network(Scaled(), 1.0, 0.0),

@@ -13,6 +13,7 @@ from test_training import STEPS_PER_EPOCH, final_state, rows, tiny_config
 
 from balpoe_jax.config import resolve
 from balpoe_jax.data import pipeline
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment.build import build
@@ -44,8 +45,9 @@ def spoil(monkeypatch, *steps: int) -> None:
         made = make_batches(source, settings, first_step, *others)
         for step, batch in enumerate(made, first_step + 1):
             if step in steps:
-                batch["images"] = batch["images"].copy()
-                batch["images"][3, 0, 0, 0] = np.nan
+                images = batch.images.copy()
+                images[3, 0, 0, 0] = np.nan
+                batch = batch._replace(views=(images, *batch.views[1:]))
             yield batch
 
     monkeypatch.setattr(pipeline, "train_batches", batches)
@@ -61,8 +63,7 @@ def take_step(rate: float, skip: bool, pixel: float):
     images = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
     images[0, 0, 0, 0] = pixel
     labels = np.arange(8, dtype=np.int32) % 5
-    batch = {"images": images, "labels": labels, "other_labels": labels}
-    batch["weight"] = np.ones(8, np.float32)
+    batch = TrainBatch((images,), labels, labels, np.ones(8, np.float32))
     context = Context(np.array([50, 20, 10, 5, 2]), (1.0,), axis_name=AXIS_NAME)
     step = make_train_step(model, optimizer, BalPoE(), context, skip_non_finite=skip)
     placed = devices.replicate(before), devices.shard(batch)
@@ -125,7 +126,7 @@ def test_the_batch_of_a_step_can_be_told_afterwards() -> None:
     source, settings = experiment.data.train, train_settings(experiment.settings)[0]
     for step, batch in enumerate(make_batches(source, settings, 0, 4)):
         indices = pipeline.batch_indices(source.labels, settings, step)
-        np.testing.assert_array_equal(source.labels[indices], batch["labels"])
+        np.testing.assert_array_equal(source.labels[indices], batch.labels)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
@@ -25,17 +26,17 @@ TAUS = (0.5, 1.5)
 
 
 @cache
-def batches() -> tuple[dict[str, np.ndarray], ...]:
+def batches() -> tuple[TrainBatch, ...]:
     random = np.random.default_rng(0)
 
-    def batch() -> dict[str, np.ndarray]:
+    def batch() -> TrainBatch:
         weight = np.full(BATCH, random.uniform(), np.float32)
-        return {
-            "images": random.normal(size=(BATCH, *SHAPE)).astype(np.float32),
-            "labels": random.integers(0, NUM_CLASSES, BATCH).astype(np.int32),
-            "other_labels": random.integers(0, NUM_CLASSES, BATCH).astype(np.int32),
-            "weight": weight,
-        }
+        return TrainBatch(
+            views=(random.normal(size=(BATCH, *SHAPE)).astype(np.float32),),
+            labels=random.integers(0, NUM_CLASSES, BATCH).astype(np.int32),
+            other_labels=random.integers(0, NUM_CLASSES, BATCH).astype(np.int32),
+            mix_weight=weight,
+        )
 
     return tuple(batch() for _ in range(STEPS))
 
@@ -145,17 +146,17 @@ def test_evaluation_gathers_the_whole_batch_in_order(mode: str) -> None:
     model = create_model("resnet8", num_classes=NUM_CLASSES, num_experts=2, axis_name=AXIS_NAME)
     init = jax.jit(partial(model.init, train=False))
     variables = init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
-    batch = {
-        "images": batches()[0]["images"],
-        "labels": np.arange(BATCH, dtype=np.int32),
-        "mask": np.arange(BATCH) < 13,
-    }
+    batch = EvalBatch(
+        images=batches()[0].images,
+        labels=np.arange(BATCH, dtype=np.int32),
+        mask=np.arange(BATCH) < 13,
+    )
     mapped = devices.map_step(make_eval_step(model, BalPoE(), Context(COUNTS, axis_name=AXIS_NAME)))
     output = jax.device_get(mapped(devices.replicate(variables), devices.shard(batch)))
-    expected = jax.jit(partial(model.apply, train=False))(variables, batch["images"]).logits
+    expected = jax.jit(partial(model.apply, train=False))(variables, batch.images).logits
     np.testing.assert_allclose(output["logits"], expected, atol=1e-4)
-    np.testing.assert_array_equal(output["labels"], batch["labels"])
-    np.testing.assert_array_equal(output["mask"], batch["mask"])
+    np.testing.assert_array_equal(output["labels"], batch.labels)
+    np.testing.assert_array_equal(output["mask"], batch.mask)
 
 
 def test_batches_that_devices_cannot_share() -> None:
@@ -181,10 +182,6 @@ def test_prefetcher_yields_everything_once_in_order() -> None:
 
 
 def test_mixed_targets_are_the_weighted_pair() -> None:
-    batch = {
-        "labels": jnp.array([0, 2]),
-        "other_labels": jnp.array([1, 2]),
-        "weight": jnp.array([0.25, 0.6]),
-    }
+    batch = TrainBatch((), jnp.array([0, 2]), jnp.array([1, 2]), jnp.array([0.25, 0.6]))
     expected = [[0.25, 0.75, 0], [0, 0, 1]]
     np.testing.assert_allclose(soft_labels(batch, 3), expected, rtol=1e-6)

@@ -5,6 +5,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,6 +22,7 @@ from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.records import sources
 from balpoe_jax.data.records.readers import make_reader
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 
 SIZE, RESIZE = 16, 18
@@ -102,10 +104,10 @@ def test_an_image_size_is_needed(data_dir: Path) -> None:
 def test_every_test_photograph_is_read_once_and_cropped_in_the_centre(data_dir: Path) -> None:
     data = load(data_dir)
     batches = list(eval_batches(data.test, 4, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
-    masks = np.concatenate([batch["mask"] for batch in batches])
+    masks = np.concatenate([batch.mask for batch in batches])
     assert masks.tolist() == [True] * 10 + [False] * 2
-    images = np.concatenate([batch["images"] for batch in batches])[masks]
-    labels = np.concatenate([batch["labels"] for batch in batches])[masks]
+    images = np.concatenate([batch.images for batch in batches])[masks]
+    labels = np.concatenate([batch.labels for batch in batches])[masks]
     np.testing.assert_array_equal(labels, data.test.labels)
     for image, name in zip(images, data.test_names, strict=True):
         label, number = map(int, name.removesuffix(".JPEG").split("_")[1:])
@@ -145,22 +147,20 @@ def settings(**changes) -> TrainSettings:
     return TrainSettings(**{**fields, "augment": augment, "mix": MixSettings(alpha=0.3), **changes})
 
 
-def collect(data_dir: Path, first: int, last: int, host: Host = Host()) -> list[dict]:  # noqa: B008
+def collect(data_dir: Path, first: int, last: int, host: Host = Host()) -> list[TrainBatch]:  # noqa: B008
     return list(train_batches(load(data_dir).train, settings(), first, last, host))
 
 
-def assert_equal(left: list[dict], right: list[dict]) -> None:
+def assert_equal(left: list[TrainBatch], right: list[TrainBatch]) -> None:
     for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
     batches = collect(data_dir, 0, 5)
-    assert batches[0]["images"].shape == (8, SIZE, SIZE, 3)
+    assert batches[0].images.shape == (8, SIZE, SIZE, 3)
     assert_equal(collect(data_dir, 3, 5, Host(threads=1)), batches[3:])
-    assert np.abs(batches[0]["images"] - batches[1]["images"]).mean() > 0.1
+    assert np.abs(batches[0].images - batches[1].images).mean() > 0.1
 
 
 @pytest.mark.slow_cases("augment0")
@@ -171,7 +171,7 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     batch = list(train_batches(source, options, 0, 3))[2]
     indices = pipeline.batch_indices(source.labels, options, 2)
     encoded, labels = make_reader(source).read(tf.constant(indices))
-    np.testing.assert_array_equal(batch["labels"], labels)
+    np.testing.assert_array_equal(batch.labels, labels)
     random = RowRandom(
         stream_seed(options.seed, "augment", tf.constant(2, tf.int64)), 8, slice(0, 8)
     )
@@ -180,13 +180,13 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     images = packed_ops.unpack(decoding.decode_windows(encoded, windows, flips, SIZE))
     images = augment_batch(images, random, dataclasses.replace(augment, flip=False))
     images = normalize(images, options.mean, options.std).numpy()
-    weight = batch["weight"][:, None, None, None]
+    weight = batch.mix_weight[:, None, None, None]
     assert 0 < weight[0] < 1
     mixer = Mixer(options.mix, source.labels, source.image_shape, 8, options.seed, slice(0, 8))
     partners = mixer.draw(tf.constant(2, tf.int64), labels)[0].partners.numpy()
-    np.testing.assert_array_equal(batch["other_labels"], labels.numpy()[partners])
+    np.testing.assert_array_equal(batch.other_labels, labels.numpy()[partners])
     expected = weight * images + (1 - weight) * images[partners]
-    np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
+    np.testing.assert_allclose(batch.images, expected, atol=1e-5)
 
 
 def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
@@ -196,16 +196,15 @@ def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
     whole = list(train_batches(source, options, 0, 2))
     parts = [list(train_batches(source, options, 0, 2, Host(i, 2))) for i in range(2)]
     for batch, *halves in zip(whole, *parts, strict=True):
-        for key in batch:
-            together = np.concatenate([half[key] for half in halves])
-            np.testing.assert_array_equal(together, batch[key], err_msg=key)
+        together = jax.tree.map(lambda *x: np.concatenate(x), *halves)
+        assert_equal([together], [batch])
 
 
 def test_an_epoch_has_every_photograph(data_dir: Path) -> None:
     source = load(data_dir).train
     options = settings(mix=MixSettings(), augment=AugmentSettings())
     steps = -(-len(source) // 8)
-    labels = np.concatenate([b["labels"] for b in train_batches(source, options, 0, steps)])
+    labels = np.concatenate([b.labels for b in train_batches(source, options, 0, steps)])
     np.testing.assert_array_equal(np.bincount(labels[: len(source)], minlength=1000), TRAIN)
 
 
@@ -214,7 +213,7 @@ def test_half_of_the_photographs_are_mirrored(data_dir: Path) -> None:
     pair = [
         np.concatenate(
             [
-                batch["images"]
+                batch.images
                 for batch in train_batches(
                     source, settings(mix=MixSettings(), augment=AugmentSettings(flip=flip)), 0, 40
                 )
@@ -242,7 +241,7 @@ def test_inaturalist_is_tested_on_its_validation_split(tmp_path: Path) -> None:
     assert data.held_out is None
     assert "validation_49_0" in data.test_names
     batch = next(eval_batches(data.test, 8, (0.5,) * 3, (0.25,) * 3))
-    assert batch["images"].shape == (8, SIZE, SIZE, 3)
+    assert batch.images.shape == (8, SIZE, SIZE, 3)
 
 
 VIEW = AugmentSettings(flip=True, crop_area=0.5)
@@ -268,19 +267,19 @@ def test_views_and_partners_of_the_sampler_have_windows_of_their_own(data_dir: P
     reader, mixed = make_reader(source), []
     for step, batch in enumerate(batches, 3):
         own, labels = reader.read(tf.constant(pipeline.batch_indices(source.labels, options, step)))
-        np.testing.assert_array_equal(batch["labels"], labels)
+        np.testing.assert_array_equal(batch.labels, labels)
         second = view_of(source, own, options, VIEW, "augment_2", step)
-        np.testing.assert_allclose(batch["images_2"], second, atol=1e-5)
+        np.testing.assert_allclose(batch.views[1], second, atol=1e-5)
         expected = view_of(source, own, options, options.augment, "augment", step)
         mixed.append(bool(mixer.mixes(tf.constant(step, tf.int64))))
         if mixed[-1]:
             positions = mixer.partners_to_read(tf.constant(step, tf.int64))
             read, read_labels = reader.read(positions)
-            np.testing.assert_array_equal(batch["other_labels"], read_labels)
+            np.testing.assert_array_equal(batch.other_labels, read_labels)
             others = view_of(source, read, options, options.augment, "augment_others", step)
             mix, _ = mixer.draw(tf.constant(step, tf.int64), labels, read_labels)
             expected = np.where(mix.share == 1, expected, others)
-        np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
+        np.testing.assert_allclose(batch.images, expected, atol=1e-5)
     assert any(mixed) and not all(mixed)
 
 
@@ -313,9 +312,9 @@ def test_views_for_evaluation_have_windows_by_position(data_dir: Path) -> None:
     by_size = []
     for batch_size in (4, 10):
         made = list(pipeline.view_batches(source, batch_size, *statistics, jittered, 3, 1))
-        by_size.append(np.concatenate([batch["images"][batch["mask"]] for batch in made]))
-        labels = np.concatenate([batch["labels"][batch["mask"]] for batch in made])
+        by_size.append(np.concatenate([batch.images[batch.mask] for batch in made]))
+        labels = np.concatenate([batch.labels[batch.mask] for batch in made])
         np.testing.assert_array_equal(labels, source.labels)
     np.testing.assert_array_equal(*by_size)
-    central = next(eval_batches(source, 10, *statistics))["images"]
+    central = next(eval_batches(source, 10, *statistics)).images
     assert (np.abs(by_size[0] - central).mean(axis=(1, 2, 3)) > 0.01).all()

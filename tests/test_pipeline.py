@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches are a function of (seed, step), whatever the hosts, the threads or the restart."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from balpoe_jax.data.settings import (
     TrainSettings,
     steps_per_epoch,
 )
+from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
 
 BATCH = 8
@@ -42,16 +44,19 @@ def make_settings(**changes) -> TrainSettings:
 ONE_HOST = Host()
 
 
-def collect(first: int, last: int, host: Host = ONE_HOST, **changes) -> list[dict[str, np.ndarray]]:
+def collect(first: int, last: int, host: Host = ONE_HOST, **changes) -> list[TrainBatch]:
     return list(train_batches(make_source(), make_settings(**changes), first, last, host))
 
 
 def assert_equal(left, right) -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def join(parts: list[list[TrainBatch]]) -> list[TrainBatch]:
+    """The global batches of steps, put together from the rows of each host."""
+    return [jax.tree.map(lambda *x: np.concatenate(x), *step) for step in zip(*parts, strict=True)]
 
 
 def numbered_source(num_examples: int) -> ArraySource:
@@ -61,8 +66,8 @@ def numbered_source(num_examples: int) -> ArraySource:
     return ArraySource(images.astype(np.uint8), positions % 3, positions)
 
 
-def positions_of(batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.round(batch["images"][:, 0, 0, 0] * 255).astype(int)
+def positions_of(batch: TrainBatch | EvalBatch) -> np.ndarray:
+    return np.round(batch.images[:, 0, 0, 0] * 255).astype(int)
 
 
 PLAIN = {"augment": AugmentSettings(), "mix": MixSettings(), "mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -85,17 +90,13 @@ def test_hosts_make_the_same_global_batches(policy: str) -> None:
     changes = {"augment": augment, "mix": MixSettings(alpha=0.4, groups=2)}
     whole = collect(0, 4, **changes)
     parts = [collect(0, 4, Host(index, 2), **changes) for index in range(2)]
-    joined = [
-        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
-    assert_equal(whole, joined)
+    assert_equal(whole, join(parts))
 
 
 def test_seeds_and_steps_differ() -> None:
     first, second = collect(0, 2)
-    assert not np.array_equal(first["images"], second["images"])
-    assert not np.array_equal(collect(0, 1, seed=4)[0]["images"], first["images"])
+    assert not np.array_equal(first.images, second.images)
+    assert not np.array_equal(collect(0, 1, seed=4)[0].images, first.images)
 
 
 def test_an_epoch_is_a_permutation_that_wraps_to_its_own_start() -> None:
@@ -107,7 +108,7 @@ def test_an_epoch_is_a_permutation_that_wraps_to_its_own_start() -> None:
         np.testing.assert_array_equal(order[NUM_EXAMPLES:], order[: len(order) - NUM_EXAMPLES])
     assert not np.array_equal(*epochs)
     for batch in batches:
-        np.testing.assert_array_equal(batch["labels"], positions_of(batch) % 3)
+        np.testing.assert_array_equal(batch.labels, positions_of(batch) % 3)
 
 
 def test_a_batch_larger_than_the_data_set_wraps() -> None:
@@ -126,26 +127,26 @@ def test_order_is_uniform() -> None:
 def test_mixup_is_one_weight_and_one_permutation_of_the_unmixed_batch() -> None:
     plain, mixed = collect(0, 3, mix=MixSettings()), collect(0, 3)
     for before, after in zip(plain, mixed, strict=True):
-        weight = after["weight"][0]
-        assert (after["weight"] == weight).all() and 0 <= weight <= 1
-        np.testing.assert_array_equal(after["labels"], before["labels"])
-        np.testing.assert_array_equal(np.sort(after["other_labels"]), np.sort(before["labels"]))
+        weight = after.mix_weight[0]
+        assert (after.mix_weight == weight).all() and 0 <= weight <= 1
+        np.testing.assert_array_equal(after.labels, before.labels)
+        np.testing.assert_array_equal(np.sort(after.other_labels), np.sort(before.labels))
         # The partner of each row is the one example that explains its image.
-        residual = after["images"] - weight * before["images"]
-        others = (1 - weight) * before["images"]
+        residual = after.images - weight * before.images
+        others = (1 - weight) * before.images
         distance = np.abs(residual[:, None] - others[None]).max(axis=(2, 3, 4))
         partners = distance.argmin(axis=1)
         assert distance.min(axis=1).max() < 1e-5
-        np.testing.assert_array_equal(after["other_labels"], before["labels"][partners])
+        np.testing.assert_array_equal(after.other_labels, before.labels[partners])
         if weight < 0.99:
             np.testing.assert_array_equal(np.sort(partners), np.arange(BATCH))
-    assert len({batch["weight"][0] for batch in mixed}) == 3
+    assert len({batch.mix_weight[0] for batch in mixed}) == 3
 
 
 def test_mixup_weights_follow_the_beta_distribution() -> None:
     alpha = 0.4
     settings = make_settings(**{**PLAIN, "mix": MixSettings(alpha=alpha), "batch_size": 2})
-    weights = np.array([b["weight"][0] for b in train_batches(make_source(2), settings, 0, 2000)])
+    weights = np.array([b.mix_weight[0] for b in train_batches(make_source(2), settings, 0, 2000)])
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(weights.mean() - 0.5) < 4 * np.sqrt(variance / 2000)
     assert abs(weights.var() - variance) < 0.01
@@ -159,7 +160,7 @@ def test_mixup_groups_keep_partners_together() -> None:
         np.zeros((NUM_EXAMPLES, 2, 2, 3), np.uint8), np.arange(NUM_EXAMPLES), np.arange(21)
     )
     for batch in train_batches(source, settings, 0, 3):
-        pairs = batch["labels"].reshape(4, 2), batch["other_labels"].reshape(4, 2)
+        pairs = batch.labels.reshape(4, 2), batch.other_labels.reshape(4, 2)
         np.testing.assert_array_equal(*(np.sort(pair, axis=1) for pair in pairs))
 
 
@@ -184,8 +185,8 @@ def test_batches_that_hosts_cannot_share(host: Host, changes, expected: str) -> 
 def test_evaluation_sees_every_example_once_in_order(batch_size: int) -> None:
     source = numbered_source(NUM_EXAMPLES)
     batches = list(eval_batches(source, batch_size, (0, 0, 0), (1, 1, 1)))
-    assert all(len(batch["images"]) == batch_size for batch in batches)
-    seen = np.concatenate([positions_of(batch)[batch["mask"]] for batch in batches])
+    assert all(len(batch.images) == batch_size for batch in batches)
+    seen = np.concatenate([positions_of(batch)[batch.mask] for batch in batches])
     np.testing.assert_array_equal(seen, np.arange(NUM_EXAMPLES))
     assert len(batches) == steps_per_epoch(NUM_EXAMPLES, batch_size)
 
@@ -199,7 +200,7 @@ def test_normalisation_is_by_channel() -> None:
     source = make_source()
     batch = next(eval_batches(source, NUM_EXAMPLES, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     expected = (source.images / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.3, 0.4])
-    np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
+    np.testing.assert_allclose(batch.images, expected, atol=1e-5)
 
 
 def test_images_are_rounded_at_the_very_end() -> None:
@@ -208,9 +209,10 @@ def test_images_are_rounded_at_the_very_end() -> None:
     exact, rounded = collect(2, 4), collect(2, 4, dtype="bfloat16")
     exact += eval_batches(source, 4, *normalisation)
     rounded += eval_batches(source, 4, *normalisation, dtype="bfloat16")
-    assert exact[0]["images"].dtype == np.float32
-    assert_equal(rounded, [{**b, "images": b["images"].astype(jnp.bfloat16)} for b in exact])
-    assert rounded[0]["images"].dtype == rounded[-1]["images"].dtype == jnp.bfloat16
+    assert exact[0].images.dtype == np.float32
+    by_hand = lambda x: x.astype(jnp.bfloat16) if x.ndim == 4 else x  # noqa: E731
+    assert_equal(rounded, [jax.tree.map(by_hand, batch) for batch in exact])
+    assert rounded[0].images.dtype == rounded[-1].images.dtype == jnp.bfloat16
 
 
 def test_nothing_is_tuned_while_it_runs(monkeypatch) -> None:

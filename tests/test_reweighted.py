@@ -11,6 +11,7 @@ import pytest
 from golden import cases, golden, max_relative
 from test_config import get_config
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import class_balanced_weights, focal_loss, ldam_margins
 from balpoe_jax.methods import Context
@@ -19,10 +20,10 @@ from balpoe_jax.methods.reweighting import Reweighted
 COUNTS = np.array([500, 120, 30, 8, 2])
 
 
-def whole(labels) -> dict[str, jax.Array]:
+def whole(labels) -> TrainBatch:
     """A batch that is not mixed."""
     labels = jnp.asarray(labels)
-    return {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
+    return TrainBatch((), labels, labels, jnp.ones(len(labels)))
 
 
 def loss_and_gradient(method: Reweighted, case, epoch: int, scale: float = 1.0):
@@ -126,7 +127,7 @@ def test_rows_of_two_labels_count_by_their_shares(x64) -> None:
     logits, labels = random_batch()
     others = jnp.roll(labels, 1)
     share = jnp.linspace(0.1, 0.9, 9)
-    batch = {"labels": labels, "other_labels": others, "weight": share}
+    batch = TrainBatch((), labels, others, share)
     method = Reweighted("ldam", **CLASS_BALANCED)
     context = Context(COUNTS, scale=30.0)
     weights = class_balanced_weights(COUNTS, 0.9999)

@@ -15,6 +15,7 @@ from test_config import get_config
 from test_methods import fresh, run
 
 from balpoe_jax.config import resolve
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.reweighting import Reweighted
@@ -34,7 +35,7 @@ COUNTS = tiny_network.COUNTS
 
 @partial(jax.jit, static_argnums=(0, 1))
 def total(method: RIDE, context: Context, labels, epoch: int, logits: jax.Array) -> jax.Array:
-    batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(len(labels))}
+    batch = TrainBatch((), labels, labels, jnp.ones(len(labels)))
     own, divergence = method.expert_and_diversity_losses(
         logits, batch, context.at(jnp.asarray(epoch))
     )
@@ -76,7 +77,7 @@ def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None
     """The released code would take the loss of the mean logits. Margins have the head's scale."""
     logits, labels = random_logits()
     context = Context(COUNTS, scale=3.0)
-    batch = {"labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
+    batch = TrainBatch((), labels, labels, jnp.ones(8))
     loss = jax.jit(Reweighted("ldam").weighted_means, static_argnums=2)
     expected = loss(logits, batch, context).sum()
     actual = total(RIDE(diversity=0.0), context, labels, 159, logits)
@@ -86,7 +87,7 @@ def test_without_a_diversity_factor_every_expert_keeps_its_own_loss(x64) -> None
 
 def test_the_total_is_the_sum_over_experts() -> None:
     logits, labels = random_logits()
-    batch = {"images": None, "labels": labels, "other_labels": labels, "weight": jnp.ones(8)}
+    batch = TrainBatch((None,), labels, labels, jnp.ones(8))
     context, method = Context(COUNTS, scale=3.0), RIDE(diversity=-0.3)
 
     @jax.jit
@@ -149,7 +150,7 @@ def test_the_routers_loss_in_loops() -> None:
     def network(images: None, train: bool):
         return outputs, {"train": train}
 
-    batch = {"images": None, "labels": labels}
+    batch = TrainBatch((None,), labels, None, None)
     method = RIDE(router=True, router_positive_weight=7.0)
     found = method.router_loss(network, {}, batch, Context(COUNTS))  # type: ignore
     worth, expected = np.asarray(router_labels(prefix_means(logits), labels)), 0.0
@@ -186,11 +187,11 @@ def test_the_distance_to_a_teacher_in_loops(x64) -> None:
 
 
 def mean_logits(network: Network, batch, train: bool) -> jax.Array:
-    return jax.jit(lambda: network(batch["images"], train)[0].logits.mean(axis=0))()
+    return jax.jit(lambda: network(batch.images, train)[0].logits.mean(axis=0))()
 
 
 def test_a_distilled_run_adds_the_teachers_term() -> None:
-    batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
+    batch = jax.tree.map(jnp.asarray, tiny_network.batch(8, views=1))
     module = tiny_network.experts(3)
     student, trained = (Network(module, **tiny_network.init(module, seed)) for seed in (0, 1))
     context = Context(COUNTS, scale=30.0, teacher=trained)

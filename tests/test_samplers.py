@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_pipeline import PLAIN, assert_equal, make_settings, numbered_source, positions_of
+from test_pipeline import PLAIN, assert_equal, join, make_settings, numbered_source, positions_of
 
 from balpoe_jax.config.settings import DataSettings
 from balpoe_jax.data.batches import samplers
@@ -100,13 +100,9 @@ def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:
     for step, batch in enumerate(batches, 2):
         indices = batch_indices(source.labels, settings, step)
         np.testing.assert_array_equal(positions_of(batch), indices)
-        np.testing.assert_array_equal(batch["labels"], source.labels[indices])
+        np.testing.assert_array_equal(batch.labels, source.labels[indices])
     halves = [list(train_batches(source, settings, 5, 7, Host(i, 2))) for i in range(2)]
-    joined = [
-        {key: np.concatenate([half[key] for half in step]) for key in step[0]}
-        for step in zip(*halves, strict=True)
-    ]
-    assert_equal(joined, batches[3:])
+    assert_equal(join(halves), batches[3:])
 
 
 def test_refuses_what_is_not_valid() -> None:

@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 from tiny_network import COUNTS, logits_as_images
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import class_balanced_weights, ldam_margins
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.evidence import Opinion, divergence_from_uniform, fuse, opinion
@@ -120,13 +121,13 @@ def test_later_experts_learn_from_what_earlier_ones_are_uncertain_of(x64) -> Non
     """The whole loss, an expert and an image at a time."""
     method, context = TLC(engagement=0.6, kl_epochs=50), Context(COUNTS, scale=2.0)
     images, labels = RANDOM.normal(size=(6, 3, 5), scale=2), np.array([0, 1, 2, 3, 4, 0])
-    batch = {"images": jnp.asarray(images), "labels": jnp.asarray(labels)}
+    batch = TrainBatch((jnp.asarray(images),), jnp.asarray(labels), None, None)
 
     @jax.jit
     def compute(batch):
-        logits = jnp.moveaxis(batch["images"], 1, 0)
+        logits = jnp.moveaxis(batch.images, 1, 0)
         remaining = remaining_uncertainty(opinion(jnp.exp(logits)))
-        by_row = method.row_losses(logits, batch["labels"], remaining, context.at(jnp.asarray(1)))
+        by_row = method.row_losses(logits, batch.labels, remaining, context.at(jnp.asarray(1)))
         found = method.loss(logits_as_images, {}, batch, context.at(jnp.asarray(1)))
         return found, remaining, by_row
 

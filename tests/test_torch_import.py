@@ -500,11 +500,11 @@ def test_evaluation_sees_the_imported_network(tmp_path: Path, digits_file: Path)
     test, variables = build(resolve(config)).data.test, convert(small_state())
     batch = next(iter(pipeline.eval_batches(test, len(test), config.data.mean, config.data.std)))
     expected = create_model("resnet8", num_classes=10, num_experts=3).apply(
-        variables, batch["images"], train=False
+        variables, batch.images, train=False
     )
     logits = np.load(workdir / "predictions" / "expert_logits.npy")
     np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=2e-4)
-    np.testing.assert_array_equal(np.load(workdir / "predictions" / "labels.npy"), batch["labels"])
+    np.testing.assert_array_equal(np.load(workdir / "predictions" / "labels.npy"), batch.labels)
 
 
 def test_the_epoch_of_a_checkpoint_becomes_the_step(

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,6 +24,7 @@ from balpoe_jax.data.pipeline import eval_batches, train_batches
 from balpoe_jax.data.records import sources, tfrecords
 from balpoe_jax.data.records.sources import RecordSource
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
+from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import bad_images
 
@@ -63,7 +65,7 @@ def damage(source: RecordSource, i: int, kind: str) -> str:
     return "the checksum of its record is wrong"
 
 
-def evaluate(source: RecordSource) -> list[dict]:
+def evaluate(source: RecordSource) -> list[EvalBatch]:
     return list(eval_batches(source, BATCH, (0.5,) * 3, (0.25,) * 3))
 
 
@@ -131,7 +133,7 @@ def kinds_of_images() -> dict[str, tuple[bytes, np.ndarray]]:
 def test_other_kinds_of_images_are_decoded(tmp_path: Path, kind: str) -> None:
     content, shown = kinds_of_images()[kind]
     source = write_photos(tmp_path, {2: content, 3: encoded(Image.fromarray(shown), "PNG")})
-    batch = evaluate(source)[0]["images"]
+    batch = evaluate(source)[0].images
     tolerance = 0.15 if "JPEG" in kind else 1e-6  # of values that span four
     assert np.abs(batch[2] - batch[3]).mean() < tolerance
     assert unreadable.examine(source, 2) is None
@@ -192,10 +194,9 @@ def make_skipping(source: RecordSource, known=()) -> tuple[Replacements, Found]:
     return Replacements(source, known, found), found
 
 
-def assert_equal(left: list[dict], right: list[dict]) -> None:
+def assert_equal(left: list[TrainBatch], right: list[TrainBatch]) -> None:
     for a, b in zip(left, right, strict=True):
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.slow
@@ -211,7 +212,7 @@ def test_skipped_images_are_replaced_by_the_next_of_their_class(tmp_path: Path) 
     # The same as if the replacements had been there from the start, so nothing else has changed.
     clean = source.select(expected)
     assert_equal(batches, list(train_batches(clean, SETTINGS, 0, 5)))
-    labels = np.concatenate([batch["labels"] for batch in batches])
+    labels = np.concatenate([batch.labels for batch in batches])
     np.testing.assert_array_equal(np.bincount(labels), [PER_CLASS] * CLASSES)
 
 
@@ -227,7 +228,7 @@ def test_skipping_goes_on_after_a_resume_and_on_any_hosts(tmp_path: Path) -> Non
     unmixed = dataclasses.replace(SETTINGS, mix=MixSettings())
     one = list(train_batches(source, unmixed, 0, 3, replacements=make_skipping(source)[0]))
     half = list(train_batches(source, unmixed, 0, 3, Host(1, 2), make_skipping(source)[0]))
-    assert_equal(half, [{key: batch[key][BATCH // 2 :] for key in batch} for batch in one])
+    assert_equal(half, jax.tree.map(lambda x: x[BATCH // 2 :], one))
 
 
 @pytest.mark.slow
@@ -298,4 +299,4 @@ def test_a_partner_of_the_second_sampler_is_replaced_too(tmp_path: Path) -> None
     replacements, found = make_skipping(source)
     (batch,) = train_batches(source, cmo, 0, 1, replacements=replacements)
     assert [image.index for image in found] == [bad]
-    np.testing.assert_array_equal(batch["other_labels"], labels[partners])
+    np.testing.assert_array_equal(batch.other_labels, labels[partners])

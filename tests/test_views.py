@@ -5,6 +5,7 @@ import dataclasses
 from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -24,6 +25,7 @@ from balpoe_jax.data.images.views import View, make_view
 from balpoe_jax.data.pipeline import eval_batches, train_batches, view_batches
 from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings, Host
+from balpoe_jax.data.types import EvalBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import train_settings
 from balpoe_jax.methods import PRESETS
@@ -163,17 +165,17 @@ def test_views_of_a_batch_are_independent_and_not_mixed() -> None:
     plain = make_settings(augment=shown, mix=UNIMIX)
     first = list(train_batches(make_source(), plain, 2, 5))
     for batch, expected in zip(batches, first, strict=True):
-        assert_equal([{name: batch[name] for name in expected}], [expected])
-        assert set(batch) - set(expected) == {"images_2", "images_3"}
-        assert batch["images_2"].dtype == np.float32
+        assert_equal([batch._replace(views=batch.views[:1])], [expected])
+        assert len(batch.views) == 3
+        assert batch.views[1].dtype == np.float32
     unmixed = make_settings(augment=shown, views=(windowed, shown), mix=PLAIN["mix"])
     for batch, alone in zip(batches, train_batches(make_source(), unmixed, 2, 5), strict=True):
-        for name in ("images_2", "images_3"):
-            np.testing.assert_array_equal(batch[name], alone[name])
+        for view, other in zip(batch.views[1:], alone.views[1:], strict=True):
+            np.testing.assert_array_equal(view, other)
         # Of the same augmentation, another draw.
-        assert (alone["images"] != alone["images_3"]).any(axis=(1, 2, 3)).mean() > 0
+        assert (alone.images != alone.views[2]).any(axis=(1, 2, 3)).mean() > 0
     again = list(train_batches(make_source(), settings, 4, 5, Host(1, 2)))
-    assert_equal(again, [{name: array[4:] for name, array in batches[2].items()}])
+    assert_equal(again, [jax.tree.map(lambda x: x[4:], batches[2])])
 
 
 NORMALISATION = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -184,8 +186,8 @@ def views(batch_size: int, host: Host = Host(), seed: int = 3, epoch: int = 1) -
     batches = list(
         view_batches(make_source(), batch_size, *NORMALISATION, shown, seed, epoch, host)
     )
-    assert all(set(batch) == {"images", "labels", "mask"} for batch in batches)
-    return np.concatenate([batch["images"][batch["mask"]] for batch in batches])
+    assert all(isinstance(batch, EvalBatch) for batch in batches)
+    return np.concatenate([batch.images[batch.mask] for batch in batches])
 
 
 def test_views_for_evaluation_are_a_function_of_the_position() -> None:
@@ -230,13 +232,13 @@ def test_batches_of_two_ways_are_the_same_on_any_hosts() -> None:
         part = slice(4 * i, 4 * i + 4)
         assert_equal(
             list(train_batches(make_source(), settings, 2, 4, Host(i, 2))),
-            [{name: array[part] for name, array in batch.items()} for batch in batches],
+            jax.tree.map(lambda x: x[part], batches),  # noqa: B023
         )
     one_way = dataclasses.replace(settings, other_augment=None)
     changed = []
     for batch, plain in zip(batches, train_batches(make_source(), one_way, 2, 4), strict=True):
-        np.testing.assert_array_equal(batch["images_2"], plain["images_2"])
-        changed += [*(batch["images"] != plain["images"]).any(axis=(1, 2, 3))]
+        np.testing.assert_array_equal(batch.views[1], plain.views[1])
+        changed += [*(batch.images != plain.images).any(axis=(1, 2, 3))]
     assert 0 < np.mean(changed) < 1
 
 

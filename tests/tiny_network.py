@@ -2,7 +2,6 @@
 """Experts small enough to compile in a second, and batches of everything that a method may want."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.models.ensemble import Expert, ExpertEnsemble, Outputs
 from balpoe_jax.models.heads import CosineHead, LinearHead
 from balpoe_jax.models.layers import BatchNorm, global_average
@@ -71,16 +71,16 @@ def create_model(
     return experts(num_experts, axis_name, classifier, scale, num_classes, dtype)
 
 
-def batch(size: int = 16, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Three views, two labels a row and their shares, in which every class occurs."""
+def batch(size: int = 16, seed: int = 0, dtype: Any = np.float32, views: int = 3) -> TrainBatch:
+    """Up to three views, two labels a row and their shares, in which every class occurs."""
     random = np.random.default_rng(seed)
-    draw = partial(random.normal, size=(size, *SHAPE))
-    return {
-        **{name: draw().astype(dtype) for name in ("images", "images_2", "images_3")},
-        "labels": (np.arange(size) % len(COUNTS)).astype(np.int32),
-        "other_labels": random.integers(0, len(COUNTS), size).astype(np.int32),
-        "weight": random.uniform(size=size).astype(dtype),
-    }
+    drawn = tuple(random.normal(size=(size, *SHAPE)).astype(dtype) for _ in range(3))
+    return TrainBatch(
+        views=drawn[:views],
+        labels=(np.arange(size) % len(COUNTS)).astype(np.int32),
+        other_labels=random.integers(0, len(COUNTS), size).astype(np.int32),
+        mix_weight=random.uniform(size=size).astype(dtype),
+    )
 
 
 def init(network: nn.Module, seed: int = 0) -> dict[str, Any]:

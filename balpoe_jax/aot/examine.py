@@ -17,14 +17,13 @@ from balpoe_jax.aot import gpus, hlo, kernels
 from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.aot.gpus import Gpu
 from balpoe_jax.aot.topologies import Chip, chip_of, compile_only_devices
+from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.parallel import make_parallel
 
 if TYPE_CHECKING:  # it takes a second to import
     from balpoe_jax.config import Settings
     from balpoe_jax.experiment.program import Program
-
-Batch = dict[str, jax.ShapeDtypeStruct]
 
 # The mode that compiles for absent devices; pmap gives the same numbers, but only where they are.
 _MODE = "shard_map"
@@ -124,29 +123,19 @@ def examine_on(
     return found
 
 
-def abstract_batches(program: "Program") -> tuple[Batch, Batch]:
+def abstract_batches(program: "Program") -> tuple[TrainBatch, EvalBatch]:
     """Shapes, dtypes and placement of what `data.pipeline` feeds the train and the eval step."""
+    dtype, placement = jnp.dtype(program.settings.model.dtype), program.parallel.sharded
 
-    def batch(size: int, **dtypes: Any) -> Batch:
-        shapes = {name: program.image_shape if "images" in name else () for name in dtypes}
-        placement = program.parallel.sharded
-        return {
-            name: jax.ShapeDtypeStruct((size, *shapes[name]), dtype, sharding=placement)
-            for name, dtype in dtypes.items()
-        }
+    def rows(size: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placement)
 
-    images, labels = jnp.dtype(program.settings.model.dtype), jnp.int32
-    return (
-        batch(
-            program.settings.batch_size,
-            images=images,
-            **{f"images_{view}": images for view in range(2, program.method.views + 1)},
-            labels=labels,
-            other_labels=labels,
-            weight=jnp.float32,
-        ),
-        batch(program.eval_batch_size, images=images, labels=labels, mask=jnp.bool_),
-    )
+    size, shape = program.settings.batch_size, program.image_shape
+    views = tuple(rows(size, dtype, *shape) for _ in range(program.method.views))
+    labels, weight = rows(size, jnp.int32), rows(size, jnp.float32)
+    size = program.eval_batch_size
+    tested = rows(size, dtype, *shape), rows(size, jnp.int32), rows(size, jnp.bool_)
+    return TrainBatch(views, labels, labels, weight), EvalBatch(*tested)
 
 
 def _planned_step(

@@ -24,9 +24,8 @@ from balpoe_jax.data.records.readers import make_reader
 from balpoe_jax.data.records.sources import RecordSource, Source
 from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
 from balpoe_jax.data.tracing import no_autograph
+from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
-
-Arrays = dict[str, np.ndarray]
 
 # In a batch, the positions in the training set of what is read for it.
 _INDICES = ("indices", "other_indices")
@@ -42,13 +41,11 @@ def train_batches(
     last_step: int,
     host: Host = ONE_HOST,
     replacements: Replacements | None = None,
-) -> Iterator[Arrays]:
+) -> Iterator[TrainBatch]:
     """The batches of steps `first_step` to `last_step - 1`.
 
-    Each is a dict of NumPy arrays, `b` being this host's share of the batch: `images` of
-    `settings.dtype` `[b, H, W, 3]`, augmented, normalised and mixed; `images_2`, `images_3`, ...
-    likewise but not mixed, if there are further views; `labels` and `other_labels` int32 `[b]`; and
-    `weight` float32 `[b]`, the share of `labels` in the loss (1 without mixing).
+    Each is of NumPy arrays, `b` being this host's share of the batch; the views are of
+    `settings.dtype`, augmented, normalised, and the first one mixed.
 
     By default every epoch is a permutation of all examples, drawn from (seed, epoch); augmentation
     is drawn from (seed, step, row), mixing from (seed, step). With `replacements`, photographs that
@@ -63,7 +60,7 @@ def train_batches(
         settings.mix.check_groups(settings.batch_size, host.count)
     maker = TrainBatchMaker(source, settings, rows)
 
-    def make(step: int) -> Iterator[Arrays]:
+    def make(step: int) -> Iterator[TrainBatch]:
         chosen = _order(source.labels, settings, step, last_step).map(no_autograph(maker.indices))
         if replacements is not None:
             table = tf.constant(replacements.table, tf.int32)
@@ -134,11 +131,10 @@ def eval_batches(
     std: tuple[float, float, float],
     host: Host = ONE_HOST,
     dtype: str = "float32",
-) -> Iterator[Arrays]:
+) -> Iterator[EvalBatch]:
     """Every example once, in order; the last batch is padded.
 
-    Each batch is a dict of NumPy arrays: `images` of `dtype` `[b, H, W, 3]`, normalised, `labels`
-    int32 `[b]`, and `mask` bool `[b]`, False for padding.
+    Each batch is of NumPy arrays, its images of `dtype` and normalised.
     """
 
     def decode(row: Batch) -> Batch:
@@ -146,9 +142,9 @@ def eval_batches(
         image = decoding.decode_central(row["images"], source.resize, source.image_size)
         return {**row, "images": image}
 
-    def finish(batch: Batch) -> Batch:
-        del batch["positions"]
-        return {**batch, "images": tf.cast(normalize(batch["images"], mean, std), dtype)}
+    def finish(batch: Batch) -> EvalBatch:
+        images = tf.cast(normalize(batch["images"], mean, std), dtype)
+        return EvalBatch(images, batch["labels"], batch["mask"])
 
     return _examples_in_order(source, batch_size, host, lambda batch: batch, decode, finish)
 
@@ -163,7 +159,7 @@ def view_batches(
     epoch: int,
     host: Host = ONE_HOST,
     dtype: str = "float32",
-) -> Iterator[Arrays]:
+) -> Iterator[EvalBatch]:
     """What `eval_batches` gives, but augmented: of photographs, random windows for central crops.
 
     The draws are a function of (seed, epoch, position in the source), whatever the batch size and
@@ -181,9 +177,10 @@ def view_batches(
     def decode(row: Batch) -> Batch:
         return {**row, "images": view.decode(row["images"], row.pop("drawn"))}
 
-    def finish(batch: Batch) -> Batch:
-        images = view.augment(batch["images"], random(batch.pop("positions")))
-        return {**batch, "images": to_input(images, mean, std, dtype)}
+    def finish(batch: Batch) -> EvalBatch:
+        images = view.augment(batch["images"], random(batch["positions"]))
+        images = to_input(images, mean, std, dtype)
+        return EvalBatch(images, batch["labels"], batch["mask"])
 
     return _examples_in_order(source, batch_size, host, draw, decode, finish)
 
@@ -194,8 +191,8 @@ def _examples_in_order(
     host: Host,
     draw: Callable[[Batch], Batch],
     decode: Callable[[Batch], Batch],
-    finish: Callable[[Batch], Batch],
-) -> Iterator[Arrays]:
+    finish: Callable[[Batch], EvalBatch],
+) -> Iterator[EvalBatch]:
     """Every example once, in order; the last batch is padded by the last example.
 
     Args:
@@ -203,7 +200,7 @@ def _examples_in_order(
         batch_size: of the global batch.
         host: whose rows are made.
         draw, decode: of photographs, what is done to a batch of them, and then to each.
-        finish: makes the images of a batch into the network's; takes `positions` away.
+        finish: makes the images of a batch into the network's.
     """
     rows = host.rows(batch_size)
     reader = make_reader(source)
@@ -237,9 +234,7 @@ def _map_rows(
     return mapped.batch(rows, drop_remainder=True)
 
 
-def _iterate(
-    dataset: tf.data.Dataset, make_batch: Callable[..., Batch], host: Host
-) -> Iterator[Arrays]:
+def _iterate(dataset: tf.data.Dataset, make_batch: Callable[..., Any], host: Host) -> Iterator[Any]:
     options = tf.data.Options()
     options.deterministic = True
     # It measures and plans without end, and an iterator cannot be left before it has planned: on a
@@ -252,8 +247,8 @@ def _iterate(
 
 
 def _guarded(
-    make: Callable[[int], Iterator[Arrays]], step: int, recover: Callable[[int], bool]
-) -> Iterator[Arrays]:
+    make: Callable[[int], Iterator[Any]], step: int, recover: Callable[[int], bool]
+) -> Iterator[Any]:
     """The batches from a step on; what cannot be read or decoded becomes one sentence.
 
     Args:

@@ -27,6 +27,7 @@ from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.device.views import DeviceView
 from balpoe_jax.data.records.sources import ArraySource, Source
 from balpoe_jax.data.settings import AugmentSettings, Host, TrainSettings
+from balpoe_jax.data.types import EvalBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.parallel import AXIS_NAME, Parallel, Prefetcher
 
@@ -291,7 +292,7 @@ class DeviceInputs:
             else:
                 images = unpack(images[index])
             images = normalize(images, settings.mean, settings.std).astype(settings.dtype)
-            return step(variables, {**rows, "images": images})
+            return step(variables, EvalBatch(images, rows["labels"], rows["mask"]))
 
         mapped = self._parallel.map_step(predict, constants=1)
         tables = self._parallel.replicate(view.tables())

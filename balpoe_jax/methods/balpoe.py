@@ -9,8 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
+from balpoe_jax.methods.base import Context, ExpertLosses, soft_labels
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
 
@@ -22,7 +23,7 @@ class BalPoE(ExpertLosses):
         """Those of the config."""
         return taus
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Logit-adjusted cross-entropies by the experts' taus."""
         targets = soft_labels(batch, context.num_classes)
         prior, taus = log_prior(context.class_counts), jnp.asarray(context.taus)

@@ -18,10 +18,9 @@ import numpy.typing as npt
 import optax
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.models import ExpertEnsemble, Outputs
 from balpoe_jax.setting import Section, described, setting
-
-Batch = dict[str, jax.Array]
 
 
 def epochs(default: int, about: str, least: float = 0, most: float = 1e6) -> Any:
@@ -183,7 +182,7 @@ class Prediction(NamedTuple):
     experts_used: jax.Array | None = None
 
 
-LossFunction = Callable[[Network, Any, Batch, Context], Losses]
+LossFunction = Callable[[Network, Any, TrainBatch, Context], Losses]
 
 
 def _everything(path: str) -> bool:
@@ -235,8 +234,7 @@ class Method(Section):
     """The base of all methods, with what most of them do.
 
     Attributes:
-        views: how many differently augmented views of an image a batch holds: `images`, then
-            `images_2`, `images_3`.
+        views: how many differently augmented views of an image a batch holds.
         supports_mixing: whether its loss heeds the second label of a mixed image.
         needs_global_batch: the loss is not a mean over rows, or the method keeps a state, so
             that a batch cannot be cut into microbatches.
@@ -281,7 +279,9 @@ class Method(Section):
         """The method state at the start of a step, such as a moving average of parameters."""
         return method_state
 
-    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: Any, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The loss of the first phase; arguments as `Phase.loss` has them."""
         raise NotImplementedError
 
@@ -305,7 +305,7 @@ class ExpertLosses(Method):
 
     total: ClassVar[str] = "mean"
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """The losses of the first phase, float `[E, b]`.
 
         Args:
@@ -315,20 +315,22 @@ class ExpertLosses(Method):
         """
         raise NotImplementedError
 
-    def expert_means(self, losses: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_means(self, losses: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Each expert's loss float `[E]` of its rows' `[E, b]`; their mean over devices counts."""
         return losses.mean(axis=1)
 
-    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: Any, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The mean or the sum over experts, of means over rows."""
         return self.loss_of(self.expert_losses, network, method_state, batch, context)
 
     def loss_of(
         self,
-        expert_losses: Callable[[jax.Array, Batch, Context], jax.Array],
+        expert_losses: Callable[[jax.Array, TrainBatch, Context], jax.Array],
         network: Network,
         method_state: Any,
-        batch: Batch,
+        batch: TrainBatch,
         context: Context,
         train: bool = True,
     ) -> Losses:
@@ -342,7 +344,7 @@ class ExpertLosses(Method):
             context: Context of the step.
             train: Whether BatchNorm takes the batch's statistics, or its averages as in a test.
         """
-        outputs, batch_stats = network(batch["images"], train)
+        outputs, batch_stats = network(batch.images, train)
         losses = expert_losses(outputs.logits, batch, context)
         by_expert = self.expert_means(losses, batch, context)
         total = by_expert.mean() if self.total == "mean" else by_expert.sum()
@@ -356,22 +358,22 @@ def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     )
 
 
-def mix_losses(batch: Batch, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def mix_losses(batch: TrainBatch, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The losses of a mixed batch, each row's two labels weighted by their shares.
 
     For losses that are not linear in the label, which a soft label would change.
 
     Args:
-        batch: with `labels`, `other_labels` int `[B]` and `weight` float `[B]`.
+        batch: Batch, whose labels and shares alone are read.
         loss: from labels `[B]` to losses `[..., B]`.
     """
-    first, second = loss(batch["labels"]), loss(batch["other_labels"])
-    weight = batch["weight"].reshape((1,) * (first.ndim - 1) + batch["weight"].shape)
+    first, second = loss(batch.labels), loss(batch.other_labels)
+    weight = batch.mix_weight.reshape((1,) * (first.ndim - 1) + batch.mix_weight.shape)
     return weight * first + (1 - weight) * second
 
 
-def soft_labels(batch: Batch, num_classes: int) -> jax.Array:
+def soft_labels(batch: TrainBatch, num_classes: int) -> jax.Array:
     """Label distributions float32 `[B, C]` of a batch that mixup made from pairs of examples."""
     one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
-    weight = batch["weight"][:, None]
-    return weight * one_hot(batch["labels"]) + (1 - weight) * one_hot(batch["other_labels"])
+    weight = batch.mix_weight[:, None]
+    return weight * one_hot(batch.labels) + (1 - weight) * one_hot(batch.other_labels)

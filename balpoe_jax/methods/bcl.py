@@ -16,9 +16,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods.augmentations import views
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
+from balpoe_jax.methods.base import Context, Losses, Method, Network
 from balpoe_jax.methods.contrastive import ProjectedEnsemble, Projection, check_single
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
@@ -66,8 +67,8 @@ def balanced_contrastive_loss(
 class BCL(Method):
     """See the module.
 
-    `images` are classified; `images_2` and `images_3` are contrasted. All go through the network at
-    once.
+    The first view is classified; the second and the third are contrasted. All go through the
+    network at once.
     """
 
     views = 3
@@ -91,12 +92,13 @@ class BCL(Method):
         heads = (Projection((self.hidden,), self.width, True, axis) for _ in range(2))
         return ProjectedEnsemble(ensemble, *heads)
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The weighted sum of both means over the whole batch."""
-        rows = len(batch["labels"])
-        names = ("images", "images_2", "images_3")
-        outputs, batch_stats = network(jnp.concatenate([batch[name] for name in names]))
-        labels = context.gather(batch["labels"])
+        rows = len(batch.labels)
+        outputs, batch_stats = network(jnp.concatenate(batch.views))
+        labels = context.gather(batch.labels)
         classified = logit_adjusted_cross_entropy(
             context.gather(outputs.logits[0, :rows]), labels, log_prior(context.class_counts), 1.0
         ).mean()

@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import cross_entropy
-from balpoe_jax.methods.base import Batch, mix_losses
+from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.models.heads import CosineHead, LinearHead
 
 
-def cross_entropies(logits: jax.Array, batch: Batch, weights: jax.Array | None = None) -> jax.Array:
+def cross_entropies(
+    logits: jax.Array, batch: TrainBatch, weights: jax.Array | None = None
+) -> jax.Array:
     """The cross-entropy of each expert and row, float `[E, b]`.
 
     Args:

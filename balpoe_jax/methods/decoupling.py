@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Phase
+from balpoe_jax.data.types import TrainBatch
+from balpoe_jax.methods.base import Context, ExpertLosses, Phase
 from balpoe_jax.methods.classifier import cross_entropies, in_classifier, new_classifier
 from balpoe_jax.methods.mislas import ScaledEnsemble
 from balpoe_jax.methods.preset import Preset
@@ -29,7 +30,7 @@ from balpoe_jax.models import ExpertEnsemble
 class _Decoupled(ExpertLosses):
     """What both methods have: one loss, whose second phase sees images as in a test."""
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies."""
         return cross_entropies(logits, batch)
 

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, soft_labels
+from balpoe_jax.methods.base import Context, Losses, Method, Network, soft_labels
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.setting import setting
 
@@ -78,9 +79,11 @@ class LADE(Method):
         """Those of balanced softmax."""
         return (1.0,) * len(taus)
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The mean over experts; the regulariser is that of the global batch."""
-        outputs, batch_stats = network(batch["images"])
+        outputs, batch_stats = network(batch.images)
         logits, prior = outputs.logits, log_prior(context.class_counts)
         targets = soft_labels(batch, context.num_classes)
         balanced = expert_losses(logits, targets, prior, jnp.ones(len(logits))).mean(axis=1)

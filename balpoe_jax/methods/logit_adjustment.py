@@ -13,9 +13,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods import lade
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Prediction, soft_labels
+from balpoe_jax.methods.base import Context, ExpertLosses, Prediction, soft_labels
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import Outputs
 from balpoe_jax.setting import setting
@@ -31,7 +32,7 @@ class PostHoc(ExpertLosses):
         """What is predicted is biased as by a loss of that tau."""
         return (self.tau,) * len(taus)
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies."""
         targets = soft_labels(batch, context.num_classes)
         return expert_losses(

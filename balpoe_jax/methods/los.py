@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Phase, mix_losses
+from balpoe_jax.data.types import TrainBatch
+from balpoe_jax.methods.base import Context, ExpertLosses, Phase, mix_losses
 from balpoe_jax.methods.classifier import cross_entropies, in_classifier, new_classifier
 from balpoe_jax.methods.mislas import label_aware_smoothing
 from balpoe_jax.methods.preset import Preset
@@ -50,11 +51,11 @@ class LOS(ExpertLosses):
         """The parameters with a new classifier, if there is to be one."""
         return new_classifier(params, key) if self.new_classifier else params
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies."""
         return cross_entropies(logits, batch)
 
-    def smoothed_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def smoothed_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies of smoothed labels."""
         smoothing = jnp.full(context.num_classes, self.delta, logits.dtype)
 

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import class_balanced_weights
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, Phase, map_by_path
+from balpoe_jax.methods.base import Context, ExpertLosses, Phase, map_by_path
 from balpoe_jax.methods.classifier import cross_entropies, in_classifier
 from balpoe_jax.methods.preset import Preset
 from balpoe_jax.models import ExpertEnsemble, Outputs
@@ -122,11 +123,11 @@ class LTWB(ExpertLosses):
         (kernel,) = [leaf for is_kernel, leaf in leaves if is_kernel]
         return {**params, "radius": radius_between(kernel, self.radius_share)}
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies."""
         return cross_entropies(logits, batch)
 
-    def balanced_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def balanced_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies, each times the weight of its class."""
         weights = jnp.asarray(class_balanced_weights(context.class_counts, self.beta), logits.dtype)
         return cross_entropies(logits, batch, weights)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import expert_losses, log_prior
 from balpoe_jax.methods.balpoe import BalPoE
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, epochs, soft_labels
+from balpoe_jax.methods.base import Context, Losses, Method, Network, epochs, soft_labels
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.setting import setting
 
@@ -86,37 +87,37 @@ class _Views(NamedTuple):
     batch_stats: dict
 
 
-def _apply_to_views(network: Network, batch: Batch, names: tuple[str, ...]) -> _Views:
+def _apply_to_views(network: Network, batch: TrainBatch) -> _Views:
     """One pass over all views, whose batch statistics are those of all."""
-    outputs, batch_stats = network(jnp.concatenate([batch[name] for name in names]))
-    return _Views(tuple(jnp.split(outputs.logits, len(names), axis=1)), batch_stats)
+    outputs, batch_stats = network(jnp.concatenate(batch.views))
+    return _Views(tuple(jnp.split(outputs.logits, len(batch.views), axis=1)), batch_stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class BalPoECS(_SelfDistilled):
     """BalPoE plus the mean over experts of their consistency; ours, for want of a publication.
 
-    `images` are strongly augmented and mixed, and alone in BalPoE's loss; `images_2` are weakly
-    augmented and `images_3` strongly, neither mixed. With `mu = 0` it is BalPoE, and the other
+    The first view is strongly augmented and mixed, and alone in BalPoE's loss; the second is weakly
+    augmented and the third strongly, neither mixed. With `mu = 0` it is BalPoE, and the other
     views are not looked at; with any other `mu` BatchNorm's statistics are those of all views.
     """
 
     views = 3
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
         """BalPoE's mean over experts and rows, plus the weighted consistency."""
         if self.mu == 0:
             return BalPoE().loss(network, method_state, batch, context)
-        (mixed, weak, strong), batch_stats = _apply_to_views(
-            network, batch, ("images", "images_2", "images_3")
-        )
+        (mixed, weak, strong), batch_stats = _apply_to_views(network, batch)
         by_expert = expert_losses(
             mixed,
             soft_labels(batch, context.num_classes),
             log_prior(context.class_counts),
             jnp.asarray(context.taus),
         ).mean(axis=1)
-        added = self.consistency(weak, strong, batch["labels"], context).mean()
+        added = self.consistency(weak, strong, batch.labels, context).mean()
         total = by_expert.mean() + self.weight(context.epoch) * added
         return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
@@ -125,24 +126,26 @@ class BalPoECS(_SelfDistilled):
 class MDCS(_SelfDistilled):
     """MDCS as its code trains: sums over experts, both views in the cross-entropy, no mixing.
 
-    `images` are strongly augmented, `images_2` weakly. Mixed images are none of its recipe, and
-    would be compared with unmixed ones: mix with `BalPoECS`.
+    The first view is strongly augmented, the second weakly. Mixed images are none of its recipe,
+    and would be compared with unmixed ones: mix with `BalPoECS`.
     """
 
     views = 2
     supports_mixing = False
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The sum over experts of the mean cross-entropy of both views and the consistency."""
-        (strong, weak), batch_stats = _apply_to_views(network, batch, ("images", "images_2"))
+        (strong, weak), batch_stats = _apply_to_views(network, batch)
         prior, taus = log_prior(context.class_counts), jnp.asarray(context.taus)
         by_expert = jnp.stack(
             [
                 expert_losses(strong, soft_labels(batch, context.num_classes), prior, taus),
-                expert_losses(weak, batch["labels"], prior, taus),
+                expert_losses(weak, batch.labels, prior, taus),
             ]
         ).mean(axis=(0, 2))
-        added = self.consistency(weak, strong, batch["labels"], context).sum()
+        added = self.consistency(weak, strong, batch.labels, context).sum()
         total = by_expert.sum() + self.weight(context.epoch) * added
         return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import optax
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.methods.base import (
-    Batch,
     Context,
     ExpertLosses,
     Phase,
@@ -132,17 +132,17 @@ class Mislas(ExpertLosses):
         rates = {"head": optax.scale(self.classifier_rate), "rest": optax.identity()}
         return followed_by(optimizer, optax.partition(rates, labels))
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies of mixed labels."""
         targets = soft_labels(batch, context.num_classes)
         return -(targets[None] * jax.nn.log_softmax(logits)).sum(axis=-1)
 
-    def tuning_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def tuning_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies of labels that are smoothed by their classes."""
         smoothing = label_smoothing(
             context.class_counts, self.smooth_head, self.smooth_tail, self.smooth_shape
         )
-        labels = jnp.broadcast_to(batch["labels"], logits.shape[:2])
+        labels = jnp.broadcast_to(batch.labels, logits.shape[:2])
         return label_aware_smoothing(logits, labels, jnp.asarray(smoothing, logits.dtype))
 
 

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import cross_entropy, log_prior
 from balpoe_jax.methods.augmentations import views
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
+from balpoe_jax.methods.base import Context, Losses, Method, Network
 from balpoe_jax.methods.contrastive import (
     ProjectedExperts,
     Projection,
@@ -173,16 +174,18 @@ class NCL(Method):
         """Each network is balanced softmax."""
         return (1.0,) * len(taus)
 
-    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: Any, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The sum over networks of their means over rows."""
-        outputs, batch_stats = network(batch["images"])
+        outputs, batch_stats = network(batch.images)
         log_prior(context.class_counts)  # which refuses classes without examples
         number = max(1, int(self.hard_share * context.num_classes))
         log_counts = jnp.asarray(np.log(context.class_counts), jnp.float32)
         own, divergences = (
             each.mean(axis=1)
             for each in nested_losses(
-                outputs.logits, batch["labels"], log_counts, number, self.hard_mask
+                outputs.logits, batch.labels, log_counts, number, self.hard_mask
             )
         )
         others = max(1, len(own) - 1)
@@ -197,10 +200,10 @@ class NCL(Method):
         return Losses(total, own, batch_stats, method_state, terms)
 
     def _contrast(
-        self, outputs: Any, network: Network, method_state: Any, batch: Batch, context: Context
+        self, outputs: Any, network: Network, method_state: Any, batch: TrainBatch, context: Context
     ) -> tuple[jax.Array, Any]:
         """Each network's mean over rows `[E]`, and the method state after the step."""
-        encoded, slow_stats = encode_keys(network, method_state, batch["images_2"], context)
+        encoded, slow_stats = encode_keys(network, method_state, batch.views[1], context)
         keys = jax.lax.stop_gradient(encoded.projections)
         losses = contrastive_losses(
             outputs.projections, keys, method_state["queue"], self.temperature

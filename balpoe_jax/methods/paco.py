@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.augmentations import views
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network
+from balpoe_jax.methods.base import Context, Losses, Method, Network
 from balpoe_jax.methods.contrastive import (
     ProjectedEnsemble,
     Projection,
@@ -141,19 +142,21 @@ class PaCo(Method):
             return method_state
         return update_momentum_encoder(method_state, params, self.momentum)
 
-    def loss(self, network: Network, method_state: Any, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: Any, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The mean over the images of the whole batch."""
         step = self._with_queue if self.momentum else self._with_both_views
         return step(network, method_state, batch, context)
 
     def _with_queue(
-        self, network: Network, method_state: Any, batch: Batch, context: Context
+        self, network: Network, method_state: Any, batch: TrainBatch, context: Context
     ) -> Losses:
-        outputs, batch_stats = network(batch["images"])
-        encoded, slow_stats = encode_keys(network, method_state, batch["images_2"], context)
+        outputs, batch_stats = network(batch.images)
+        encoded, slow_stats = encode_keys(network, method_state, batch.views[1], context)
         keys, labels = (
             context.gather_state(encoded.projections),
-            context.gather_state(batch["labels"]),
+            context.gather_state(batch.labels),
         )
         queries = context.gather(outputs.projections)
         others = jnp.concatenate([labels, labels, method_state["labels"]])
@@ -170,15 +173,15 @@ class PaCo(Method):
         return _losses(by_image, batch_stats, new)
 
     def _with_both_views(
-        self, network: Network, method_state: Any, batch: Batch, context: Context
+        self, network: Network, method_state: Any, batch: TrainBatch, context: Context
     ) -> Losses:
-        rows = len(batch["labels"])
-        outputs, batch_stats = network(jnp.concatenate([batch["images"], batch["images_2"]]))
+        rows = len(batch.labels)
+        outputs, batch_stats = network(jnp.concatenate([batch.images, batch.views[1]]))
         both = (outputs.logits[0], outputs.projections)
         logits, queries = (
             jnp.concatenate([context.gather(x[:rows]), context.gather(x[rows:])]) for x in both
         )
-        labels = jnp.tile(context.gather(batch["labels"]), 2)
+        labels = jnp.tile(context.gather(batch.labels), 2)
         by_image = self._by_image(context, logits, queries, queries, labels)
         return _losses(by_image, batch_stats, method_state)
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import (
     class_balanced_weights,
     cross_entropy,
@@ -27,7 +28,7 @@ from balpoe_jax.losses import (
     ldam_margins,
     log_prior,
 )
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, epochs, mix_losses
+from balpoe_jax.methods.base import Context, ExpertLosses, epochs, mix_losses
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.setting import setting
 
@@ -82,7 +83,7 @@ class Reweighted(ExpertLosses):
         plain = self.base == "cross_entropy" and not self.weighs
         return (0.0 if plain else None,) * len(taus)
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Weighted losses, which `expert_means` divides by what the weights come to."""
         # Log priors are not needed, but a class without examples has no weight and no margin.
         log_prior(context.class_counts)
@@ -93,7 +94,7 @@ class Reweighted(ExpertLosses):
 
         return jax.vmap(of_expert)(logits)
 
-    def expert_means(self, losses: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_means(self, losses: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Weighted means; with "sum_w" over the weights of the whole batch."""
         means = losses.mean(axis=1)
         if not self.needs_global_batch:
@@ -102,7 +103,7 @@ class Reweighted(ExpertLosses):
         shares = mix_losses(batch, lambda labels: weights[labels])
         return means / context.mean_over_devices(shares.mean())
 
-    def weighted_means(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def weighted_means(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Each expert's loss float `[E]` of logits `[E, b, C]`; their mean over devices counts."""
         return self.expert_means(self.expert_losses(logits, batch, context), batch, context)
 

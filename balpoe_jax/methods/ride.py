@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from flax import linen as nn
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import cross_entropy
 from balpoe_jax.methods.base import (
-    Batch,
     Context,
     Losses,
     Method,
@@ -260,9 +260,11 @@ class RIDE(Method):
         router = Phase("router", self.router_loss, lambda path: path.startswith("router/"))
         return (experts, router) if self.router else (experts,)
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The sum over experts, of means over rows."""
-        outputs, batch_stats = network(batch["images"])
+        outputs, batch_stats = network(batch.images)
         own, divergence = self.expert_and_diversity_losses(outputs.logits, batch, context)
         by_expert = own + self.diversity * divergence
         total, terms = by_expert.sum(), {"ldam": own.sum(), "divergence": divergence.sum()}
@@ -272,15 +274,17 @@ class RIDE(Method):
             total *= len(by_expert) if self.repeat_by_experts else 1
         return Losses(total, by_expert, batch_stats, method_state, terms)
 
-    def distillation_loss(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def distillation_loss(
+        self, logits: jax.Array, batch: TrainBatch, context: Context
+    ) -> jax.Array:
         """The mean over rows of the divergence from the teacher, which sees them as in a test."""
         assert context.teacher is not None  # `network` has seen to it
-        outputs, _ = context.teacher(batch["images"], train=False)
+        outputs, _ = context.teacher(batch.images, train=False)
         means = outputs.logits.mean(axis=0), logits.mean(axis=0)
         return distillation(*means, self.teacher_temperature).mean()
 
     def expert_and_diversity_losses(
-        self, logits: jax.Array, batch: Batch, context: Context
+        self, logits: jax.Array, batch: TrainBatch, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         """Each expert's own loss and its divergence from the mean, float `[E]`."""
         own = self.expert_loss.weighted_means(logits, batch, context)
@@ -291,21 +295,21 @@ class RIDE(Method):
         return own, divergence_from_mean(logits, self.temperature * temperatures)
 
     def router_loss(
-        self, network: Network, method_state: dict, batch: Batch, context: Context
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
     ) -> Losses:
         """The binary cross-entropy of the gates, the mean over rows and gates.
 
         The experts see the images as in a test, BatchNorm's averages included, and their
         cross-entropies are shown.
         """
-        outputs, batch_stats = network(batch["images"], train=False)
-        worth = router_labels(prefix_means(outputs.logits), batch["labels"])
+        outputs, batch_stats = network(batch.images, train=False)
+        worth = router_labels(prefix_means(outputs.logits), batch.labels)
         losses = jnp.where(
             worth,
             self.router_positive_weight * jax.nn.softplus(-outputs.gates),
             jax.nn.softplus(outputs.gates),
         )
-        by_expert = jax.vmap(lambda z: cross_entropy(z, batch["labels"]).mean())(outputs.logits)
+        by_expert = jax.vmap(lambda z: cross_entropy(z, batch.labels).mean())(outputs.logits)
         return Losses(losses.mean(), by_expert, batch_stats, method_state)
 
     def predict(

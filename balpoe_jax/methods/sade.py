@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
+from balpoe_jax.methods.base import Context, ExpertLosses, soft_labels
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.setting import setting
 
@@ -74,7 +75,7 @@ class Sade(ExpertLosses):
         """0 and 1; the third expert's prior is no power of the training prior."""
         return (0.0, 1.0, None)[: len(taus)] + (None,) * (len(taus) - 3)
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies, each expert's with its own bias.
 
         Raises:

@@ -19,8 +19,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import expert_losses, log_prior
-from balpoe_jax.methods.base import Batch, Context, ExpertLosses, soft_labels
+from balpoe_jax.methods.base import Context, ExpertLosses, soft_labels
 from balpoe_jax.methods.preset import Preset
 from balpoe_jax.setting import setting
 
@@ -33,7 +34,7 @@ class @CLASS@(ExpertLosses):
         1.0, "Factor of the log prior that is added to the logits in training.", 0, 100
     )
 
-    def expert_losses(self, logits: jax.Array, batch: Batch, context: Context) -> jax.Array:
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies of adjusted logits."""
         targets = soft_labels(batch, context.num_classes)
         taus = jnp.full(len(logits), self.strength)
@@ -49,6 +50,7 @@ _TEST = '''# SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import PRESETS, Context
 from balpoe_jax.methods.@NAME@ import @CLASS@
@@ -59,7 +61,7 @@ COUNTS = np.array([50, 10, 2])
 def test_the_loss_is_its_twin() -> None:
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(2, 6, 3)), np.arange(6) % 3
-    batch = {"labels": labels, "other_labels": labels, "weight": np.ones(6)}
+    batch = TrainBatch((), labels, labels, np.ones(6))
     found = @CLASS@(strength=0.5).expert_losses(logits, batch, Context(COUNTS))
     for expert in range(2):
         for row, label in enumerate(labels):

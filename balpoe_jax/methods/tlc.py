@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import class_balanced_weights, cross_entropy, ldam_margins
-from balpoe_jax.methods.base import Batch, Context, Losses, Method, Network, Prediction, epochs
+from balpoe_jax.methods.base import Context, Losses, Method, Network, Prediction, epochs
 from balpoe_jax.methods.evidence import Opinion, agreement, divergence_from_uniform, fuse, opinion
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.methods.ride import class_temperatures
@@ -100,11 +101,13 @@ class TLC(Method):
     beta: float = setting(0.9999, "Base of the class weights' effective number.", 0, 0.999999)
     max_margin: float = setting(0.5, "Margin of the rarest class, see `reweighting`.", 0, 100)
 
-    def loss(self, network: Network, method_state: dict, batch: Batch, context: Context) -> Losses:
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
         """The sum over experts of their means over the images that they learn from."""
-        outputs, batch_stats = network(batch["images"])
+        outputs, batch_stats = network(batch.images)
         logits = jnp.moveaxis(context.gather(jnp.moveaxis(outputs.logits, 1, 0)), 1, 0)
-        labels = context.gather(batch["labels"])
+        labels = context.gather(batch.labels)
         opinions = opinion(jnp.exp(jax.lax.stop_gradient(logits)))
         remaining = remaining_uncertainty(opinions)
         learns = remaining > self.engagement * remaining.max(axis=1, keepdims=True)

@@ -14,6 +14,7 @@ from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.records.readers import make_reader
 from balpoe_jax.data.records.sources import Source
 from balpoe_jax.data.settings import TrainSettings
+from balpoe_jax.data.types import TrainBatch
 
 Batch = dict[str, Any]  # of tensors
 
@@ -94,7 +95,7 @@ class TrainBatchMaker:
         images = {name: decode(name, view) for name, (_, view) in self._views.items()}
         return {**row, "stored": images}
 
-    def augment_and_mix(self, batch: Batch) -> Batch:
+    def augment_and_mix(self, batch: Batch) -> TrainBatch:
         """Augments, normalises and mixes images."""
         labels = batch["labels"]
 
@@ -115,9 +116,9 @@ class TrainBatchMaker:
             )
         others = images.pop(_OTHERS, None)
         how = self._settings.mean, self._settings.std, self._settings.dtype
-        inputs = {"images": to_input(images.pop("images"), *how, others, mix)}
-        inputs |= {name: to_input(view, *how) for name, view in images.items()}
-        return {**inputs, "labels": labels, "other_labels": other_labels, "weight": weight}
+        first, *further = images.values()
+        views = (to_input(first, *how, others, mix), *(to_input(view, *how) for view in further))
+        return TrainBatch(views, labels, other_labels, weight)
 
     def _if_needed(
         self,

@@ -10,13 +10,12 @@ import numpy as np
 
 from balpoe_jax.data.device.packing import unpack
 from balpoe_jax.data.device.plans import OTHERS, Planner
-
-Batch = dict[str, jax.Array]
+from balpoe_jax.data.types import TrainBatch
 
 
 def make_batch(
     constants: dict[str, Any], plan: dict[str, Any], planner: Planner, axis_name: str | None = None
-) -> Batch:
+) -> TrainBatch:
     """The batch of a step, as the training step takes it.
 
     Args:
@@ -27,8 +26,7 @@ def make_batch(
         axis_name: Mapped axis along which the rows are shared; None if they are all here.
 
     Returns:
-        `images` (and `images_2`, ...) of the settings' dtype `[b, H, W, 3]`, `labels` and
-        `other_labels` int32 `[b]`, `weight` float32 `[b]`.
+        Arrays on the device, the views of the settings' dtype.
     """
     settings = planner.settings
     mix = plan.get("mix")
@@ -38,16 +36,16 @@ def make_batch(
         return planner.views[name].augment_packed(constants["images"], index, drawn, tables)
 
     views = {name: view(name, plan["index"]) for name in planner.views if name != OTHERS}
-    batch = {name: normalize(unpack(x), settings.mean, settings.std) for name, x in views.items()}
+    images = [normalize(unpack(x), settings.mean, settings.std) for x in views.values()]
     if mix is not None:
         if OTHERS in planner.views:
             others = view(OTHERS, mix["partner"])
         else:
             others = _gather(views["images"], axis_name)[mix["partner"]]
         others = normalize(unpack(others), settings.mean, settings.std)
-        batch["images"] = mix_images(batch["images"], others, mix)
-    batch = {name: images.astype(settings.dtype) for name, images in batch.items()}
-    return batch | {name: plan[name] for name in ("labels", "other_labels", "weight")}
+        images[0] = mix_images(images[0], others, mix)
+    rounded = tuple(view.astype(settings.dtype) for view in images)
+    return TrainBatch(rounded, plan["labels"], plan["other_labels"], plan["weight"])
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pipeline hands to a step: batches of arrays, of NumPy, TensorFlow or JAX."""
+
+from typing import Any, NamedTuple
+
+
+class TrainBatch(NamedTuple):
+    """A batch to train on.
+
+    Attributes:
+        views: Differently augmented views of the same images, each float `[b, H, W, 3]`; only the
+            first one is mixed.
+        labels: Classes, int32 `[b]`.
+        other_labels: Classes of the partners that images are mixed with, int32 `[b]`.
+        mix_weight: Share of `labels`, float32 `[b]`; 1 where an image is not mixed.
+    """
+
+    views: tuple[Any, ...]
+    labels: Any
+    other_labels: Any
+    mix_weight: Any
+
+    @property
+    def images(self) -> Any:
+        """The first view."""
+        return self.views[0]
+
+
+class EvalBatch(NamedTuple):
+    """A batch to predict.
+
+    Attributes:
+        images: Float `[b, H, W, 3]`.
+        labels: Classes, int32 `[b]`.
+        mask: False for the padding of the last batch, bool `[b]`.
+    """
+
+    images: Any
+    labels: Any
+    mask: Any
