@@ -24,8 +24,9 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "tensorflow": "tensorflow-cpu",
 }
-# Imported as a part of another: JAX names the one version of jaxlib that it runs with.
-PARTS = {"jaxlib": "jax"}
+# Imported as a part of another: JAX names the one version of jaxlib that it runs with, and Jinja2
+# takes its `Markup` from there.
+PARTS = {"jaxlib": "jax", "markupsafe": "jinja2"}
 # What others import and do not declare, by who does; `test_what_others_do_not_declare...`.
 UNDECLARED = {"importlib_resources": "tensorflow_datasets"}
 # Extras of tools and of plugins, which nothing imports by name.

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 from pathlib import Path
@@ -56,7 +55,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _run(python, *install, cwd=folder)
     (packages,) = environment.glob("lib/python*/site-packages")
     # After its own, and without what a .pth file in there would add, such as a checkout.
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    dependencies = [path for path in sys.path if Path(path).name.endswith("-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
     return python
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from balpoe_jax import metrics
 from balpoe_jax.errors import UserError
@@ -122,14 +123,14 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
 
 def _calibration_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
-) -> str:
+) -> Markup:
     parts = [html.table(content["calibration"], heading=False), _reliability(results, summaries)]
     if "calibration_groups" in content:
         parts.append(html.table(content["calibration_groups"]))
     return html.section("Calibration", *parts)
 
 
-def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str:
+def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> Markup:
     if isinstance(summaries, str):
         return html.absent(summaries)
     named = {"ensemble": summaries.ensemble}
@@ -156,7 +157,7 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str
 
 def _classes_section(
     results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
-) -> str:
+) -> Markup:
     counts, test = np.array(results["class_counts"]), results["test"]
     low, high = thresholds = _thresholds(run)
     names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
@@ -203,7 +204,7 @@ def _classes_section(
 
 def _shift_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any]
-) -> tuple[str, ...]:
+) -> tuple[Markup, ...]:
     shift = results["shift"]
     names = [result_tables.short_name(name) for name in shift]
     ends = [name for name in shift if name in (next(iter(shift)), "uniform", next(reversed(shift)))]
@@ -228,7 +229,7 @@ def _shift_section(
 
 def _experts_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
-) -> tuple[str, ...]:
+) -> tuple[Markup, ...]:
     bias = [html.table(content["bias"], heading=False)]
     if isinstance(summaries, str):
         bias.append(html.absent(summaries))
@@ -243,7 +244,7 @@ def _experts_section(
     return tuple(sections)
 
 
-def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
+def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[Markup]:
     counts = np.array(results["class_counts"])
     uniform = np.full(len(counts), 1 / len(counts))
     panels = [
@@ -269,7 +270,7 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
     ]
 
 
-def _experts_curve(results: Mapping[str, Any]) -> str:
+def _experts_curve(results: Mapping[str, Any]) -> Markup:
     by_size = result_tables.subsets_by_size(results)
     keys = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
     values = {
@@ -291,7 +292,7 @@ def _experts_curve(results: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(path: Path, results: Mapping[str, Any]) -> str:
+def _curves(path: Path, results: Mapping[str, Any]) -> Markup:
     rows = _read_rows(path / "metrics.jsonl")
     train_rows = [row for row in rows if "expert_losses" in row]
     test_rows = [row for row in rows if "test_top1" in row]
@@ -318,7 +319,7 @@ def _curves(path: Path, results: Mapping[str, Any]) -> str:
     return html.figures(*drawn, broad=True)
 
 
-def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> Markup:
     config, environment = run.get("config", {}), run.get("environment") or {}
     if not config:
         return html.absent("There is no config.json in this folder.")
