@@ -23,12 +23,17 @@ def jpeg(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def prepare(name: str, data_dir: Path, splits: Mapping[str, np.ndarray]) -> None:
+def prepare(
+    name: str,
+    data_dir: Path,
+    splits: Mapping[str, np.ndarray],
+    file_format: str = "tfrecord",
+) -> None:
     """Writes a data set of so many images of each class of each split.
 
     The image of example `number` of class `label` is `jpeg(label % 50 + 50 * number)`.
     """
-    builder = tfds.builder(name, data_dir=str(data_dir))
+    builder = tfds.builder(name, data_dir=str(data_dir), file_format=file_format)
 
     def examples(split: str) -> Iterator[tuple[str, dict]]:
         for label, count in enumerate(splits[split]):

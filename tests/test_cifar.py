@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def write_npz(path: Path, name: str, **changed: np.ndarray) -> Path:
 
 class Builder:
     """The same images as TFDS gives them: PNG files in another order, with an id."""
+
+    info = SimpleNamespace(file_format=SimpleNamespace(value="tfrecord"))
 
     def __init__(self, name: str) -> None:
         self.name = name

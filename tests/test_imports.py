@@ -35,7 +35,8 @@ TENSORFLOW = {
 WITHOUT_THE_EXTRA = """
 import sys
 
-EXTRA = {"tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_resources"}
+EXTRA = {"tensorflow", "tensorflow_datasets", "google_crc32c", "array_record",
+    "importlib_resources"}
 asked = []
 
 class Hidden:

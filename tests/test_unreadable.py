@@ -168,7 +168,7 @@ def test_storage_that_does_not_answer_is_no_bad_image(tmp_path: Path, monkeypatc
     def refuse(*_: object) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(sources, "read_image", refuse)
+    monkeypatch.setattr(sources.tfrecords, "read_image", refuse)
     replacements = Replacements(source)
     with pytest.raises(TransientError, match=r"part[01] cannot be read \(Input/output error\)"):
         list(train_batches(source, SETTINGS, 0, 5, replacements=replacements))
