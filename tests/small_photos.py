@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
+
+from balpoe_jax.data.images import decoding
 
 
 @functools.cache
@@ -48,3 +51,14 @@ def prepare(
 
     builder._split_generators = lambda manager: {split: examples(split) for split in splits}
     builder.download_and_prepare()
+
+
+def decode_windows(
+    encoded: tf.Tensor, windows: tf.Tensor, flips: tf.Tensor, size: int
+) -> tf.Tensor:
+    """`decode_window` of a batch: strings, int32 `[b, 4]`, bool -> packed `[b, size, size]`."""
+    return tf.map_fn(
+        lambda example: decoding.decode_window(*example, size),
+        (encoded, windows, flips),
+        fn_output_signature=tf.TensorSpec([size, size], tf.uint32),
+    )

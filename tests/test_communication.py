@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balpoe_jax.aot.hlo import collective_sizes
+from balpoe_jax.aot.hlo import Collective, collectives
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import create_model
@@ -43,7 +43,7 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     sent = sum(x.size for x in jax.tree.leaves(state.params)) + 2  # the loss and the expert's
     return (
-        collective_sizes(compiled.as_text()),
+        collectives(compiled.as_text()),
         sent,
         sum(x.size for x in jax.tree.leaves(state.batch_stats)),
     )
@@ -53,8 +53,8 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_statistics_per_device_leave_one_all_reduce_a_step(accumulate: int) -> None:
     """Of gradients and losses, and of the running averages, so that the state stays replicated."""
-    sizes, parameters, statistics = compile_step(sync=False, accumulate=accumulate)
-    assert sizes == [("all-reduce", FLOAT * (parameters + statistics))]
+    found, parameters, statistics = compile_step(sync=False, accumulate=accumulate)
+    assert found == [Collective("all-reduce", 1, FLOAT * (parameters + statistics))]
 
 
 @pytest.mark.slow_cases("2")
@@ -65,12 +65,10 @@ def test_global_statistics_add_two_small_ones_an_application(accumulate: int) ->
     A CPU's compiler joins some of the gradients' with the statistics', so that bytes are the proof,
     and the number of all-reduces a bound; a TPU's joins all gradients in one.
     """
-    sizes, parameters, statistics = compile_step(sync=True, accumulate=accumulate)
-    assert {kind for kind, _ in sizes} == {"all-reduce"}
-    sent = FLOAT * (parameters + accumulate * 2 * statistics)
-    assert sum(size for _, size in sizes) == sent
+    (found,), parameters, statistics = compile_step(sync=True, accumulate=accumulate)
+    assert found.kind == "all-reduce"
+    assert found.bytes == FLOAT * (parameters + accumulate * 2 * statistics)
     if accumulate == 1:
-        assert len(sizes) <= 2 * NORMS + 1 + 3
+        assert found.count <= 2 * NORMS + 1 + 3
     else:  # those in the loop, and the gradients in one
-        assert len(sizes) == accumulate * 2 * NORMS + 1
-        assert sizes[-1] == ("all-reduce", FLOAT * parameters)
+        assert found.count == accumulate * 2 * NORMS + 1

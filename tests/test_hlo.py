@@ -3,7 +3,7 @@
 
 import pytest
 
-from balpoe_jax.aot.hlo import Collective, collective_sizes, collectives, estimated_cycles
+from balpoe_jax.aot.hlo import Collective, collectives, estimated_cycles
 
 # In the words of the TPU compiler: a combined all-reduce with layouts and an index comment, a loop
 # with one inside, an asynchronous one, a wrapped one, and cycles.
@@ -60,15 +60,6 @@ def test_collectives_by_kind_with_loops_and_asynchronous_ones() -> None:
     ]
 
 
-def test_sizes_one_by_one() -> None:
-    assert collective_sizes(TPU) == [
-        *[("all-reduce", 16)] * 3,
-        ("all-reduce", 41),
-        ("all-gather", 64),
-        ("reduce-scatter", 4),
-    ]
-
-
 def test_cycles_count_a_fusion_once_and_a_loop_as_often_as_it_runs() -> None:
     assert estimated_cycles(TPU) == 3 * 10 + 100
 
@@ -98,4 +89,4 @@ def test_a_program_without_estimates_or_collectives() -> None:
 )
 def test_sizes_of_types(kind: str, size: int) -> None:
     text = f"ENTRY %main (x: f32[]) -> f32[] {{\n  %r = {kind} all-reduce(%x), to_apply=%add\n}}\n"
-    assert collective_sizes(text) == [("all-reduce", size)]
+    assert collectives(text) == [Collective("all-reduce", 1, size)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_photos import jpeg, prepare
+from small_photos import decode_windows, jpeg, prepare
 
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.data.batches.mixing import Mixer
@@ -177,7 +177,7 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     )
     windows = decoding.random_windows(decoding.shapes(encoded), random.stream("window"))
     flips = random.stream("move").uniform("flip") < 0.5
-    images = packed_ops.unpack(decoding.decode_windows(encoded, windows, flips, SIZE))
+    images = packed_ops.unpack(decode_windows(encoded, windows, flips, SIZE))
     images = augment_batch(images, random, dataclasses.replace(augment, flip=False))
     images = normalize(images, options.mean, options.std).numpy()
     weight = batch["weight"][:, None, None, None]
@@ -256,7 +256,7 @@ def view_of(source, encoded, options: TrainSettings, augment, stream: str, step:
     shapes = decoding.shapes(encoded)
     windows = decoding.random_windows(shapes, random.stream("window"), scale)
     flips = random.stream("move").uniform("flip") < 0.5
-    images = packed_ops.unpack(decoding.decode_windows(encoded, windows, flips, SIZE))
+    images = packed_ops.unpack(decode_windows(encoded, windows, flips, SIZE))
     return normalize(images, options.mean, options.std).numpy()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_photos import decode_windows
 
 from balpoe_jax.data.images import decoding, packed_ops
 from balpoe_jax.data.randomness import RowRandom
@@ -165,7 +166,7 @@ def batches(threads: int, as_one: bool) -> list[np.ndarray]:
     options.threading.private_threadpool_size = threads
     steps = tf.data.Dataset.range(3).map(draw)
     if as_one:
-        images = steps.map(lambda *batch: decoding.decode_windows(*batch, 24), threads)
+        images = steps.map(lambda *batch: decode_windows(*batch, 24), threads)
     else:
         images = (
             steps.unbatch().map(lambda *one: decoding.decode_window(*one, 24), threads).batch(8)
