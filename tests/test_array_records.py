@@ -2,6 +2,7 @@
 """Data sets that TFDS prepared as ArrayRecord: the same examples as from TFRecord files."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,15 @@ def test_any_position_is_read_by_itself(folders: dict[str, Path]) -> None:
     assert [part.read_image(i) for i in range(5)] == encoded.numpy().tolist()
     (path,) = source.paths
     assert part.where(2) == f"record 3 of {path}"
+
+
+def test_threads_share_a_reader(folders: dict[str, Path]) -> None:
+    source = load(folders["array_record"]).train
+    one_by_one = [source.read_image(i) for i in range(len(source))]
+    order = np.random.default_rng(0).integers(0, len(source), 4000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(source.read_image, order, chunksize=10))
+    assert found == [one_by_one[i] for i in order]
 
 
 def test_the_index_is_kept_until_a_file_changes(folders: dict[str, Path], monkeypatch) -> None:
