@@ -50,6 +50,14 @@ def libraries(text: str) -> set[str]:
     return tops - sys.stdlib_module_names - {"balpoe_jax", "__future__"}
 
 
+def dotted(node: ast.expr) -> str:
+    """The name of an attribute of a name; empty where it is one of something else."""
+    if isinstance(node, ast.Attribute):
+        start = dotted(node.value)
+        return f"{start}.{node.attr}" if start else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def private_names(text: str) -> list[str]:
     """Private modules and attributes of other packages that a source names."""
     tree = ast.parse(text)
@@ -69,9 +77,8 @@ def private_names(text: str) -> list[str]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            dotted = ast.unparse(node)
-            if re.fullmatch(r"[\w.]+", dotted) and dotted.partition(".")[0] in theirs:
-                found.append(dotted)
+            name = dotted(node)
+            found += [name] if name.partition(".")[0] in theirs else []
         # Such as the argument of `importlib.import_module`.
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found += [node.value] if re.fullmatch(r"\w+(\.\w+)*\._\w+(\.\w+)*", node.value) else []

@@ -23,7 +23,7 @@ class SummedPath(atomicity.AtomicRenameTemporaryPath):
     Args:
         temporary_path: Folder that Orbax writes to.
         final_path: Folder of the checkpoint, named by its step, or a part of one.
-        options: What Orbax gives further.
+        options: Further options, as Orbax gives them.
     """
 
     def __init__(
