@@ -175,7 +175,7 @@ def _log_to_terminal() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    given, argv = sys.argv, config_files.locate_all(rename_overrides(argv))
+    given, argv = sys.argv, config_files.locate_all(argv)
     path = _config_path(argv)
     file = path.partition(":")[0]
     if config_files.is_name(path):
@@ -183,6 +183,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(f"There is no config {file!r}; choose from {names}, or name a file, as FILE.py.")
     if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
         _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
+    argv = rename_overrides(argv)
     try:
         sys.argv = argv  # where ml_collections looks for overrides
         arguments = flags.FLAGS(argv)
