@@ -79,11 +79,18 @@ def fresh(name: str):
 
 
 @cache
-def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32):
-    """The states after each step of a phase that begins with the fresh one, and the metrics."""
+def mapped_step(name: str, mode: str, num_devices: int, phase: int = 0):
+    """Devices and the step on them, which is compiled once."""
     method, context, network = parts(name)
     devices = make_parallel(mode, jax.devices()[:num_devices])
-    step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, context, phase))
+    step = make_train_step(network, make_optimizer(RATE), method, context, phase)
+    return devices, devices.map_step(step)
+
+
+@cache
+def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32):
+    """The states after each step of a phase that begins with the fresh one, and the metrics."""
+    devices, step = mapped_step(name, mode, num_devices, phase)
     start = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, fresh(name))
     state, history = devices.replicate(start), []
     for i in range(STEPS_PER_EPOCH * EPOCHS):
@@ -122,6 +129,7 @@ DISTINCT = distinct()
 CASES = [(name, phase) for name in DISTINCT for phase in phases(name)]
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases(
     "mdcs-0",
     "sade-0",
@@ -142,26 +150,23 @@ def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
     expected = run(name, "pmap", 1, phase, np.float64)
     state, metrics = expected[-1]
     assert metrics["finite"] and int(state.step) == len(expected)
-    # The two differentiate communication differently, and the others' losses have none.
-    needs_global_batch = parts(name)[0].needs_global_batch
-    for mode in ("pmap", "shard_map") if needs_global_batch else ("shard_map",):
+    # The two are compared for one method with a state and a loss of the whole batch.
+    for mode in ("pmap", "shard_map") if name == "paco" else ("shard_map",):
         found = run(name, mode, 4, phase, np.float64)
         chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("mdcs", "sade", "gpaco", "ride_router", "ldam_drw", "los", "crt", "lws")
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) -> None:
     """Through a checkpoint in the middle, with whatever state the method keeps."""
     history = run(name, "pmap", 1, 0, np.float64)
     middle = len(history) // 2
-    devices = make_parallel("pmap", jax.devices()[:1])
+    devices, step = mapped_step(name, "pmap", 1)
     with Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(devices.replicate(history[middle - 1][0]))
-        restored = checkpoints.restore_latest(devices.replicate(history[0][0]))
-    method, context, network = parts(name)
-    step = devices.map_step(make_train_step(network, make_optimizer(RATE), method, context))
-    state = restored
+        state = checkpoints.restore_latest(devices.replicate(history[0][0]))
     for i in range(middle, len(history)):
         batch = tiny_network.batch(BATCH, seed=i, dtype=np.float64)
         state, _ = step(state, devices.shard(batch))
