@@ -4,18 +4,18 @@
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
+
+from tests.helpers import ROOT
 
 # Before JAX starts, and for the processes that tests start. The tests' numbers are those of a CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test has compiled serves the others, and the next run: most of their time is compilation.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
-)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
 import jax
-import jaxlib
 import pytest
+
+from tests.helpers.xla_flags import flags_of_xla, quick_flags
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,9 +31,8 @@ def x64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny_experts(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whole runs of a network that is compiled in a second; `make test-all` takes the config's."""
-    import tiny_network
-
     from balpoe_jax.experiment import build
+    from tests.helpers import tiny_network
 
     with pytest.MonkeyPatch.context() as patch:
         if not request.config.getoption("--all"):
@@ -71,22 +70,6 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # for processes of tests
     _set_flags_of_jax(quick_flags(config))
-
-
-def quick_flags(config: pytest.Config) -> str:
-    """Flags of XLA with which small programs are compiled twice as fast, and large ones as fast."""
-    # Other versions may end at a flag that they do not know.
-    known = jaxlib.__version__.startswith("0.10.") and not config.getoption("--all")
-    return "--xla_cpu_use_fusion_emitters=false" if known else ""
-
-
-def flags_of_xla(flags: str) -> dict[str, str]:
-    """The variable that adds flags to those of the environment, for JAX and processes of tests.
-
-    Without any it is left out: XLA takes a value that is blank for the name of a file of flags.
-    """
-    every = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    return {"XLA_FLAGS": every} if every else {}
 
 
 def _set_flags_of_jax(flags: str) -> None:

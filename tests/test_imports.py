@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cifar import members, write_archive
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+from tests.helpers.cifar_files import members, write_archive
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -372,3 +372,15 @@ assert not EXTRA & set(sys.modules)
     assert records == f"Reading TFRecord files needs google-crc32c, which is {remedy}"
     assert cifar.startswith("There is no cifar-10-binary.tar.gz and no cifar10.npz in ")
     assert cifar.endswith('or pip install "balpoe-jax[tfds]".')
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    """What they share is in `tests.helpers`; no folder of tests but these is not the package's."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        names = [name for name, _ in imported(path)]
+        modules = [name for name in names if re.match(r"(tests\.(?!helpers)|test_|conftest)", name)]
+        assert modules == [], path
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    there = {str(folder.relative_to(ROOT / "tests")) for folder in folders}
+    ours = {name for name in there if not (ROOT / "balpoe_jax" / name).is_dir()}
+    assert ours <= {"benchmarks", "tools"}

@@ -2,11 +2,12 @@
 """What the README shows runs."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_library_example_runs(request) -> None:

@@ -8,28 +8,23 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies as jax_topologies
-from test_config import get_config
 
 from balpoe_jax.aot import examine, topologies
 from balpoe_jax.aot.topologies import CHIPS, TOPOLOGIES, Chip, chip_of, compile_only_devices
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import auto_expert_map, build
+from tests.helpers import ROOT
+from tests.helpers.compilers import needs_libtpu
+from tests.helpers.config_files import get_config
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parents[1]
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
 
 
 def tiny_config():

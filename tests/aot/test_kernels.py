@@ -5,11 +5,11 @@ import importlib.util
 
 import jax
 import pytest
-from test_config import get_config
 
 from balpoe_jax.aot import examine, gpus
 from balpoe_jax.aot.kernels import Kernels, count_launches, kernels, launches
 from balpoe_jax.errors import UserError
+from tests.helpers.config_files import get_config
 
 # In the words of the compiler: a fusion that takes two slices of an array, one with a reduction, a
 # convolution with its workspace, a matrix product, a copy, an all-reduce, and a loop.

@@ -18,10 +18,10 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.reproduce.paper import TABLES
 from benchmarks import accelerator, accelerator_tables, packed_data, sides
 from benchmarks.sides import Clock, Job, Results
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[1]
 
 # Not on a borrowed machine; as Python's site does it, so that processes it starts lack them, too.
 ABSENT = ("tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_resources")

@@ -16,10 +16,10 @@ from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
 from benchmarks import measuring, method_steps, tf_pipeline
 from benchmarks.measuring import Sample
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[1]
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"

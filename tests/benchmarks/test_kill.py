@@ -47,7 +47,7 @@ def check_that_losses_are_found(undisturbed: Path, copy: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_another_last_checkpoint_is_a_loss(tmp_path: Path) -> None:
-    from test_checkpoint import make_state
+    from tests.helpers.states import make_state
 
     from balpoe_jax.run.checkpoint import Checkpoints
 

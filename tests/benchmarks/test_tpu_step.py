@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_aot import needs_libtpu
-from test_config import get_config
 
 from balpoe_jax.aot import examine
 from balpoe_jax.aot.flops import count_flops
@@ -14,6 +12,8 @@ from balpoe_jax.data.datasets import published
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.parallel import make_parallel
 from benchmarks import flax_imagenet, tpu_step
+from tests.helpers.compilers import needs_libtpu
+from tests.helpers.config_files import get_config
 
 pytestmark = pytest.mark.integration
 

@@ -1,25 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config files, their arguments, and the checks before anything starts."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from balpoe_jax import config as config_lib
 from balpoe_jax.errors import UserError
 from balpoe_jax.run import record
-
-ROOT = Path(__file__).parents[1]
-
-
-def get_config(name: str, arguments: str | None = None):
-    path = ROOT / "configs" / f"{name}.py"
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.get_config(arguments)
+from tests.helpers import ROOT
+from tests.helpers.config_files import get_config
 
 
 @pytest.mark.parametrize(

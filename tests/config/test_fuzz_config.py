@@ -6,16 +6,17 @@ from unittest import mock
 
 import pytest
 from absl import flags
-from fuzzing import count, fuzzed, sentence_of, time_limit
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_command_line import run_main
-from test_config import ROOT, get_config
 
 from balpoe_jax import cli
 from balpoe_jax import config as config_lib
 from balpoe_jax.experiment.build import build
 from balpoe_jax.methods import PRESETS
+from tests.helpers import ROOT
+from tests.helpers.commands import run_main
+from tests.helpers.config_files import get_config
+from tests.helpers.fuzzing import count, fuzzed, sentence_of, time_limit
 
 # Of ml_collections, when it loads a config file.
 pytestmark = [

@@ -4,9 +4,7 @@
 import json
 from pathlib import Path
 
-import commands
 import pytest
-from test_config import get_config
 
 from balpoe_jax.config import default_config, with_defaults
 from balpoe_jax.renames import (
@@ -17,8 +15,10 @@ from balpoe_jax.renames import (
     rename_overrides,
 )
 from balpoe_jax.reporting import schema
+from tests.helpers import FIXTURES, commands
+from tests.helpers.config_files import get_config
 
-RUNS = Path(__file__).parent / "fixtures" / "runs"
+RUNS = FIXTURES / "runs"
 
 
 def fields_of(section: object, prefix: str = "") -> set[str]:

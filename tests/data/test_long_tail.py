@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from golden import golden
 
 from balpoe_jax.data.long_tail import (
     class_counts,
@@ -14,6 +13,7 @@ from balpoe_jax.data.long_tail import (
     select_indices,
 )
 from balpoe_jax.errors import UserError
+from tests.helpers.golden import golden
 
 # The stored selections: a shuffled data set of so many classes and images a class, and its seed.
 SELECTIONS = {

@@ -12,60 +12,25 @@ from balpoe_jax.data.settings import (
     AugmentSettings,
     Host,
     MixSettings,
-    TrainSettings,
     steps_per_epoch,
 )
 from balpoe_jax.errors import UserError
-
-BATCH = 8
-NUM_EXAMPLES = 21  # 3 steps an epoch, 3 examples of wrap
-
-
-def make_source(num_examples: int = NUM_EXAMPLES) -> ArraySource:
-    images = np.random.RandomState(0).randint(0, 256, (num_examples, 8, 8, 3)).astype(np.uint8)
-    positions = np.arange(num_examples)
-    return ArraySource(images, positions % 5, positions)
-
-
-def make_settings(**changes) -> TrainSettings:
-    fields = {
-        "batch_size": BATCH,
-        "seed": 3,
-        "mean": (0.5, 0.4, 0.3),
-        "std": (0.2, 0.3, 0.4),
-        "augment": AugmentSettings(crop_padding=1, flip=True, rotation=15.0),
-        "mix": MixSettings(alpha=0.4),
-    }
-    return TrainSettings(**{**fields, **changes})
-
+from tests.helpers.batches import (
+    BATCH,
+    NUM_EXAMPLES,
+    PLAIN,
+    assert_equal,
+    make_settings,
+    make_source,
+    numbered_source,
+    positions_of,
+)
 
 ONE_HOST = Host()
 
 
 def collect(first: int, last: int, host: Host = ONE_HOST, **changes) -> list[dict[str, np.ndarray]]:
     return list(train_batches(make_source(), make_settings(**changes), first, last, host))
-
-
-def assert_equal(left, right) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-
-
-def numbered_source(num_examples: int) -> ArraySource:
-    """Each image holds its own position, so that batches tell which examples they are made of."""
-    positions = np.arange(num_examples)
-    images = np.broadcast_to(positions[:, None, None, None], (num_examples, 2, 2, 3))
-    return ArraySource(images.astype(np.uint8), positions % 3, positions)
-
-
-def positions_of(batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.round(batch["images"][:, 0, 0, 0] * 255).astype(int)
-
-
-PLAIN = {"augment": AugmentSettings(), "mix": MixSettings(), "mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 def test_a_resumed_run_reads_the_same_batches() -> None:

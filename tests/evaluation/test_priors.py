@@ -3,11 +3,11 @@
 
 import numpy as np
 import pytest
-from golden import cases, golden
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation.priors import estimate_prior, log_target_prior
 from balpoe_jax.metrics import MeanLogits, softmax, summarize
+from tests.helpers.golden import cases, golden
 
 
 def calibrated_examples(

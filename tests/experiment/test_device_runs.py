@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_config import get_config
 
 from balpoe_jax.errors import Preempted, UserError
 from balpoe_jax.evaluate import evaluate
@@ -19,6 +18,8 @@ from balpoe_jax.experiment.build import build
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import _dispatches, train
+from tests.helpers import ROOT
+from tests.helpers.config_files import get_config
 
 # Its bits are those of programs as users compile them.
 pytestmark = [
@@ -26,8 +27,6 @@ pytestmark = [
     pytest.mark.optimised,
     pytest.mark.usefixtures("tiny_experts", "no_page"),
 ]
-
-ROOT = Path(__file__).parents[1]
 
 
 def config_of(steps: int | None = 3, pipeline: str | None = "device", **changes):

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_network
-from test_config import get_config
 
 from balpoe_jax import methods
 from balpoe_jax.errors import UserError
@@ -21,6 +19,8 @@ from balpoe_jax.methods.mislas import Mislas
 from balpoe_jax.optim import followed_by, make_optimizer
 from balpoe_jax.parallel import make_parallel
 from balpoe_jax.step import phase_optimizer
+from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
 
 PARAMS = {
     "body": {"w": np.array([1.0, 2.0], np.float32)},

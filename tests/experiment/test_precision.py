@@ -5,7 +5,6 @@ import re
 
 import jax
 import pytest
-from test_config import get_config
 
 from balpoe_jax.aot import examine
 from balpoe_jax.config import check_config
@@ -13,6 +12,7 @@ from balpoe_jax.data.datasets import published
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.parallel import make_parallel
+from tests.helpers.config_files import get_config
 
 
 def lowered(precision: str | None, **model: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]  # not imported: this file is also run by itself
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +29,11 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         code = ask({"module": module, "arguments": list(arguments), "outputs": outputs})
         stdout, stderr = (Path(path).read_text() for path in outputs)
     return subprocess.CompletedProcess([module, *arguments], code, stdout, stderr)
+
+
+def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m balpoe_jax.main arguments` does."""
+    return run("balpoe_jax.main", *arguments)
 
 
 @cache

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How generated garbage is tried: few fixed cases in a test run, as many as asked for otherwise.
 
-    FUZZ_CASES=20000 python -m pytest tests/test_fuzz_config.py tests/test_fuzz_files.py
+    FUZZ_CASES=20000 python -m pytest -m 'not slow' -k fuzz
 
 tries so many random cases in each test, instead of some dozens that are the same in each run.
 """

@@ -2,11 +2,12 @@
 """The golden numbers in `fixtures/golden_*.npz`; `fixtures/README.md` says what they are."""
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-_FILES = sorted((Path(__file__).parent / "fixtures").glob("golden_*.npz"))
+from tests.helpers import FIXTURES
+
+_FILES = sorted(FIXTURES.glob("golden_*.npz"))
 
 
 @cache

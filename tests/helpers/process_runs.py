@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of several processes run, here and in the processes that they start.
 
-    python tests/process_runs.py PORT PROCESS_ID TASK [FOLDER ...]
+    python tests/helpers/process_runs.py PORT PROCESS_ID TASK [FOLDER ...]
 
 is one of two processes with two CPU devices each; `start` starts both.
 """
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]  # not imported: this file is also run by itself
 HEARTBEAT_SECONDS = 10
 STEPS = 3
 MODES = ("pmap", "shard_map")
@@ -105,7 +105,7 @@ def task_commands(task: str, *folders: Path) -> list[list[str]]:
 
 def digits_config(**changes):
     """413 digits for three steps, mixed in two groups."""
-    from test_config import get_config
+    from tests.helpers.config_files import get_config
 
     config = get_config("digits_lt", "experts=1")
     config.batch_size = 140
@@ -230,14 +230,13 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
 
     With these the network is the config's, otherwise a tiny one, and no page is drawn.
     """
-    import tiny_network
-
     from balpoe_jax.evaluate import Evaluator
     from balpoe_jax.experiment import build
     from balpoe_jax.reporting import report
     from balpoe_jax.run import metric_writer
     from balpoe_jax.run.checkpoint import Checkpoints
     from balpoe_jax.train import train
+    from tests.helpers import tiny_network
 
     who = jax.process_index()
     if not twin:

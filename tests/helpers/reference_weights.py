@@ -14,6 +14,14 @@ import numpy as np
 
 State = dict[str, np.ndarray]
 
+# As in the demo's config: 10 classes, ResNet-8.
+DIGITS: dict[str, Any] = {"num_classes": 10, "num_experts": 3, "stage_sizes": (1, 1, 1)}
+
+
+def small_state(**changes: Any) -> State:
+    """A state dict of the network of the demo, or of one that differs in these options."""
+    return reference_state(**{**DIGITS, **changes})
+
 
 def reference_state(
     *,

@@ -17,10 +17,10 @@ from balpoe_jax.methods import MODULES, PRESETS, Preset, catalogue, scaffold
 from balpoe_jax.methods.__main__ import main, write_catalogue, write_new
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.sade import Sade
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "balpoe_jax" / "methods"
 HINT = "write it again with python -m balpoe_jax.methods catalogue"
 
@@ -117,7 +117,7 @@ def test_a_new_method_passes_the_checks(checkout: Path, name: str) -> None:
         return done.stdout
 
     write_new(checkout, name)
-    files = (f"balpoe_jax/methods/{name}.py", f"tests/test_{name}.py")
+    files = (f"balpoe_jax/methods/{name}.py", f"tests/methods/test_{name}.py")
     run("ruff", "check", "--no-cache", *files)
     run("ruff", "format", "--no-cache", "--check", *files)
     if name == "a_b":
@@ -143,7 +143,7 @@ def test_a_new_method_passes_the_checks(checkout: Path, name: str) -> None:
         (["new", "sade"], r"got 'sade', which balpoe_jax/methods/sade.py has already; choose an"),
         (["new", "ldam"], "got 'ldam', which a preset or a class has already"),
         (["new", "post_hoc"], "got 'post_hoc', which a preset or a class has already"),
-        (["new", "imports"], "which tests/test_imports.py has already"),
+        (["new", "contrast"], "which tests/methods/test_contrast.py has already"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str) -> None:

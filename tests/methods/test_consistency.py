@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
-from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.base import Context, Network
 from balpoe_jax.methods.mdcs import MDCS, BalPoECS, consistency
+from tests.helpers import tiny_network
+from tests.helpers.tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 FACTS = Context(COUNTS, taus=(0.0, 1.0, 2.0))
 VIEWS = ("images", "images_2", "images_3")

@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
-from test_methods import fresh, parts, run
-from tiny_network import COUNTS, numeric_gradient
 
 from balpoe_jax.config import default_config
 from balpoe_jax.errors import UserError
@@ -21,6 +18,9 @@ from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss
 from balpoe_jax.methods.contrastive import ProjectedOutputs
 from balpoe_jax.methods.paco import PaCo, paco_loss
 from balpoe_jax.parallel import make_parallel
+from tests.helpers import tiny_network
+from tests.helpers.method_steps import fresh, parts, run
+from tests.helpers.tiny_network import COUNTS, numeric_gradient
 
 RANDOM = np.random.default_rng(5)
 PRIOR = np.log(COUNTS / COUNTS.sum() + 1e-9)
@@ -310,7 +310,7 @@ def test_one_expert_it_is(method) -> None:
 
 
 def test_mixed_images_are_refused() -> None:
-    from test_config import get_config
+    from tests.helpers.config_files import get_config
 
     config = get_config("digits_lt", "method=paco,mixup=true")
     with pytest.raises(UserError, match=r"paco knows no mixed labels: config.mix.alpha must be 0"):

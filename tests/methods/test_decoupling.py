@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
-from test_config import get_config
-from test_methods import fresh, parts, run
 
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.decoupling import CRT, LWS
+from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
+from tests.helpers.method_steps import fresh, parts, run
 
 COUNTS = np.array([50, 10, 2])
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
-from golden import cases, golden, max_relative
 
 from balpoe_jax.losses import log_prior
 from balpoe_jax.methods import PRESETS, Context, Network
 from balpoe_jax.methods.lade import LADE, lade_regulariser
+from tests.helpers import tiny_network
+from tests.helpers.golden import cases, golden, max_relative
 
 COUNTS = tiny_network.COUNTS
 

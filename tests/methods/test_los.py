@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import fresh, run
+from tests.helpers.method_steps import fresh, run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context

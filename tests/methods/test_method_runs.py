@@ -9,14 +9,14 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-import tiny_network
-from test_config import ROOT, get_config
-from test_methods import DISTINCT
-from test_training import final_state, interrupt, rows
 
 from balpoe_jax import evaluate, methods
 from balpoe_jax.experiment import build
 from balpoe_jax.train import train
+from tests.helpers import ROOT, tiny_network
+from tests.helpers.config_files import get_config
+from tests.helpers.digits_runs import final_state, interrupt, rows
+from tests.helpers.method_steps import DISTINCT
 
 pytestmark = pytest.mark.integration
 

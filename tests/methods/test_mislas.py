@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_network
-from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods.mislas import SHAPES, Mislas, label_aware_smoothing, label_smoothing
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.step import phase_optimizer
+from tests.helpers import tiny_network
+from tests.helpers.method_steps import fresh, run
 
 COUNTS = np.array([500, 7, 120, 30, 7])
 

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import fresh, parts
-from tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Context, Network
@@ -21,6 +19,8 @@ from balpoe_jax.methods.ncl import (
     mutual_divergences,
     nested_losses,
 )
+from tests.helpers.method_steps import fresh, parts
+from tests.helpers.tiny_network import COUNTS, logits_as_images, numeric_gradient
 
 RANDOM = np.random.default_rng(11)
 LOG_COUNTS = np.log(COUNTS)

@@ -4,13 +4,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation.priors import log_target_prior
 from balpoe_jax.methods import PRESETS, Context, Network, make_method, settings
 from balpoe_jax.methods.logit_adjustment import PostHoc
 from balpoe_jax.models import Outputs
+from tests.helpers import tiny_network
 
 COUNTS = tiny_network.COUNTS
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import cases, golden, max_relative
-from test_config import get_config
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import class_balanced_weights, focal_loss, ldam_margins
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.reweighting import Reweighted
+from tests.helpers.config_files import get_config
+from tests.helpers.golden import cases, golden, max_relative
 
 COUNTS = np.array([500, 120, 30, 8, 2])
 

@@ -9,10 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
-from golden import cases, golden, max_relative
-from test_config import get_config
-from test_methods import fresh, run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
@@ -29,6 +25,10 @@ from balpoe_jax.methods.ride import (
 )
 from balpoe_jax.models import Outputs
 from balpoe_jax.parallel import make_parallel
+from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
+from tests.helpers.golden import cases, golden, max_relative
+from tests.helpers.method_steps import fresh, run
 
 COUNTS = tiny_network.COUNTS
 

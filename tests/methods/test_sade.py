@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import cases, golden, max_relative
 
 from balpoe_jax.evaluation import expert_weights
 from balpoe_jax.losses import balpoe_loss, log_prior
 from balpoe_jax.methods.sade import expert_biases, reversed_counts, sade_losses
+from tests.helpers.golden import cases, golden, max_relative
 
 RANDOM = np.random.default_rng(3)
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from tiny_network import COUNTS, logits_as_images
 
 from balpoe_jax.losses import class_balanced_weights, ldam_margins
 from balpoe_jax.methods import Context
@@ -16,6 +15,7 @@ from balpoe_jax.methods.evidence import Opinion, divergence_from_uniform, fuse, 
 from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.methods.tlc import TLC, fused, remaining_uncertainty
 from balpoe_jax.models import Outputs
+from tests.helpers.tiny_network import COUNTS, logits_as_images
 
 RANDOM = np.random.default_rng(13)
 

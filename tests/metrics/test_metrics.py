@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from golden import cases, golden
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.metrics import (
@@ -22,6 +21,7 @@ from balpoe_jax.metrics import (
     softmax,
     target_prior,
 )
+from tests.helpers.golden import cases, golden
 
 
 @pytest.mark.parametrize("name", cases("calibration"))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_network
 from flax import linen as nn
 
 from balpoe_jax.methods import Context
@@ -20,6 +19,7 @@ from balpoe_jax.one_vector import cut, join, over_one_vector
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import create_state, make_train_step
+from tests.helpers import tiny_network
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (8, 4, 6, 5))
 

@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from golden import golden, max_relative
-from reference_weights import large_reference_shapes, large_reference_state, to_reference
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import balpoe_loss
 from balpoe_jax.models import IMAGENET_MODELS, create_model
 from balpoe_jax.torch_import import check_against, convert
+from tests.helpers.golden import golden, max_relative
+from tests.helpers.reference_weights import (
+    large_reference_shapes,
+    large_reference_state,
+    to_reference,
+)
 
 # Networks of the reference's size run for longer than they are compiled.
 pytestmark = pytest.mark.optimised

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import golden, max_relative
-from reference_weights import reference_state, to_reference, unbiased_statistics
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import balpoe_loss
 from balpoe_jax.models import CIFAR_MODELS, create_model
 from balpoe_jax.torch_import import convert
+from tests.helpers.golden import golden, max_relative
+from tests.helpers.reference_weights import reference_state, to_reference, unbiased_statistics
 
 # Options of the reference's variants; main is the paper's network.
 VARIANTS = {

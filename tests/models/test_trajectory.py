@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import golden
-from reference_weights import reference_state, to_reference, unbiased_statistics
 
 from balpoe_jax.losses import expert_losses
 from balpoe_jax.models import create_model
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.torch_import import convert
+from tests.helpers.golden import golden
+from tests.helpers.reference_weights import reference_state, to_reference, unbiased_statistics
 
 # Networks of the reference's size run for longer than they are compiled.
 pytestmark = pytest.mark.optimised

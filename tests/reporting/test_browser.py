@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fake_runs import make_run
 
 from balpoe_jax.reporting.report import write_report
+from tests.helpers.fake_runs import make_run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 BROWSER = BROWSER or shutil.which("google-chrome")

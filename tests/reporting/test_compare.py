@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_runs import make_run
 from scipy import stats
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.comparison import compare, write
 from balpoe_jax.reporting.runs import find_runs, group_runs, significance, spread
 from balpoe_jax.reporting.tables import Column, as_text
+from tests.helpers import ROOT
+from tests.helpers.fake_runs import make_run
 
 pytestmark = pytest.mark.integration
 
@@ -146,7 +147,7 @@ def test_the_terminal_shows_the_note_of_compared_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "run", note="a small version")
     result = subprocess.run(
         [sys.executable, "-m", "balpoe_jax.compare", str(tmp_path / "run")],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runs import make_run
-from fuzzing import fuzzed, sentence_of
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_torch_import import small_state
 
 from balpoe_jax.data import long_tail
 from balpoe_jax.data.datasets import test_distributions
@@ -25,6 +22,9 @@ from balpoe_jax.reporting.report import result_text
 from balpoe_jax.reporting.schema import load_config, load_results
 from balpoe_jax.torch_import import convert
 from balpoe_jax.torch_import.files import load_checkpoint
+from tests.helpers.fake_runs import make_run
+from tests.helpers.fuzzing import fuzzed, sentence_of
+from tests.helpers.reference_weights import small_state
 
 pytestmark = pytest.mark.integration
 

@@ -7,16 +7,16 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
-import commands
 import numpy as np
 import pytest
-from fake_runs import make_run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import comparison
 from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.result_tables import result_tables
 from balpoe_jax.reporting.runs import find_runs, group_runs
+from tests.helpers import commands
+from tests.helpers.fake_runs import make_run
 
 pytestmark = pytest.mark.integration
 

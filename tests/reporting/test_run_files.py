@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import make_run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.comparison import compare, write
 from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.runs import find_runs, group_runs
 from balpoe_jax.reporting.schema import load_config, load_results
+from tests.helpers import ROOT
+from tests.helpers.fake_runs import make_run
 
-ROOT = Path(__file__).parents[1]
 COMMITTED = sorted((ROOT / "results").rglob("results.json"))
 
 

@@ -14,10 +14,9 @@ import pytest
 
 from balpoe_jax.reproduce import job_processes
 from balpoe_jax.reproduce.job_processes import Command, environment, run_together
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

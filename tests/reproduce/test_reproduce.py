@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
 import pytest
-from test_config import get_config
 
 from balpoe_jax.config import check_config
 from balpoe_jax.errors import UserError
@@ -19,6 +17,8 @@ from balpoe_jax.reproduce import jobs as reproduce
 from balpoe_jax.reproduce import scores
 from balpoe_jax.reproduce.paper import SCALES, TABLES, PaperFigure, PaperRow, PaperRun, PaperTable
 from balpoe_jax.run import record
+from tests.helpers import commands
+from tests.helpers.config_files import get_config
 
 pytestmark = pytest.mark.integration
 

@@ -12,22 +12,7 @@ import pytest
 
 from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run.checkpoint import Checkpoints
-from balpoe_jax.step import TrainState
-
-
-def make_state(step: int, size: int = 8) -> TrainState:
-    return TrainState(
-        step=jnp.asarray(step, jnp.int32),
-        params={"kernel": jnp.full((size,), float(step))},
-        batch_stats={"mean": jnp.zeros(3)},
-        opt_state=({"trace": jnp.ones(size)},),
-    )
-
-
-def abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+from tests.helpers.states import abstract, make_state
 
 
 def test_a_state_that_the_next_step_overwrites_is_saved_as_it_was(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_checkpoint import abstract, make_state
+from tests.helpers.states import abstract, make_state
 
 from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import checksums

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_training import STEPS_PER_EPOCH, final_state, rows, tiny_config
+from tests.helpers.digits_runs import STEPS_PER_EPOCH, final_state, rows, tiny_config
 
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError

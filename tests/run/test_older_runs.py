@@ -11,8 +11,9 @@ import pytest
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.train import train
 from configs import digits_lt
+from tests.helpers import FIXTURES
 
-RUNS = Path(__file__).parent / "fixtures" / "runs"
+RUNS = FIXTURES / "runs"
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_page")]
 

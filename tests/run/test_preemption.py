@@ -17,6 +17,7 @@ from balpoe_jax import cli
 from balpoe_jax.errors import Preempted
 from balpoe_jax.run import preemption
 from balpoe_jax.run.preemption import PreemptionNotice
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.integration
 
@@ -184,7 +185,7 @@ def test_the_command_minds_signals_before_anything_else(tmp_path: Path) -> None:
         "threading.Event().wait()); "
         "cli.run(main.define_flags, main.main)"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     with subprocess.Popen(
         [sys.executable, "-c", code, "--config=configs/digits_lt.py", f"--workdir={tmp_path}"],
         cwd=root,

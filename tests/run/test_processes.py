@@ -12,9 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-import process_runs
 import pytest
-from conftest import flags_of_xla, quick_flags
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
@@ -24,6 +22,8 @@ from balpoe_jax.reporting import report
 from balpoe_jax.run import multihost
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.train import train
+from tests.helpers import process_runs
+from tests.helpers.xla_flags import flags_of_xla, quick_flags
 
 # Here as in the processes that `process_runs` starts.
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts")]

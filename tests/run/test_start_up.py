@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from balpoe_jax.run.startup_times import START_UPS, StartUp, of_this_process
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 
 def test_parts_and_total_are_appended_to_the_record(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_network
-from test_config import get_config
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build_program
@@ -23,6 +21,8 @@ from balpoe_jax.parallel import make_parallel
 from balpoe_jax.run import teachers
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.step import TrainState, create_state
+from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
 
 COUNTS = np.array([130, 94, 68, 49, 35, 26, 18, 13, 9, 5])
 

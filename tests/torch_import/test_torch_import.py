@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import chex
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_weights import reference_state
-from test_config import get_config
 
 from balpoe_jax.data import pipeline
 from balpoe_jax.errors import UserError
@@ -35,16 +32,11 @@ from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.torch_import import check_against, convert
 from balpoe_jax.torch_import.files import load_checkpoint, load_state_dict
 from balpoe_jax.torch_import.workdir import import_checkpoint
+from tests.helpers import commands
+from tests.helpers.config_files import get_config
+from tests.helpers.reference_weights import DIGITS, reference_state, small_state
 
-ROOT = Path(__file__).parents[1]
 State = dict[str, np.ndarray]
-
-# As in the demo's config: 10 classes, ResNet-8.
-DIGITS: dict[str, Any] = {"num_classes": 10, "num_experts": 3, "stage_sizes": (1, 1, 1)}
-
-
-def small_state(**changes: Any) -> State:
-    return reference_state(**{**DIGITS, **changes})
 
 
 def abstract_variables(**options: Any) -> Any:

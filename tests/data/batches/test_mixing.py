@@ -6,7 +6,6 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_pipeline import assert_equal, make_settings
 
 from balpoe_jax.data.batches.mixing import Mixer, box_mask, mix_images, relabel
 from balpoe_jax.data.pipeline import train_batches
@@ -20,6 +19,8 @@ from balpoe_jax.data.settings import (
     TrainSettings,
 )
 from balpoe_jax.errors import UserError
+from tests.helpers.augmentations import UNIMIX
+from tests.helpers.batches import assert_equal, make_settings
 
 LABELS = np.repeat([0, 1, 2], [18, 6, 2])  # of 26 examples: ratios 3, 3 and 9
 BATCH, SIDE, WIDTH, PER_EPOCH = 8, 7, 9, 4
@@ -296,9 +297,6 @@ def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> No
             assert {tuple(pixel) for pixel in value.astype(int)} <= pixels
         mixed += 1
     assert 4 < mixed < 18
-
-
-UNIMIX = MixSettings(alpha=0.8, groups=2, rule="unimix", sampling_power=-0.5)
 
 
 @pytest.mark.slow_cases("mix1")

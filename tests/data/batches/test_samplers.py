@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_pipeline import PLAIN, assert_equal, make_settings, numbered_source, positions_of
+from tests.helpers.batches import PLAIN, assert_equal, make_settings, numbered_source, positions_of
 
 from balpoe_jax.data.batches import samplers
 from balpoe_jax.data.pipeline import batch_indices, train_batches

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from small_photos import jpeg
-from test_tfrecords import write
 
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.batches import unreadable
@@ -25,6 +23,8 @@ from balpoe_jax.data.records.sources import RecordSource
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
 from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import bad_images
+from tests.helpers.records import write
+from tests.helpers.small_photos import jpeg
 
 pytestmark = pytest.mark.integration
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from sklearn.datasets import load_digits
-from test_config import get_config
 
 from balpoe_jax.data import datasets, long_tail
 from balpoe_jax.data.datasets import balanced, cifar_tfds
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build
+from tests.helpers.config_files import get_config
 
 PER_CLASS = {"train": 500, "test": 100}
 FEW_PER_CLASS = {"train": 40, "test": 10}

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from small_photos import jpeg, prepare
 
 from balpoe_jax.data import datasets, pipeline
 from balpoe_jax.data.batches.mixing import Mixer
@@ -22,6 +21,7 @@ from balpoe_jax.data.records import sources
 from balpoe_jax.data.records.readers import make_reader
 from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
 from balpoe_jax.errors import UserError
+from tests.helpers.small_photos import jpeg, prepare
 
 SIZE, RESIZE = 16, 18
 TRAIN = np.array([5, 3, 2] + [1] * 997)

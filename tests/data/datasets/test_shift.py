@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import cases, golden
 
 from balpoe_jax.data.datasets.test_distributions import make_targets, shifted_counts
 from balpoe_jax.data.long_tail import exponential_counts, select_indices
 from balpoe_jax.errors import UserError
+from tests.helpers.golden import cases, golden
 
 LABELS = np.repeat(np.arange(4), 10)
 TRAIN = np.array([300, 120, 50, 8])

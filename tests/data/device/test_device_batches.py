@@ -12,7 +12,6 @@ import pytest
 import tensorflow as tf
 from jax.extend.core import jaxprs_in_params
 from scipy import stats
-from test_config import get_config
 
 from balpoe_jax.data import pipeline
 from balpoe_jax.data.batches import mixing as host_mixing
@@ -36,6 +35,7 @@ from balpoe_jax.experiment.settings import phase_configs, train_settings
 from balpoe_jax.methods import PRESETS
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import TrainState
+from tests.helpers.config_files import get_config
 
 COUNTS = np.array([30, 12, 5, 2])
 LABELS = np.repeat(np.arange(4), COUNTS)

@@ -9,10 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_image_ops import FREE_OF_PARAMETERS, PARAMETRIC
-from test_image_ops import fixtures as image_fixtures
-from test_randaugment import EXACT, GEOMETRIC
-from test_views import fixtures as view_fixtures
 
 from balpoe_jax.data.device import colours, hue, moves, operations, randaugment, tones
 from balpoe_jax.data.device.arithmetic import divide
@@ -23,6 +19,14 @@ from balpoe_jax.data.device.packing import pack, packed_colour, unpack
 from balpoe_jax.data.images import batch_ops
 from balpoe_jax.data.images.blur import box_weights as box_weights_by_tensorflow
 from balpoe_jax.data.settings import AugmentSettings
+from tests.helpers.pillow import (
+    EXACT,
+    FREE_OF_PARAMETERS,
+    GEOMETRIC,
+    PARAMETRIC,
+    image_fixtures,
+    view_fixtures,
+)
 
 KINDS = (
     "none", "nearest", "rows", "columns", "points", "autocontrast", "equalize", "brightness",

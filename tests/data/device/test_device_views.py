@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from jax.sharding import Mesh, PartitionSpec
-from test_augment import within_four_sigma
-from test_image_ops import FREE_OF_PARAMETERS
-from test_views import SIM
 
 from balpoe_jax.data.device.randaugment import KINDS, NAMES
 from balpoe_jax.data.device.randomness import RowUniforms, generator
@@ -22,6 +19,9 @@ from balpoe_jax.data.images import batch_ops, color_jitter, packed_ops
 from balpoe_jax.data.images.blur import blur, box_weights
 from balpoe_jax.data.images.resize import enlarge_windows
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, BLUR_SIGMA, AugmentSettings
+from tests.helpers.augmentations import SIM
+from tests.helpers.draws import within_four_sigma
+from tests.helpers.pillow import FREE_OF_PARAMETERS
 
 SHAPE = (32, 32, 3)
 LONG = AugmentSettings(
@@ -229,9 +229,8 @@ def test_windows_follow_the_rule_of_the_random_resized_crop() -> None:
         assert (window >= 0).all() and (height > 0).all() and (width > 0).all()
         assert (top + height <= shape[0]).all() and (left + width <= shape[1]).all()
     # Of square images, against the host's windows.
-    from test_augment import source
-
     from balpoe_jax.data.images.decoding import random_windows
+    from tests.helpers.draws import source
 
     own = many(SIM)["moves"]["window"].astype(float)
     shapes = tf.tile([[32, 32]], [20_000, 1])

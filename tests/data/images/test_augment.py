@@ -7,9 +7,10 @@ import tensorflow as tf
 
 from balpoe_jax.data.images import autoaugment, packed_ops
 from balpoe_jax.data.images.augment import augment_batch, draw_changes, normalize
-from balpoe_jax.data.randomness import RowRandom, fold_in
+from balpoe_jax.data.randomness import fold_in
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings
 from balpoe_jax.errors import UserError
+from tests.helpers.draws import noise, source, within_four_sigma
 
 EVERYTHING = AugmentSettings(
     crop_padding=4, flip=True, rotation=15.0, policy="autoaugment_cifar", cutout=16
@@ -17,20 +18,6 @@ EVERYTHING = AugmentSettings(
 
 
 PHOTOS = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4), policy="randaugment")
-
-
-def source(batch_size: int, seed: int = 0, rows: slice | None = None) -> RowRandom:
-    return RowRandom(tf.constant([seed, 1]), batch_size, rows or slice(0, batch_size))
-
-
-def noise(batch_size: int, side: int = 16) -> tf.Tensor:
-    images = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3))
-    return tf.constant(images, tf.uint8)
-
-
-def within_four_sigma(hits: np.ndarray, probability: float) -> bool:
-    sigma = np.sqrt(probability * (1 - probability) / hits.size)
-    return abs(hits.mean() - probability) <= 4 * sigma
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])

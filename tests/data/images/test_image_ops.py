@@ -1,28 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image operations against Pillow, from the fixtures of `fixtures/make_pil_fixtures.py`."""
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from balpoe_jax.data.images import batch_ops
-
-FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
-
-FREE_OF_PARAMETERS = ("invert", "autocontrast", "equalize")
-PARAMETRIC = (
-    "rotate", "translate_x", "translate_y", "shear_x", "shear_y", "posterize", "solarize",
-    "brightness", "color", "contrast", "sharpness",
-)  # fmt: skip
-
-
-@cache
-def fixtures() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES, allow_pickle=False) as file:
-        return dict(file)
+from tests.helpers.pillow import FREE_OF_PARAMETERS, PARAMETRIC
+from tests.helpers.pillow import image_fixtures as fixtures
 
 
 def apply(name: str, images: np.ndarray, value: float) -> np.ndarray:

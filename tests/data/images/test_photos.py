@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photographs against Pillow, from the fixtures of `fixtures/make_photo_fixtures.py`."""
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from balpoe_jax.data.images import decoding, packed_ops
 from balpoe_jax.data.randomness import RowRandom
+from tests.helpers.draws import windows_by_hand
+from tests.helpers.pillow import photo_fixtures as fixtures
 
-FIXTURES = Path(__file__).parent / "fixtures" / "pil_photos.npz"
 FORMATS = (
     "jpeg_420", "jpeg_422", "jpeg_444", "jpeg_progressive", "jpeg_grey", "jpeg_cmyk",
     "png", "png_palette", "png_alpha",
@@ -19,12 +17,6 @@ FORMATS = (
 NOT_RESIZED = 4  # so many of the windows have the size of the output
 # Pillow 13 resizes the height first where it shrinks and the width grows; older ones never.
 HEIGHT_FIRST = (8,)
-
-
-@cache
-def fixtures() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES, allow_pickle=False) as file:
-        return dict(file)
 
 
 def encoded(key: str) -> tf.Tensor:
@@ -91,29 +83,6 @@ def test_shapes() -> None:
     keys = [f"{name}_60x73" for name in FORMATS] + ["jpeg_420_81x64"]
     found = decoding.shapes(tf.stack([encoded(key) for key in keys])).numpy()
     np.testing.assert_array_equal(found, [[60, 73]] * len(FORMATS) + [[81, 64]])
-
-
-def windows_by_hand(shapes, area, log_ratio, position) -> np.ndarray:
-    """The rule of torchvision's RandomResizedCrop.get_params, one image and try at a time."""
-    windows = []
-    for (height, width), areas, logs, (down, right) in zip(
-        shapes, area, log_ratio, position, strict=True
-    ):
-        for share, log in zip(areas, logs, strict=True):
-            target, aspect = height * width * share, np.exp(log)
-            w, h = round(np.sqrt(target * aspect)), round(np.sqrt(target / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
-                break
-        else:
-            w, h = width, height
-            if width / height < 3 / 4:
-                h = round(width / (3 / 4))
-            elif width / height > 4 / 3:
-                w = round(height * (4 / 3))
-            top, left = (height - h) // 2, (width - w) // 2
-        windows.append((top, left, h, w))
-    return np.array(windows)
 
 
 def test_windows_follow_the_rule_of_the_random_resized_crop() -> None:

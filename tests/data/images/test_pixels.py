@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations on packed pixels, against Pillow and against the operations on bytes."""
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from balpoe_jax.data.images import packed_ops
 from balpoe_jax.data.images.color_jitter import color_jitter
-
-FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
+from tests.helpers.pillow import image_fixtures as fixtures
 
 # With the type of their parameter.
 OPERATIONS = {
@@ -19,12 +15,6 @@ OPERATIONS = {
     "solarize": tf.float32, "brightness": tf.float32, "color": tf.float32,
     "contrast": tf.float32, "sharpness": tf.float32,
 }  # fmt: skip
-
-
-@cache
-def fixtures() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES, allow_pickle=False) as file:
-        return dict(file)
 
 
 def noise(*shape: int) -> np.ndarray:

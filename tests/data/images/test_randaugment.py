@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment: its operations against Pillow, from `fixtures/make_pil_fixtures.py`, its draws."""
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,20 +10,8 @@ from balpoe_jax.data.images.augment import augment_batch
 from balpoe_jax.data.images.randaugment import Draw
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.settings import IMAGENET_MEAN, AugmentSettings
-
-FIXTURES = Path(__file__).parent / "fixtures" / "pil_image_ops.npz"
-
-EXACT = (
-    "autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add", "color",
-    "contrast", "brightness", "sharpness",
-)  # fmt: skip
-GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-
-
-@cache
-def fixtures() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES, allow_pickle=False) as file:
-        return dict(file)
+from tests.helpers.pillow import EXACT, GEOMETRIC
+from tests.helpers.pillow import image_fixtures as fixtures
 
 
 def source(batch_size: int, seed: int = 0) -> RowRandom:

@@ -2,17 +2,10 @@
 """Contrastive views: their operations against Pillow, their draws, and the batches they come in."""
 
 import dataclasses
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_augment import noise, source, within_four_sigma
-from test_config import get_config
-from test_mixing import UNIMIX
-from test_photos import windows_by_hand
-from test_pipeline import PLAIN, assert_equal, make_settings, make_source
 
 from balpoe_jax.config import check_config, default_config
 from balpoe_jax.data.images import packed_ops
@@ -27,24 +20,11 @@ from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings, Host
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import train_settings
 from balpoe_jax.methods import PRESETS
-
-FIXTURES = Path(__file__).parent / "fixtures" / "pil_views.npz"
-# c_sim of the contrastive methods.
-SIM = AugmentSettings(
-    crop_area=0.2,
-    flip=True,
-    color_jitter=(0.4, 0.4, 0.4),
-    hue=0.1,
-    jitter_probability=0.8,
-    grayscale=0.2,
-    blur=0.5,
-)
-
-
-@cache
-def fixtures() -> dict[str, np.ndarray]:
-    with np.load(FIXTURES, allow_pickle=False) as file:
-        return dict(file)
+from tests.helpers.augmentations import SIM, UNIMIX
+from tests.helpers.batches import PLAIN, assert_equal, make_settings, make_source
+from tests.helpers.config_files import get_config
+from tests.helpers.draws import noise, source, windows_by_hand, within_four_sigma
+from tests.helpers.pillow import view_fixtures as fixtures
 
 
 def packed(image: np.ndarray) -> tf.Tensor:

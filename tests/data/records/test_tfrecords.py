@@ -9,23 +9,7 @@ import tensorflow as tf
 
 from balpoe_jax.data.records import tfrecords
 from balpoe_jax.errors import UserError
-
-
-def feature(value: bytes | int | list[float]) -> tf.train.Feature:
-    if isinstance(value, bytes):
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-    if isinstance(value, int):
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-    return tf.train.Feature(float_list=tf.train.FloatList(value=value))
-
-
-def write(path: Path, examples: list[dict]) -> str:
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for example in examples:
-            features = {name: feature(value) for name, value in example.items()}
-            serialized = tf.train.Example(features=tf.train.Features(feature=features))
-            writer.write(serialized.SerializeToString())
-    return str(path)
+from tests.helpers.records import write
 
 
 @pytest.fixture
