@@ -60,6 +60,7 @@ def run_python(code: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
@@ -282,6 +283,7 @@ def test_what_is_allowed_is_not_found(tmp_path: Path, file: str, line: str) -> N
     assert violations(tmp_path) == []
 
 
+@pytest.mark.integration
 def test_the_package_has_its_light_parts_as_attributes(tmp_path: Path) -> None:
     """None is imported before it is asked for, and none brings TensorFlow."""
     code = f"""
@@ -305,6 +307,7 @@ except AttributeError as error:
     ]
 
 
+@pytest.mark.integration
 def test_importing_everything_touches_no_device_file_or_flag(tmp_path: Path) -> None:
     imports = "\n".join(f"import {module}" for module in MODULES)
     code = f"""
@@ -323,6 +326,7 @@ assert dict(os.environ) == before, "the environment was changed"
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.integration
 def test_most_modules_neither_need_nor_import_tensorflow(tmp_path: Path) -> None:
     """Nor do the libraries that they import, nor what writes the curves."""
     assert set(MODULES) >= TENSORFLOW

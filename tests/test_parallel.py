@@ -81,6 +81,7 @@ def assert_close(left, right) -> None:
     chex.assert_trees_all_close(jax.device_get(left), jax.device_get(right), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("pmap-1-vmap")
 @pytest.mark.parametrize(
     ("mode", "num_devices", "expert_map"),
@@ -106,6 +107,7 @@ def test_rematerialisation_changes_nothing(mode: str, expert_map: str) -> None:
     assert_close(state, expected_state)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("False-pmap")
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 @pytest.mark.parametrize("sync", [True, False])
@@ -119,6 +121,7 @@ def test_all_shards_stay_equal(mode: str, sync: bool) -> None:
             np.testing.assert_array_equal(other, first)
 
 
+@pytest.mark.integration
 def test_statistics_per_device_are_another_result() -> None:
     state = run("shard_map", 4, sync=False)[0]
     with pytest.raises(AssertionError):
@@ -143,6 +146,7 @@ def test_donated_state_is_given_up() -> None:
     assert state.is_deleted()
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("pmap")
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_evaluation_gathers_the_whole_batch_in_order(mode: str) -> None:

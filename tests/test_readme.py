@@ -4,12 +4,14 @@
 import re
 
 import numpy as np
+import pytest
 
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.integration
 def test_the_library_example_runs(request) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     if not request.config.getoption("--all"):

@@ -49,6 +49,7 @@ def compile_step(sync: bool, accumulate: int) -> tuple[list[tuple[str, int]], in
     )
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_statistics_per_device_leave_one_all_reduce_a_step(accumulate: int) -> None:
@@ -57,6 +58,7 @@ def test_statistics_per_device_leave_one_all_reduce_a_step(accumulate: int) -> N
     assert sizes == [("all-reduce", FLOAT * (parameters + statistics))]
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_global_statistics_add_two_small_ones_an_application(accumulate: int) -> None:

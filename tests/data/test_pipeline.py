@@ -33,16 +33,19 @@ def collect(first: int, last: int, host: Host = ONE_HOST, **changes) -> list[dic
     return list(train_batches(make_source(), make_settings(**changes), first, last, host))
 
 
+@pytest.mark.integration
 def test_a_resumed_run_reads_the_same_batches() -> None:
     assert_equal(collect(0, 7)[4:], collect(4, 7))
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("2")
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_threads_change_nothing(threads: int) -> None:
     assert_equal(collect(0, 5, Host(threads=threads)), collect(0, 5))
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("autoaugment_cifar")
 @pytest.mark.parametrize("policy", ["none", "autoaugment_cifar"])
 def test_hosts_make_the_same_global_batches(policy: str) -> None:
@@ -57,6 +60,7 @@ def test_hosts_make_the_same_global_batches(policy: str) -> None:
     assert_equal(whole, joined)
 
 
+@pytest.mark.integration
 def test_seeds_and_steps_differ() -> None:
     first, second = collect(0, 2)
     assert not np.array_equal(first["images"], second["images"])
@@ -88,6 +92,7 @@ def test_order_is_uniform() -> None:
     assert ((counts - 100) ** 2 / 100).sum() < 20.5  # 99.9 % of chi-squared with 5 degrees
 
 
+@pytest.mark.integration
 def test_mixup_is_one_weight_and_one_permutation_of_the_unmixed_batch() -> None:
     plain, mixed = collect(0, 3, mix=MixSettings()), collect(0, 3)
     for before, after in zip(plain, mixed, strict=True):
@@ -107,6 +112,7 @@ def test_mixup_is_one_weight_and_one_permutation_of_the_unmixed_batch() -> None:
     assert len({batch["weight"][0] for batch in mixed}) == 3
 
 
+@pytest.mark.integration
 def test_mixup_weights_follow_the_beta_distribution() -> None:
     alpha = 0.4
     settings = make_settings(**{**PLAIN, "mix": MixSettings(alpha=alpha), "batch_size": 2})
@@ -167,6 +173,7 @@ def test_normalisation_is_by_channel() -> None:
     np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_images_are_rounded_at_the_very_end() -> None:
     """As the network itself would, from the same augmented and mixed images."""
     source, normalisation = make_source(), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -178,6 +185,7 @@ def test_images_are_rounded_at_the_very_end() -> None:
     assert rounded[0]["images"].dtype == rounded[-1]["images"].dtype == jnp.bfloat16
 
 
+@pytest.mark.integration
 def test_nothing_is_tuned_while_it_runs(monkeypatch) -> None:
     """An iterator that tunes itself may keep a training waiting for a minute at its end."""
     given = []

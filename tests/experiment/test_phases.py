@@ -53,6 +53,7 @@ def test_a_transform_gets_the_shapes_of_the_parameters() -> None:
     assert seen[0]["body"]["w"] == jax.ShapeDtypeStruct((2,), np.float32)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
 def test_a_new_classifier_is_as_one_before_a_training(classifier: str) -> None:
     network = Mislas().network(tiny_network.experts(3, classifier=classifier), None)
@@ -112,6 +113,7 @@ def program_of(monkeypatch):
     return make
 
 
+@pytest.mark.integration
 def test_a_phase_begins_with_parameters_of_seed_and_phase_alone(program_of) -> None:
     program, other = program_of(), program_of(seed=2)
     state = program.init_state()

@@ -27,6 +27,7 @@ def lowered(precision: str | None, **model: str) -> tuple[str, str]:
     ).as_text()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("precision", "expected"), [(None, {"DEFAULT"}), ("tf32", {"HIGH"}), ("full", {"HIGHEST"})]
 )
@@ -39,6 +40,7 @@ def test_the_step_has_the_configs_precision(precision: str | None, expected: set
     assert (found or {"DEFAULT"}) == expected
 
 
+@pytest.mark.integration
 def test_a_body_in_bfloat16_has_no_other_precision() -> None:
     assert lowered(None, dtype="bfloat16")[0] == "bfloat16"
     config = get_config("digits_lt", "")

@@ -73,6 +73,7 @@ def twin(method, batch, epoch: int, teacher) -> float:
     return both.mean(axis=1).sum() + weight * added
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", [BalPoECS(0.6, 4), MDCS(0.6, 4)], ids=["cs", "mdcs"])
 def test_losses_are_the_twins(method, x64) -> None:
     batch, epoch = logits_batch(), 2
@@ -115,6 +116,7 @@ def test_nothing_is_learnt_from_wrong_predictions() -> None:
     assert value == 0 and not np.any(gradient)
 
 
+@pytest.mark.integration
 def test_without_weight_it_is_balpoe() -> None:
     """Of a whole network: the loss, its gradient and the statistics; and not with weight."""
     network = tiny_network.experts(3)

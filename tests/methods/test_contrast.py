@@ -96,6 +96,7 @@ def test_paco_is_its_twin(alpha: float, beta: float, gamma: float, x64) -> None:
     assert not np.diag(gradients[1][:, :6]).any()  # no image is its own contrast
 
 
+@pytest.mark.integration
 def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
     """The keys are the slow network's, which is twice the fast one here."""
     method = PaCo(alpha=0.3, temperature=0.5, width=4, queue_size=8)
@@ -120,6 +121,7 @@ def test_the_whole_loss_of_paco_contrasts_with_keys_and_queue(x64) -> None:
     assert found.method_state["batch_stats"] == pytest.approx(second.mean())
 
 
+@pytest.mark.integration
 def test_the_whole_loss_of_gpaco_contrasts_both_views(x64) -> None:
     method = PaCo(alpha=0.3, temperature=0.5, width=4, momentum=0.0)
     batch = jax.tree.map(jnp.asarray, TWO_VIEWS)
@@ -138,6 +140,7 @@ def test_without_contrast_paco_is_balanced_softmax(x64) -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-7)
 
 
+@pytest.mark.integration
 def test_paco_bears_its_sharpest_similarities() -> None:
     """At temperature 0.05 they reach 20, of an image with itself too."""
     logits = jnp.array([[80.0, -80, 0, 0, 0]] * 2)
@@ -150,6 +153,7 @@ def test_paco_bears_its_sharpest_similarities() -> None:
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["paco", "ncl_contrast"])
 def test_the_queue_and_the_slow_network_move_as_they_should(name: str, x64) -> None:
     """Keys of a step are those of the network after its own move, and enter at the front.
@@ -185,6 +189,7 @@ def test_the_queue_and_the_slow_network_move_as_they_should(name: str, x64) -> N
         )
 
 
+@pytest.mark.integration
 def test_the_slow_network_gets_no_gradient_and_the_queue_none() -> None:
     """Only what went through the fast network and the classifier is learnt from."""
     method, _, network = parts("paco", None)
@@ -254,6 +259,7 @@ def test_the_whole_loss_of_bcl_classifies_one_view_and_contrasts_two(x64) -> Non
     np.testing.assert_allclose(found.by_expert, [classified], rtol=1e-6)
 
 
+@pytest.mark.integration
 def test_copies_of_another_class_with_its_prototype_change_nothing(x64) -> None:
     """A class counts once, however many members it has."""
     features, prototypes = unit(4, 4), unit(3, 4)
@@ -278,6 +284,7 @@ def test_an_absent_class_enters_by_its_prototype_alone(x64) -> None:
         np.testing.assert_allclose(losses[i], expected, rtol=1e-9)
 
 
+@pytest.mark.integration
 def test_prototypes_learn_through_head_and_classifier() -> None:
     _, _, network = parts("bcl", None)
     variables = tiny_network.init(network)

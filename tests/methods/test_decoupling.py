@@ -60,10 +60,12 @@ def moved(name: str) -> set[str]:
     return found | (set() if all(jax.tree.leaves(statistics)) else {"statistics"})
 
 
+@pytest.mark.integration
 def test_re_training_moves_the_classifier_alone() -> None:
     assert moved("crt") == {"expert/head/dense/kernel", "expert/head/dense/bias"}
 
 
+@pytest.mark.integration
 def test_scaling_moves_the_scales_alone() -> None:
     assert moved("lws") == {"class_scale"}
     first = run("lws", "pmap", 1, 0)[-1][0]
@@ -80,6 +82,7 @@ def test_re_training_begins_with_a_new_classifier_and_scaling_with_the_old_one()
     assert LWS().phases()[1].begin(scaled, key, Context(COUNTS)) is scaled
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["crt", "lws"])
 def test_the_second_phase_sees_features_as_in_a_test(name: str) -> None:
     """Its loss is that of the averages, and no matter what else is in the batch."""

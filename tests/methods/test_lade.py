@@ -37,6 +37,7 @@ def random_rows() -> tuple[np.ndarray, np.ndarray]:
     return random.normal(size=(7, 5)), random.integers(0, 4, 7)  # none of the last class
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("importance", ["class", "sample"])
 def test_the_definition_in_loops(importance: str, x64) -> None:
     logits, labels = random_rows()
@@ -65,6 +66,7 @@ def gradient_by_weight(counts, importance: str, square: float) -> np.ndarray:
     return np.asarray(jax.grad(loss)(jnp.asarray(logits)) / jnp.exp(prior)[None])
 
 
+@pytest.mark.integration
 def test_the_class_importance_acts_through_the_square_alone(x64) -> None:
     """Without it the prior of a class is no importance weight; that of a sample always is one."""
     uniform = np.ones(5)
@@ -85,6 +87,7 @@ def losses_of(method, taus=(1.0, 1.0)):
     return method.loss(network, {}, batch, Context(COUNTS, taus))
 
 
+@pytest.mark.integration
 def test_without_its_regulariser_it_is_balanced_softmax() -> None:
     plain = losses_of(PRESETS["balanced_softmax"].method)
     np.testing.assert_allclose(losses_of(LADE(alpha=0.0)).by_expert, plain.by_expert, rtol=1e-6)

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.helpers.method_steps import fresh, run
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.los import LOS
+from tests.helpers.method_steps import fresh, run
 
 COUNTS = np.array([50, 10, 2])
 
@@ -51,6 +51,7 @@ def test_the_losses_are_their_twins(delta: float, x64) -> None:
             np.testing.assert_allclose(smoothed[e, i], -(target * logs).sum(), rtol=1e-12)
 
 
+@pytest.mark.integration
 def test_a_label_of_a_hundred_classes_is_a_little_above_the_others(x64) -> None:
     """The gradient of uniform logits, which is their probability less the label's share."""
     labels = np.array([7])

@@ -88,6 +88,7 @@ def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) ->
     chex.assert_trees_all_equal(jax.device_get(state), history[-1][0])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", DISTINCT)
 def test_something_is_predicted(name: str) -> None:
     method, context, network = parts(name)
@@ -189,6 +190,7 @@ class Witness(BalPoE):
         return super().loss(network, method_state, batch, context)._replace(method_state=kept)
 
 
+@pytest.mark.integration
 def test_a_step_tells_the_method_which_one_it_is() -> None:
     devices = make_parallel("pmap", jax.devices()[:1])
     _, context, network = parts("balanced_softmax")

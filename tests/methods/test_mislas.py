@@ -32,6 +32,7 @@ def test_the_concave_curve_is_the_papers() -> None:
     np.testing.assert_array_equal(label_smoothing(np.array([3, 3]), 0.4, 0.1), [0.4, 0.4])
 
 
+@pytest.mark.integration
 def test_label_aware_smoothing_is_cross_entropy_with_smoothed_labels(x64) -> None:
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(6, 5)), np.array([0, 1, 2, 3, 4, 0])
@@ -75,6 +76,7 @@ def test_the_second_stage_moves_classifier_scales_and_statistics_alone() -> None
     assert len(moved) < len(found)
 
 
+@pytest.mark.integration
 def test_the_classifier_learns_at_its_own_rate() -> None:
     """To the bit: an update of the head is the common one times the factor."""
     params = tiny_network.init(Mislas().network(tiny_network.experts(1), None))["params"]
@@ -95,6 +97,7 @@ def test_a_classifier_without_a_rate_is_frozen() -> None:
     assert trainable("class_scale") and not trainable("ensemble/expert/head/kernel")
 
 
+@pytest.mark.integration
 def test_scales_of_one_change_nothing_and_scale_the_bias_too() -> None:
     ensemble = tiny_network.experts(1, classifier="linear")
     network = Mislas().network(ensemble, None)

@@ -77,6 +77,7 @@ def test_ncl_is_its_twin(hard_mask: str, x64) -> None:
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.integration
 def test_the_whole_loss_is_the_twin_with_its_weights(x64) -> None:
     logits = RANDOM.normal(size=(3, 4, 5), scale=2)
     batch = {"images": jnp.asarray(np.moveaxis(logits, 0, 1)), "labels": jnp.asarray(LABELS)}
@@ -102,6 +103,7 @@ def test_the_label_is_always_among_the_hard_classes() -> None:
     np.testing.assert_array_equal(found, [[1, 0, 0, 0, 1], [1, 1, 0, 0, 0]])
 
 
+@pytest.mark.integration
 def test_one_network_has_nobody_to_learn_from(x64) -> None:
     """And with all classes hard it learns balanced softmax twice."""
     logits = jnp.asarray(RANDOM.normal(size=(1, 4, 5)))
@@ -118,6 +120,7 @@ def test_networks_that_agree_are_not_distilled(x64) -> None:
     np.testing.assert_allclose(others, 0, atol=1e-12)
 
 
+@pytest.mark.integration
 def test_a_mask_of_zeros_tells_counts_from_shares(x64) -> None:
     """Which the paper's mask does not."""
     logits, labels = jnp.asarray(RANDOM.normal(size=(2, 4, 5))), jnp.asarray(LABELS)
@@ -164,6 +167,7 @@ class Scaled:
         return outputs, {"batch_stats": images.mean()}
 
 
+@pytest.mark.integration
 def test_the_whole_loss_with_contrast(x64) -> None:
     """The keys are those of the slow network, which is twice the fast one here."""
     method = NCL(distillation=0.7, hard_share=0.5, contrast=0.4, temperature=0.5, queue_size=5)

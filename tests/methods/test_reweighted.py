@@ -78,6 +78,7 @@ def random_batch() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(2 * random.normal(size=(2, 9, 5))), jnp.asarray(random.integers(0, 5, 9))
 
 
+@pytest.mark.integration
 def test_without_weights_and_exponent_all_are_cross_entropy(x64) -> None:
     logits, labels = random_batch()
     expected = optax.softmax_cross_entropy_with_integer_labels(
@@ -98,6 +99,7 @@ def test_without_weights_and_exponent_all_are_cross_entropy(x64) -> None:
     assert not np.allclose(after, expected, rtol=1e-2)
 
 
+@pytest.mark.integration
 def test_the_focal_factor_is_of_the_networks_probability(x64) -> None:
     """With whatever weight; and its gradient is finite where the probability is 1."""
     logits, labels = random_batch()
@@ -122,6 +124,7 @@ def test_a_weighted_mean_divides_by_the_weights_or_by_the_rows(x64) -> None:
     np.testing.assert_allclose(means[0] * weights.mean(), means[1], rtol=1e-12)
 
 
+@pytest.mark.integration
 def test_rows_of_two_labels_count_by_their_shares(x64) -> None:
     logits, labels = random_batch()
     others = jnp.roll(labels, 1)

@@ -161,6 +161,7 @@ def test_the_routers_loss_in_loops() -> None:
     assert worth.any() and found.batch_stats == {"train": False}
 
 
+@pytest.mark.integration
 def test_the_stages_train_either_the_experts_or_the_router() -> None:
     start = fresh("ride_router")
     experts = run("ride_router", "pmap", 1, 0)[-1][0]
@@ -175,6 +176,7 @@ def test_the_stages_train_either_the_experts_or_the_router() -> None:
             assert (before != after).any()
 
 
+@pytest.mark.integration
 def test_the_distance_to_a_teacher_in_loops(x64) -> None:
     (teacher, student), _ = random_logits(experts=2)
     found = distillation(teacher, student, 1.5)
@@ -190,6 +192,7 @@ def mean_logits(network: Network, batch, train: bool) -> jax.Array:
     return jax.jit(lambda: network(batch["images"], train)[0].logits.mean(axis=0))()
 
 
+@pytest.mark.integration
 def test_a_distilled_run_adds_the_teachers_term() -> None:
     batch = {name: jnp.asarray(rows) for name, rows in tiny_network.batch(8).items()}
     module = tiny_network.experts(3)

@@ -16,6 +16,7 @@ from tests.helpers.golden import cases, golden, max_relative
 RANDOM = np.random.default_rng(3)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", cases("sade"))
 def test_the_loss_is_the_references(name: str, x64) -> None:
     case = golden(f"sade/{name}")
@@ -45,6 +46,7 @@ def test_sizes_are_reversed_by_rank() -> None:
     np.testing.assert_array_equal(reversed_counts(exponential) * exponential, 64)
 
 
+@pytest.mark.integration
 def test_with_equal_classes_it_is_three_cross_entropies(x64) -> None:
     logits, labels = jnp.asarray(RANDOM.normal(size=(3, 6, 4))), jnp.arange(6) % 4
     losses = sade_losses(logits, labels, expert_biases(np.full(4, 7), 2.0))
@@ -68,6 +70,7 @@ def learn(noise: tuple[float, ...], epochs: int, rate: float = 1.0) -> expert_we
     return state
 
 
+@pytest.mark.integration
 def test_the_weights_go_to_the_optimum_of_a_grid() -> None:
     """Of two experts the sharper one gets what a search over all weights finds the most stable."""
     noise = (2.5, 3.0)
@@ -83,6 +86,7 @@ def test_the_weights_go_to_the_optimum_of_a_grid() -> None:
     assert len(learnt.history) == 41 and learnt.history[0] == (0.5, 0.5)
 
 
+@pytest.mark.integration
 def test_identical_views_leave_weight_decay_alone() -> None:
     first, _ = views((1.0, 2.0, 3.0), 0)
     raw = jnp.array([0.3, -0.2, 0.5])
@@ -104,6 +108,7 @@ def test_experts_keep_their_weights_when_they_change_places() -> None:
     np.testing.assert_allclose(swapped.weights, state.weights[order], rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_one_step_is_pytorchs_sgd() -> None:
     """By hand: decay joins the gradient, Nesterov looks ahead."""
     first, second = views((1.0, 3.0), 2, examples=100)  # one batch

@@ -51,6 +51,7 @@ def test_agreeing_opinions_grow_more_certain() -> None:
     assert both.uncertainty < one.uncertainty and both.belief[0] > one.belief[0]
 
 
+@pytest.mark.integration
 def test_the_divergence_is_scipys(x64) -> None:
     a = 1 + RANDOM.exponential(size=(7, 5), scale=[[0.01], [0.1], [1], [10], [1e2], [1e4], [1e6]])
     total, psi = a.sum(axis=1, keepdims=True), scipy.special.digamma
@@ -60,6 +61,7 @@ def test_the_divergence_is_scipys(x64) -> None:
     np.testing.assert_allclose(divergence_from_uniform(jnp.ones((2, 5))), 0, atol=1e-12)
 
 
+@pytest.mark.integration
 def test_remaining_uncertainty_is_the_papers_recursion(x64) -> None:
     opinions = random_opinions(4, 4, 5)
     remaining = remaining_uncertainty(opinions)
@@ -82,6 +84,7 @@ def softmax(z) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_the_loss_is_its_twin(epoch: int, x64) -> None:
     method = TLC(reweight_epoch=3, kl_epochs=50, diversity=0.2)
@@ -141,6 +144,7 @@ def test_later_experts_learn_from_what_earlier_ones_are_uncertain_of(x64) -> Non
     np.testing.assert_allclose(found.total, sum(found.by_expert), rtol=1e-9)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("extreme", [30.0, -30.0])
 def test_gradients_are_finite_at_extreme_logits(extreme: float) -> None:
     """In single precision, of experts that are certain of a wrong class, or of the right one."""
@@ -156,6 +160,7 @@ def test_gradients_are_finite_at_extreme_logits(extreme: float) -> None:
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.integration
 def test_the_prediction_is_the_fused_mean() -> None:
     logits = jnp.asarray(RANDOM.normal(size=(3, 4, 5), scale=6), jnp.float32)
     predicted = TLC().predict(Outputs(logits, logits), {}, Context(COUNTS))

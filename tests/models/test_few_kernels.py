@@ -28,6 +28,7 @@ def flax_norm(train: bool) -> nn.BatchNorm:
     return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("train", [False, True])
 def test_batch_norm_is_flaxs_with_all_gradients(x64: None, train: bool) -> None:
     random = np.random.default_rng(1)
@@ -48,6 +49,7 @@ def test_batch_norm_is_flaxs_with_all_gradients(x64: None, train: bool) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *found)
 
 
+@pytest.mark.integration
 def test_batch_norm_has_flaxs_variables() -> None:
     new, old = (
         module.init(jax.random.key(0), X.astype(np.float32))
@@ -88,6 +90,7 @@ def test_convolutions_one_by_one_are_the_mapped_ones(shared: bool, width: int) -
     assert "feature_group_count = 3" not in text
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("True")
 @pytest.mark.parametrize("remat", [False, True])
 def test_stacked_experts_are_those_of_the_loop(remat: bool) -> None:
@@ -148,6 +151,7 @@ def test_an_update_of_one_vector_is_that_of_the_tree(rate) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *found)
 
 
+@pytest.mark.integration
 def test_any_elementwise_optimizer_keeps_its_state() -> None:
     params = {"a": jnp.ones((2, 3)), "b": jnp.full(4, 2.0)}
     plain, vector = optax.adam(0.1), over_one_vector(optax.adam(0.1))
@@ -157,6 +161,7 @@ def test_any_elementwise_optimizer_keeps_its_state() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), (updates, state), expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("skip_non_finite", [False, True])
 def test_a_step_of_one_vector_is_that_of_the_tree(skip_non_finite: bool) -> None:
     model = tiny_network.create_model(

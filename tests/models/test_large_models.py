@@ -59,6 +59,7 @@ def abstract_variables(name: str, **options: Any) -> Any:
 # Against the reference.
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("resnet50/nonsquare-loop-options2", "resnet50/nonorm-vmap-options1")
 @pytest.mark.parametrize(
     ("case", "expert_map", "options"),
@@ -123,6 +124,7 @@ def test_gradients_are_the_references(x64) -> None:
         assert max_relative(by_name[name].ravel()[:64], expected) < 1e-7, name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -174,6 +176,7 @@ def test_shapes(name: str) -> None:
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(expert))
 
 
+@pytest.mark.integration
 def test_initial_values_have_the_references_distributions() -> None:
     model = create_model(
         "resnext50", num_classes=100, num_experts=2, classifier="linear", stage_sizes=(1, 1, 1, 1)
@@ -232,6 +235,7 @@ def test_expert_map_and_rematerialisation_change_nothing(expert_map: str, x64) -
     assert_same(loss_and_gradients(model, variables, images), expected)
 
 
+@pytest.mark.integration
 def test_expert_map_changes_nothing_in_grouped_convolutions(x64) -> None:
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3), jnp.float64)
     variables = as_double(small_variables("resnext50"))
@@ -251,6 +255,7 @@ def assert_same(result: Any, expected: Any) -> None:
         assert max_relative(leaf, expected_leaf) < 1e-9
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
 def test_rematerialisation_convolves_again_in_the_backward_pass(expert_map: str) -> None:
     images = jnp.zeros((2, 32, 32, 3))
@@ -308,6 +313,7 @@ def test_half_precision_rounds_a_little() -> None:
 # Checkpoints.
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -51,6 +51,7 @@ def reference_images(name: str) -> np.ndarray:
     return images
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("experts7", "experts2", "nonorm", "reduce", "experts1")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_the_references(variant: str, x64) -> None:
@@ -68,6 +69,7 @@ def test_logits_are_the_references(variant: str, x64) -> None:
         assert max_relative(trained.features[:, :2], case["feat_train_f64"]) < 1e-9
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
 def test_single_precision_is_the_references(expert_map: str) -> None:
     case, images = golden("resnet32/main"), reference_images("main").astype(np.float32)
@@ -114,6 +116,7 @@ def test_gradients_are_the_references(mixup: bool, x64) -> None:
         np.testing.assert_allclose(flat[:16], expected[1:], atol=1e-7 * scale, err_msg=name)
 
 
+@pytest.mark.integration
 def test_running_statistics_are_the_references() -> None:
     """But for the factor n / (n - 1), since PyTorch averages unbiased variances."""
     images = reference_images("main").astype(np.float32)
@@ -126,6 +129,7 @@ def test_running_statistics_are_the_references() -> None:
         assert max_relative(new[name], expected) < 5e-5, name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_experts", range(1, 8))
 @pytest.mark.parametrize("name", CIFAR_MODELS)
 def test_shapes(name: str, num_experts: int) -> None:

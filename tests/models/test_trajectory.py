@@ -37,6 +37,7 @@ def batches(case: dict[str, np.ndarray]):
     return images, labels, probes
 
 
+@pytest.mark.integration
 def test_twelve_updates_are_the_references(x64) -> None:
     case = golden("trajectory")
     images, labels, probes = batches(case)

@@ -15,6 +15,7 @@ from balpoe_jax.run.checkpoint import Checkpoints
 from tests.helpers.states import abstract, make_state
 
 
+@pytest.mark.integration
 def test_a_state_that_the_next_step_overwrites_is_saved_as_it_was(tmp_path: Path) -> None:
     """The write goes on in the background while the donated memory is used again."""
     state = make_state(1, size=20_000_000)

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.helpers.states import abstract, make_state
 
 from balpoe_jax.errors import TransientError, UserError
 from balpoe_jax.run import checksums
 from balpoe_jax.run.checkpoint import Checkpoints
+from tests.helpers.states import abstract, make_state
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def test_damage_to_any_file_is_noticed(folder: Path, damage: Callable[[Path], No
     assert restore(folder) == 9
 
 
+@pytest.mark.integration
 def test_every_bit_of_the_checksums_counts(folder: Path) -> None:
     path = folder / "9" / checksums.SUMS
     before = path.read_bytes()

@@ -545,6 +545,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return commands.run("balpoe_jax.torch_import", *arguments)
 
 
+@pytest.mark.integration
 def test_the_command_makes_a_workdir(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
     config = "--config=configs/digits_lt.py:method=balpoe"

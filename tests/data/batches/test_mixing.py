@@ -60,6 +60,7 @@ def test_the_box_is_cutmixs(height: int, width: int) -> None:
         np.testing.assert_array_equal(box, box_by_hand(coefficient, row, column, height, width))
 
 
+@pytest.mark.integration
 def test_boxes_are_clipped_and_weights_are_what_is_left_of_the_image() -> None:
     clipped = 0
     for mix, labels in draws(make_mixer(rule="cutmix"), batch_labels(), 60):
@@ -74,6 +75,7 @@ def test_boxes_are_clipped_and_weights_are_what_is_left_of_the_image() -> None:
     assert clipped > 10
 
 
+@pytest.mark.integration
 def test_boxes_are_centred_anywhere_and_as_large_as_the_coefficient_says() -> None:
     """Those of mixup and of cutmix come from the same draw of the coefficient."""
     coefficients = [labels.weight[0] for _, labels in draws(make_mixer(), batch_labels(), 200)]
@@ -111,6 +113,7 @@ def test_a_coefficient_of_one_leaves_images_as_they_are() -> None:
         assert not box_mask(tf.constant(1.0, tf.float64), row, 3, SIDE, WIDTH).numpy().any()
 
 
+@pytest.mark.integration
 def test_either_mixup_or_cutmix_with_even_odds() -> None:
     both = draws(make_mixer(rule="mixup_or_cutmix"), batch_labels(), 400)
     mixup = draws(make_mixer(rule="mixup"), batch_labels(), 400)
@@ -138,6 +141,7 @@ def remix_by_hand(weight, counts, other_counts, remix_kappa, threshold) -> list[
     return weights
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("rule", "base_rule"), [("remix", "mixup"), ("remix_cutmix", "cutmix")])
 def test_remix_gives_the_whole_label_to_a_rare_class_with_enough_of_the_image(
     rule: str, base_rule: str
@@ -172,6 +176,7 @@ def test_remix_by_hand(weight: float, expected: list[float]) -> None:
         np.testing.assert_allclose(relabel(*given, *limit), weight, rtol=1e-6)
 
 
+@pytest.mark.integration
 def test_unimix_favours_the_rarer_of_two() -> None:
     """Modulo 1, from Beta draws and counts; for equal counts around 1/2."""
     mixer = make_mixer(rule="unimix", alpha=0.8, sampling_power=-0.5)
@@ -202,6 +207,7 @@ def chi_squared(observed: np.ndarray, odds: np.ndarray) -> float:
     return float(((observed - expected) ** 2 / expected).sum())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("exponent", [0.0, -0.5, 1.0])
 def test_unimix_draws_partners_with_odds_by_image(exponent: float) -> None:
     found = draws(make_mixer(rule="unimix", sampling_power=exponent), batch_labels(), 800)
@@ -275,6 +281,7 @@ def settings(mix: MixSettings, **changes) -> TrainSettings:
 CMO = MixSettings(alpha=1.0, rule="cmo", probability=0.5, first_epoch=1)
 
 
+@pytest.mark.integration
 def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> None:
     source, plain = imbalanced_source(), MixSettings()
     batches = list(train_batches(source, settings(CMO), 0, 24))
@@ -299,6 +306,7 @@ def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> No
     assert 4 < mixed < 18
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("mix1")
 @pytest.mark.parametrize("mix", [UNIMIX, CMO])
 def test_two_hosts_and_a_resumed_run_make_the_same_batches(mix: MixSettings) -> None:

@@ -4,13 +4,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.helpers.batches import PLAIN, assert_equal, make_settings, numbered_source, positions_of
 
 from balpoe_jax.data.batches import samplers
 from balpoe_jax.data.pipeline import batch_indices, train_batches
 from balpoe_jax.data.randomness import RowRandom, fold_in
 from balpoe_jax.data.settings import SAMPLERS, Host, steps_per_epoch
 from balpoe_jax.errors import UserError
+from tests.helpers.batches import PLAIN, assert_equal, make_settings, numbered_source, positions_of
 
 LABELS = np.array([3, 1, 0, 1, 0, 0, 1, 0, 0, 3, 0, 1, 0, 0, 0])  # 9, 4, none and 2
 BATCH = 8
@@ -42,6 +42,7 @@ def test_one_class_and_one_example() -> None:
         assert drawn.shape == (4,) and set(drawn) <= positions
 
 
+@pytest.mark.integration
 def test_class_balanced_epochs_draw_every_class_as_often() -> None:
     drawn = orders("class_balanced", range(1500))
     odds = 1 / np.bincount(LABELS)[LABELS]
@@ -71,6 +72,7 @@ def test_class_aware_epochs_give_every_class_its_turn(run: int) -> None:
     assert len(set(seen[0])) > 15
 
 
+@pytest.mark.integration
 def test_every_order_of_classes_and_examples_is_as_likely() -> None:
     make_order = samplers.ClassAwareOrder(np.array([0, 1, 2, 2, 2]), 9, 1)
     seeds = tf.data.Dataset.range(3000).map(lambda step: fold_in(tf.constant([1, 2]), step))
@@ -90,6 +92,7 @@ def test_orders_are_a_function_of_the_step(sampler: str) -> None:
     assert not np.array_equal(whole[0], whole[2])
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("class_balanced")
 @pytest.mark.parametrize("sampler", SAMPLERS[1:])
 def test_batches_are_made_of_what_the_sampler_says(sampler: str) -> None:

@@ -50,6 +50,7 @@ def use(monkeypatch, builder: Builder) -> Builder:
     return builder
 
 
+@pytest.mark.integration
 def test_cifar_keeps_the_images_that_the_archives_order_selects(monkeypatch) -> None:
     builder = use(monkeypatch, Builder(PER_CLASS))
     data = datasets.load("cifar100", 100.0)

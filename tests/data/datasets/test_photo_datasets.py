@@ -99,6 +99,7 @@ def test_an_image_size_is_needed(data_dir: Path) -> None:
         load(data_dir, image_size=0)
 
 
+@pytest.mark.integration
 def test_every_test_photograph_is_read_once_and_cropped_in_the_centre(data_dir: Path) -> None:
     data = load(data_dir)
     batches = list(eval_batches(data.test, 4, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
@@ -115,6 +116,7 @@ def test_every_test_photograph_is_read_once_and_cropped_in_the_centre(data_dir: 
         np.testing.assert_allclose(image, expected, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_reading_again_opens_no_file_again(data_dir: Path) -> None:
     data = load(data_dir)
     opened = []
@@ -156,6 +158,7 @@ def assert_equal(left: list[dict], right: list[dict]) -> None:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
+@pytest.mark.integration
 def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
     batches = collect(data_dir, 0, 5)
     assert batches[0]["images"].shape == (8, SIZE, SIZE, 3)
@@ -163,6 +166,7 @@ def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
     assert np.abs(batches[0]["images"] - batches[1]["images"]).mean() > 0.1
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("augment0")
 @pytest.mark.parametrize("augment", [LONG, dataclasses.replace(LONG, rotation=30.0)])
 def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: AugmentSettings) -> None:
@@ -189,6 +193,7 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     np.testing.assert_allclose(batch["images"], expected, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
     """With mixup within each host's group, which is where hosts could differ from one."""
     options = settings(mix=MixSettings(alpha=0.3, groups=2))
@@ -201,6 +206,7 @@ def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
             np.testing.assert_array_equal(together, batch[key], err_msg=key)
 
 
+@pytest.mark.integration
 def test_an_epoch_has_every_photograph(data_dir: Path) -> None:
     source = load(data_dir).train
     options = settings(mix=MixSettings(), augment=AugmentSettings())
@@ -209,6 +215,7 @@ def test_an_epoch_has_every_photograph(data_dir: Path) -> None:
     np.testing.assert_array_equal(np.bincount(labels[: len(source)], minlength=1000), TRAIN)
 
 
+@pytest.mark.integration
 def test_half_of_the_photographs_are_mirrored(data_dir: Path) -> None:
     source = load(data_dir).train
     pair = [
@@ -229,6 +236,7 @@ def test_half_of_the_photographs_are_mirrored(data_dir: Path) -> None:
     assert 0.4 < mirrored.mean() < 0.6
 
 
+@pytest.mark.integration
 def test_inaturalist_is_tested_on_its_validation_split(tmp_path: Path) -> None:
     train = np.ones(8142, int)
     train[0] = 3
@@ -260,6 +268,7 @@ def view_of(source, encoded, options: TrainSettings, augment, stream: str, step:
     return normalize(images, options.mean, options.std).numpy()
 
 
+@pytest.mark.integration
 def test_views_and_partners_of_the_sampler_have_windows_of_their_own(data_dir: Path) -> None:
     source = load(data_dir).train
     options = settings(augment=AugmentSettings(flip=True), views=(VIEW,), mix=CMO)
@@ -306,6 +315,7 @@ def test_each_photograph_is_made_in_one_of_two_ways(data_dir: Path) -> None:
     assert (as_first ^ as_second).all() and 0 < as_second.sum() < 8
 
 
+@pytest.mark.integration
 def test_views_for_evaluation_have_windows_by_position(data_dir: Path) -> None:
     source = load(data_dir).test
     statistics = (0.5,) * 3, (0.25,) * 3

@@ -272,6 +272,7 @@ def _steps(metrics: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
 CMO = MixSettings(alpha=1.0, rule="cmo", sampling_power=-1.0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mix", [MixSettings(alpha=0.4), CMO], ids=["mixup", "cmo"])
 def test_any_number_of_steps_and_devices_makes_the_same_batches(mix: MixSettings) -> None:
     changes = {"mix": mix, "views": (AugmentSettings(crop_padding=1),)}
@@ -291,6 +292,7 @@ def test_any_number_of_steps_and_devices_makes_the_same_batches(mix: MixSettings
     assert (singly[0]["images"] != singly[1]["images"]).any()
 
 
+@pytest.mark.integration
 def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
     """Of all methods on CIFAR and digits; of the views the shapes alone, which tracing tells."""
     planned, traced = set(), set()
@@ -325,6 +327,7 @@ def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
     assert len(planned) > 15
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "changes",
     [

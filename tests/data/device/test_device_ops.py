@@ -100,6 +100,7 @@ def all_outputs(shape: str, vectorised: bool) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shape", ["square", "wide"])
 @pytest.mark.parametrize("name", [*FREE_OF_PARAMETERS, *PARAMETRIC])
 def test_equals_pillow_to_the_bit(name: str, shape: str) -> None:
@@ -120,6 +121,7 @@ def test_one_by_one_as_all_at_once() -> None:
         np.testing.assert_array_equal(all_outputs("wide", False)[name], expected, name)
 
 
+@pytest.mark.integration
 def test_operations_are_those_of_tensorflow_at_every_magnitude() -> None:
     """Of all variants of AutoAugment, shears among them, on images of several kinds."""
     random = np.random.default_rng(0)
@@ -169,6 +171,7 @@ def all_by_randaugment(shape: str) -> dict[str, np.ndarray]:
     return dict(zip(randaugment.NAMES, made, strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shape", ["square", "wide"])
 @pytest.mark.parametrize("name", [*EXACT, *GEOMETRIC])
 def test_operations_of_randaugment_are_those_of_pillow(name: str, shape: str) -> None:
@@ -189,6 +192,7 @@ def test_operations_of_randaugment_are_those_of_pillow(name: str, shape: str) ->
         assert (error > 0).mean() < (0.06 if values[0] == 10 else 0.0005), values
 
 
+@pytest.mark.integration
 def test_autocontrast_errs_as_pillow_for_every_stretch() -> None:
     """Of all ranges all values, by the formula of Pillow in float64."""
     low, high = (x.reshape(-1) for x in np.indices((256, 256)))
@@ -204,6 +208,7 @@ def test_autocontrast_errs_as_pillow_for_every_stretch() -> None:
         np.testing.assert_array_equal(stretch(pixels, tones.autocontrast_table()), expected)
 
 
+@pytest.mark.integration
 def test_division_by_floats_is_that_of_whole_numbers() -> None:
     random = np.random.default_rng(0)
     divisor = np.concatenate([np.arange(1, 5000), random.integers(1, 2**31, 5000)]).astype(np.int64)
@@ -238,6 +243,7 @@ def test_hue_equals_pillow_to_the_bit() -> None:
     np.testing.assert_array_equal(actual, view_fixtures()["turned"])
 
 
+@pytest.mark.integration
 def test_whole_numbers_make_colours_of_hues_as_floats_do() -> None:
     """All 16.7 million, against Pillow's mix of single and double precision."""
     convert = jax.jit(lambda *hsv: unpack(hue.to_rgb(*hsv)))
@@ -304,6 +310,7 @@ def test_windows_are_enlarged_as_pillow_does_to_the_bit() -> None:
     np.testing.assert_array_equal(flipped, mirrored)
 
 
+@pytest.mark.integration
 def test_jitter_with_hue_equals_pillow_to_the_bit() -> None:
     images, factors = view_fixtures()["images"], view_fixtures()["jitter_factors"]
     drawn = {

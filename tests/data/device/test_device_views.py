@@ -57,6 +57,7 @@ def moved_by_hand(drawn: dict[str, np.ndarray], degrees: np.ndarray | None, padd
     return batch_ops.crop_flip_rotate(images, top, left, drawn["flip"], degrees, padding).numpy()
 
 
+@pytest.mark.integration
 def test_a_batch_of_the_long_recipe_is_what_its_stages_make() -> None:
     """Crop, flip, rotation, AutoAugment and Cutout by the operations of the host, to the bit."""
     rows = 400
@@ -79,6 +80,7 @@ def test_a_batch_of_the_long_recipe_is_what_its_stages_make() -> None:
     np.testing.assert_array_equal(made(view, drawn, examples(), rows), expected)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("0.0-shape0", "0.0-shape1", "15.0-shape0")
 @pytest.mark.parametrize("shape", [SHAPE, (16, 24, 3)])
 @pytest.mark.parametrize("rotation", [0.0, 15.0])
@@ -118,6 +120,7 @@ def test_a_tpu_has_its_way_for_autoaugment_alone() -> None:
         assert not DeviceView(changed, SHAPE)._ways[0].has_table_alone
 
 
+@pytest.mark.integration
 def test_a_contrastive_view_is_what_its_stages_make() -> None:
     """Window, flip, jitter, grey and blur by the operations of the host, to the bit."""
     rows = 40
@@ -144,6 +147,7 @@ def test_a_contrastive_view_is_what_its_stages_make() -> None:
         np.testing.assert_array_equal(actual[i], packed_ops.unpack(image), f"row {i}")
 
 
+@pytest.mark.integration
 def test_a_policy_follows_everything_else() -> None:
     """RandAugment is applied to what the settings without it make, layer by layer."""
     rows, one_layer = 60, dataclasses.replace(AugmentSettings(), policy="randaugment")
@@ -160,6 +164,7 @@ def test_a_policy_follows_everything_else() -> None:
     np.testing.assert_array_equal(made(view, drawn, examples(), rows), images)
 
 
+@pytest.mark.integration
 def test_each_image_is_augmented_in_one_of_two_ways() -> None:
     """With even odds; the ways are those of views of one way alone."""
     rows, one = 60, AugmentSettings(crop_padding=2, flip=True)
@@ -300,6 +305,7 @@ def test_randaugment_draws_as_the_hosts() -> None:
     assert within_four_sigma(cubic, 0.5)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("either", "randaugment")
 @pytest.mark.parametrize(
     "settings",

@@ -20,6 +20,7 @@ EVERYTHING = AugmentSettings(
 PHOTOS = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4), policy="randaugment")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])
 def test_same_source_same_images_and_another_seed_others(settings: AugmentSettings) -> None:
     images = noise(32)
@@ -30,6 +31,7 @@ def test_same_source_same_images_and_another_seed_others(settings: AugmentSettin
     assert changed.mean() > 0.9
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])
 def test_rows_do_not_depend_on_who_makes_them(settings: AugmentSettings) -> None:
     """Two hosts make the halves of the batch that one host makes."""
@@ -197,6 +199,7 @@ def test_color_jitter_draws_factors_and_orders_evenly() -> None:
     np.testing.assert_allclose(np.corrcoef(factors[:, 0], factors[:, 1])[0, 1], 0, atol=0.03)
 
 
+@pytest.mark.integration
 def test_packed_images_come_back_packed_and_are_changed_alike() -> None:
     images = noise(12)
     for settings in (EVERYTHING, PHOTOS, AugmentSettings(crop_padding=2), AugmentSettings()):
@@ -206,6 +209,7 @@ def test_packed_images_come_back_packed_and_are_changed_alike() -> None:
         np.testing.assert_array_equal(packed_ops.unpack(output), expected)
 
 
+@pytest.mark.integration
 def test_what_is_done_image_by_image_can_be_done_before_the_rest() -> None:
     settings = AugmentSettings(
         color_jitter=(0.4, 0.4, 0.4), policy="randaugment", fill=(1, 2, 3), cutout=4

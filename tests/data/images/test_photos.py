@@ -31,6 +31,7 @@ def source(batch_size: int, seed: int = 0, rows: slice | None = None) -> RowRand
     return RowRandom(tf.constant([seed, 1]), batch_size, rows or slice(0, batch_size))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", FORMATS)
 def test_windows_are_decoded_and_resized_as_pillow_does(name: str) -> None:
     key = f"{name}_60x73"
@@ -142,6 +143,7 @@ def batches(threads: int, as_one: bool) -> list[np.ndarray]:
     return list(images.with_options(options).as_numpy_iterator())
 
 
+@pytest.mark.integration
 def test_graphs_of_batches_and_of_images_make_the_same_bytes_with_any_threads() -> None:
     reference = batches(1, as_one=True)
     assert reference[0].shape == (8, 24, 24)

@@ -75,6 +75,7 @@ def test_draws() -> None:
     assert set(np.unique(sign)) == {-1.0, 1.0}
 
 
+@pytest.mark.integration
 def test_number_and_strength_of_the_operations_may_be_others() -> None:
     draws = 20_000
     which, level, *_ = (x.numpy() for x in randaugment.draw(source(draws), 3, 4.0))

@@ -115,6 +115,7 @@ def test_a_window_of_a_small_image_follows_the_rule_of_the_random_resized_crop()
     np.testing.assert_array_equal(output, expected)
 
 
+@pytest.mark.integration
 def test_the_stages_of_a_view_come_in_their_order() -> None:
     """Window, flip, jitter, grey, blur, and then a policy."""
     images, random = noise(16), source(16)
@@ -135,6 +136,7 @@ def test_the_stages_of_a_view_come_in_their_order() -> None:
     assert only == dataclasses.replace(SIM, crop_area=0.0, flip=False)
 
 
+@pytest.mark.integration
 def test_views_of_a_batch_are_independent_and_not_mixed() -> None:
     shown = AugmentSettings(crop_padding=1, flip=True)
     windowed = AugmentSettings(crop_area=0.2, flip=True)
@@ -168,6 +170,7 @@ def views(batch_size: int, host: Host = Host(), seed: int = 3, epoch: int = 1) -
     return np.concatenate([batch["images"][batch["mask"]] for batch in batches])
 
 
+@pytest.mark.integration
 def test_views_for_evaluation_are_a_function_of_the_position() -> None:
     whole = views(21)
     np.testing.assert_array_equal(views(8), whole)
@@ -183,6 +186,7 @@ def test_views_for_evaluation_without_augmentation_are_the_examples() -> None:
     assert_equal(list(view_batches(*given, AugmentSettings(), 3, 0)), list(eval_batches(*given)))
 
 
+@pytest.mark.integration
 def test_each_image_is_augmented_in_one_of_two_ways() -> None:
     """With even odds; the ways are those of batches that are augmented in one way alone."""
     images, random = noise(100), source(100)
@@ -197,6 +201,7 @@ def test_each_image_is_augmented_in_one_of_two_ways() -> None:
     assert isinstance(make_view(array, one), View)
 
 
+@pytest.mark.integration
 def test_batches_of_two_ways_are_the_same_on_any_hosts() -> None:
     """And only the first view has two."""
     settings = make_settings(
