@@ -11,6 +11,7 @@ from tests.helpers import ROOT
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test has compiled serves the others, and the next run: most of their time is compilation.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest

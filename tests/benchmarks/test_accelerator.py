@@ -108,10 +108,17 @@ def test_without_complete_data_nothing_is_trained(tmp_path: Path, generated: boo
     assert trained == {"part": "table2", "side": "jax", "skipped": "there are no data"}
 
 
+@pytest.fixture
+def _few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is slow to pack."""
+    monkeypatch.setattr(packed_data, "HELD_OUT_PER_CLASS", 2)
+
+
+@pytest.mark.usefixtures("_few_held_out")
 def test_packed_images_are_those_that_the_selection_keeps(tmp_path: Path) -> None:
     """To the bit, with labels, order and test set; black is what it leaves out."""
     whole, again = (str(tmp_path / f"{name}.npz") for name in ("whole", "again"))
-    packed_data.generate(Path(whole), 24, 1)
+    packed_data.generate(Path(whole), 12, 1)
     folder = tmp_path / "mosaics"
     size = packed_data.pack(whole, folder, ratio=10.0, verify_counts=False)
     assert size == sum(path.stat().st_size for path in folder.iterdir())
@@ -131,9 +138,10 @@ def test_packed_images_are_those_that_the_selection_keeps(tmp_path: Path) -> Non
     assert not np.delete(train.images, kept, axis=0).any() and len(kept) < len(train)
 
 
+@pytest.mark.usefixtures("_few_held_out")
 def test_packed_images_of_another_selection_are_refused(tmp_path: Path) -> None:
     path, folder = tmp_path / "whole.npz", tmp_path / "mosaics"
-    packed_data.generate(path, 24, 1)
+    packed_data.generate(path, 12, 1)
     packed_data.pack(str(path), folder, ratio=10.0, verify_counts=False)
     with np.load(folder / packed_data.LABELS) as stored:
         labels = dict(stored) | {"ratio": 5.0}

@@ -103,6 +103,7 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> 
     assert "mean tau is" not in (tmp_path / "with" / "train.log").read_text()
 
 
+@pytest.mark.slow_cases("mislas-classifier tuning")
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize(
     ("name", "phase"), [("mislas", "classifier tuning"), ("los", "classifier re-training")]

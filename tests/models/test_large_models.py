@@ -256,6 +256,7 @@ def assert_same(result: Any, expected: Any) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("vmap")
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
 def test_rematerialisation_convolves_again_in_the_backward_pass(expert_map: str) -> None:
     images = jnp.zeros((2, 32, 32, 3))
@@ -314,6 +315,7 @@ def test_half_precision_rounds_a_little() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("resnet101-options2", "resnext50-options4")
 @pytest.mark.parametrize(
     ("name", "options"),
     [

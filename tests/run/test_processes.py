@@ -123,6 +123,7 @@ def device_reference(tiny_experts, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow_cases("shard_map")  # of the twin mode, too
 @pytest.mark.parametrize("mode", process_runs.MODES)
 def test_two_processes_make_the_batches_of_one_on_their_devices(
     device_reference: Path, two: Path, mode: str

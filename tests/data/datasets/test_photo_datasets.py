@@ -26,7 +26,8 @@ from tests.helpers.small_photos import jpeg, prepare
 SIZE, RESIZE = 16, 18
 TRAIN = np.array([5, 3, 2] + [1] * 997)
 TEST = np.array([1, 2, 3, 4] + [0] * 996)
-LONG = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4), policy="randaugment")
+JITTERED = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4))
+LONG = dataclasses.replace(JITTERED, policy="randaugment")
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +143,9 @@ def test_the_soft_limit_of_open_files_is_raised(data_dir: Path, monkeypatch) -> 
 
 
 def settings(**changes) -> TrainSettings:
-    augment = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4))
     fields = {"batch_size": 8, "seed": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return TrainSettings(**{**fields, "augment": augment, "mix": MixSettings(alpha=0.3), **changes})
+    fields |= {"augment": JITTERED, "mix": MixSettings(alpha=0.3)}
+    return TrainSettings(**{**fields, **changes})
 
 
 def collect(data_dir: Path, first: int, last: int, host: Host = Host()) -> list[dict]:  # noqa: B008
@@ -168,7 +169,7 @@ def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
 
 @pytest.mark.integration
 @pytest.mark.slow_cases("augment0")
-@pytest.mark.parametrize("augment", [LONG, dataclasses.replace(LONG, rotation=30.0)])
+@pytest.mark.parametrize("augment", [LONG, dataclasses.replace(JITTERED, rotation=30.0)])
 def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: AugmentSettings) -> None:
     """Done here by batch and on bytes: a rotation comes before the changes of colour."""
     source, options = load(data_dir).train, settings(augment=augment)
