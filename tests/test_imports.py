@@ -382,7 +382,9 @@ def test_test_modules_do_not_import_each_other() -> None:
     """What they share is in `tests.helpers`; no folder of tests but these is not the package's."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
         names = [name for name, _ in imported(path)]
-        modules = [name for name in names if re.match(r"(tests\.(?!helpers)|test_|conftest)", name)]
+        modules = [
+            name for name in names if re.match(r"(tests\.(?!helpers|tools)|test_|conftest)", name)
+        ]
         assert modules == [], path
     folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
     there = {str(folder.relative_to(ROOT / "tests")) for folder in folders}
