@@ -12,7 +12,8 @@ import pytest
 from balpoe_jax import methods
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import build
-from balpoe_jax.methods import Phase
+from balpoe_jax.experiment.phases import PhasePlan, epoch_at, phase_of, step_at
+from balpoe_jax.methods import Context, Phase
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.classifier import in_classifier, new_classifier
 from balpoe_jax.methods.mislas import Mislas
@@ -146,3 +147,19 @@ def test_a_phase_begins_with_parameters_of_seed_and_phase_alone(program_of) -> N
 def test_a_phase_that_changes_the_structure_is_refused(program_of, fault, message) -> None:
     with pytest.raises(UserError, match=message):
         program_of(fault=fault)
+
+
+def test_steps_belong_to_the_phases_that_they_are_updates_of() -> None:
+    """Two epochs of three steps, and three epochs of two."""
+    counts, optimizer = np.array([5, 1]), make_optimizer(0.1)
+    first, second = Context(counts, steps_per_epoch=3), Context(counts, steps_per_epoch=2)
+    second = dataclasses.replace(second, first_step=6)
+    plans = [
+        PhasePlan(0, "one", first, optimizer, np.array([0.1, 0.2]), 0),
+        PhasePlan(1, "two", second, optimizer, np.array([0.3, 0.4, 0.5]), 2),
+    ]
+    assert [phase_of(plans, step).index for step in range(14)] == [0] * 7 + [1] * 7
+    rates = [phase_of(plans, step).learning_rate(step) for step in range(1, 13)]
+    assert rates == [0.1] * 3 + [0.2] * 3 + [0.3] * 2 + [0.4] * 2 + [0.5] * 2
+    assert [step_at(plans, epoch) for epoch in range(6)] == [0, 3, 6, 8, 10, 12]
+    assert [epoch_at(plans, step) for step in (0, 3, 6, 7, 12)] == [0, 1, 2, 2.5, 5]
