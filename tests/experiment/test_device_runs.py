@@ -2,6 +2,7 @@
 """Whole runs whose batches are made on the devices: dispatched, resumed, evaluated."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import _dispatches, train
 from tests.helpers import ROOT
 from tests.helpers.config_files import get_config
+from tests.helpers.xla_flags import flags_of_xla, quick_flags
 
 # Its bits are those of programs as users compile them.
 pytestmark = [
@@ -218,7 +220,7 @@ def test_the_default_follows_platform_memory_and_what_is_installed(
 BLOCKED = ("tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_resources")
 
 
-def test_digits_are_trained_and_evaluated_without_tensorflow(tmp_path: Path) -> None:
+def test_digits_are_trained_and_evaluated_without_tensorflow(tmp_path: Path, request) -> None:
     """In a process of its own that cannot import it, with the config's own network."""
     code = f"""
 import sys
@@ -230,7 +232,12 @@ sys.argv = ["main", *{["--config=configs/digits_lt.py:experts=1", "--config.tota
 runpy.run_module("balpoe_jax.main", run_name="__main__")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **flags_of_xla(quick_flags(request.config))},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ensemble" in done.stdout
