@@ -102,7 +102,10 @@ def quick_compilation(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the cases that `slow_cases` names, each of which must be there."""
+    """Marks the cases that `slow_cases` names, each of which must be there; long files go first.
+
+    Else one process would still be at whole runs when there is nothing left for the other.
+    """
     unknown: dict[str, set[str]] = {}
     for item in items:
         for marker in item.iter_markers("slow_cases"):
@@ -111,7 +114,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             unknown.setdefault(name, set(marker.args)).discard(case)
             if case in marker.args:
                 item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not _is_long(item))
     selected = any("::" in argument for argument in config.args)
     stale = {name: cases for name, cases in unknown.items() if cases}
     if stale and not selected:
         raise pytest.UsageError(f"slow_cases names cases that there are not: {stale}")
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether all tests of an item's file are whole runs, processes or commands."""
+    module = item.getparent(pytest.Module)
+    return module is not None and any(mark.name == "integration" for mark in module.own_markers)
