@@ -145,6 +145,7 @@ def test_shapes(name: str, num_experts: int) -> None:
     assert all(x.shape[0] == num_experts for x in jax.tree.leaves(variables["params"]["expert"]))
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("options0")
 @pytest.mark.parametrize("options", [{"expert_map": "vmap"}, {"remat": True}])
 def test_expert_map_and_rematerialisation_give_one_model(options: dict) -> None:
@@ -182,6 +183,7 @@ def test_experts_share_as_much_as_they_are_asked_to(shared: int | None) -> None:
     assert parameters == sum(PARTS[:cut]) + 3 * sum(PARTS[cut:])
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("-1")
 @pytest.mark.parametrize("shared", [-1, 3])
 def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
@@ -213,6 +215,7 @@ def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
     )
 
 
+@pytest.mark.integration
 def test_bbns_network_ends_in_two_last_blocks_of_another_network() -> None:
     """ResNet-14's last stage has one block more than two: either of them is its last one."""
     options = {"num_classes": 10, "num_experts": 1, "classifier": "linear"}
@@ -244,6 +247,7 @@ def test_bbns_network_ends_in_two_last_blocks_of_another_network() -> None:
     assert sizes[0] - sizes[1] == block + 64 * 10
 
 
+@pytest.mark.integration
 def test_a_cosine_head_may_have_a_bias() -> None:
     model = create_model(
         "resnet8", num_classes=5, num_experts=2, scale=16.0, classifier="cosine_bias"
@@ -267,6 +271,7 @@ def test_experts_start_different_and_the_trunk_is_shared() -> None:
     assert variables["params"]["trunk"]["conv1"]["kernel"].shape == (3, 3, 3, 16)
 
 
+@pytest.mark.integration
 def test_initial_values_have_the_references_distributions() -> None:
     model = create_model("resnet32", num_classes=100, num_experts=3)
     variables = init(model, jnp.zeros((1, 8, 8, 3)))

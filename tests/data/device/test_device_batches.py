@@ -198,6 +198,7 @@ def test_partners_stay_in_their_groups() -> None:
     np.testing.assert_array_equal(np.sort(partner, axis=1), np.arange(16).reshape(4, 4))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("alpha", "rule"), [(0.4, "mixup"), (0.4, "unimix"), (1.0, "cutmix")])
 def test_both_pipelines_mix_by_one_distribution(alpha: float, rule: str) -> None:
     settings = settings_of(mix=MixSettings(alpha=alpha, rule=rule, sampling_power=-1.0))
@@ -220,6 +221,7 @@ def test_both_pipelines_mix_by_one_distribution(alpha: float, rule: str) -> None
     assert stats.chi2_contingency(np.array(table) + 1).pvalue > 1e-4
 
 
+@pytest.mark.integration
 def test_both_pipelines_make_one_distribution_of_images() -> None:
     """Mean and spread of every pixel over many draws of one image, within the error of the mean."""
     source = ArraySource(images()[:1], np.zeros(1, np.int64), np.zeros(1, np.int64))

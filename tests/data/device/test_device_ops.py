@@ -115,6 +115,7 @@ def test_equals_pillow_to_the_bit(name: str, shape: str) -> None:
     assert not error.any()
 
 
+@pytest.mark.integration
 def test_one_by_one_as_all_at_once() -> None:
     """The ways of CPUs and of accelerators."""
     for name, expected in all_outputs("wide", True).items():

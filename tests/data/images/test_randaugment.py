@@ -49,6 +49,7 @@ def test_every_operation_is_there_once() -> None:
     assert names == {*EXACT, *GEOMETRIC} and len(names) == 15
 
 
+@pytest.mark.integration
 def test_geometric_operations_show_the_fill_outside() -> None:
     image = tf.zeros([20, 20], tf.uint32)
     operations = randaugment._operations((7, 8, 9))
