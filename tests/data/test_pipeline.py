@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from balpoe_jax.data.pipeline import eval_batches, train_batches
+from balpoe_jax.data.randomness import stream_seed
 from balpoe_jax.data.records.sources import ArraySource
 from balpoe_jax.data.settings import (
     AugmentSettings,
@@ -65,6 +66,13 @@ def test_seeds_and_steps_differ() -> None:
     first, second = collect(0, 2)
     assert not np.array_equal(first["images"], second["images"])
     assert not np.array_equal(collect(0, 1, seed=4)[0]["images"], first["images"])
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    """Of 62, also where a generator takes 31."""
+    seeds = [0, *(1 << bit for bit in range(62))]
+    found = {tuple(stream_seed(seed, "order", 0).numpy().tolist()) for seed in seeds}
+    assert len(found) == len(seeds)
 
 
 def test_an_epoch_is_a_permutation_that_wraps_to_its_own_start() -> None:

@@ -51,6 +51,16 @@ def box_by_hand(coefficient: float, row: int, column: int, height: int, width: i
     return inside
 
 
+def test_partners_of_a_host_are_among_its_own_rows() -> None:
+    """And are those that one host would give these rows, within a group for each host."""
+    settings, place = MixSettings(alpha=1.0, groups=2), (LABELS, (SIDE, WIDTH, 3), BATCH, 5)
+    whole, second = (Mixer(settings, *place, rows) for rows in (slice(0, 8), slice(4, 8)))
+    for step in range(4):
+        step, labels = tf.constant(step, tf.int64), tf.constant(batch_labels())
+        everywhere = whole.draw(step, labels)[0].partners
+        np.testing.assert_array_equal(second.draw(step, labels[4:])[0].partners, everywhere[4:] - 4)
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 12), (1, 3)])
 def test_the_box_is_cutmixs(height: int, width: int) -> None:
     random = np.random.default_rng(0)
