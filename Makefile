@@ -12,6 +12,9 @@ VENV_NEWEST := .venv-newest
 LOCKED ?= yes
 KIND := $(if $(filter no,$(LOCKED)),txt,lock)
 
+# A file's tests share what they train and compile; `tests/conftest.py` puts the long files first.
+SPREAD := --dist loadfile --no-loadscope-reorder
+
 .PHONY: help demo test test-all test-newest lint format types lock audit clean
 
 help:
@@ -26,13 +29,13 @@ demo: $(VENV)/.run
 	$(BIN)/python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 $(SPREAD) -m 'not slow'
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m '' --all
+	$(BIN)/python -m pytest -n 2 $(SPREAD) -m '' --all
 
 test-newest: $(VENV_NEWEST)/.dev
-	$(VENV_NEWEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(VENV_NEWEST)/bin/python -m pytest -n 2 $(SPREAD) -m 'not slow'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

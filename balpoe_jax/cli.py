@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from balpoe_jax import config_files
 from balpoe_jax.errors import Preempted, TransientError, UserError
 from balpoe_jax.renames import rename_overrides
 
@@ -103,7 +104,11 @@ def define_run_flags() -> None:
 def define_config_flag() -> None:
     """Defines --config."""
     config_flags.DEFINE_config_file(
-        "config", None, "File of the experiment, FILE.py[:key=value,...].", lock_config=True
+        "config",
+        None,
+        "Experiment: a file, FILE.py[:key=value,...], or the name of one in configs/, "
+        "NAME[:key=value,...].",
+        lock_config=True,
     )
     flags.mark_flag_as_required("config")
 
@@ -171,10 +176,15 @@ def _log_to_terminal() -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    file = _config_path(argv).partition(":")[0]
+    given, argv = sys.argv, config_files.locate_all(argv)
+    path = _config_path(argv)
+    file = path.partition(":")[0]
+    if config_files.is_name(path):
+        names = ", ".join(config_files.names())
+        _fail(f"There is no config {file!r}; choose from {names}, or name a file, as FILE.py.")
     if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
         _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
-    given, argv = sys.argv, rename_overrides(argv, partial(_own_taus, argv))
+    argv = rename_overrides(argv, partial(_own_taus, argv))
     try:
         sys.argv = argv  # where ml_collections looks for overrides
         arguments = flags.FLAGS(argv)
@@ -189,8 +199,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         sys.argv = given  # as the run's record keeps it
     if "config" in flags.FLAGS and not isinstance(flags.FLAGS.config, ConfigDict):  # unreadable
         _fail(
-            f"The config file {_config_path(argv)} cannot be read; name an experiment's file, such "
-            "as --config=configs/digits_lt.py."
+            f"The config file {path} cannot be read; name an experiment's file, such as "
+            f"--config=configs/digits_lt.py, or one of {', '.join(config_files.names())}."
         )
     return arguments
 

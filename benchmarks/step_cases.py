@@ -123,9 +123,9 @@ PHOTOS_TORCH = (
 _TOY: dict[Any, Sequence[Case | TorchCase]] = {
     SMALL: (SMALL[0], SMALL[1], SMALL[4]),
     SMALL_FUSED: SMALL_FUSED[:1],
-    PHOTOS: PHOTOS[:2],
+    PHOTOS: PHOTOS[:1],
     SMALL_TORCH: SMALL_TORCH,
-    PHOTOS_TORCH: PHOTOS_TORCH[:2],
+    PHOTOS_TORCH: PHOTOS_TORCH[:1],
 }
 
 

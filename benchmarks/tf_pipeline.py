@@ -162,7 +162,7 @@ def _profile_photographs(
         lambda: decoding.random_windows(decoding.shapes(encoded), random.stream("w")),
     )
     flips = random.uniform("flip") < 0.5
-    images = add("decode", lambda: decoding.decode_windows(encoded, windows, flips, size))
+    images = add("decode", lambda: _decode(encoded, windows, flips, size))
     cut = [
         (tf.io.decode_and_crop_jpeg(image, window, channels=3), flip)
         for image, window, flip in zip(encoded, windows, flips, strict=True)
@@ -175,6 +175,14 @@ def _profile_photographs(
         ),
     )
     return images
+
+
+def _decode(encoded: tf.Tensor, windows: tf.Tensor, flips: tf.Tensor, size: int) -> tf.Tensor:
+    return tf.map_fn(
+        lambda one: decoding.decode_window(one[0], one[1], one[2], size),
+        (encoded, windows, flips),
+        fn_output_signature=tf.TensorSpec([size, size], tf.uint32),
+    )
 
 
 def _augmentation(

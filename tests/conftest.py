@@ -4,18 +4,19 @@
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
+
+from tests.helpers import ROOT
 
 # Before JAX starts, and for the processes that tests start. The tests' numbers are those of a CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test has compiled serves the others, and the next run: most of their time is compilation.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
-)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
-import jaxlib
 import pytest
+
+from tests.helpers.xla_flags import flags_of_xla, quick_flags
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,9 +32,8 @@ def x64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny_experts(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whole runs of a network that is compiled in a second; `make test-all` takes the config's."""
-    import tiny_network
-
     from balpoe_jax.experiment import build
+    from tests.helpers import tiny_network
 
     with pytest.MonkeyPatch.context() as patch:
         if not request.config.getoption("--all"):
@@ -73,22 +73,6 @@ def pytest_configure(config: pytest.Config) -> None:
     _set_flags_of_jax(quick_flags(config))
 
 
-def quick_flags(config: pytest.Config) -> str:
-    """Flags of XLA with which small programs are compiled twice as fast, and large ones as fast."""
-    # Other versions may end at a flag that they do not know.
-    known = jaxlib.__version__.startswith("0.10.") and not config.getoption("--all")
-    return "--xla_cpu_use_fusion_emitters=false" if known else ""
-
-
-def flags_of_xla(flags: str) -> dict[str, str]:
-    """The variable that adds flags to those of the environment, for JAX and processes of tests.
-
-    Without any it is left out: XLA takes a value that is blank for the name of a file of flags.
-    """
-    every = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    return {"XLA_FLAGS": every} if every else {}
-
-
 def _set_flags_of_jax(flags: str) -> None:
     """Makes JAX's XLA read these flags, and not TensorFlow's.
 
@@ -118,7 +102,10 @@ def quick_compilation(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the cases that `slow_cases` names, each of which must be there."""
+    """Marks the cases that `slow_cases` names, each of which must be there; long files go first.
+
+    Else one process would still be at whole runs when there is nothing left for the other.
+    """
     unknown: dict[str, set[str]] = {}
     for item in items:
         for marker in item.iter_markers("slow_cases"):
@@ -127,7 +114,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             unknown.setdefault(name, set(marker.args)).discard(case)
             if case in marker.args:
                 item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not _is_long(item))
     selected = any("::" in argument for argument in config.args)
     stale = {name: cases for name, cases in unknown.items() if cases}
     if stale and not selected:
         raise pytest.UsageError(f"slow_cases names cases that there are not: {stale}")
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether all tests of an item's file are whole runs, processes or commands."""
+    module = item.getparent(pytest.Module)
+    return module is not None and any(mark.name == "integration" for mark in module.own_markers)

@@ -97,6 +97,7 @@ def step(model: nn.Module, mode: str, num_devices: int, accumulate: int, sync: b
     return jax.device_get(devices.map_step(function)(state, devices.shard(batch())))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 @pytest.mark.parametrize(("num_devices", "accumulate"), [(1, 4), (4, 2), (4, 4)])
 def test_microbatches_make_the_step_of_the_large_batch(
@@ -136,6 +137,7 @@ def by_hand(num_devices: int, accumulate: int, sync: bool):
     return jax.device_get((jax.tree.map(jnp.add, state.params, updates), stats))
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("pmap-4-False", "pmap-1-True")
 @pytest.mark.parametrize(
     ("mode", "num_devices", "sync"),

@@ -7,20 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
 import pytest
 
 from balpoe_jax import cli
 from balpoe_jax.cli import use_compilation_cache
 from balpoe_jax.errors import UserError
+from tests.helpers import ROOT
+from tests.helpers.commands import run_main
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return commands.run("balpoe_jax.main", *arguments)
 
 
 def test_a_command_starts_from_nothing() -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cifar import members, write_archive
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+from tests.helpers.cifar_files import members, write_archive
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -35,7 +35,8 @@ TENSORFLOW = {
 WITHOUT_THE_EXTRA = """
 import sys
 
-EXTRA = {"tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_resources"}
+EXTRA = {"tensorflow", "tensorflow_datasets", "google_crc32c", "array_record",
+    "importlib_resources"}
 asked = []
 
 class Hidden:
@@ -60,6 +61,7 @@ def run_python(code: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
@@ -88,7 +90,7 @@ def test_the_library_parts_stay_light(
 # Who may import whom, by top module or package: what stands further up, and itself.
 RULE = (
     # Trees as vectors are of use to both the optimizer and the step.
-    ("errors", "one_vector", "renames"),
+    ("errors", "one_vector", "renames", "config_files"),
     # A setting checks itself, and says so by an error.
     ("setting",),
     ("files", "cli", "losses", "optim", "parallel", "metrics", "models", "data"),
@@ -284,6 +286,7 @@ def test_what_is_allowed_is_not_found(tmp_path: Path, file: str, line: str) -> N
     assert violations(tmp_path) == []
 
 
+@pytest.mark.integration
 def test_the_package_has_its_light_parts_as_attributes(tmp_path: Path) -> None:
     """None is imported before it is asked for, and none brings TensorFlow."""
     code = f"""
@@ -307,6 +310,7 @@ except AttributeError as error:
     ]
 
 
+@pytest.mark.integration
 def test_importing_everything_touches_no_device_file_or_flag(tmp_path: Path) -> None:
     imports = "\n".join(f"import {module}" for module in MODULES)
     code = f"""
@@ -325,6 +329,7 @@ assert dict(os.environ) == before, "the environment was changed"
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.integration
 def test_most_modules_neither_need_nor_import_tensorflow(tmp_path: Path) -> None:
     """Nor do the libraries that they import, nor what writes the curves."""
     assert set(MODULES) >= TENSORFLOW
@@ -374,3 +379,17 @@ assert not EXTRA & set(sys.modules)
     assert records == f"Reading TFRecord files needs google-crc32c, which is {remedy}"
     assert cifar.startswith("There is no cifar-10-binary.tar.gz and no cifar10.npz in ")
     assert cifar.endswith('or pip install "balpoe-jax[tfds]".')
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    """What they share is in `tests.helpers`; no folder of tests but these is not the package's."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        names = [name for name, _ in imported(path)]
+        modules = [
+            name for name in names if re.match(r"(tests\.(?!helpers|tools)|test_|conftest)", name)
+        ]
+        assert modules == [], path
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    there = {str(folder.relative_to(ROOT / "tests")) for folder in folders}
+    ours = {name for name in there if not (ROOT / "balpoe_jax" / name).is_dir()}
+    assert ours <= {"benchmarks", "tools"}

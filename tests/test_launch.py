@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzzing import fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers import ROOT
+from tests.helpers.fuzzing import fuzzed
+
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(
     {

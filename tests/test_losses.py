@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import cases, golden, max_relative
 from jax.test_util import check_grads
 
 from balpoe_jax.errors import UserError
@@ -18,6 +17,7 @@ from balpoe_jax.losses import (
     log_prior,
     logit_adjusted_cross_entropy,
 )
+from tests.helpers.golden import cases, golden, max_relative
 
 COUNTS = [500, 120, 30, 8, 2]
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import golden
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.optim import learning_rates, make_optimizer, rate_of_step
+from tests.helpers.golden import golden
 
 PRESETS = {
     "cifar_standard": (200, 0.1, "step", (160, 180), 0.1, 5),

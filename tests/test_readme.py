@@ -2,13 +2,16 @@
 """What the README shows runs."""
 
 import re
-from pathlib import Path
 
 import numpy as np
+import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.integration
 def test_the_library_example_runs(request) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     if not request.config.getoption("--all"):

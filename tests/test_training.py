@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_config import get_config
 
 from balpoe_jax.config import resolve
 from balpoe_jax.errors import Preempted, TransientError, UserError
@@ -27,32 +26,9 @@ from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.run.lock import WorkdirLock
 from balpoe_jax.run.preemption import PreemptionNotice
 from balpoe_jax.train import missing_test_row, train
+from tests.helpers.digits_runs import STEPS_PER_EPOCH, final_state, interrupt, rows, tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts")]
-
-STEPS_PER_EPOCH = 3
-
-
-def tiny_config(total_epochs: int = 2, **changes):
-    """413 digits, three steps an epoch."""
-    config = get_config("digits_lt")
-    config.batch_size = 140
-    config.total_epochs = total_epochs
-    config.log_every_steps = 1
-    config.checkpoint.every_epochs = 1
-    config.checkpoint.keep = 10
-    config.eval.every_epochs = 0
-    config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
-    return config
-
-
-def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-
-
-def final_state(config, workdir: Path):
-    with Checkpoints(str(workdir / "checkpoints")) as checkpoints:
-        return checkpoints.restore_latest(build(resolve(config)).program.abstract_state())
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +37,6 @@ def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
     train(resolve(tiny_config()), str(workdir))
     return workdir
-
-
-def interrupt(finished: Path, workdir: Path, epoch: int) -> None:
-    """A copy of the run as if it had been killed some time after the checkpoint of `epoch`."""
-    shutil.copytree(finished, workdir)
-    for checkpoint in (workdir / "checkpoints").iterdir():
-        if int(checkpoint.name) > epoch * STEPS_PER_EPOCH:
-            shutil.rmtree(checkpoint)
-    (workdir / "results.json").unlink()
 
 
 @pytest.mark.usefixtures("no_page")
@@ -286,7 +253,7 @@ def test_what_is_refused_leaves_the_workdir_free(tmp_path: Path) -> None:
 def test_another_config_is_refused_with_the_fields(finished: Path) -> None:
     for start in (train, evaluate):
         with pytest.raises(UserError, match=r"mix.alpha was 0.4 and is now 0.2; seed was 1"):
-            start(tiny_config(mix__alpha=0.2, seed=5), str(finished))
+            start(resolve(tiny_config(mix__alpha=0.2, seed=5)), str(finished))
 
 
 @pytest.mark.usefixtures("no_page")

@@ -4,13 +4,13 @@
 import ast
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 SOURCES = [
     p for f in ("balpoe_jax", "configs", "launch", "benchmarks") for p in (ROOT / f).rglob("*.py")
 ]

@@ -75,15 +75,6 @@ def collectives(text: str) -> list[Collective]:
     )
 
 
-def collective_sizes(text: str) -> list[tuple[str, int]]:
-    """Kind and bytes of every collective in a program, one by one, in the order of its text."""
-    return [
-        (kind, array_bytes(_communicated(instruction)))
-        for kind, count, instruction in _find_collectives(text)
-        for _ in range(count)
-    ]
-
-
 def estimated_cycles(text: str) -> int | None:
     """The cycles that the TPU compiler expects of a program; None for a platform without estimates.
 

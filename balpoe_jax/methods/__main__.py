@@ -2,7 +2,7 @@
 """Writes the catalogue of the methods, or the first version of a new one.
 
     python -m balpoe_jax.methods catalogue      docs/methods/index.md, and the README's table
-    python -m balpoe_jax.methods new NAME       balpoe_jax/methods/NAME.py and tests/test_NAME.py
+    python -m balpoe_jax.methods new NAME       the file of a method, and its test
 
 Both work on the checkout that the package stands in.
 """
@@ -58,7 +58,7 @@ def write_new(root: Path, name: str) -> None:
     scaffold.check_name(name)
     files = {
         root / "balpoe_jax" / "methods" / f"{name}.py": scaffold.text_of_method(name),
-        root / "tests" / f"test_{name}.py": scaffold.text_of_test(name),
+        root / "tests" / "methods" / f"test_{name}.py": scaffold.text_of_test(name),
     }
     taken = [str(file.relative_to(root)) for file in files if file.exists()]
     if taken or name in PRESETS or scaffold.class_name(name).lower() in METHODS:
@@ -67,14 +67,15 @@ def write_new(root: Path, name: str) -> None:
             f"{taken[0] if taken else 'a preset or a class'} has already; choose another name."
         )
     for file, text in files.items():
+        file.parent.mkdir(exist_ok=True)
         file.write_text(text)
     test, module = (str(file.relative_to(root)) for file in reversed(files))
     print(
         f"Wrote {module} and {test}.\n"
         f"Try it:    python -m balpoe_jax.main --config=configs/digits_lt.py:method={name} "
         f"--workdir=runs/{name}\n"
-        f"Test it:   python -m pytest -m 'not slow' {test} tests/test_methods.py "
-        "tests/test_method_runs.py\n"
+        f"Test it:   python -m pytest -m 'not slow' {test} tests/methods/test_methods.py "
+        "tests/methods/test_method_runs.py\n"
         "Then:      python -m balpoe_jax.methods catalogue"
     )
 

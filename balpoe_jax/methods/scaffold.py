@@ -105,7 +105,7 @@ def text_of_method(name: str) -> str:
 
 
 def text_of_test(name: str) -> str:
-    """The text of `tests/test_NAME.py`."""
+    """The text of `tests/methods/test_NAME.py`."""
     return _fill(_TEST, name)
 
 

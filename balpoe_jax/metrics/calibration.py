@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from balpoe_jax.errors import UserError
 
@@ -137,16 +138,13 @@ def negative_log_likelihood(logits: npt.ArrayLike, labels: npt.ArrayLike) -> flo
     From logits, so that a probability that underflows does not make it infinite.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    picked = shifted[np.arange(len(labels)), labels]
-    return float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - picked))
+    log_probabilities = special.log_softmax(logits, axis=1)
+    return float(-np.mean(log_probabilities[np.arange(len(labels)), labels]))
 
 
 def softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Softmax over the last axis in float64."""
-    logits = np.asarray(logits, np.float64)
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return special.softmax(np.asarray(logits, np.float64), axis=-1)
 
 
 def _check_bins(confidence: npt.NDArray[np.float64], num_bins: int) -> None:

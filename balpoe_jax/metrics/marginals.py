@@ -3,6 +3,7 @@
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from balpoe_jax.errors import UserError
 
@@ -26,9 +27,7 @@ def target_prior(class_counts: npt.ArrayLike, tau: float) -> npt.NDArray[np.floa
     counts = np.asarray(class_counts, np.float64)
     if counts.ndim != 1 or not (counts > 0).all():
         raise UserError("Expected class_counts [C] that are all positive.")
-    exponents = (1 - tau) * np.log(counts)
-    weights = np.exp(exponents - exponents.max())
-    return weights / weights.sum()
+    return special.softmax((1 - tau) * np.log(counts))
 
 
 def kl_divergence(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
@@ -41,6 +40,4 @@ def kl_divergence(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
     p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
     if p.shape != q.shape:
         raise UserError(f"Expected two distributions of one length, got {p.shape} and {q.shape}.")
-    support = p > 0
-    with np.errstate(divide="ignore"):
-        return float(np.sum(p[support] * (np.log(p[support]) - np.log(q[support]))))
+    return float(special.rel_entr(p, q).sum())

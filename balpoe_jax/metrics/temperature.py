@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from balpoe_jax.errors import UserError
 
@@ -42,9 +43,8 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     rows = np.arange(len(labels))
 
     def loss(log_scale: float) -> float:
-        values = logits * np.exp(log_scale)
-        values -= values.max(axis=1, keepdims=True)
-        return float(np.mean(np.log(np.exp(values).sum(axis=1)) - values[rows, labels]))
+        values = special.log_softmax(logits * np.exp(log_scale), axis=1)
+        return float(-np.mean(values[rows, labels]))
 
     bound = np.log(_LARGEST_TEMPERATURE)
     from scipy import optimize  # not above: it takes a while to import

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from balpoe_jax import files, metrics
 from balpoe_jax.errors import UserError
@@ -200,7 +201,7 @@ def _mean_divergence(group: RunGroup, *keys: Any) -> float | str | None:
     return result_tables.divergence(None) if None in values else spread(values).mean
 
 
-def _reliability(groups: Sequence[RunGroup]) -> str:
+def _reliability(groups: Sequence[RunGroup]) -> Markup:
     drawn = []
     for i, group in enumerate(groups):
         run = group.runs[0]
@@ -227,7 +228,7 @@ def _reliability(groups: Sequence[RunGroup]) -> str:
     return html.figures(*drawn)
 
 
-def _shift_figures(groups: Sequence[RunGroup]) -> str:
+def _shift_figures(groups: Sequence[RunGroup]) -> Markup:
     drawn, percent = [], Column("")
     for i, group in enumerate(groups):
         names = _targets([group])
@@ -250,7 +251,7 @@ def _shift_figures(groups: Sequence[RunGroup]) -> str:
     return html.figures(*drawn, broad=True)
 
 
-def _experts_curve(groups: Sequence[RunGroup]) -> str:
+def _experts_curve(groups: Sequence[RunGroup]) -> Markup:
     """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
     ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
     numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]

@@ -25,6 +25,9 @@ _INK = "#010203"
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "balpoe_jax",  # element names that do not differ from run to run
+    # No white ground of the figure's own: it would hide the page's.
+    "figure.frameon": False,
+    "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": _INK,
@@ -39,6 +42,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _BLUE, _VERMILION, _GREEN = "#2b7bba", "#d5622b", "#169c78"
 _OVER, _UNDER = "#e59a7d", "#8cc0ea"
 _GROUP_COLORS = {"many": _BLUE, "medium": _VERMILION, "few": _GREEN}
@@ -351,11 +355,8 @@ def _svg(figure: "Figure", name: str) -> str:
     buffer = io.StringIO()
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=_NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # The figure's white ground would hide the page's own.
-    text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r"fill: #ffffff", "fill: none", text)
+    # Matplotlib counts its elements in each figure from 1, and a page has several.
     return re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text)

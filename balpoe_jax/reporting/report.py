@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from balpoe_jax import metrics
 from balpoe_jax.errors import UserError
@@ -143,14 +144,14 @@ def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, 
 
 def _calibration_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
-) -> str:
+) -> Markup:
     parts = [html.table(content["calibration"], heading=False), _reliability(results, summaries)]
     if "calibration_groups" in content:
         parts.append(html.table(content["calibration_groups"]))
     return html.section("Calibration", *parts)
 
 
-def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str:
+def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> Markup:
     if isinstance(summaries, str):
         return html.absent(summaries)
     named = {"ensemble": summaries.ensemble}
@@ -177,7 +178,7 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> str
 
 def _classes_section(
     results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
-) -> str:
+) -> Markup:
     counts, test = np.array(results["class_counts"]), results["test"]
     low, high = thresholds = _thresholds(run)
     names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
@@ -224,7 +225,7 @@ def _classes_section(
 
 def _shift_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any]
-) -> tuple[str, ...]:
+) -> tuple[Markup, ...]:
     shift = results["shift"]
     names = [result_tables.short_name(name) for name in shift]
     ends = [name for name in shift if name in (next(iter(shift)), "uniform", next(reversed(shift)))]
@@ -249,7 +250,7 @@ def _shift_section(
 
 def _experts_section(
     content: Mapping[str, tables.Table], results: Mapping[str, Any], summaries: _Summaries | str
-) -> tuple[str, ...]:
+) -> tuple[Markup, ...]:
     bias = [html.table(content["bias"], heading=False)]
     if isinstance(summaries, str):
         bias.append(html.absent(summaries))
@@ -264,7 +265,7 @@ def _experts_section(
     return tuple(sections)
 
 
-def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
+def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[Markup]:
     counts = np.array(results["class_counts"])
     uniform = np.full(len(counts), 1 / len(counts))
     panels = [
@@ -290,7 +291,7 @@ def _marginals(results: Mapping[str, Any], summaries: _Summaries) -> list[str]:
     ]
 
 
-def _experts_curve(results: Mapping[str, Any]) -> str:
+def _experts_curve(results: Mapping[str, Any]) -> Markup:
     by_size = result_tables.subsets_by_size(results)
     keys = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}
     values = {
@@ -312,7 +313,7 @@ def _experts_curve(results: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(path: Path, results: Mapping[str, Any]) -> str:
+def _curves(path: Path, results: Mapping[str, Any]) -> Markup:
     rows = _read_rows(path / "metrics.jsonl")
     train_rows = [row for row in rows if "expert_losses" in row]
     test_rows = [row for row in rows if "test_top1" in row]
@@ -339,7 +340,7 @@ def _curves(path: Path, results: Mapping[str, Any]) -> str:
     return html.figures(*drawn, broad=True)
 
 
-def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> Markup:
     config, environment = run.get("config", {}), run.get("environment") or {}
     if not config:
         return html.absent("There is no config.json in this folder.")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from balpoe_jax import files
+from balpoe_jax import config_files, files
 from balpoe_jax.config import Settings, resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import schema
@@ -21,8 +21,6 @@ from balpoe_jax.reproduce.paper import PaperRun, PaperTable, Scale
 from balpoe_jax.run import record
 
 log = logging.getLogger(__name__)
-
-_CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +93,9 @@ def plan(
         data_dir: TFDS folder, or empty.
 
     Raises:
-        UserError (a `ValueError`): the config files are not there, or the scale has no version of
-            an experiment.
+        UserError (a `ValueError`): the scale has no version of an experiment.
     """
-    if not _CONFIGS.is_dir():
-        raise UserError(
-            f"There are no config files in {_CONFIGS}; run this from a checkout of the repository."
-        )
+    configs = config_files.folder()  # the package's, whatever lies where this is started
     experiments = dict.fromkeys(one for row in table.rows for one in row.experiment.with_teacher())
     options = {"data.data_dir": data_dir, "note": scale.note}
 
@@ -113,7 +107,7 @@ def plan(
             experiment,
             seed,
             workdir(experiment, seed),
-            f"{_CONFIGS / experiment.config}:{_arguments(experiment, scale)}",
+            f"{configs / experiment.config}:{_arguments(experiment, scale)}",
             tuple(f"--config.{field}={value}" for field, value in options.items() if value),
             workdir(experiment.teacher, seed) if experiment.teacher else None,
         )

@@ -5,11 +5,10 @@ import asyncio
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from etils import epath
-
-# Without a public name, though Orbax has an option that takes a class of this kind.
-from orbax.checkpoint._src.path import atomicity
+from orbax.checkpoint.path import atomicity
 
 SUMS = "SHA256SUMS"
 
@@ -17,24 +16,39 @@ SUMS = "SHA256SUMS"
 class SummedPath(atomicity.AtomicRenameTemporaryPath):
     """Orbax's temporary folder of a checkpoint, which gets its checksums before its final name.
 
-    So there is no moment at which a complete checkpoint has none.
+    So there is no moment at which a complete checkpoint has none. Orbax's hooks, such as
+    `AsyncOptions.post_finalization_callback`, come before it writes its last files or after the
+    final name.
+
+    Args:
+        temporary_path: Folder that Orbax writes to.
+        final_path: Folder of the checkpoint, named by its step, or a part of one.
+        options: Further options, as Orbax gives them.
     """
+
+    def __init__(
+        self, temporary_path: epath.Path | None, final_path: epath.Path, **options: Any
+    ) -> None:
+        self._ours = final_path
+        # A checkpoint, not a part of one: what Orbax takes for its end is one name before it.
+        self._is_summed = final_path.name.isdecimal()
+        self._theirs = (
+            final_path.with_name(f"{final_path.name}.summing{atomicity.TMP_DIR_SUFFIX}")
+            if self._is_summed
+            else final_path
+        )
+        super().__init__(temporary_path, self._theirs, **options)
+
+    def get_final(self) -> epath.Path:
+        """The folder's final name."""
+        return self._ours
 
     async def finalize(self) -> None:
         """Gives the folder its final name; of a checkpoint, after its checksums."""
-        final: epath.Path = self._final_path  # type: ignore[has-type]
-        if not final.name.isdecimal():  # a part of a checkpoint
-            await super().finalize()
-            return
-        # Orbax finishes what it writes, and takes the folder to a name that is not the final one.
-        summing = final.with_name(f"{final.name}.summing{atomicity.TMP_DIR_SUFFIX}")
-        self._final_path = summing
-        try:
-            await super().finalize()
-        finally:
-            self._final_path = final
-        await asyncio.to_thread(write_sums, Path(summing))
-        await asyncio.to_thread(os.rename, summing, final)
+        await super().finalize()
+        if self._is_summed:
+            await asyncio.to_thread(write_sums, Path(self._theirs))
+            await asyncio.to_thread(os.rename, self._theirs, self._ours)
 
 
 def write_sums(folder: Path) -> None:

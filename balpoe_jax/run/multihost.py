@@ -22,16 +22,16 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # its key-value store has no public name; Orbax takes it so too
 from jax.experimental import multihost_utils
 
 from balpoe_jax.errors import Preempted, TransientError, UserError
+from balpoe_jax.run import key_value_store
 
 _FAILURE, _LEFT, _END = "balpoe_jax/failure", "balpoe_jax/left", "balpoe_jax/end"
 _POLL_SECONDS = 0.5
 _LINGER_SECONDS = 5.0  # that process 0 stays reachable for the others to read why it failed
 _SHARED_SECONDS = 5.0  # until a file on shared storage must be seen by all
-_YEAR_MS = 365 * 24 * 3600 * 1000
+_YEAR_SECONDS = 365 * 24 * 3600
 _MESSAGE_BYTES = 2048
 
 
@@ -273,7 +273,7 @@ def _wait_for_all() -> None:
 
     JAX would wait too, but give up after some minutes.
     """
-    _client().wait_at_barrier(_END, _YEAR_MS)
+    key_value_store.wait_for_all(_END, _YEAR_SECONDS)
 
 
 def _watch(finished: threading.Event) -> None:
@@ -300,17 +300,15 @@ def stop_all(error: BaseException, report: Callable[[BaseException], int]) -> No
     sentence = " ".join(str(error).split()) or type(error).__name__
     content = {"process": jax.process_index(), "code": code, "message": sentence[:_MESSAGE_BYTES]}
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one came first
-        _client().key_value_set(_FAILURE, json.dumps(content))
+        key_value_store.put(_FAILURE, json.dumps(content))
     _exit(code)
 
 
 def _read_failure() -> dict[str, Any] | None:
     """What another process says that it failed of; None when none does."""
-    try:
-        failure = json.loads(_client().key_value_try_get(_FAILURE))
-    except jax.errors.JaxRuntimeError:  # there is none, or JAX is about to end this process itself
-        return None
-    return failure if failure["process"] != jax.process_index() else None
+    text = key_value_store.get(_FAILURE)
+    failure = json.loads(text) if text else None
+    return failure if failure and failure["process"] != jax.process_index() else None
 
 
 def _leave(failure: dict[str, Any]) -> NoReturn:
@@ -327,18 +325,14 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().key_value_set(f"{_LEFT}/{jax.process_index()}", "")
+        key_value_store.put(f"{_LEFT}/{jax.process_index()}", "")
         # The others lose what was said when process 0 goes first: it holds the store.
         deadline = time.monotonic() + (_LINGER_SECONDS if is_first() else 0)
         while time.monotonic() < deadline:
-            if len(_client().key_value_dir_get(_LEFT)) == count():
+            if key_value_store.count(_LEFT) == count():
                 break
             time.sleep(0.1)
     os._exit(code)
-
-
-def _client() -> Any:
-    return distributed.global_state.client
 
 
 def _broadcast(text: str) -> str:

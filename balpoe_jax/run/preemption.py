@@ -43,7 +43,7 @@ class PreemptionNotice:
         self._before: dict[int, Any] = {}
         self._guard = threading.Lock()
         self._first: signal.Signals | None = None
-        self._unsaved = self._agreed = self._left = False
+        self._unsaved = self._agreed = False
         self._calls = 0
         self._at_exit: list[Callable[[], None]] = []
 

@@ -35,9 +35,7 @@ def _read_split(builder: Any, split: str) -> ArraySource:
     TFDS shuffles its records, but an `id` such as "train_00042" tells the original position, on
     which the published selection depends.
     """
-    records = builder.as_dataset(
-        split=split, shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()}
-    )
+    records = _records(builder, split)
     decoded = records.map(
         no_autograph(
             lambda record: {
@@ -63,6 +61,25 @@ def _read_split(builder: Any, split: str) -> ArraySource:
     order = np.argsort(keys, kind="stable")
     source = ArraySource(columns["image"], columns["label"].astype(np.int64), keys)
     return source.select(order)
+
+
+def _records(builder: Any, split: str) -> tf.data.Dataset:
+    """The features of every record, with the image as it is stored."""
+    encoded = {"image": tfds.decode.SkipDecoding()}
+    if builder.info.file_format.value != "array_record":
+        return builder.as_dataset(split=split, shuffle_files=False, decoders=encoded)
+    # Which TFDS reads by position only; small enough to be held.
+    source = builder.as_data_source(split=split, decoders=encoded)
+    try:
+        rows = [source[i] for i in range(len(source))]
+    except (RuntimeError, ValueError) as error:  # of the library that reads the files
+        raise UserError(
+            f"The {split} records in {builder.data_dir} cannot be read "
+            f"({unreadable.explain(error)}); remove that folder and prepare the data set again."
+        ) from error
+    return tf.data.Dataset.from_tensor_slices(
+        {key: [row[key] for row in rows] for key in ("id", "label", "image")}
+    )
 
 
 def _first_unreadable(records: tf.data.Dataset) -> str | None:

@@ -10,8 +10,10 @@ import numpy.typing as npt
 from balpoe_jax.data import long_tail
 from balpoe_jax.data.datasets.tfds_folder import prepared_builder
 from balpoe_jax.data.datasets.types import LongTailed
+from balpoe_jax.data.records import array_records, tfrecords
+from balpoe_jax.data.records.array_records import ArrayRecordIndex
 from balpoe_jax.data.records.sources import RecordSource
-from balpoe_jax.data.records.tfrecords import RecordIndex, load_index
+from balpoe_jax.data.records.tfrecords import RecordIndex
 from balpoe_jax.errors import UserError
 
 
@@ -96,19 +98,24 @@ def load_photos(
     return LongTailed(train, test, test.index.names, held_out, description, counts, complete)
 
 
-def _open_split(builder: Any, part: str, name_feature: str) -> tuple[tuple[str, ...], RecordIndex]:
+def _open_split(
+    builder: Any, part: str, name_feature: str
+) -> tuple[tuple[str, ...], RecordIndex | ArrayRecordIndex]:
     if part not in builder.info.splits:
         raise UserError(
             f"{builder.data_dir} has no {part} split but {', '.join(builder.info.splits)}; prepare "
             "the data set anew."
         )
-    if builder.info.file_format.value != "tfrecord":
-        raise UserError(
-            f"{builder.data_dir} holds {builder.info.file_format.value} files, of which no single "
-            "image can be read yet; prepare the data set with `tfds build --file_format=tfrecord`."
-        )
-    paths = tuple(str(path) for path in builder.info.splits[part].filepaths)
-    return paths, load_index(paths, name_feature)
+    split, file_format = builder.info.splits[part], builder.info.file_format.value
+    paths = tuple(str(path) for path in split.filepaths)
+    if file_format == "tfrecord":
+        return paths, tfrecords.load_index(paths, name_feature)
+    if file_format == "array_record":
+        return paths, array_records.load_index(paths, name_feature, split.shard_lengths)
+    raise UserError(
+        f"{builder.data_dir} holds {file_format} files, and no single image can be read from "
+        "those; prepare the data set with `tfds build --file_format=array_record`."
+    )
 
 
 def _is_complete(

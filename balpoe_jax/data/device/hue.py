@@ -2,7 +2,8 @@
 """A change of hue as torchvision makes it, by way of Pillow's HSV of 8 bits: to the bit.
 
 Pillow mixes single and double precision on the way to HSV: tables hold what comes of it. The way
-back is the same in whole numbers, which `tests/test_device_ops.py` tries for all colours.
+back is the same in whole numbers, which `tests/data/device/test_device_ops.py` tries for all
+colours.
 """
 
 import functools

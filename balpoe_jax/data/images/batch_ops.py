@@ -2,7 +2,7 @@
 """Image operations on batches: uint8 `[B, H, W, 3]` in and out, one parameter for each image.
 
 They reproduce Pillow's arithmetic, which the reference's transforms run on, to the bit where 8-bit
-arithmetic allows it; `tests/test_image_ops.py` compares them. Nothing here is random.
+arithmetic allows it; `tests/data/images/test_image_ops.py` compares them. Nothing here is random.
 """
 
 from collections.abc import Callable

@@ -12,8 +12,6 @@ from balpoe_jax.data.images import packed_ops
 
 _PASSES = 3
 _ONE = 1 << 24
-# Up to it, a box reaches two pixels to each side.
-GREATEST_SIGMA = 2.4
 
 
 def box_weights(sigma: tf.Tensor) -> tf.Tensor:
@@ -22,7 +20,8 @@ def box_weights(sigma: tf.Tensor) -> tf.Tensor:
     They sum up to 2**24, but for rounding, with the neighbours counted twice.
 
     Args:
-        sigma: float32 `[...]`, standard deviations in pixels from 0 to `GREATEST_SIGMA`.
+        sigma: Standard deviations in pixels, float32 `[...]` from 0 to 2.4, up to which a box
+            reaches two pixels to each side.
     """
     variance = sigma * sigma / _PASSES
     length = tf.cast(tf.sqrt(12 * tf.cast(variance, tf.float64) + 1), tf.float32)

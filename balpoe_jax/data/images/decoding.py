@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photographs from their encoded bytes: the window that is needed, decoded and resized.
 
-Windows are drawn for a whole batch at once, then each image is decoded:
+Windows are drawn for a whole batch at once, then each image is decoded, by `tf.map_fn` or in a
+`tf.data` map over single images, which is as fast:
 
     windows = random_windows(shapes(encoded), random.stream("window"))
     flips = random.stream("move").uniform("flip") < 0.5
-    images = decode_windows(encoded, windows, flips, size=224)
+    image = decode_window(encoded[0], windows[0], flips[0], size=224)
 
-Inside a `tf.data` map over batches this is as fast as a map of `decode_window` over single images.
 To mirror here costs nothing; `AugmentSettings.flip` would need a pass of its own.
 """
 
@@ -74,17 +74,6 @@ def random_windows(
     window = tf.concat([corner, drawn], axis=1)
     any_fits = tf.reduce_any(fits, axis=1, keepdims=True)
     return tf.cast(tf.where(any_fits, window, _central_windows(shapes, ratio)), tf.int32)
-
-
-def decode_windows(
-    encoded: tf.Tensor, windows: tf.Tensor, flips: tf.Tensor, size: int
-) -> tf.Tensor:
-    """`decode_window` of a batch: strings, int32 `[b, 4]`, bool -> packed `[b, size, size]`."""
-    return tf.map_fn(
-        lambda example: decode_window(example[0], example[1], example[2], size),
-        (encoded, windows, flips),
-        fn_output_signature=tf.TensorSpec([size, size], tf.uint32),
-    )
 
 
 def decode_window(encoded: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, size: int) -> tf.Tensor:

@@ -6,7 +6,7 @@ the highest: channels are taken out by shifts, and a look-up brings all three at
 of the size of photographs this is several times as fast as `batch_ops` on bytes, whose images
 would have to be read and written for every step of the arithmetic; small images are better done
 there, by batch. The arithmetic is Pillow's here too, to the bit if nothing else is said;
-`tests/test_pixels.py` compares them. Nothing here is random.
+`tests/data/images/test_pixels.py` compares them. Nothing here is random.
 
 Every operation is compiled on first use, in a fraction of a second, once for each image size.
 """

@@ -10,12 +10,15 @@ import dataclasses
 import os
 import resource
 import threading
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data.records.tfrecords import RecordIndex, read_image, record_number
+from balpoe_jax.data.records import array_records, tfrecords
+from balpoe_jax.data.records.array_records import ArrayRecordIndex
+from balpoe_jax.data.records.tfrecords import RecordIndex
 from balpoe_jax.errors import UserError
 
 
@@ -60,18 +63,18 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class RecordSource:
-    """Encoded photographs in TFRecord files, read one by one.
+    """Encoded photographs in TFRecord or ArrayRecord files, read one by one.
 
     Attributes:
-        paths: the files.
-        index: where in them the images are.
+        paths: Files of the split.
+        index: Where in them the images are.
         image_size: height and width in pixels that images are brought to.
         resize: short side in pixels to which an image is scaled for a central crop, in testing.
     """
 
     encoded: ClassVar[bool] = True
     paths: tuple[str, ...]
-    index: RecordIndex
+    index: RecordIndex | ArrayRecordIndex
     image_size: int
     resize: int
 
@@ -107,12 +110,17 @@ class RecordSource:
 
     def read_image(self, i: int) -> bytes:
         """The encoded image at position `i`; raises `DamagedRecord` or `OSError`."""
-        return read_image(_FILES.descriptor(self.paths[self.index.files[i]]), self.index, i)
+        path, index = self.paths[self.index.files[i]], self.index
+        if isinstance(index, ArrayRecordIndex):
+            return array_records.read_image(_FILES.reader(path), path, index, i)
+        return tfrecords.read_image(_FILES.descriptor(path), index, i)
 
     def where(self, i: int) -> str:
         """The record and the file of an example."""
-        path = self.paths[self.index.files[i]]
-        return f"record {record_number(path, int(self.index.starts[i]))} of {path}"
+        path, index = self.paths[self.index.files[i]], self.index
+        if isinstance(index, ArrayRecordIndex):
+            return f"record {index.positions[i]} of {path}"
+        return f"record {tfrecords.record_number(path, int(index.starts[i]))} of {path}"
 
     def make_room(self) -> None:
         """Lets this process have all files of the source open at once.
@@ -131,17 +139,24 @@ class _OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._descriptors: dict[str, int] = {}
+        self._opened: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def descriptor(self, path: str) -> int:
         """Opens a file the first time it is asked for."""
-        found = self._descriptors.get(path)
+        return self._open(path, lambda: os.open(path, os.O_RDONLY))
+
+    def reader(self, path: str) -> Any:
+        """Opens an ArrayRecord file the first time it is asked for."""
+        return self._open(path, lambda: array_records.open_reader(path))
+
+    def _open(self, path: str, opens: Callable[[], Any]) -> Any:
+        found = self._opened.get(path)
         if found is None:
             with self._lock:
-                found = self._descriptors.get(path)
+                found = self._opened.get(path)
                 if found is None:
-                    found = self._descriptors[path] = os.open(path, os.O_RDONLY)
+                    found = self._opened[path] = opens()
         return found
 
     def make_room(self, files: int) -> None:
@@ -150,7 +165,7 @@ class _OpenFiles:
         Raises:
             UserError (a `ValueError`): the system allows fewer.
         """
-        needed = len(self._descriptors) + files + _OTHER_FILES
+        needed = len(self._opened) + files + _OTHER_FILES
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY or needed <= soft:
             return

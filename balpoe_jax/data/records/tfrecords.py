@@ -8,25 +8,18 @@ that of its record. Without TensorFlow.
 """
 
 import functools
-import hashlib
-import logging
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data import cache, extras
+from balpoe_jax.data import extras
+from balpoe_jax.data.records import index_cache
 from balpoe_jax.errors import UserError
 
-log = logging.getLogger(__name__)
-
-# Part of the fingerprint: raise it when what an index holds changes.
-_VERSION = 2
 _HEADER, _FOOTER = 12, 4
 
 
@@ -92,10 +85,7 @@ def record_number(path: str, start: int) -> int:
 
 
 def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
-    """The index of files, from the user's cache if it was made before.
-
-    The cache is `$XDG_CACHE_HOME/balpoe_jax` (`~/.cache` by default); an entry is named after the
-    paths, sizes and modification times of the files, so that changed files are scanned anew.
+    """The index of files, from the user's cache if it was made before; see `index_cache`.
 
     Args:
         paths: TFRecord files of examples with the features `image` (bytes), `label` (an integer)
@@ -105,12 +95,7 @@ def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
     Raises:
         UserError (a `ValueError`): a file that cannot be read, or holds something else.
     """
-    cached = cache.folder() / f"records-{_fingerprint(paths, name_feature)}.npz"
-    index = _read_cached(cached)
-    if index is None:
-        index = scan(paths, name_feature)
-        _write_cached(cached, index)
-    return index
+    return index_cache.load(RecordIndex, paths, name_feature, scan)
 
 
 def scan(paths: Sequence[str], name_feature: str) -> RecordIndex:
@@ -141,7 +126,7 @@ def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, st
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
                 for number, (start, stop) in enumerate(_records(buffer)):
                     try:
-                        example = _read_example(buffer, start, stop, name_feature)
+                        example = read_example(buffer, start, stop, name_feature)
                     except (ValueError, IndexError, KeyError, StopIteration) as error:
                         raise UserError(
                             f"Record {number} of {path} is not an example with an image, a label "
@@ -196,9 +181,19 @@ def _crc32c() -> Callable[[bytes], int]:
     return value
 
 
-def _read_example(
-    buffer: mmap.mmap, start: int, stop: int, name_feature: str
+def read_example(
+    buffer: mmap.mmap | bytes, start: int, stop: int, name_feature: str
 ) -> tuple[int, int, int, str]:
+    """First byte and size of the image of a serialised example, its label and its name.
+
+    Args:
+        buffer: Bytes that hold the example.
+        start, stop: Its first byte and its end.
+        name_feature: Feature that holds the name; empty for none, which leaves the name empty.
+
+    Raises:
+        ValueError, IndexError, KeyError, StopIteration: it is no such example.
+    """
     found: dict[bytes, tuple[int, int]] = {}
     wanted = {b"image", b"label", name_feature.encode()}
     for _, features_start, features_stop in _fields(buffer, start, stop):
@@ -212,11 +207,11 @@ def _read_example(
                 found[key] = start_of_value, stop_of_value
     image_start, image_stop = found[b"image"]
     label, _ = _varint(buffer, found[b"label"][0])
-    name = buffer[slice(*found[name_feature.encode()])].decode()
+    name = buffer[slice(*found[name_feature.encode()])].decode() if name_feature else ""
     return image_start, image_stop - image_start, _signed(label), name
 
 
-def _fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def _fields(buffer: mmap.mmap | bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Number, first byte and end of each field of a message.
 
     Of a number, which has no length, the first byte is given and the end is the end of its bytes.
@@ -236,7 +231,7 @@ def _fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int
         start = end
 
 
-def _varint(buffer: mmap.mmap, position: int) -> tuple[int, int]:
+def _varint(buffer: mmap.mmap | bytes, position: int) -> tuple[int, int]:
     """A number of seven bits a byte, the lowest first, and where it ends."""
     value = shift = 0
     while True:
@@ -252,38 +247,3 @@ def _varint(buffer: mmap.mmap, position: int) -> tuple[int, int]:
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def _fingerprint(paths: Sequence[str], name_feature: str) -> str:
-    described = [str(_VERSION), name_feature]
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise UserError(
-                f"The records {path} cannot be read ({error.strerror}); they must lie on a local "
-                "or mounted file system."
-            ) from error
-        described += [os.path.abspath(path), str(status.st_size), str(status.st_mtime_ns)]
-    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
-
-
-def _read_cached(path: Path) -> RecordIndex | None:
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            index = RecordIndex(*(stored[field] for field in RecordIndex._fields))
-    except Exception:  # NumPy, its archive and its compression each raise their own
-        return None
-    return index if len({column.shape for column in index}) == 1 else None
-
-
-def _write_cached(path: Path, index: RecordIndex) -> None:
-    """A cache that cannot be written only costs the next start the scan."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a name of its own: other hosts may share the folder.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.savez_compressed(file, **index._asdict())
-        os.replace(file.name, path)
-    except OSError as error:
-        log.info("The index of records could not be kept in %s (%s)", path.parent, error.strerror)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the config files are: those of the package, and what `--config` means by a name."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def folder() -> Path:
+    """The folder of the package's config files: inside it when installed, next to it in a checkout.
+
+    Its files are `balpoe_jax.configs` once installed, and `configs/` at the top of the repository.
+    """
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """Names of the package's configs, such as `digits_lt`, sorted."""
+    return sorted(path.stem for path in folder().glob("[!_]*.py"))
+
+
+def locate(given: str) -> str:
+    """The file that a value of `--config` means, with the arguments that it was given.
+
+    `configs/NAME.py` is the file if it exists and the package's one of that name otherwise. `NAME`
+    is short for that. Everything else, and what nobody has, stays as it is.
+
+    Args:
+        given: `FILE.py[:arguments]` or `NAME[:arguments]`.
+    """
+    file, colon, arguments = given.partition(":")
+    if is_name(given):
+        file = f"configs/{file}.py"
+    if os.path.exists(file):
+        return f"{file}{colon}{arguments}"
+    named = re.fullmatch(r"configs/(\w+)\.py", os.path.normpath(file))
+    if named and named[1] in names():
+        return f"{folder() / named[1]}.py{colon}{arguments}"
+    return given
+
+
+def is_name(given: str) -> bool:
+    """Whether a value of `--config` is a name, not a path."""
+    name = given.partition(":")[0]
+    return bool(name) and os.sep not in name and not name.endswith(".py")
+
+
+def locate_all(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a command, with the file in place of each value of `--config`.
+
+    Args:
+        arguments: Words of the command line; what follows `--` is left alone.
+    """
+    located: list[str] = []
+    ended = follows = False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if follows:
+            argument = locate(argument)
+        elif equals and not ended and flag in ("-config", "--config"):
+            argument = f"{flag}={locate(value)}"
+        ended |= argument == "--"
+        follows = not ended and argument in ("-config", "--config")
+        located.append(argument)
+    return located

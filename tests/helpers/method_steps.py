@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings of every method with tiny experts: some steps on one or several devices."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import numpy as np
+
+from balpoe_jax.config import resolve
+from balpoe_jax.data.types import TrainBatch
+from balpoe_jax.methods import PRESETS, Context, Network, make_method
+from balpoe_jax.optim import make_optimizer
+from balpoe_jax.parallel import AXIS_NAME, make_parallel
+from balpoe_jax.step import create_state, make_train_step
+from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
+
+STEPS_PER_EPOCH, EPOCHS, BATCH = 2, 4, 16
+# Low: a sum over experts of losses at scale 30 soon makes rounding errors large at higher ones.
+RATE = 0.01
+
+
+@cache
+def parts(name: str, axis_name: str | None = AXIS_NAME):
+    """Method, context and network of a recipe for tiny experts, as its digits config has them."""
+    config = get_config("digits_lt", f"method={name},epochs={EPOCHS}")
+    method = make_method(config.method.to_dict())
+    cosine = config.model.classifier == "cosine"
+    context = Context(
+        tiny_network.COUNTS,
+        resolve(config).taus,
+        scale=config.model.classifier_scale if cosine else 1.0,
+        batch_size=BATCH,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        axis_name=axis_name,
+    )
+    experts = tiny_network.experts(
+        config.model.num_experts, axis_name, config.model.classifier, context.scale
+    )
+    if PRESETS[name].teacher:
+        module = tiny_network.experts(2, axis_name)
+        with jax.enable_x64(False):
+            variables = tiny_network.init(module, seed=1)
+        context = dataclasses.replace(context, teacher=Network(module, **variables))
+    return method, context, method.network(experts, context)
+
+
+@cache
+def fresh(name: str):
+    """A recipe's state in single precision, as a run has it, whoever asks first."""
+    method, context, network = parts(name)
+    create = partial(create_state, network, make_optimizer(RATE), image_shape=tiny_network.SHAPE)
+    init = lambda network, key: method.init_state(network, context, key)  # noqa: E731
+    with jax.enable_x64(False):
+        make = jax.jit(lambda key: create(key, init_method_state=init))
+        return jax.device_get(make(jax.random.key(0)))
+
+
+@cache
+def mapped_step(name: str, mode: str, num_devices: int, phase: int = 0):
+    """Devices and the step on them, which is compiled once."""
+    method, context, network = parts(name)
+    devices = make_parallel(mode, jax.devices()[:num_devices])
+    step = make_train_step(network, make_optimizer(RATE), method, context, phase)
+    return devices, devices.map_step(step)
+
+
+def batch_of(name: str, seed: int, dtype=np.float32) -> TrainBatch:
+    """A batch with the views that a method takes."""
+    views = parts(name)[0].views
+    return tiny_network.batch(BATCH, seed=seed, dtype=dtype, views=views)
+
+
+@cache
+def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32):
+    """The states after each step of a phase that begins with the fresh one, and the metrics."""
+    devices, step = mapped_step(name, mode, num_devices, phase)
+    start = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, fresh(name))
+    state, history = devices.replicate(start), []
+    for i in range(STEPS_PER_EPOCH * EPOCHS):
+        state, metrics = step(state, devices.shard(batch_of(name, i, dtype)))
+        history.append(jax.device_get((state, metrics)))
+        for leaf in jax.tree.leaves(state):  # pmap would not notice devices that drift apart
+            first_copy, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+            for other in others:
+                np.testing.assert_array_equal(other, first_copy)
+    return history
+
+
+def phases(name: str) -> range:
+    """Numbers of the phases of a method."""
+    return range(len(parts(name)[0].phases()))
+
+
+# Of which another recipe has all that devices share: compiling them would teach nothing new.
+COVERED = {
+    *("cross_entropy_cb", "ce_drw", "focal", "ldam"),  # by focal_cb and ldam_drw
+    "remix_drw",  # whose mean is that over rows, as most are
+    *("logit_adjustment", "pc_softmax"),  # by cross_entropy
+    "ride",  # by ride_distill
+}
+
+
+def distinct() -> list[str]:
+    """Recipes without those that differ in data and numbers of experts with a loss alone."""
+    kinds: dict[tuple, str] = {}
+    for name, recipe in PRESETS.items():
+        if name not in COVERED:
+            kinds.setdefault((str(recipe.method), recipe.experts > 1), name)
+    return list(kinds.values())
+
+
+DISTINCT = distinct()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LOS: its labels are the paper's, and its second phase trains a new classifier alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from balpoe_jax.data.types import TrainBatch
+from balpoe_jax.errors import UserError
+from balpoe_jax.methods import Context
+from balpoe_jax.methods.base import map_by_path
+from balpoe_jax.methods.classifier import in_classifier
+from balpoe_jax.methods.los import LOS
+from tests.helpers.method_steps import fresh, run
+
+COUNTS = np.array([50, 10, 2])
+
+
+def mixed_batch() -> tuple[np.ndarray, TrainBatch]:
+    """Logits of 2 experts, and rows with two labels."""
+    random = np.random.default_rng(1)
+    batch = TrainBatch(
+        views=(),
+        labels=np.array([0, 1, 2, 2]),
+        other_labels=np.array([1, 1, 0, 2]),
+        mix_weight=np.array([0.7, 1.0, 0.25, 0.5]),
+    )
+    return random.normal(size=(2, 4, 3)), batch
+
+
+def log_probability(logits: np.ndarray, label: int) -> float:
+    return logits[label] - np.log(np.exp(logits).sum())
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.1, 0.98])
+def test_the_losses_are_their_twins(delta: float, x64) -> None:
+    logits, batch = mixed_batch()
+    method, context = LOS(delta=delta), Context(COUNTS)
+    plain = method.expert_losses(jnp.asarray(logits), batch, context)
+    smoothed = method.smoothed_losses(jnp.asarray(logits), batch, context)
+    for e in range(2):
+        for i in range(4):
+            target, label = np.zeros(3), np.zeros(3)
+            weight = batch.mix_weight[i]
+            for y, share in ((batch.labels[i], weight), (batch.other_labels[i], 1 - weight)):
+                label[y] += share
+                for c in range(3):
+                    own = 1 - delta if c == y else 0
+                    target[c] += share * (own + delta / 3)
+            logs = np.array([log_probability(logits[e, i], c) for c in range(3)])
+            np.testing.assert_allclose(plain[e, i], -(label * logs).sum(), rtol=1e-12)
+            np.testing.assert_allclose(smoothed[e, i], -(target * logs).sum(), rtol=1e-12)
+
+
+@pytest.mark.integration
+def test_a_label_of_a_hundred_classes_is_a_little_above_the_others(x64) -> None:
+    """The gradient of uniform logits, which is their probability less the label's share."""
+    labels = np.array([7])
+    batch = TrainBatch((), labels, labels, np.ones(1))
+    context = Context(np.full(100, 5))
+    loss = lambda z: LOS().smoothed_losses(z, batch, context).sum()  # noqa: E731
+    shares = 0.01 - jax.grad(loss)(jnp.zeros((1, 1, 100)))[0, 0]
+    np.testing.assert_allclose(shares[7], 0.02 + 0.0098, rtol=1e-12)
+    np.testing.assert_allclose(np.delete(shares, 7), 0.0098, rtol=1e-12)
+
+
+def test_the_second_phase_begins_with_a_new_classifier_or_goes_on() -> None:
+    params, key = fresh("los").params, jax.random.key(3)
+    new = LOS().phases()[1].begin(params, key, Context(COUNTS))
+    same = map_by_path(lambda path, _: path, params)
+    for path, old, now in zip(*map(jax.tree.leaves, (same, params, new)), strict=True):
+        assert np.array_equal(old, now) != in_classifier(path), path
+    assert LOS(new_classifier=False).phases()[1].begin(params, key, Context(COUNTS)) is params
+
+
+def moved(name: str) -> set[str]:
+    """What the second phase has changed: paths of parameters, and "statistics"."""
+    before, after = fresh(name), run(name, "pmap", 1, 1)[-1][0]
+    same = map_by_path(lambda path, leaf: path, before.params)
+    pairs = zip(*(jax.tree.leaves(tree) for tree in (before.params, after.params)), strict=True)
+    found = {
+        path
+        for path, (old, new) in zip(jax.tree.leaves(same), pairs, strict=True)
+        if not np.array_equal(old, new)
+    }
+    statistics = jax.tree.map(np.array_equal, before.batch_stats, after.batch_stats)
+    return found | (set() if all(jax.tree.leaves(statistics)) else {"statistics"})
+
+
+def test_the_second_phase_moves_the_classifier_and_the_statistics_alone() -> None:
+    assert moved("los") == {
+        "expert/head/dense/kernel",
+        "expert/head/dense/bias",
+        "statistics",
+    }
+
+
+def test_a_delta_that_is_not_valid() -> None:
+    with pytest.raises(UserError, match=r"config.method.delta must be from 0 to 1, got 1.1"):
+        LOS(delta=1.1)
