@@ -46,6 +46,13 @@ NONE_WAS: dict[str, Any] = {
         for section in ("augment", "view2", "view3", "test_view", "other_augment")
     },
 }
+# Settings that are gone, and the value that does what is always done now.
+GONE: dict[str, Any] = {
+    "method.focal_p": "unweighted",
+    "method.hard_mask": "zero",
+    "method.importance": "class",
+    "method.repeat_by_experts": False,
+}
 # Ends of the range that `loss.taus` may be now.
 _TAU_ENDS = ("config.loss.tau_min", "config.loss.tau_max")
 
@@ -89,6 +96,11 @@ def current_values(config: Mapping[str, Any]) -> dict[str, Any]:
         values = current.get(section)
         if isinstance(values, dict) and name in values and values[name] == none_was:
             values[name] = None
+    for field, usual in GONE.items():
+        section, _, name = field.partition(".")
+        values = current.get(section)
+        if isinstance(values, dict) and name in values and values[name] == usual:
+            del values[name]
     loss = current.get("loss")
     if isinstance(loss, dict) and {"tau_min", "tau_max"} <= set(loss):
         ends = (loss.pop("tau_min"), loss.pop("tau_max"))

@@ -7,7 +7,7 @@ regulariser (LADER) is a Donsker-Varadhan bound on how much logit `c` tells imag
 images under a uniform prior. Under such a prior an example counts `1 / (C pi_y)` times, by its own
 label; the released code, from which the published figures are, takes the prior of the logit's class
 in its place. That is a constant of each logit and no importance weight: it acts through the squared
-term alone. Both are here: `importance="class"` is the code, and the default, "sample" the paper.
+term alone. Followed is the code.
 
 Where we differ: rows may have two labels, of a mixed batch, which count by their shares.
 
@@ -27,36 +27,28 @@ from balpoe_jax.methods.base import Context, Losses, Method, Network, soft_label
 from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.setting import setting
 
-IMPORTANCES = ("class", "sample")
-
 _COUNT_EPSILON = 1e-8
 
 
 def lade_regulariser(
-    logits: jax.Array, targets: jax.Array, log_prior: jax.Array, square: float, importance: str
+    logits: jax.Array, targets: jax.Array, log_prior: jax.Array, square: float
 ) -> jax.Array:
     """`-sum_c pi_c (A_c - D_c - square * D_c^2)`, a scalar of the whole batch.
 
     `A_c` is the mean of logit `c` over the rows of class `c`, 0 if there are none, and `D_c` the
-    logarithm of the mean over all rows of `exp(z_c)`, weighted by importance.
+    logarithm of the mean over all rows of `exp(z_c)`, divided by `C pi_c`.
 
     Args:
         logits: float `[B, C]`.
         targets: float `[B, C]`, label distributions.
         log_prior: float `[C]`, see `losses.log_prior`.
         square: weight of the squared term.
-        importance: one of `IMPORTANCES`.
     """
     rows, num_classes = logits.shape
     prior = log_prior.astype(logits.dtype)
     targets = targets.astype(logits.dtype)
     own = (targets * logits).sum(axis=0) / (targets.sum(axis=0) + _COUNT_EPSILON)
-    if importance == "sample":
-        # Of a row of one label that is minus its log prior.
-        log_weights = jnp.log(targets @ jnp.exp(-prior))
-        everywhere = jax.nn.logsumexp(logits + log_weights[:, None], axis=0)
-    else:
-        everywhere = jax.nn.logsumexp(logits, axis=0) - prior
+    everywhere = jax.nn.logsumexp(logits, axis=0) - prior
     everywhere -= jnp.log(num_classes) + jnp.log(rows)
     return -jnp.sum(jnp.exp(prior) * (own - everywhere - square * everywhere**2))
 
@@ -68,9 +60,6 @@ class LADE(Method):
     alpha: float = setting(0.1, "Weight of the regulariser.", 0, 1e6)
     square: float = setting(
         0.01, "Weight of the squared term in the regulariser, the paper's lambda.", 0, 1e6
-    )
-    importance: str = setting(
-        "class", "Kind of importance weights, see the module `lade`.", choices=IMPORTANCES
     )
 
     needs_global_batch = True
@@ -90,7 +79,7 @@ class LADE(Method):
         rows, all_targets = context.gather(logits.swapaxes(0, 1)), context.gather(targets)
 
         def regulariser(logits: jax.Array) -> jax.Array:
-            return lade_regulariser(logits, all_targets, prior, self.square, self.importance)
+            return lade_regulariser(logits, all_targets, prior, self.square)
 
         regularisers = jax.vmap(regulariser, in_axes=1)(rows)
         by_expert = balanced + self.alpha * regularisers

@@ -8,8 +8,8 @@ times one.
 
 Followed is the authors' code (Bazinga699/NCL): losses are summed over networks, hard classes are
 those of the first network's raw logits, gradients flow to both sides of a divergence, and the
-logits of other classes are multiplied by 0, so that they stay in the softmax; `hard_mask="inf"`
-removes them, as the paper says. One of the published trainings on CIFAR has a contrastive branch as
+logits of other classes are multiplied by 0, so that they stay in the softmax, from which the paper
+removes them. One of the published trainings on CIFAR has a contrastive branch as
 well, which heeds no labels: each network learns to tell another view of an image from earlier
 images, all as a moving average of the network projects them (MoCo, He et al., CVPR 2020). Here the
 average begins as a copy of the network and moves as a whole; in the code it begins at random, and
@@ -40,8 +40,6 @@ from balpoe_jax.methods.preset import Preset, PublishedResult
 from balpoe_jax.models import ExpertEnsemble
 from balpoe_jax.models.heads import normalize
 from balpoe_jax.setting import setting
-
-HARD_MASKS = ("zero", "inf")
 
 _EPSILON = 1e-9  # within the logarithms of the divergence
 
@@ -75,7 +73,7 @@ def mutual_divergences(logits: jax.Array) -> jax.Array:
 
 
 def nested_losses(
-    logits: jax.Array, labels: jax.Array, log_counts: jax.Array, number: int, hard_mask: str
+    logits: jax.Array, labels: jax.Array, log_counts: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
     """Each network's two cross-entropies, and its divergences from the others on both sets.
 
@@ -84,14 +82,13 @@ def nested_losses(
         labels: int `[B]`.
         log_counts: float `[C]`; not their shares, which a mask of zeros would tell apart.
         number: of hard classes.
-        hard_mask: one of `HARD_MASKS`.
 
     Returns:
         Two of float `[E, B]`.
     """
     adjusted = logits + log_counts.astype(logits.dtype)[None, None]
     hard = hard_classes(jax.lax.stop_gradient(logits[0]), labels, number)[None]
-    masked = jnp.where(hard, adjusted, 0.0 if hard_mask == "zero" else -jnp.inf)
+    masked = jnp.where(hard, adjusted, 0.0)
     own = sum(jax.vmap(cross_entropy, (0, None))(z, labels) for z in (adjusted, masked))
     return jnp.asarray(own), mutual_divergences(adjusted) + mutual_divergences(masked)
 
@@ -123,11 +120,6 @@ class NCL(Method):
         0.6, "Weight of the divergences; each network has their mean over the others.", 0, 1e6
     )
     hard_share: float = setting(0.3, "Share of the classes that are hard for an image.", 0, 1)
-    hard_mask: str = setting(
-        "zero",
-        "Logits of the other classes in the hard term: 0, or minus infinity.",
-        choices=HARD_MASKS,
-    )
     contrast: float = setting(0.0, "Weight of the contrastive branch; 0 for none.", 0, 1e6)
     temperature: float = setting(0.2, "Divisor of the branch's similarities.", 1e-6, 1e6)
     width: int = setting(64, "Width of the branch's projections.", 1, 1e6)
@@ -184,9 +176,7 @@ class NCL(Method):
         log_counts = jnp.asarray(np.log(context.class_counts), jnp.float32)
         own, divergences = (
             each.mean(axis=1)
-            for each in nested_losses(
-                outputs.logits, batch.labels, log_counts, number, self.hard_mask
-            )
+            for each in nested_losses(outputs.logits, batch.labels, log_counts, number)
         )
         others = max(1, len(own) - 1)
         distilled = self.distillation / others * divergences.sum()

@@ -8,7 +8,7 @@ training the recipes follow. We differ from the released code in two ways:
 
 - The probability by which the focal loss scales an example is that of the network. The released
   code takes the exponential of the loss after its class weight was applied, which is no
-  probability; `focal_p="weighted"` does that.
+  probability.
 - Logits come scaled from the cosine head, and the margin is scaled by the same number. The released
   LDAM network returns bare cosines, so that its confidences are not those of its loss.
 """
@@ -35,7 +35,6 @@ from balpoe_jax.setting import setting
 BASES = ("cross_entropy", "focal", "ldam")
 WEIGHTS = ("none", "class_balanced")
 WEIGHT_NORMS = ("sum_w", "batch")
-FOCAL_PS = ("unweighted", "weighted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +60,6 @@ class Reweighted(ExpertLosses):
         choices=WEIGHT_NORMS,
     )
     gamma: float = setting(1.0, "Exponent of the focal loss.", 0, 100)
-    focal_p: str = setting(
-        "unweighted",
-        "Probability in the focal loss's factor, see the module `reweighting`.",
-        choices=FOCAL_PS,
-    )
     max_margin: float = setting(0.5, "Margin of the rarest class in LDAM.", 0, 100)
 
     @property
@@ -125,8 +119,6 @@ class Reweighted(ExpertLosses):
         losses = cross_entropy(logits, labels)
         if self.base == "cross_entropy":
             return weights[labels] * losses
-        if self.focal_p == "weighted":
-            return focal_loss(weights[labels] * losses, self.gamma)
         return weights[labels] * focal_loss(losses, self.gamma)
 
 

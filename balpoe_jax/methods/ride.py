@@ -206,11 +206,6 @@ class RIDE(Method):
         1.0, "Weight of the divergence from the teacher, see `distillation`.", 0, 1e6
     )
     teacher_temperature: float = setting(1.5, "Temperature of that divergence.", 1e-3, 1e3)
-    repeat_by_experts: bool = setting(
-        False,
-        "Whether all is multiplied by the number of experts, as the released code does when it "
-        "distills; at the same weight decay that is a higher learning rate.",
-    )
 
     needs_global_batch = True
 
@@ -271,7 +266,6 @@ class RIDE(Method):
         if self.distill:
             terms["teacher"] = self.distillation_loss(outputs.logits, batch, context)
             total += self.teacher_weight * terms["teacher"]
-            total *= len(by_expert) if self.repeat_by_experts else 1
         return Losses(total, by_expert, batch_stats, method_state, terms)
 
     def distillation_loss(

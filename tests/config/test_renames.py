@@ -81,6 +81,10 @@ def test_what_none_was_written_as() -> None:
         "loss": {"taus": (0.5, 2.0)},
         "seed": 0,
     }
+    gone = {"method": {"name": "lade", "importance": "class", "alpha": 0.1}}
+    assert current_values(gone) == {"method": {"name": "lade", "alpha": 0.1}}
+    kept = {"method": {"name": "lade", "importance": "sample"}}  # refused by name, and not ignored
+    assert current_values(kept) == kept
     assert old["model"]["shared_stages"] == -2  # the record itself stays as it is
     listed = {"loss": {"taus": (0.0, 1.0, 3.0), "tau_min": 0.0, "tau_max": 2.0}}
     assert current_values(listed) == {"loss": {"taus": (0.0, 1.0, 3.0)}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LADE: the regulariser against the reference and in loops, and what each importance does."""
+"""LADE: the regulariser against the reference and in loops."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_the_regulariser_is_the_references(name: str, x64) -> None:
     prior = log_prior(case["class_counts"])
 
     def loss(logits: jax.Array) -> jax.Array:
-        return lade_regulariser(logits, targets, prior, square, "class")
+        return lade_regulariser(logits, targets, prior, square)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(case["logits"], jnp.float64))
     np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-6)
@@ -38,46 +38,37 @@ def random_rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("importance", ["class", "sample"])
-def test_the_definition_in_loops(importance: str, x64) -> None:
+def test_the_definition_in_loops(x64) -> None:
     logits, labels = random_rows()
     prior = COUNTS / COUNTS.sum()
     expected = 0.0
     for c in range(5):
         own = [logits[i, c] for i in range(7) if labels[i] == c]
         mean = sum(own) / len(own) if own else 0.0
-        weights = [1 / (5 * prior[c if importance == "class" else labels[i]]) for i in range(7)]
-        bound = np.log(sum(w * np.exp(logits[i, c]) for i, w in enumerate(weights)) / 7)
+        bound = np.log(sum(np.exp(logits[i, c]) / (5 * prior[c]) for i in range(7)) / 7)
         expected -= prior[c] * (mean - bound - 0.3 * bound**2)
-    actual = lade_regulariser(
-        jnp.asarray(logits), jnp.eye(5)[labels], log_prior(COUNTS), 0.3, importance
-    )
+    actual = lade_regulariser(jnp.asarray(logits), jnp.eye(5)[labels], log_prior(COUNTS), 0.3)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def gradient_by_weight(counts, importance: str, square: float) -> np.ndarray:
+def gradient_by_weight(counts, square: float) -> np.ndarray:
     """The gradient of each class's term, before the prior weighs it."""
     logits, labels = random_rows()
     targets, prior = jnp.eye(5)[labels], log_prior(counts)
 
     def loss(z: jax.Array) -> jax.Array:
-        return lade_regulariser(z, targets, prior, square, importance)
+        return lade_regulariser(z, targets, prior, square)
 
     return np.asarray(jax.grad(loss)(jnp.asarray(logits)) / jnp.exp(prior)[None])
 
 
 @pytest.mark.integration
-def test_the_class_importance_acts_through_the_square_alone(x64) -> None:
-    """Without it the prior of a class is no importance weight; that of a sample always is one."""
-    uniform = np.ones(5)
-    for importance, square, same in (
-        ("class", 0.0, True),
-        ("class", 0.5, False),
-        ("sample", 0.0, False),
-    ):
-        found = gradient_by_weight(COUNTS, importance, square)
-        unweighted = gradient_by_weight(uniform, importance, square)
-        assert np.allclose(found, unweighted, rtol=1e-5) == same, importance
+def test_the_prior_acts_through_the_square_alone(x64) -> None:
+    """Without it the prior of a class is no importance weight."""
+    for square, same in ((0.0, True), (0.5, False)):
+        found = gradient_by_weight(COUNTS, square)
+        unweighted = gradient_by_weight(np.ones(5), square)
+        assert np.allclose(found, unweighted, rtol=1e-5) == same
 
 
 def losses_of(method, taus=(1.0, 1.0)):

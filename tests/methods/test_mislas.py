@@ -115,7 +115,7 @@ def test_scales_of_one_change_nothing_and_scale_the_bias_too() -> None:
     ("fields", "message"),
     [
         ({"smooth_head": 1.5}, "config.method.smooth_head must be from 0 to 1, got 1.5"),
-        ({"smooth_shape": "round"}, "'round'; choose from concave, linear, convex"),
+        ({"smooth_shape": "round"}, "must be one of concave, linear, convex; got 'round'"),
         (
             {"classifier_rate": -1.0},
             "classifier_rate must be from 0 to 1000000, got -1",

@@ -13,7 +13,6 @@ from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.contrastive import ProjectedExpertsOutputs
 from balpoe_jax.methods.ncl import (
-    HARD_MASKS,
     NCL,
     contrastive_losses,
     hard_classes,
@@ -34,7 +33,7 @@ def softmax(z: list[float]) -> list[float]:
     return [x / sum(exponentials) for x in exponentials]
 
 
-def twin(logits, hard_mask: str, number: int, distillation: float, hard_from=None) -> float:
+def twin(logits, number: int, distillation: float, hard_from=None) -> float:
     """The mean over images of the sum over networks, a term at a time."""
     experts, batch, classes = logits.shape
     total, chooser = 0.0, logits[0] if hard_from is None else hard_from
@@ -47,8 +46,7 @@ def twin(logits, hard_mask: str, number: int, distillation: float, hard_from=Non
                 def row(k: int, masked=masked, hard=hard, i=i) -> list[float]:
                     z = list(logits[k, i] + LOG_COUNTS)
                     if masked:
-                        outside = 0.0 if hard_mask == "zero" else -math.inf
-                        z = [x if c in hard else outside for c, x in enumerate(z)]
+                        z = [x if c in hard else 0.0 for c, x in enumerate(z)]
                     return softmax(z)
 
                 own = row(e)
@@ -61,19 +59,16 @@ def twin(logits, hard_mask: str, number: int, distillation: float, hard_from=Non
     return total / batch
 
 
-@pytest.mark.parametrize("hard_mask", HARD_MASKS)
-def test_ncl_is_its_twin(hard_mask: str, x64) -> None:
+def test_ncl_is_its_twin(x64) -> None:
     logits = RANDOM.normal(size=(3, 4, 5), scale=2)
 
     def loss(logits):
-        own, others = nested_losses(
-            logits, jnp.asarray(LABELS), jnp.asarray(LOG_COUNTS), 2, hard_mask
-        )
+        own, others = nested_losses(logits, jnp.asarray(LABELS), jnp.asarray(LOG_COUNTS), 2)
         return (own.sum(axis=0) + 0.6 / 2 * others.sum(axis=0)).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
-    np.testing.assert_allclose(value, twin(logits, hard_mask, 2, 0.6), rtol=1e-9)
-    expected = numeric_gradient(lambda z: twin(z, hard_mask, 2, 0.6, logits[0]), logits)
+    np.testing.assert_allclose(value, twin(logits, 2, 0.6), rtol=1e-9)
+    expected = numeric_gradient(lambda z: twin(z, 2, 0.6, logits[0]), logits)
     np.testing.assert_allclose(gradient, expected, atol=1e-7)
     assert np.isfinite(gradient).all()
 
@@ -110,7 +105,7 @@ def test_one_network_has_nobody_to_learn_from(x64) -> None:
     """And with all classes hard it learns balanced softmax twice."""
     logits = jnp.asarray(RANDOM.normal(size=(1, 4, 5)))
     labels = jnp.asarray(LABELS)
-    own, others = nested_losses(logits, labels, jnp.asarray(LOG_COUNTS), 5, "inf")
+    own, others = nested_losses(logits, labels, jnp.asarray(LOG_COUNTS), 5)
     assert not np.any(others)
     expected = logit_adjusted_cross_entropy(logits[0], labels, log_prior(COUNTS), 1.0)
     np.testing.assert_allclose(own[0], 2 * expected, rtol=1e-6)
@@ -118,23 +113,19 @@ def test_one_network_has_nobody_to_learn_from(x64) -> None:
 
 def test_networks_that_agree_are_not_distilled(x64) -> None:
     logits = jnp.tile(jnp.asarray(RANDOM.normal(size=(1, 4, 5))), (3, 1, 1))
-    _, others = nested_losses(logits, jnp.asarray(LABELS), jnp.asarray(LOG_COUNTS), 2, "zero")
+    _, others = nested_losses(logits, jnp.asarray(LABELS), jnp.asarray(LOG_COUNTS), 2)
     np.testing.assert_allclose(others, 0, atol=1e-12)
 
 
 @pytest.mark.integration
 def test_a_mask_of_zeros_tells_counts_from_shares(x64) -> None:
-    """Which the paper's mask does not."""
+    """Which the paper's mask, of minus infinity, would not."""
     logits, labels = jnp.asarray(RANDOM.normal(size=(2, 4, 5))), jnp.asarray(LABELS)
-    by_mask = {
-        mask: [
-            nested_losses(logits, labels, jnp.asarray(LOG_COUNTS - shift), 2, mask)[0]
-            for shift in (0.0, math.log(COUNTS.sum()))
-        ]
-        for mask in HARD_MASKS
-    }
-    np.testing.assert_allclose(*by_mask["inf"], rtol=1e-9)
-    assert np.abs(by_mask["zero"][0] - by_mask["zero"][1]).max() > 0.1
+    counts, shares = (
+        nested_losses(logits, labels, jnp.asarray(LOG_COUNTS - shift), 2)[0]
+        for shift in (0.0, math.log(COUNTS.sum()))
+    )
+    assert np.abs(counts - shares).max() > 0.1
 
 
 def contrast_twin(queries, keys, queue, temperature: float) -> float:
@@ -207,5 +198,3 @@ def test_values_that_are_not_valid() -> None:
         NCL(contrast=-1.0)
     with pytest.raises(ValueError, match=r"config.method.hard_share must be from 0 to 1, got 2"):
         NCL(hard_share=2.0)
-    with pytest.raises(ValueError, match=r"hard_mask 'one'; choose from zero, inf"):
-        NCL(hard_mask="one")

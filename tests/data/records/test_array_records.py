@@ -74,8 +74,8 @@ def test_batches_hold_the_images_of_their_names(folders: dict[str, Path]) -> Non
     for name in FORMATS:
         data = load(folders[name])
         batches = list(eval_batches(data.test, 4, (0.5,) * 3, (0.25,) * 3))
-        masks = np.concatenate([batch["mask"] for batch in batches])
-        pixels = np.concatenate([batch["images"] for batch in batches])[masks]
+        masks = np.concatenate([batch.mask for batch in batches])
+        pixels = np.concatenate([batch.images for batch in batches])[masks]
         images.append(dict(zip(data.test_names, pixels, strict=True)))
     for name in images[0]:
         np.testing.assert_array_equal(images[0][name], images[1][name])
