@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from balpoe_jax import cli, files
+from balpoe_jax.config import resolve
 from balpoe_jax.run.startup_times import of_this_process
 from balpoe_jax.train import train
 from benchmarks import toy_network
@@ -42,7 +43,7 @@ def train_row(
     """
     config = runpy.run_path(str(CONFIG))["get_config"](arguments)
     config.update_from_flattened_dict({"seed": seed, "data.pipeline": "device", **fields})
-    results = train(config, str(workdir))
+    results = train(resolve(config), str(workdir))
     rows = read(workdir / files.METRICS)
     # The first interval is mostly compilation.
     speeds = sorted(row["images_per_second"] for row in rows[1:] if "images_per_second" in row)

@@ -72,7 +72,7 @@ def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None
             "config.model is a section of the config; set one of its fields: classifier",
         ),
         (
-            ["--config=configs/digits_lt.py", "--config.loss.taus=(0,2)", "--workdir={dir}"],
+            ["--config=configs/digits_lt.py", "--config.loss.taus=(0,1,2,3)", "--workdir={dir}"],
             "one value for each of the 3 experts",
         ),
         (

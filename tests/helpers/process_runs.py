@@ -253,10 +253,10 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
     if twin:
         dump(folder / f"cifar-{who}.npz", *cifar_steps("shard_map"))
     with metric_writer.log_to_file(folder):
-        program = build.build(resolve(digits_config(parallel__mode="shard_map"))).program
+        experiment = build.build(resolve(digits_config(parallel__mode="shard_map")))
     with Checkpoints(str(reference / "checkpoints"), read_only=True) as checkpoints:
-        state = checkpoints.restore_latest(program.abstract_state())
-    scores = Evaluator(program).score_test(state, folder / "predictions")
+        state = checkpoints.restore_latest(experiment.program.abstract_state())
+    scores = Evaluator(experiment).score_test(state, folder / "predictions")
     assert bool(scores) == (who == 0)
     dump(folder / f"restored-{who}.npz", [], state)
 
