@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.classifier import in_classifier
@@ -14,24 +13,7 @@ from balpoe_jax.methods.decoupling import CRT, LWS
 from tests.helpers import tiny_network
 from tests.helpers.config_files import get_config
 from tests.helpers.method_steps import fresh, parts, run
-
-COUNTS = np.array([50, 10, 2])
-
-
-def mixed_batch() -> tuple[np.ndarray, TrainBatch]:
-    """Logits of 2 experts, and rows with two labels."""
-    random = np.random.default_rng(1)
-    batch = TrainBatch(
-        views=(),
-        labels=np.array([0, 1, 2, 2]),
-        other_labels=np.array([1, 1, 0, 2]),
-        mix_weight=np.array([0.7, 1.0, 0.25, 0.5]),
-    )
-    return random.normal(size=(2, 4, 3)), batch
-
-
-def log_probability(logits: np.ndarray, label: int) -> float:
-    return logits[label] - np.log(np.exp(logits).sum())
+from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
 
 @pytest.mark.parametrize("method", [CRT(), LWS()])

@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
 from balpoe_jax.methods.base import map_by_path
@@ -15,24 +14,7 @@ from balpoe_jax.methods.ltwb import LTWB, project_classes, radius_between
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.step import phase_optimizer
 from tests.helpers.method_steps import fresh, run
-
-COUNTS = np.array([50, 10, 2])
-
-
-def mixed_batch() -> tuple[np.ndarray, TrainBatch]:
-    """Logits of 2 experts, and rows with two labels."""
-    random = np.random.default_rng(1)
-    batch = TrainBatch(
-        views=(),
-        labels=np.array([0, 1, 2, 2]),
-        other_labels=np.array([1, 1, 0, 2]),
-        mix_weight=np.array([0.7, 1.0, 0.25, 0.5]),
-    )
-    return random.normal(size=(2, 4, 3)), batch
-
-
-def log_probability(logits: np.ndarray, label: int) -> float:
-    return logits[label] - np.log(np.exp(logits).sum())
+from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
 
 def test_the_losses_are_their_twins(x64) -> None:
