@@ -75,7 +75,7 @@ def write(folder: Path, groups: Sequence[RunGroup], content: Sequence[Table]) ->
     sections = [html.section(table.title, html.table(table, heading=False)) for table in content]
     sections.insert(1, html.section("Reliability", _reliability(groups)))
     if any(table.name == "shift" for table in content):
-        sections.append(html.section("TestDistribution distributions", _shift_figures(groups)))
+        sections.append(html.section("Test distributions", _shift_figures(groups)))
     if len(groups) > 2 and list(differing_fields(groups)) == _SWEEP:
         sections.append(html.section("Number of experts", _experts_curve(groups)))
     names = ", ".join(group.name for group in groups)

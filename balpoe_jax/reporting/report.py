@@ -240,7 +240,7 @@ def _shift_section(
     )
     return (
         html.section(
-            "TestDistribution distributions",
+            "Test distributions",
             html.table(content["shift"], heading=False),
             html.figures(drawn, broad=True),
             *(html.table(content[name]) for name in details if name in content),

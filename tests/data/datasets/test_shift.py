@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TestDistribution distributions: the reference's counts, published lists, and what is refused."""
+"""Test distributions: the reference's counts, published lists, and what is refused."""
 
 from pathlib import Path
 
