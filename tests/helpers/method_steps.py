@@ -10,6 +10,7 @@ import numpy as np
 from balpoe_jax.config import resolve
 from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.methods import PRESETS, Context, Network, make_method
+from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.parallel import AXIS_NAME, make_parallel
 from balpoe_jax.step import create_state, make_train_step
@@ -86,6 +87,20 @@ def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32
             for other in others:
                 np.testing.assert_array_equal(other, first_copy)
     return history
+
+
+def moved(name: str) -> set[str]:
+    """What the second phase has changed: paths of parameters, and "statistics"."""
+    before, after = fresh(name), run(name, "pmap", 1, 1)[-1][0]
+    same = map_by_path(lambda path, leaf: path, before.params)
+    pairs = zip(*(jax.tree.leaves(tree) for tree in (before.params, after.params)), strict=True)
+    found = {
+        path
+        for path, (old, new) in zip(jax.tree.leaves(same), pairs, strict=True)
+        if not np.array_equal(old, new)
+    }
+    statistics = jax.tree.map(np.array_equal, before.batch_stats, after.batch_stats)
+    return found | (set() if all(jax.tree.leaves(statistics)) else {"statistics"})
 
 
 def phases(name: str) -> range:

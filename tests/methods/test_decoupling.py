@@ -12,7 +12,7 @@ from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.decoupling import CRT, LWS
 from tests.helpers import tiny_network
 from tests.helpers.config_files import get_config
-from tests.helpers.method_steps import fresh, parts, run
+from tests.helpers.method_steps import fresh, moved, parts, run
 from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
 
@@ -28,20 +28,6 @@ def test_the_loss_is_its_twin(method, x64) -> None:
             weight = batch.mix_weight[i]
             expected = -weight * first - (1 - weight) * second
             np.testing.assert_allclose(found[e, i], expected, rtol=1e-12)
-
-
-def moved(name: str) -> set[str]:
-    """What the second phase has changed: paths of parameters, and "statistics"."""
-    before, after = fresh(name), run(name, "pmap", 1, 1)[-1][0]
-    same = map_by_path(lambda path, leaf: path, before.params)
-    pairs = zip(*(jax.tree.leaves(tree) for tree in (before.params, after.params)), strict=True)
-    found = {
-        path
-        for path, (old, new) in zip(jax.tree.leaves(same), pairs, strict=True)
-        if not np.array_equal(old, new)
-    }
-    statistics = jax.tree.map(np.array_equal, before.batch_stats, after.batch_stats)
-    return found | (set() if all(jax.tree.leaves(statistics)) else {"statistics"})
 
 
 @pytest.mark.integration

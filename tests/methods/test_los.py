@@ -12,7 +12,7 @@ from balpoe_jax.methods import Context
 from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.los import LOS
-from tests.helpers.method_steps import fresh, run
+from tests.helpers.method_steps import fresh, moved
 from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
 
@@ -55,20 +55,6 @@ def test_the_second_phase_begins_with_a_new_classifier_or_goes_on() -> None:
     for path, old, now in zip(*map(jax.tree.leaves, (same, params, new)), strict=True):
         assert np.array_equal(old, now) != in_classifier(path), path
     assert LOS(new_classifier=False).phases()[1].begin(params, key, Context(COUNTS)) is params
-
-
-def moved(name: str) -> set[str]:
-    """What the second phase has changed: paths of parameters, and "statistics"."""
-    before, after = fresh(name), run(name, "pmap", 1, 1)[-1][0]
-    same = map_by_path(lambda path, leaf: path, before.params)
-    pairs = zip(*(jax.tree.leaves(tree) for tree in (before.params, after.params)), strict=True)
-    found = {
-        path
-        for path, (old, new) in zip(jax.tree.leaves(same), pairs, strict=True)
-        if not np.array_equal(old, new)
-    }
-    statistics = jax.tree.map(np.array_equal, before.batch_stats, after.batch_stats)
-    return found | (set() if all(jax.tree.leaves(statistics)) else {"statistics"})
 
 
 def test_the_second_phase_moves_the_classifier_and_the_statistics_alone() -> None:

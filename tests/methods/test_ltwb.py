@@ -9,11 +9,10 @@ import pytest
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
-from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.ltwb import LTWB, project_classes, radius_between
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.step import phase_optimizer
-from tests.helpers.method_steps import fresh, run
+from tests.helpers.method_steps import fresh, moved, run
 from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
 
@@ -92,20 +91,6 @@ def test_the_second_phase_begins_with_the_radius_of_the_first_ones_weights() -> 
     kernel = params["ensemble"]["expert"]["head"]["dense"]["kernel"]
     np.testing.assert_array_equal(begun.pop("radius"), radius_between(kernel, 0.5))
     jax.tree.map(np.testing.assert_array_equal, begun, {"ensemble": params["ensemble"]})
-
-
-def moved(name: str) -> set[str]:
-    """What the second phase has changed: paths of parameters, and "statistics"."""
-    before, after = fresh(name), run(name, "pmap", 1, 1)[-1][0]
-    same = map_by_path(lambda path, leaf: path, before.params)
-    pairs = zip(*(jax.tree.leaves(tree) for tree in (before.params, after.params)), strict=True)
-    found = {
-        path
-        for path, (old, new) in zip(jax.tree.leaves(same), pairs, strict=True)
-        if not np.array_equal(old, new)
-    }
-    statistics = jax.tree.map(np.array_equal, before.batch_stats, after.batch_stats)
-    return found | (set() if all(jax.tree.leaves(statistics)) else {"statistics"})
 
 
 def test_the_second_phase_moves_the_classifier_on_its_balls_and_the_statistics() -> None:
