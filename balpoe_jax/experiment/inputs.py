@@ -7,7 +7,6 @@ are not the same.
 """
 
 import logging
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,9 +38,6 @@ PIPELINES = ("host", "device")
 _SHARE_OF_MEMORY, _ASSUMED_LIMIT = 0.25, 2 * 2**30
 
 Dispatches = Iterable[tuple[int, int]]
-
-# Of a step that needs none.
-NO_CONSTANTS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) -> str:
@@ -127,17 +123,17 @@ class HostInputs:
         return 1
 
     def map_train_step(
-        self, step: Callable[..., Any], phase: int, constants: Mapping[str, Any] = NO_CONSTANTS
+        self, step: Callable[..., Any], phase: int, constants: Mapping[str, Any] | None = None
     ) -> Callable[..., Any]:
         """The compiled update `(state, inputs) -> (state, metrics)`, which donates the state.
 
         Args:
             step: Update of one device, see `step.make_train_step`.
             phase: Position in the settings.
-            constants: Constants of the step, on the devices.
+            constants: Constants of the step, on the devices; None for none.
         """
         mapped = self._parallel.map_step(step, donate=True, constants=1)
-        return lambda state, inputs: mapped(state, inputs, dict(constants))
+        return lambda state, inputs: mapped(state, inputs, constants or {})
 
     def train(self, phase: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
         """What `map_train_step`'s function takes, one dispatch after the other.
@@ -234,7 +230,7 @@ class DeviceInputs:
         return -(-len(self._train) // self._settings[phase].batch_size)
 
     def map_train_step(
-        self, step: Callable[..., Any], phase: int, constants: Mapping[str, Any] = NO_CONSTANTS
+        self, step: Callable[..., Any], phase: int, constants: Mapping[str, Any] | None = None
     ) -> Callable[..., Any]:
         """The compiled updates `(state, inputs) -> (state, metrics)`, which donate the state.
 
@@ -244,13 +240,13 @@ class DeviceInputs:
         Args:
             step: Update of one device, see `step.make_train_step`.
             phase: Position in the settings.
-            constants: Constants of the step, on the devices.
+            constants: Constants of the step, on the devices; None for none.
         """
         scanned = self.steps_per_dispatch(phase) > 1
         mapped = map_planned_step(self._parallel, step, self._planners[phase], scanned)
         tables = self._parallel.replicate(self._planners[phase].tables())
         of_batches = {"images": self._images(self._train), "tables": tables}
-        return lambda state, inputs: mapped(state, inputs, of_batches, dict(constants))
+        return lambda state, inputs: mapped(state, inputs, of_batches, constants or {})
 
     def train(self, phase: int, dispatches: Dispatches, replacements: Any = None) -> Prefetcher:
         """What `map_train_step`'s function takes, one dispatch after the other.
