@@ -115,7 +115,7 @@ def rename_overrides(
 
     Args:
         arguments: Words of the command line; what follows `--` is left alone.
-        taus: Function that returns the config's own `loss.taus`, one end of which may be given.
+        taus: Function that returns the config's own `loss.taus`, for a command that gives one end.
     """
     renamed = []
     ended = False

@@ -102,7 +102,7 @@ def quick_compilation(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the cases that `slow_cases` names, each of which must be there; long files go first.
+    """Marks the cases that `slow_cases` names, and refuses unknown ones; long files go first.
 
     Else one process would still be at whole runs when there is nothing left for the other.
     """

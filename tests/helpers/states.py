@@ -8,7 +8,7 @@ from balpoe_jax.step import TrainState
 
 
 def make_state(step: int, size: int = 8) -> TrainState:
-    """A state after so many steps, whose parameter is that number."""
+    """A state at a step, with the number of the step as its parameter."""
     return TrainState(
         step=jnp.asarray(step, jnp.int32),
         params={"kernel": jnp.full((size,), float(step))},

@@ -220,7 +220,7 @@ def passes(folder: Path, tests: str) -> bool:
 
 
 def survives(folder: Path, mutation: Mutation) -> bool:
-    """Whether the tests pass with a mistake, which is mended again."""
+    """Whether the tests pass with a mistake; the file is restored afterwards."""
     path = folder / "balpoe_jax" / mutation.file
     text = path.read_text()
     if text.count(mutation.old) != 1:
