@@ -123,6 +123,7 @@ def test_overrides_of_older_names_are_renamed() -> None:
     assert rename_overrides(["main", "--", "--config.mixup.alpha=1"])[2] == "--config.mixup.alpha=1"
 
 
+@pytest.mark.integration
 def test_a_command_takes_older_names(tmp_path: Path) -> None:
     """Up to the check of the value, which says the name of today."""
     result = commands.run(
