@@ -48,10 +48,8 @@ NONE_WAS: dict[str, Any] = {
 }
 # Settings that are gone, and the value that does what is always done now.
 GONE: dict[str, Any] = {
-    "method.focal_p": "unweighted",
     "method.hard_mask": "zero",
     "method.importance": "class",
-    "method.repeat_by_experts": False,
 }
 # Ends of the range that `loss.taus` may be now.
 _TAU_ENDS = ("config.loss.tau_min", "config.loss.tau_max")

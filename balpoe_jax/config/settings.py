@@ -15,7 +15,7 @@ from balpoe_jax.methods import Method
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import MODELS
 from balpoe_jax.models.ensemble import EXPERT_MAPS
-from balpoe_jax.models.heads import CLASSIFIERS
+from balpoe_jax.models.heads import CLASSIFIERS, INITIALISERS
 from balpoe_jax.optim import SCHEDULES
 from balpoe_jax.parallel import MODES
 from balpoe_jax.setting import Section, setting
@@ -117,6 +117,12 @@ class ModelSettings(Section):
     num_experts: int = setting(3, "Number of experts.", 1, 100)
     classifier: str = setting("cosine", "Kind of the experts' classifiers.", choices=CLASSIFIERS)
     classifier_scale: float = setting(30.0, "Factor of a cosine classifier's logits.", 1e-6, 1e6)
+    classifier_init: str | None = setting(
+        None,
+        "Initial values of linear classifiers: He's or PyTorch's own. None: He's in the networks "
+        "for small images, PyTorch's in those for photographs.",
+        choices=tuple(INITIALISERS),
+    )
     reduce_dimension: bool = setting(
         False, "Whether an expert's last stages have fewer channels than a plain network's."
     )

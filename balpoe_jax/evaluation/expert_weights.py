@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-# As in the authors' code.
+# As in the authors' code for all data sets but iNaturalist, see `methods/sade.py`.
 BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
 LEAST_WEIGHT = 0.05
 

@@ -292,6 +292,7 @@ def _make_model(settings: Settings, num_classes: int, devices: parallel.Parallel
         expert_map=model.expert_map or default_expert_map(model.name, devices.platform),
         classifier=model.classifier,
         scale=model.classifier_scale,
+        classifier_init=model.classifier_init,
         reduce_dimension=model.reduce_dimension,
         shared_stages=model.shared_stages,
         dtype=jnp.dtype(model.dtype),

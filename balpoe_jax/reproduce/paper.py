@@ -299,7 +299,8 @@ def _published_methods() -> dict[str, PaperTable]:
         for published in recipe.published:
             first, _, rest = published.arguments.partition(",")
             ratio = first.removeprefix("ir=") if first.startswith("ir=") else ""
-            about = ", ".join(filter(None, [recipe.about, rest if ratio else first]))
+            network = published.network and f"published network: {published.network}"
+            about = ", ".join(filter(None, [recipe.about, rest if ratio else first, network]))
             run = _of_method(name, published.dataset, published.arguments)
             rows.setdefault((published.dataset, ratio), []).append(
                 PaperRow(about, run, _method_scores(published))
