@@ -253,8 +253,8 @@ def _shift_figures(groups: Sequence[RunGroup]) -> Markup:
 
 def _experts_curve(groups: Sequence[RunGroup]) -> Markup:
     """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
-    ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
-    numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]
+    ordered = sorted(groups, key=lambda group: group.runs[0].recorded.num_experts)
+    numbers = [group.runs[0].recorded.num_experts for group in ordered]
     # Not-a-number where no run has the figure, as that of an empty shot group: a gap in the line.
     values = {
         label: [

@@ -78,9 +78,9 @@ def write_report_of(
 
 
 def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str") -> Path:
-    run = schema.load_config(path) or {}
+    recorded = schema.load_config(path)
     content = {table.name: table for table in result_tables.result_tables(results)}
-    title, subtitle = _headline(results, run)
+    title, subtitle = _headline(results, recorded)
     folder = path / "report"
     tables.write_files(
         folder,
@@ -91,11 +91,11 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
     sections = [
         html.section("Result", html.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),
-        _classes_section(results, run, summaries),
+        _classes_section(results, recorded, summaries),
         *(_shift_section(content, results) if "shift" in content else ()),
         *(_experts_section(content, results, summaries) if "bias" in content else ()),
         html.section("Training", _curves(path, results)),
-        html.section("The run", _facts(results, run)),
+        html.section("The run", _facts(results, recorded)),
     ]
     return html.write(folder / "index.html", title, subtitle, sections)
 
@@ -123,15 +123,11 @@ def _load_summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
         return str(error)
 
 
-def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
-    config = run.get("config", {})
-    data, model = config.get("data", {}), config.get("model", {})
+def _headline(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> tuple[str, str]:
+    dataset, model = (recorded.dataset, recorded.model) if recorded else ("Run", "model")
     experts = len(results["experts"])
     counts = np.array(results["class_counts"])
-    title = (
-        f"{data.get('name', 'Run')}, {model.get('name', 'model')} with {experts} "
-        f"expert{'s' if experts > 1 else ''}"
-    )
+    title = f"{dataset}, {model} with {experts} expert{'s' if experts > 1 else ''}"
     subtitle = (
         f"{counts.sum():,} training images in {len(counts)} classes, {counts.max():,} down to "
         f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
@@ -177,10 +173,11 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> Mar
 
 
 def _classes_section(
-    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
+    results: Mapping[str, Any], recorded: schema.RunRecord | None, summaries: _Summaries | str
 ) -> Markup:
     counts, test = np.array(results["class_counts"]), results["test"]
-    low, high = thresholds = _thresholds(run)
+    thresholds = recorded.shot_thresholds if recorded else metrics.DEFAULT_THRESHOLDS
+    low, high = thresholds
     names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
     accuracies = [*results["experts"], test]
     means = ", ".join(f"{group} {_percent(test[group])}%" for group in metrics.ShotGroups._fields)
@@ -340,32 +337,29 @@ def _curves(path: Path, results: Mapping[str, Any]) -> Markup:
     return html.figures(*drawn, broad=True)
 
 
-def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> Markup:
-    config, environment = run.get("config", {}), run.get("environment") or {}
-    if not config:
+def _facts(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> Markup:
+    if recorded is None:
         return html.absent("There is no config.json in this folder.")
-    data, optim = config["data"], config["optim"]
-    versions = environment.get("versions") or {}
     return html.definitions(
         {
-            "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
+            "data": f"{recorded.dataset}, imbalance ratio {recorded.imbalance_ratio:g}",
             "class counts": "as they should be for this data set"
-            if (run.get("data") or {}).get("counts_as_published")
+            if recorded.counts_as_published
             else "not as they should be for this data set",
             "taus": ", ".join(_tau(expert) for expert in results["experts"]),
-            "method": config.get("method", {}).get("name", "balpoe"),
-            "mixing": f"{config['mix'].get('rule', 'mixup')}, alpha {config['mix']['alpha']:g}"
-            if config["mix"]["alpha"]
+            "method": recorded.method,
+            "mixing": f"{recorded.mix_rule}, alpha {recorded.mix_alpha:g}"
+            if recorded.mix_alpha
             else "none",
-            "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
-            f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "
-            f"{optim['weight_decay']:g}",
-            "seed": config["seed"],
-            "devices": f"{environment.get('device_count')} x {environment.get('device_kind')}",
-            "started": environment.get("started"),
-            "source": environment.get("git_commit") or "not from a git repository",
-            "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
-            "command": " ".join(environment.get("command") or []),
+            "schedule": f"{recorded.total_epochs} epochs, batch {recorded.batch_size}, learning "
+            f"rate {recorded.learning_rate:g} ({recorded.schedule}), weight decay "
+            f"{recorded.weight_decay:g}",
+            "seed": recorded.seed,
+            "devices": f"{recorded.device_count} x {recorded.device_kind}",
+            "started": recorded.started,
+            "source": recorded.git_commit or "not from a git repository",
+            "versions": ", ".join(f"{name} {v}" for name, v in recorded.versions.items() if v),
+            "command": " ".join(recorded.command),
         }
     )
 
@@ -379,12 +373,6 @@ def _expert_names(results: Mapping[str, Any]) -> list[str]:
 
 def _tau(expert: Mapping[str, Any]) -> str:
     return "-" if expert["tau"] is None else f"{expert['tau']:.4g}"
-
-
-def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
-    data = run.get("config", {}).get("data", {})
-    low, high = data.get("shot_thresholds") or metrics.DEFAULT_THRESHOLDS
-    return low, high
 
 
 def _read_rows(path: Path) -> Sequence[dict[str, Any]]:

@@ -19,28 +19,28 @@ class Run:
     """One evaluated run.
 
     Attributes:
-        path: its workdir.
-        config: all fields of its config.
-        results: what its `results.json` holds.
+        path: Workdir of the run.
+        recorded: Record of the run, from its `config.json`.
+        results: Content of its `results.json`.
     """
 
     path: Path
-    config: Mapping[str, Any]
+    recorded: schema.RunRecord
     results: Mapping[str, Any]
 
     @property
     def seed(self) -> int:
-        """Of initialisation, order, augmentation and mixup."""
-        return self.config["seed"]
+        """Seed of initialisation, order, augmentation and mixing."""
+        return self.recorded.seed
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What its figures depend on by dotted names: what is trained and how it is evaluated.
+        """The fields on which its figures depend, of training and of evaluation, by dotted names.
 
         Of an older evaluation that did not record its settings, only the number of bins is known.
         """
         settings = self.results.get("settings") or {"num_bins": self.results.get("num_bins")}
-        return record.experiment_fields(self.config) | {
+        return record.experiment_fields(self.recorded.config) | {
             f"eval.{name}": settings.get(name) for name in record.EVALUATION_SETTINGS
         }
 
@@ -105,13 +105,13 @@ def load_run(path: Path) -> Run:
     Raises:
         UserError (a `ValueError`): a folder without them, or files that are damaged.
     """
-    results, written = schema.load_results(path), schema.load_config(path)
-    if results is None or written is None:
+    results, recorded = schema.load_results(path), schema.load_config(path)
+    if results is None or recorded is None:
         raise UserError(
             f"{path} holds no evaluated run (a {files.RESULTS} and a {files.CONFIG}); "
             "train or evaluate it first, with --workdir."
         )
-    return Run(path, written["config"], results)
+    return Run(path, recorded, results)
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -135,7 +135,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     Raises:
         UserError (a `ValueError`): one experiment twice with one seed, or another data set.
     """
-    names = {run.config["data"]["name"] for run in runs}
+    names = {run.recorded.dataset for run in runs}
     if len(names) > 1:
         raise UserError(
             f"Runs on different data sets cannot be compared ({', '.join(sorted(names))}); name "

@@ -65,8 +65,8 @@ class Job:
         if not record.has_config(self.workdir):
             return "to do"
         record.check_same_config(self.workdir, self._settings())
-        claimed = schema.load_config(self.workdir) or {}
-        last = (claimed.get("resolved") or {}).get("total_steps")
+        recorded = schema.load_config(self.workdir)
+        last = recorded.total_steps if recorded else None
         # The step alone, so that results which are damaged can be written again.
         step = (files.read_json(self.workdir / files.RESULTS) or {}).get("step")
         return "done" if last is not None and step == last else "begun"
