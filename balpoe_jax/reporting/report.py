@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a run for people: tables for the terminal and files, a page with figures.
+"""The report of a run: tables for the terminal and files, and a page with figures.
 
-Everything is read from the plain files of the workdir, so a report can be written again at any
-time.
+All it needs is in the plain files of the workdir, so it can be written again at any time.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions
 from balpoe_jax.reporting import figures, html, result_tables, schema, tables
 
-# Those that fit the terminal's attention; the page and the files have all.
+# The tables that a terminal shows; the page and the files have all.
 _PRINTED = (
     "result", "calibration", "shift", "prior_estimates", "aggregation", "bias", "experts",
 )  # fmt: skip
@@ -30,8 +29,8 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
     """The note on the run, if any, and the main tables, for a terminal of `width` characters.
 
     Args:
-        results: what `results.json` holds.
-        width: 80 or more.
+        results: Content of `results.json`.
+        width: Number of characters in a line, 80 or more.
     """
     printed = [table for table in result_tables.result_tables(results) if table.name in _PRINTED]
     parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
@@ -43,9 +42,8 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
 def write_report(workdir: str) -> Path:
     """Writes `report/` from the files of a run and returns the path of its page.
 
-    Beside `index.html` there are `tables.md` with all tables and a CSV file for each.
-    `results.json` must be there; what else is missing (predictions, metrics.jsonl, config.json) is
-    left out of the page, which says so.
+    It has `index.html`, `tables.md` with all tables, and a CSV file for each table. `results.json`
+    must be there. The page says what else is missing (predictions, metrics.jsonl, config.json).
 
     Raises:
         UserError (a `ValueError`): no results, or results or a config that are damaged.
@@ -65,8 +63,8 @@ def write_report_of(
     """Writes `report/` of an evaluation that has just been made; returns the path of its page.
 
     Args:
-        workdir: of the run, with its `config.json` and `metrics.jsonl`.
-        results: what its `results.json` holds.
+        workdir: Folder of the run, with its `config.json` and `metrics.jsonl`.
+        results: Content of its `results.json`.
         test: Predictions of the test set; None for those in the workdir.
 
     Raises:
@@ -101,7 +99,7 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
 
 
 class _Summaries:
-    """What the page needs of the predictions: each classifier's summary, the ensemble last."""
+    """The labels and the summaries of all classifiers, which the page needs of predictions."""
 
     def __init__(self, test: predictions.Predictions) -> None:
         self.labels = test.labels
@@ -110,7 +108,7 @@ class _Summaries:
 
 
 def _load_summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
-    """Those of the run's predictions, or a sentence that says why there are none."""
+    """The summaries of the run's predictions, or a sentence that says why there are none."""
     try:
         test = predictions.load(path / predictions.FOLDER)
         experts, _, classes = test.expert_logits.shape
@@ -376,7 +374,7 @@ def _tau(expert: Mapping[str, Any]) -> str:
 
 
 def _read_rows(path: Path) -> Sequence[dict[str, Any]]:
-    """The rows of a file of one object a line, without those that an interruption tore."""
+    """The rows of a file with one JSON object a line, without lines that were cut short."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`results.json` and `config.json` of a run, read and checked.
 
-Both may come from another version, from an interruption or from an editor. Whoever reads them
-through here can rely on what stands below, and gets one sentence where it does not hold.
+Both may come from another version, from an interruption or from an editor. A reader can rely on the
+shapes below; a file of another shape is refused with one sentence.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from balpoe_jax import files, metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.renames import current_name, current_values, rename_fields
 
-# A shape of plain values: a kind by its name; a list of one shape for lists of it; an object's keys
-# with their shapes. A key that ends in "?" may be missing or null, "*" stands for any other key,
-# and keys that are not listed are free.
+# A shape of plain values is the name of a kind, a list of one shape for lists of it, or an object's
+# keys with their shapes. A key that ends in "?" may be missing or null, "*" stands for any key, and
+# keys that are not listed may hold anything.
 _COUNT, _NUMBER, _TEXT = "a whole number", "a number", "text"
 _FIGURE = "a number or null"
 
@@ -175,17 +175,17 @@ class RunRecord:
 
 
 def load_results(workdir: Path) -> dict[str, Any] | None:
-    """What `results.json` of a workdir holds; None if there is no such file.
+    """The content of `results.json` in a workdir; None if there is no such file.
 
     Raises:
-        UserError (a `ValueError`): a file that cannot be read, or that is not what an evaluation
-            writes: naming the first part that is wrong.
+        UserError (a `ValueError`): a file that cannot be read, or the first part of it that is not
+            as an evaluation writes it.
     """
     return _load(workdir / files.RESULTS, _RESULTS, _check_results, _rename_results)
 
 
 def load_config(workdir: Path) -> RunRecord | None:
-    """What `config.json` of a workdir says; None if there is no file.
+    """The record in `config.json` of a workdir; None if there is no such file.
 
     Raises:
         UserError (a `ValueError`): as for `load_results`.
@@ -225,16 +225,16 @@ def _rename_results(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    # An evaluation writes results anew, but never a config.
+    # An evaluation writes results again, but never a config.
     results = path.name == files.RESULTS
-    remedy = "evaluate the run anew, with --mode=eval" if results else "mend it"
+    remedy = "evaluate the run again, with --mode=eval" if results else "fix it"
     return UserError(
         f"{path} is damaged or of another version: {problem}; {remedy}, or leave the run out."
     )
 
 
 def _mismatch(value: Any, shape: Any, name: str) -> str | None:
-    """The first part of a value that has not its shape, as a clause; None if all have."""
+    """A clause on the first part of a value that is not of its shape; None if all are."""
     if isinstance(shape, str):
         return None if _is_kind(value, shape) else f"{name} should be {shape}, not {_shown(value)}"
     if isinstance(shape, list):
@@ -281,7 +281,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_results(results: Mapping[str, Any]) -> str | None:
-    """The first section whose size does not fit the others', as a clause; None if all do."""
+    """A clause on the first section whose size does not fit the others'; None if all do."""
     experts = len(results["experts"])
     if not experts or not sum(results["class_counts"]):
         return f"{'class_counts' if experts else 'experts'} is empty"
