@@ -303,8 +303,8 @@ def _experts(results: Mapping[str, Any]) -> Table:
         scores = [results["test"][key] for key in ("top1", *_GROUPS)]
         rows.append((f"{results['experts_used']:.2f} asked", [*scores, None, ""]))
         routed = (
-            " The last row is the method's own ensemble: as many experts for each image as it needs, "
-            "this number on average."
+            " The last row is the method's own ensemble: as many experts for each image as it "
+            "needs, this number on average."
         )
     return Table(
         "experts",
