@@ -330,17 +330,7 @@ def _score_target(
     """Accuracy, calibration and the quality of the estimated priors on one distribution."""
     logits, num_classes = test.ensemble, test.expert_logits.shape[2]
     truth = target.prior
-    concentration = 1 + prior_strength * len(target.indices) / num_classes
-    # The examples of the target count once, the others not at all: one shape for all targets.
-    members = np.zeros(len(test.labels), np.float32)
-    members[target.indices] = 1
-    best = evidence.get("corrected", evidence["raw"])
-    estimates: dict[str, PriorEstimate] = {
-        "map": estimate_prior(best, members, concentration),
-        "ml": estimate_prior(best, members),
-    }
-    if "corrected" in evidence:
-        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, concentration)
+    estimates = _estimate_priors(target, evidence, prior_strength)
     offsets = {
         "none": None,
         "prior": log_target_prior(truth, num_classes),
@@ -379,6 +369,25 @@ def _score_target(
             for name, estimate in estimates.items()
         },
     }
+
+
+def _estimate_priors(
+    target: TestDistribution, evidence: Mapping[str, jax.Array], prior_strength: float
+) -> dict[str, PriorEstimate]:
+    """The prior of a distribution, estimated in each way, from what `_evidence_of_priors` gives."""
+    num_examples, num_classes = evidence["raw"].shape
+    concentration = 1 + prior_strength * len(target.indices) / num_classes
+    # The examples of the target count once, the others not at all: one shape for all targets.
+    members = np.zeros(num_examples, np.float32)
+    members[target.indices] = 1
+    best = evidence.get("corrected", evidence["raw"])
+    estimates = {
+        "map": estimate_prior(best, members, concentration),
+        "ml": estimate_prior(best, members),
+    }
+    if "corrected" in evidence:
+        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, concentration)
+    return estimates
 
 
 def score_aggregations(
