@@ -9,7 +9,7 @@ from typing import Any
 from balpoe_jax import files
 from balpoe_jax.config import Settings, to_record, with_defaults
 from balpoe_jax.errors import TransientError, UserError, is_transient
-from balpoe_jax.files import CONFIG, read_json, to_json, write_atomically
+from balpoe_jax.files import CONFIG, to_json
 from balpoe_jax.run import multihost
 from balpoe_jax.run.environment import environment
 
@@ -100,31 +100,43 @@ def write_config(
         "data": data,
         "environment": environment(),
     }
-    write_atomically(workdir / CONFIG, json.dumps(to_json(content), indent=2) + "\n")
+    files.write_atomically(workdir / CONFIG, json.dumps(to_json(content), indent=2) + "\n")
 
 
 def recorded_pipeline(workdir: Path) -> str | None:
     """The place where the batches of the run in a workdir are made; None if it holds no run."""
     if not has_config(workdir):
         return None
-    resolved = (read_json(workdir / CONFIG) or {}).get("resolved")
+    resolved = (files.read_json(workdir / CONFIG) or {}).get("resolved")
     # Older runs had the host's pipeline alone.
     return str(resolved.get("pipeline", "host")) if isinstance(resolved, dict) else "host"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config in a `config.json`, perhaps under older names.
+
+    Raises:
+        OSError: a file that is not there (`FileNotFoundError`), or that cannot be read.
+        ValueError: a file without a config.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(f"its config is {config!r}")
+    return config
 
 
 def check_same_config(workdir: Path, settings: Settings) -> None:
     """Raises UserError unless `workdir` holds a run of these settings."""
     path = workdir / CONFIG
     try:
-        before = json.loads(path.read_text())["config"]
-        if not isinstance(before, dict):
-            raise TypeError(f"its config is {before!r}")
+        before = read_config(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no run (there is no {CONFIG}); train first, or name the workdir of a "
             "run with --workdir=DIR."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another workdir.") from error
     there, here = experiment_fields(before), experiment_fields(to_record(settings))
     differing = [

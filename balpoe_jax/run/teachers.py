@@ -2,7 +2,6 @@
 """Trained runs that another run learns from: their settings and their variables."""
 
 import dataclasses
-import json
 import logging
 from typing import Any
 
@@ -28,7 +27,7 @@ def read_settings(workdir: str, student: Settings) -> Settings:
     """
     path = record.locate(workdir) / files.CONFIG
     try:
-        settings = from_record(with_defaults(json.loads(path.read_text())["config"]))
+        settings = from_record(with_defaults(record.read_config(path)))
     except FileNotFoundError as error:
         raise UserError(
             f"The teacher's workdir {path.parent} holds no run (there is no {files.CONFIG}); "
