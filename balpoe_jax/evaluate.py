@@ -52,12 +52,7 @@ def evaluate(settings: Settings, workdir: str) -> dict[str, Any]:
             raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
         log.info("Evaluating the checkpoint of step %d", int(state.step))
         results, test = Evaluator(experiment).score(state, path / "predictions")
-        if results:
-            step, policy = results["step"], settings.data.on_bad_image
-            results |= non_finite.summary(settings.optim.skip_non_finite, path, step)
-            results |= bad_images.count(policy, path, step)
-            publish(results, test, path)
-    return results
+        return publish(results, test, settings, path)
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -218,15 +213,30 @@ def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Itera
         yield batch
 
 
-def publish(results: dict[str, Any], test: predictions.Predictions | None, workdir: Path) -> None:
-    """Writes `results.json` and the report, and logs the main tables.
+def publish(
+    results: dict[str, Any],
+    test: predictions.Predictions | None,
+    settings: Settings,
+    workdir: Path,
+) -> dict[str, Any]:
+    """Writes `results.json` and the report, and logs the main tables; in process 0 alone.
 
     Args:
-        results: Content of `results.json`.
+        results: Results that `Evaluator.score` returned; empty in other processes than the first.
         test: Predictions of the test set, which the report shows.
+        settings: Settings of the experiment.
         workdir: Folder of the run.
+
+    Returns:
+        Content of `results.json`: the results, and how many steps and images were left out.
     """
+    if not results:
+        return {}
+    step = results["step"]
+    results |= non_finite.summary(settings.optim.skip_non_finite, workdir, step)
+    results |= bad_images.count(settings.data.on_bad_image, workdir, step)
     files.write_atomically(workdir / files.RESULTS, json.dumps(results, indent=2) + "\n")
     page = report.write_report_of(workdir, results, test)
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n\nReport: %s", report.result_text(results, width), page)
+    return results

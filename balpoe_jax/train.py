@@ -107,7 +107,7 @@ def _train(
     lock: WorkdirLock,
 ) -> dict[str, Any]:
     settings, program = experiment.settings, experiment.program
-    total_steps, policy = program.total_steps, settings.data.on_bad_image
+    total_steps = program.total_steps
     _announce(experiment)
 
     with Checkpoints(str(workdir / "checkpoints"), settings.checkpoint.keep) as checkpoints:
@@ -147,11 +147,7 @@ def _train(
             results, predicted = evaluator.score(state, workdir / "predictions")
             if results and not metric_writer.has_test_row(workdir, total_steps):
                 writer.write(_test_row(results, total_steps, program.epoch_at(total_steps)))
-    if results:
-        results |= non_finite.summary(settings.optim.skip_non_finite, workdir, total_steps)
-        results |= bad_images.count(policy, workdir, total_steps)
-        publish(results, predicted, workdir)
-    return results
+    return publish(results, predicted, settings, workdir)
 
 
 def _restore_or_initialise(
