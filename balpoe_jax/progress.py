@@ -41,7 +41,7 @@ class Progress:
 
     Args:
         program: Program that is run.
-        first_step: Step after which this start goes on.
+        first_step: Step after which this start continues.
         trouble: Record of the steps that are not finite.
     """
 

@@ -172,7 +172,7 @@ class _Training:
     Attributes:
         experiment: Experiment that is trained.
         workdir: Folder of the run.
-        first_step: Step after which this start goes on.
+        first_step: Step after which this start continues.
         checkpoints, evaluator, writer, profiler: Those of this start, open.
         start_up, notice, lock: Those of the command, as for `train`.
     """

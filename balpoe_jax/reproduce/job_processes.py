@@ -178,7 +178,7 @@ class _Crew:
             log.info("%s %s: %s, %.0f s%s", number, how, command.name, seconds, more)
 
     def abandon(self) -> None:
-        """Tells jobs that still run to save and end, since this process cannot go on."""
+        """Tells jobs that still run to save and end, since this process cannot continue."""
         for running in self._running.values():
             running.process.terminate()
 

@@ -31,8 +31,8 @@ def make_replacements(
         policy: Value of `config.data.on_bad_image`, "fail" or "skip".
         source: Training set.
         workdir: Folder of the run, where they are recorded.
-        first_step: Step after which this start goes on. Records of later steps are discarded, since
-            the steps will be made again.
+        first_step: Step after which this start continues. Records of later steps are discarded,
+            since the steps will be made again.
 
     Returns:
         None for the policy "fail", and for images in memory.

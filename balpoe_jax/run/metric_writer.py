@@ -32,7 +32,7 @@ class MetricWriter:
 
     Args:
         workdir: Folder of the run.
-        from_step: Step after which this start goes on. Rows of later steps move to
+        from_step: Step after which this start continues. Rows of later steps move to
             `metrics.discarded.jsonl`, since the steps will be made again.
     """
 

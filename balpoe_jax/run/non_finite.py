@@ -31,8 +31,8 @@ class NonFiniteSteps:
 
     Args:
         workdir: Folder of the run.
-        first_step: Step after which this start goes on. Records of later steps are discarded, since
-            the steps will be made again.
+        first_step: Step after which this start continues. Records of later steps are discarded,
+            since the steps will be made again.
         limit: Number of steps that the config lets pass without an update.
         batch_indices: Positions of the training examples of the update that leads to a step.
         learning_rate: Learning rate of that update.
