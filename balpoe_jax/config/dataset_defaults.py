@@ -12,7 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balpoe_jax import config as config_lib
+from balpoe_jax.config.arguments import parse_arguments
+from balpoe_jax.config.resolve import AUGMENTATIONS, default_config, section_config
 from balpoe_jax.config.settings import Phase2Settings
 from balpoe_jax.methods import METHODS, PRESETS, scaled_fields
 from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
@@ -118,7 +119,7 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
     Raises:
         UserError (a `ValueError`): an argument that is not valid.
     """
-    args = config_lib.parse_arguments(
+    args = parse_arguments(
         arguments,
         ir=(100, 50, 10),
         recipe=RECIPE_CHOICES,
@@ -128,7 +129,7 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
         backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
         epochs=0,
     )
-    config = config_lib.default_config()
+    config = default_config()
     config.data.name = name
     config.data.imbalance_ratio = float(args.ir)
     config.model.name = args.backbone
@@ -157,7 +158,7 @@ def set_method(
         balpoe_taus: Ends of BalPoE's range, which depend on the data set.
     """
     preset = PRESETS[args.method]
-    config.method = config_lib.section_config(preset.method)
+    config.method = section_config(preset.method)
     config.model.num_experts = args.experts or preset.experts
     config.loss.taus = preset.taus or balpoe_taus
     alpha = config.mix.alpha
@@ -188,9 +189,9 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
     for field, value in fields.items():
         section, _, name = field.rpartition(".")
         if section == "phase2" and section not in config:
-            config.phase2 = config_lib.section_config(Phase2Settings())
-        if section in config_lib.AUGMENTATIONS and section not in config:
-            config[section] = config_lib.default_config().augment
+            config.phase2 = section_config(Phase2Settings())
+        if section in AUGMENTATIONS and section not in config:
+            config[section] = default_config().augment
         part = config[section] if section else config
         if name not in part:
             raise KeyError(f"The preset's field {field} is none of a config.")
@@ -239,7 +240,7 @@ def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict
     Raises:
         UserError (a `ValueError`): an argument that is not valid.
     """
-    args = config_lib.parse_arguments(
+    args = parse_arguments(
         arguments,
         backbone=tuple(IMAGENET_MODELS),
         recipe=RECIPE_CHOICES,
@@ -250,7 +251,7 @@ def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict
         batch_size=0,
     )
     strong = args.recipe in ("strong", "long")
-    config = config_lib.default_config()
+    config = default_config()
     config.total_epochs = defaults.epochs[args.recipe == "long"]
     config.batch_size = defaults.batch_size
     config.log_every_steps = 100
