@@ -27,7 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
         params: Parameters; those of the experts are stacked `[E, ...]`.
         batch_stats: Running averages of BatchNorm.
         opt_state: State of the optimizer.
-        method_state: Arrays that a method keeps, see `balpoe_jax.methods`; most keep nothing.
+        method_state: what a method keeps beside them, see `balpoe_jax.methods`; most keep nothing.
     """
 
     step: jax.Array
@@ -119,7 +119,7 @@ def make_train_step(
         method_state = method.on_step_start(state.method_state, state.params, now)
 
         def gradients(batch: TrainBatch) -> tuple[Any, Losses]:
-            """The gradients of a batch's loss, and the other results of the loss function."""
+            """Of a batch's loss, and beside them the rest of what the loss function returns."""
 
             def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
                 params = _freeze(params, described.trainable)

@@ -168,7 +168,7 @@ def set_method(
     fields = preset.own(dataset, *arguments, *(["recipe=long"] if own_long else []))
     own_epochs = fields.get("total_epochs", preset.epochs)
     if args.recipe != "own" and not own_long:
-        fields = {name: value for name, value in fields.items() if not _is_of_recipe(name)}
+        fields = {name: value for name, value in fields.items() if not _is_of_schedule(name)}
     _set_fields(config, fields)
     for number in range(2, preset.method.views + 1):
         if f"view{number}" not in config:  # the preset says nothing of it: as the first view
@@ -178,8 +178,8 @@ def set_method(
     _scale_epochs(config, fields, own_epochs, args.epochs or config.total_epochs)
 
 
-def _is_of_recipe(field: str) -> bool:
-    """Whether BalPoE's recipes set a field, for all methods."""
+def _is_of_schedule(field: str) -> bool:
+    """Whether a field is one of those that BalPoE's recipes set for all methods."""
     return field in ("total_epochs", "batch_size") or field.startswith(
         ("optim.", "augment.", "other_augment.")
     )
