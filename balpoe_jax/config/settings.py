@@ -80,7 +80,7 @@ class DataSettings(Section):
         None,
         "Place where batches are made: the device (the data set lies in its memory, and the "
         "compiled step makes them) or the host (tf.data). None: the device where the set fits and "
-        "the platform is an accelerator, or where TensorFlow is not installed. A run goes on in "
+        "the platform is an accelerator, or where TensorFlow is not installed. A run continues in "
         "the pipeline that it began in.",
         choices=("host", "device"),
     )

@@ -152,7 +152,8 @@ def test_results_of_an_older_version_are_read_by_todays_names(tmp_path: Path) ->
     read = schema.load_results(tmp_path)
     assert read is not None and read["note"] == "a small version"
     assert read["settings"]["expert_weights_epochs"] == results["settings"]["aggregation_epochs"]
-    assert schema.load_config(RUNS / "finished")["config"]["mix"]["alpha"] == 0.4
+    recorded = schema.load_config(RUNS / "finished")
+    assert recorded is not None and recorded.mix_alpha == 0.4
 
 
 def test_overrides_of_older_names_are_renamed() -> None:

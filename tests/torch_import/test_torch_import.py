@@ -566,7 +566,7 @@ def test_the_command_makes_a_workdir(tmp_path: Path, digits_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{config}", "{workdir}"], "Expected one FILE beside --config and --workdir"),
+        (["{config}", "{workdir}"], "Expected one FILE next to --config and --workdir"),
         (["a.npz", "b.npz", "{config}", "{workdir}"], "got 2: a.npz, b.npz"),
         (["a.npz", "{config}"], "--workdir must have a value"),
         (["a.npz", "{config}", "{workdir}"], "There is no file a.npz"),
