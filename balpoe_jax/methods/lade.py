@@ -65,7 +65,7 @@ class LADE(Method):
     needs_global_batch = True
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
-        """Those of balanced softmax."""
+        """Tau 1, as in balanced softmax."""
         return (1.0,) * len(taus)
 
     def loss(

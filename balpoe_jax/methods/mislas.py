@@ -85,7 +85,7 @@ class ScaledEnsemble(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> Outputs:
-        """As the ensemble's."""
+        """The ensemble's outputs, with scaled logits."""
         outputs = self.ensemble(images, train)
         scale = self.param("class_scale", nn.initializers.ones, outputs.logits.shape[-1:])
         return outputs._replace(logits=outputs.logits * scale[None, None])

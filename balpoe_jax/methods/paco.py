@@ -62,12 +62,12 @@ def paco_loss(
 
     Args:
         logits: float `[B, C]`, raw.
-        similarities: float `[B, A]`, divided by the temperature. The first B of the others are the
-            images themselves, of which each is none of its own others.
+        similarities: Similarities over the temperature, float `[B, A]`. The first B of the others
+            are the images themselves; an image is not contrasted with itself.
         labels: int `[B]`.
         others: int `[A]`, labels of the others; -1 for none.
         log_prior: float `[C]`.
-        alpha, beta, gamma: as above.
+        alpha, beta, gamma: Weights as above.
 
     Returns:
         float `[B]`. With `alpha = gamma = 0` it is the logit-adjusted cross-entropy.
