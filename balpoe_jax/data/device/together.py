@@ -113,31 +113,22 @@ def _read_moved(
     """The batch after its moves, and where the second ones leave the image; `[B, H * W]`."""
     height, width = size
     first, second = policy.variants
-    sheared = "columns" in first.kinds
-    # Sheared pixels have neighbours.
-    before, after = (-NEIGHBOURS[0], NEIGHBOURS[-1]) if sheared else (0, 0)
+    shears = _Shears(first, chosen[0], size) if "columns" in first.kinds else None
+    # Interpolation reads neighbours above and below the image.
+    before, after = (-NEIGHBOURS[0], NEIGHBOURS[-1]) if shears else (0, 0)
     all_rows = np.arange(-before, height + after, dtype=np.int32)
     rows: Any = np.repeat(all_rows, width)[None]
     columns: Any = np.tile(np.arange(width, dtype=np.int32), len(all_rows))[None]
     own = slice(before * width, (before + height) * width)
-    outside, unseen, shears = None, None, None
+    outside, unseen = None, None
     if "nearest" in second.kinds:
         down, right = _shifts(second)
         rows = rows + _number_of(down, chosen[1])[:, None]
         columns = columns + _number_of(right, chosen[1])[:, None]
         outside = ~within(rows, columns, height, width)[:, own]
-    if sheared:
-        kinds = np.array([kind == "columns" for kind in _kinds(first)])
-        shears = _number_of(kinds, chosen[0])[:, None]
-        lines = {name: leaf[:, :width] for name, leaf in first.numbers["lines"].items()}
-
-        def shifts(name: str, times: int) -> jax.Array:
-            return _lines_of(np.tile(lines[name], times), chosen[0])
-
-        seen = rows + shifts("nearest", len(all_rows))
-        unseen = (shears & ((seen < 0) | (seen >= height)))[:, own]
-        shifted = jnp.clip(rows + shifts("first", len(all_rows)), 0, height - 1)
-        rows = jnp.where(shears, shifted, rows)
+    if shears:
+        rows, beyond = shears.move(rows, len(all_rows))
+        unseen = beyond[:, own]
     if "nearest" in first.kinds:
         rows, columns = source_of(_entries(first, chosen[0]), rows, columns)
         left = ~within(rows, columns, height, width)[:, own]
@@ -146,18 +137,54 @@ def _read_moved(
     found = read((jnp.broadcast_to(rows, shape), jnp.broadcast_to(columns, shape)))
     found = jax.lax.optimization_barrier(found)
     pixels = found[:, own]
-    if shears is not None:
+    if shears:
         starts = [(before + i) * width for i in NEIGHBOURS]
         neighbours = [found[:, start : start + height * width] for start in starts]
-        weights = np.tile(lines["weights"], (1, height, 1, 1))
-        of_parts = [
-            [_lines_of(weights[:, :, part, i], chosen[0]) for i in range(len(NEIGHBOURS))]
-            for part in range(weights.shape[2])
-        ]
-        pixels = jnp.where(shears, interpolate(neighbours, of_parts), pixels)
+        pixels = shears.interpolate(neighbours, pixels)
     if unseen is not None:
         pixels = jnp.where(unseen, jnp.uint32(fill), pixels)
     return pixels, outside
+
+
+class _Shears:
+    """The shears of columns that some images of a batch get at the first position.
+
+    Args:
+        variants: Variants of the position.
+        chosen: Variant of each image, int32 `[B]`.
+        size: Height and width of the images.
+    """
+
+    def __init__(self, variants: Variants, chosen: jax.Array, size: tuple[int, int]) -> None:
+        self._height, width = size
+        self._chosen = chosen
+        kinds = np.array([kind == "columns" for kind in _kinds(variants)])
+        self._sheared = _number_of(kinds, chosen)[:, None]
+        self._lines = {name: leaf[:, :width] for name, leaf in variants.numbers["lines"].items()}
+
+    def move(self, rows: Any, times: int) -> tuple[jax.Array, jax.Array]:
+        """The rows that pixels are read from, and whether that is outside, `[B, times * W]`.
+
+        Args:
+            rows: Rows of the pixels in the result, int32, `times` rows of the image's width.
+            times: Number of these rows.
+        """
+        seen = rows + self._shifts("nearest", times)
+        outside = self._sheared & ((seen < 0) | (seen >= self._height))
+        shifted = jnp.clip(rows + self._shifts("first", times), 0, self._height - 1)
+        return jnp.where(self._sheared, shifted, rows), outside
+
+    def interpolate(self, neighbours: list[jax.Array], pixels: jax.Array) -> jax.Array:
+        """The interpolated pixels of sheared images, and the pixels of others, `[B, H * W]`."""
+        weights = np.tile(self._lines["weights"], (1, self._height, 1, 1))
+        of_parts = [
+            [_lines_of(weights[:, :, part, i], self._chosen) for i in range(len(NEIGHBOURS))]
+            for part in range(weights.shape[2])
+        ]
+        return jnp.where(self._sheared, interpolate(neighbours, of_parts), pixels)
+
+    def _shifts(self, name: str, times: int) -> jax.Array:
+        return _lines_of(np.tile(self._lines[name], times), self._chosen)
 
 
 def _entries(variants: Variants, chosen: jax.Array) -> list[jax.Array]:
