@@ -147,7 +147,7 @@ def _rows(workdir: Path) -> Iterator[dict[str, Any]]:
 
 
 def _files(workdir: Path) -> set[str]:
-    """Names down to the second level, except TensorBoard's, of which each start adds some."""
+    """Names down to the second level, except TensorBoard's, since each start adds some."""
     paths = [*workdir.glob("*"), *workdir.glob("*/*")]
     names = {str(path.relative_to(workdir)) for path in paths}
     return {name for name in names if not name.startswith("tensorboard/")}

@@ -33,7 +33,7 @@ class Transform:
         size: Height and width of the result.
         mean, std: Statistics of the normalisation, by channel.
         crop_padding, flip, rotation, color_jitter: Fields as in `AugmentSettings`.
-        pairs: Pairs of operations of AutoAugment, one of which is drawn; empty for no policy.
+        pairs: Pairs of AutoAugment's operations, from which one is drawn; empty for no policy.
         randaugment: Whether timm's `rand-n2-m10-mstd0.5` follows.
         fill: RandAugment's colour outside the image.
     """

@@ -364,7 +364,7 @@ def mix_losses(batch: TrainBatch, loss: Callable[[jax.Array], jax.Array]) -> jax
     It is for losses that are not linear in the label, for which `soft_labels` give another result.
 
     Args:
-        batch: Batch, of which only labels and shares are used.
+        batch: Batch, whose labels and shares are used.
         loss: Function from labels `[B]` to losses `[..., B]`.
     """
     first, second = loss(batch.labels), loss(batch.other_labels)

@@ -8,7 +8,7 @@ the losses are BalPoE's for one expert, so that these need no method of their ow
 - Remix (Chou et al., ECCV workshops 2020): the rarer class takes the whole label where it owns more
   than half of the image; with deferred class weights (DRW) the weighted losses are divided by the
   number of rows, as in a later implementation (ntucllab/imbalanced-DL). There is no official code;
-  followed is the paper.
+  we follow the paper.
 - Bayias (Xu et al., NeurIPS 2021) compensates the training prior in the logits, the uniform test
   prior being a constant there: it is balanced softmax under another name. UniMix, of the same
   paper, is a mixup whose coefficients and partners favour rare classes. As in the authors' code

@@ -6,7 +6,7 @@ Every network learns by balanced softmax, over all classes and once more over an
 ones, and from the predictions of the others on both. Nothing is shared: three networks cost three
 times one.
 
-Followed is the authors' code (Bazinga699/NCL): losses are summed over networks, hard classes are
+We follow the authors' code (Bazinga699/NCL): losses are summed over networks, hard classes are
 those of the first network's raw logits, gradients flow to both sides of a divergence, and the
 logits of other classes are multiplied by 0, so that they stay in the softmax, from which the paper
 removes them. One of the published trainings on CIFAR has a contrastive branch as

@@ -3,9 +3,9 @@
 
 An image's positives are the classifier's logit of its class, with the training prior, and the
 images of its class among the batch and a queue of earlier ones, which a moving average of the
-network has encoded. GPaCo (Cui et al., TPAMI 2023) does without that second network.
+network has encoded. GPaCo (Cui et al., TPAMI 2023) has no such second network.
 
-Followed is the authors' code (dvlab-research/Parametric-Contrastive-Learning). Where we differ:
+We follow the authors' code (dvlab-research/Parametric-Contrastive-Learning). Where we differ:
 
 - The queue begins with noise of length 1 that has no label; the code's is normalised along the
   other axis and has random labels, so that its first steps have wrong positives.
@@ -79,7 +79,7 @@ def paco_loss(
         jnp.maximum(adjusted.max(axis=1), jnp.where(apart > 0, similarities, -jnp.inf).max(axis=1))
     )[:, None]
     sums = jnp.exp(adjusted - largest).sum(axis=1)
-    # Of oneself no exponential is taken: it might overflow.
+    # An image's similarity to itself is left out before the exponential, which might overflow.
     terms = jnp.exp(jnp.where(apart > 0, similarities - largest, 0.0)) * apart
     log_total = jnp.log(sums + gamma * terms.sum(axis=1) + _EPSILON) + largest[:, 0]
     own = jnp.take_along_axis(adjusted, labels[:, None], axis=1)[:, 0]

@@ -35,7 +35,7 @@ def as_packed(images: jax.Array) -> jax.Array:
 
 def unpack(pixels: jax.Array) -> jax.Array:
     """Packed `[...]` to uint8 `[..., 3]`."""
-    # Without a stack of channels, each of which a TPU would write to memory first.
+    # Not a stack of channels: a TPU would write each channel to memory first.
     shifts = np.array(SHIFTS, np.uint32).reshape([1] * pixels.ndim + [3])
     return ((pixels[..., None] >> shifts) & 0xFF).astype(jnp.uint8)
 

@@ -99,7 +99,7 @@ def _number_of(values: np.ndarray, chosen: jax.Array) -> jax.Array:
 
 
 def _lines_of(table: np.ndarray, chosen: jax.Array) -> jax.Array:
-    """Selects rows of a table `[variants, n]`, most of which equal the first; int32 `[B, n]`."""
+    """Selects rows of a table `[variants, n]` that mostly equal the first; int32 `[B, n]`."""
     found: Any = table[:1].astype(np.int32)
     for variant in np.flatnonzero((table != table[0]).any(axis=1)):
         own = table[variant : variant + 1].astype(np.int32)
