@@ -113,20 +113,21 @@ def _read_moved(
     """The batch after its moves, and where the second ones leave the image; `[B, H * W]`."""
     height, width = size
     first, second = policy.variants
-    shears = _Shears(first, chosen[0], size) if "columns" in first.kinds else None
+    sheared = "columns" in first.kinds
     # Interpolation reads neighbours above and below the image.
-    before, after = (-NEIGHBOURS[0], NEIGHBOURS[-1]) if shears else (0, 0)
+    before, after = (-NEIGHBOURS[0], NEIGHBOURS[-1]) if sheared else (0, 0)
     all_rows = np.arange(-before, height + after, dtype=np.int32)
     rows: Any = np.repeat(all_rows, width)[None]
     columns: Any = np.tile(np.arange(width, dtype=np.int32), len(all_rows))[None]
     own = slice(before * width, (before + height) * width)
-    outside, unseen = None, None
+    outside, unseen, shears = None, None, None
     if "nearest" in second.kinds:
         down, right = _shifts(second)
         rows = rows + _number_of(down, chosen[1])[:, None]
         columns = columns + _number_of(right, chosen[1])[:, None]
         outside = ~within(rows, columns, height, width)[:, own]
-    if shears:
+    if sheared:
+        shears = _Shears(first, chosen[0], size)
         rows, beyond = shears.move(rows, len(all_rows))
         unseen = beyond[:, own]
     if "nearest" in first.kinds:
@@ -137,7 +138,7 @@ def _read_moved(
     found = read((jnp.broadcast_to(rows, shape), jnp.broadcast_to(columns, shape)))
     found = jax.lax.optimization_barrier(found)
     pixels = found[:, own]
-    if shears:
+    if shears is not None:
         starts = [(before + i) * width for i in NEIGHBOURS]
         neighbours = [found[:, start : start + height * width] for start in starts]
         pixels = shears.interpolate(neighbours, pixels)
