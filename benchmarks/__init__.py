@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed, measured against the alternative in the same run; see README.md."""
+"""Measurements of speed against an alternative in the same run; see README.md."""

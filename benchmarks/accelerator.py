@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that can be measured on a borrowed accelerator in a few minutes, in order of value.
+"""Measures what a few minutes on a borrowed accelerator allow, in order of value.
 
     python -m benchmarks.accelerator --minutes=8 --output=DIR [--data_dir=PLACE]
     python -m benchmarks.accelerator --pack=FOLDER --data_dir=PLACE
     python -m benchmarks.accelerator --toy --output=DIR
 
-Needs neither TensorFlow nor a network. The second command packs CIFAR-100-LT into 38 MiB, which the
-first one takes as `--data_dir`; without data nothing is trained. Results are lines of
-`DIR/results.jsonl` once they are known, and `DIR/benchmarks.md` and `DIR/results.md` at the end,
-also when SIGTERM ends it. `benchmarks/README.md` explains the figures.
+It needs neither TensorFlow nor a network. The second command packs CIFAR-100-LT into 38 MiB, which
+the first one takes as `--data_dir`; without data nothing is trained. Each result is a line of
+`DIR/results.jsonl` once it is known. `DIR/benchmarks.md` and `DIR/results.md` follow at the end,
+also after SIGTERM. `benchmarks/README.md` explains the figures.
 """
 
 import importlib.metadata
@@ -40,16 +40,16 @@ _QUICK = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
-# Seconds that are kept for the tables at the end.
+# Seconds reserved for the tables at the end.
 _TABLES = 3.0
 
-# A seed of Table 2: its steps, what it takes besides, and all of it where no step is measured.
-_STEPS, _BESIDES, _UNMEASURED = 17_000, 40.0, 90.0
+# A seed of Table 2: its steps, seconds of everything else, and all seconds if no step was timed.
+_STEPS, _OVERHEAD, _UNMEASURED = 17_000, 40.0, 90.0
 
-# Of step times: what makes flags worth it.
+# Largest ratio of step times at which a flag is used.
 _FASTER = 0.98
 
-# Of first losses under other flags.
+# Largest relative difference of first losses under other flags.
 _SAME_LOSSES = 1e-3
 
 _SEEDS = 5
@@ -65,10 +65,11 @@ class Bench:
         toy: Whether everything is tiny.
 
     Attributes:
-        output: The same.
-        toy: The same.
-        clock: Time that is left.
-        data: File of images for trainings; empty for none.
+        output, toy: Arguments of the same names.
+        clock: Clock that tells the time left.
+        data: Path of the file with images for trainings; empty for none.
+        sizes: Sizes of networks, images and measurements.
+        check: Path of the file with PyTorch's first losses.
     """
 
     def __init__(self, output: Path, minutes: float, data_dir: str, toy: bool) -> None:
@@ -98,15 +99,15 @@ class Bench:
         least: float = 20.0,
         xla_flags: Sequence[str] = (),
     ) -> None:
-        """Runs a side in a process of its own, if there is time for the least that it does.
+        """Runs a side in its own process, if there is time for the least it does.
 
         Args:
             module: Module of the side.
             part: Part that the results belong to.
             side: Name of the side.
-            options: What the side is to do.
-            share: Share of the time that is left, after which it is ended.
-            least: Time without which it is not begun, in seconds.
+            options: Options of the side's job.
+            share: Share of the remaining time that the side may take.
+            least: Seconds that must remain for the side to begin.
             xla_flags: Options of XLA.
         """
         seconds = self.clock.left * share
@@ -117,7 +118,7 @@ class Bench:
         job = Job(part, side, str(self._results), deadline, {"toy": self.toy, **options})
         log = self.output / f"{part}_{side}.log"
         quick = _QUICK if self.toy else {}
-        # Later versions have its name in their libraries and end at the flag.
+        # Later versions have the flag's name in their libraries, but exit when they get it.
         if self.toy and importlib.metadata.version("jaxlib").startswith("0.10."):
             xla_flags = [*xla_flags, _QUICK_FLAG]
         sides.run(f"benchmarks.{module}", job, log, xla_flags, **quick)
@@ -132,7 +133,7 @@ class Bench:
         return str(path)
 
     def find_data(self) -> None:
-        """Makes the data ready for trainings, or says why there are none."""
+        """Prepares the data for trainings, or writes why there are none."""
         from balpoe_jax.data import datasets
         from balpoe_jax.data.datasets import cifar
         from benchmarks import packed_data
@@ -154,7 +155,7 @@ class Bench:
         except UserError as error:
             self.write("data", skipped=f"nothing is trained: {error}")
             return
-        if not place.endswith(".npz"):  # which needs no further package to be read
+        if not place.endswith(".npz"):  # a `.npz` file needs no further package
             packed_data.save(path, train.images, train.labels, test.images, test.labels)
             place = str(path)
         self.data = str(Path(place).absolute())
@@ -201,7 +202,7 @@ def _torch(bench: Bench, part: str, options: Row, share: float) -> None:
 
 
 def _cache(bench: Bench) -> Row:
-    """Where a toy run keeps what it compiles; a real one times compilation."""
+    """The compilation cache of a toy run; a real run has none, because it times compilation."""
     return {"cache": str(bench.output / "cache")} if bench.toy else {}
 
 
@@ -279,23 +280,23 @@ def _train(bench: Bench, part: str, runs: Sequence[tuple[str, int]]) -> None:
 
 
 def seed_seconds(rows: Sequence[Row]) -> float:
-    """What a seed of Table 2 takes, in seconds: as one did, or by the time of a step.
+    """The seconds of a seed of Table 2: as measured, or estimated from the time of a step.
 
     Args:
-        rows: Results so far.
+        rows: List of the results so far.
     """
     took = [row["seconds"] for row in rows if row["part"] == "table2" and "top1" in row]
     if took:
         return max(took)
     times = [row["ms_a_step"] for row in _scanned(rows).values()]
-    return _BESIDES + _STEPS * max(times) / 1e3 if times else _UNMEASURED
+    return _OVERHEAD + _STEPS * max(times) / 1e3 if times else _UNMEASURED
 
 
 def fusion_helps(rows: Sequence[Row]) -> bool:
     """Whether the step of Table 2 is faster with fused convolutions, and begins with equal losses.
 
     Args:
-        rows: Results so far.
+        rows: List of the results so far.
     """
     found = _scanned(rows)
     if not {"jax", "conv_fusion"} <= found.keys():
@@ -307,7 +308,7 @@ def fusion_helps(rows: Sequence[Row]) -> bool:
 
 
 def _scanned(rows: Sequence[Row]) -> dict[str, Row]:
-    """By side, the step as Table 2 makes it: several a dispatch, in float32."""
+    """The results by side of the step as in Table 2: several steps a dispatch, in float32."""
     kind = {"dtype": "float32", "expert_map": "loop", "dispatch": "several"}
     return {
         row["side"]: row
@@ -328,7 +329,7 @@ PARTS: tuple[Callable[[Bench], None], ...] = (
 
 
 def write_tables(bench: Bench) -> None:
-    """Writes and prints what was measured so far as Markdown."""
+    """Writes and prints the results so far as Markdown."""
     from benchmarks import accelerator_tables
 
     texts = {
@@ -343,7 +344,7 @@ def write_tables(bench: Bench) -> None:
 
 def define_flags() -> None:
     """Defines --minutes, --output, --data_dir, --pack and --toy."""
-    flags.DEFINE_float("minutes", 8.0, "Time for everything.", lower_bound=0.5)
+    flags.DEFINE_float("minutes", 8.0, "Minutes for everything.", lower_bound=0.5)
     flags.DEFINE_string("output", "", "New folder that everything is written to.")
     flags.DEFINE_string("data_dir", "", "Place of CIFAR-100, or a folder that --pack wrote.")
     flags.DEFINE_string("pack", "", "Folder to pack the data into; nothing is measured.")

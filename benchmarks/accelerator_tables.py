@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `accelerator` measured, as Markdown for `benchmarks/README.md` and for `results/`."""
+"""The results of `accelerator` as Markdown, for `benchmarks/README.md` and for `results/`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from balpoe_jax.reporting.runs import spread
 from balpoe_jax.reproduce.paper import TABLES, PaperFigure
 from benchmarks.sides import Row
 
-# As `reproduce.paper` names them, in the order in which they are trained.
+# Rows of Table 2 by their names in `reproduce.paper`, in the order of training.
 ROWS = ("BalPoE", "BalPoE, no mixup", "CE", "Mixup", "balanced softmax")
 
 _SCORES = {
@@ -31,7 +31,7 @@ def benchmarks(rows: Sequence[Row]) -> str:
     """Step times, first losses and bits.
 
     Args:
-        rows: All results.
+        rows: List of all results.
     """
     timed = [row for row in rows if "ms_a_step" in row]
     columns = (
@@ -81,7 +81,7 @@ def _step_cells(row: Row, torch_time: float | None) -> list[Any]:
 
 
 def _torch_time(row: Row, timed: Iterable[Row]) -> float | None:
-    """Milliseconds of PyTorch's step of the same kind: of a CUDA graph rather than eager."""
+    """Milliseconds of PyTorch's step of the same kind: of a CUDA graph if there is one."""
     same = ("network", "batch", "dtype")
     found = {
         other["how"]: other["ms_a_step"]
@@ -92,7 +92,7 @@ def _torch_time(row: Row, timed: Iterable[Row]) -> float | None:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """First losses, bits, and what is not measured and why."""
+    """Lines on first losses, on equal bits, and on what is not measured and why."""
     lines = []
     for row in rows:
         where = f"{row['part']}, {row['side']}: {_label(row)}"
@@ -126,7 +126,7 @@ def results(rows: Sequence[Row]) -> str:
     """Rows of Table 2.
 
     Args:
-        rows: All results.
+        rows: List of all results.
     """
     trained = [row for row in rows if "top1" in row]
     lines = []
@@ -176,7 +176,7 @@ def _figure(score: PaperFigure) -> str | None:
 
 
 def _draw(rows: Iterable[Row]) -> str:
-    """Which images the figures are of."""
+    """A sentence on the images that the figures are for."""
     for row in rows:
         if row["part"] == "data" and "archive_order" in row:
             if row["generated"]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of Table 2 trained by the product itself, in a process of their own.
+"""Trains rows of Table 2 with the package's own `train`, in a process of its own.
 
-`benchmarks.accelerator` runs this. Each seed has a workdir with its report, as
-`python -m balpoe_jax.main` makes it, and a line of results once it is evaluated.
+`benchmarks.accelerator` runs this. Each seed gets a workdir with a report, like a run of
+`python -m balpoe_jax.main`, and a line of results once it is evaluated.
 """
 
 import runpy
@@ -22,7 +22,7 @@ from benchmarks.sides import ROOT, Job, Results, Row, read
 
 CONFIG = ROOT / "configs" / "cifar100_lt.py"
 
-# Of the test set's scores, those that a result has.
+# The scores of the test set that a result has.
 SCORES = ("top1", "many", "medium", "few", "ece", "mce", "nll")
 
 
@@ -32,11 +32,11 @@ def train_row(
     """Trains and evaluates a seed of a row.
 
     Args:
-        arguments: What stands after the colon of `--config`.
+        arguments: Arguments after the colon of `--config`.
         seed: Seed of the run.
         workdir: Folder of the run.
-        fields: Other fields of the config, such as `data.data_dir`.
-        began: Time from which seconds are counted, since the epoch.
+        fields: Further fields of the config, such as `data.data_dir`.
+        began: Start of the row, in seconds since the epoch.
 
     Returns:
         Scores as fractions, seconds in all and in training, steps and images a second.
@@ -58,7 +58,7 @@ def train_row(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains what the job asks for, one after the other, as far as there is time."""
+    """Trains the rows of the job one after the other, as long as there is time."""
     job = Job.parse(arguments)
     began = of_this_process().began
     results, options = Results(job), job.options

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product's training steps on the device of this machine, in a process of their own.
+"""Measures the package's training steps on this machine's device, in a process of its own.
 
-`benchmarks.accelerator` runs this, under several sets of XLA's flags. A job describes the device,
-times the cases of `step_cases`, holds first losses to PyTorch's, or makes a few steps and tells
-which bits they led to.
+`benchmarks.accelerator` runs this with several sets of XLA's flags. A job describes the device; or
+it times the cases of `step_cases` and compares first losses with PyTorch's; or it makes a few steps
+and hashes the resulting bits.
 """
 
 import datetime
@@ -33,7 +33,7 @@ from benchmarks.sides import Job, Results, Row
 from benchmarks.step_cases import Case, Sizes
 from benchmarks.step_programs import make_config, make_program, with_stages
 
-# Of first losses of one step, computed in two ways: rounding to TF32 differs by less.
+# Largest relative difference of first losses; rounding to TF32 causes less.
 TOLERANCE = 1e-3
 
 _PACKAGES = (
@@ -59,7 +59,7 @@ def describe_device() -> Row:
 
 
 def _driver() -> str | None:
-    """Name, driver, power limit and clocks as NVIDIA's tool tells them; None where it is not."""
+    """Name, driver, power limit and clocks from `nvidia-smi`; None where there is none."""
     if not shutil.which("nvidia-smi"):
         return None
     fields = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem"
@@ -72,8 +72,8 @@ def measure(case: Case, sizes: Sizes, data: str) -> Row:
     """Times a case.
 
     Args:
-        case: The step.
-        sizes: How large everything is.
+        case: Case to time.
+        sizes: Sizes of networks and images.
         data: File of generated images for the device pipeline, see `packed_data.generate`.
     """
     config = make_config(case, sizes)
@@ -104,19 +104,19 @@ def measure(case: Case, sizes: Sizes, data: str) -> Row:
         "steps_a_dispatch": many,
         "data_wait": share,
         "losses": losses[:3],
-        # The device counts over the whole process: known where this case needed the most.
+        # The device keeps the peak of the whole process: known if this case needed the most.
         "peak_mb": peak / 1e6 if peak > before else None,
     }
 
 
 class _Calls:
-    """Calls of a compiled step; each takes the state that the one before led to.
+    """Calls of a compiled step; each takes the state of the call before.
 
     Args:
         step: Compiled step, `(state, inputs) -> (state, metrics)`.
         state: First state.
         inputs: Function that returns the inputs of a call.
-        waited: Function that returns the seconds that were waited for inputs so far.
+        waited: Function that returns the seconds spent on waiting for inputs so far.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class _Calls:
         self._step, self._state, self._inputs, self.waited = step, state, inputs, waited
 
     def run(self) -> jax.Array:
-        """Begins a call; returns its losses, on the device."""
+        """Begins a call; returns its losses, on the device, without waiting."""
         self._state, metrics = self._step(self._state, self._inputs())
         return metrics["loss"]
 
@@ -139,13 +139,13 @@ class _Calls:
 
 
 def _on_ready_batch(program: Program) -> _Calls:
-    """Single steps on a batch that stays where it is."""
+    """Single steps on a batch that stays on the device."""
     batch = _place_batch(program)
     return _Calls(program.map_train_step(), program.init_state(), lambda: batch, lambda: 0.0)
 
 
 def _on_pipeline(experiment: Experiment) -> _Calls:
-    """Dispatches of the device pipeline, as the training makes them."""
+    """Dispatches of the device pipeline, as in training."""
     many = experiment.inputs.steps_per_dispatch(0)
     dispatches = ((i * many, (i + 1) * many) for i in itertools.count())
     inputs = experiment.inputs.train(0, dispatches)
@@ -180,13 +180,13 @@ def _peak() -> int:
 
 
 def check_losses(path: Path, case: Case, sizes: Sizes, precision: str | None) -> Row:
-    """The first two losses with PyTorch's weights and batch, held to PyTorch's.
+    """Compares the first two losses, on PyTorch's weights and batch, with PyTorch's.
 
     Args:
         path: File that the side in PyTorch wrote.
-        case: The step, on a ready batch in float32.
-        sizes: How large everything is.
-        precision: "highest" for full float32; None as the device computes by default.
+        case: Case on a ready batch in float32.
+        sizes: Sizes of networks and images.
+        precision: "highest" for full float32; None for the device's default.
     """
     with np.load(path, allow_pickle=False) as stored:
         arrays = dict(stored)
@@ -217,11 +217,11 @@ def check_losses(path: Path, case: Case, sizes: Sizes, precision: str | None) ->
 
 
 def make_bits(sizes: Sizes, data: str, dispatches: int = 2) -> Row:
-    """Makes the first steps of a training and tells which bits they lead to.
+    """Makes the first steps of a training and hashes the resulting state.
 
     Args:
-        sizes: How large everything is.
-        data: As for `measure`.
+        sizes: Sizes of networks and images.
+        data: File of generated images, as for `measure`.
         dispatches: Number of calls, each of `sizes.dispatch` steps.
     """
     config = make_config(step_cases.SMALL[0], sizes)
@@ -234,7 +234,7 @@ def make_bits(sizes: Sizes, data: str, dispatches: int = 2) -> Row:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Does what the job asks for."""
+    """Runs the job."""
     job = Job.parse(arguments)
     options = job.options
     results, sizes = Results(job), step_cases.sizes(options["toy"])

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train step of Flax's own ImageNet example (google/flax, examples/imagenet), to compare with.
 
-A re-creation from its context, which are: ResNet-50 whose strided convolutions pad as "SAME" does;
-everything in bfloat16 but the parameters and BatchNorm's statistics, the images, the linear head
-and the loss included; cross-entropy of one label; L2 of 1e-4 on kernels as part of the loss; SGD
-with Nesterov momentum 0.9 after a warm-up and a cosine; gradients, statistics and metrics averaged
-over devices. The example's BatchNorm takes statistics over all devices, here it takes each device's
-own, unless asked.
+It is re-created from a description of the example: a ResNet-50 whose strided convolutions pad as
+"SAME"; everything in bfloat16, including images, linear head and loss, except parameters and
+BatchNorm's statistics; cross-entropy of one label; an L2 penalty of 1e-4 on kernels as part of the
+loss; SGD with Nesterov momentum 0.9, with a warm-up and a cosine schedule; gradients, statistics
+and metrics averaged over devices. The example's BatchNorm takes statistics over all devices. Here
+each device takes its own by default.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ _Conv = partial(nn.Conv, use_bias=False, dtype=DTYPE)
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution around which a shortcut leads."""
+    """A 1x1, a 3x3 and a 1x1 convolution with a shortcut around them."""
 
     width: int
     stride: int
@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet of bottleneck blocks and a linear head, in training."""
+    """A ResNet of bottleneck blocks with a linear head, in training mode."""
 
     stage_sizes: Sequence[int] = STAGE_SIZES
     axis_name: str | None = None
@@ -77,7 +77,7 @@ def _batch_norm(axis_name: str | None, **options: Any) -> nn.BatchNorm:
 
 @flax.struct.dataclass
 class State:
-    """What the step changes."""
+    """The state that the step updates."""
 
     step: jax.Array
     params: Any
@@ -96,15 +96,15 @@ def abstract_step(
     sync_batch_norm: bool = False,
     donate: bool = False,
 ) -> tuple[Callable[..., Any], tuple[State, Batch]]:
-    """The step on all devices, compiled when it is called or lowered, and its abstract arguments.
+    """The jitted step on all devices, and its abstract arguments.
 
     Args:
-        devices: that share the batch.
-        batch_size: of all devices.
-        image_size: height and width.
-        stage_sizes: blocks in each stage.
-        sync_batch_norm: statistics of the whole batch, as the example has them.
-        donate: let the new state reuse the old one's memory, which the example does not.
+        devices: Devices that share the batch.
+        batch_size: Size of the batch of all devices.
+        image_size: Height and width of the images.
+        stage_sizes: Blocks in each stage.
+        sync_batch_norm: Whether statistics are those of the whole batch, as in the example.
+        donate: Whether the new state reuses the memory of the old one, unlike in the example.
     """
     model = ResNet(stage_sizes, AXIS_NAME if sync_batch_norm else None)
     optimizer = optax.sgd(
@@ -114,7 +114,7 @@ def abstract_step(
     replicated, cut = PartitionSpec(), PartitionSpec(AXIS_NAME)
 
     def create() -> State:
-        # One device of its own has no axis to take statistics over.
+        # There is no mapped axis here, so the model must not take statistics over one.
         images = jnp.zeros((1, image_size, image_size, 3), DTYPE)
         variables = ResNet(stage_sizes).init(jax.random.key(0), images)
         params = variables["params"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our input pipeline against the same transforms by Pillow in worker processes.
+"""Compares our input pipeline with the same transforms by Pillow in worker processes.
 
     python -m benchmarks.input_pipeline --data_dir=DIR [--cores=1] [--profile] [--output=FILE]
 
@@ -78,18 +78,20 @@ def as_text(found: dict[str, Any]) -> str:
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("data_dir", "", "TFDS folder; without it images are generated.")
-    flags.DEFINE_list("cases", list(CASES), "Of these, as in --cases='cifar long,photos long'.")
-    flags.DEFINE_integer("cores", 1, "For each side.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 7, "Turns of each side.", lower_bound=1)
-    flags.DEFINE_float("seconds", 2.0, "Of a turn.", lower_bound=0.0)
-    flags.DEFINE_integer("batch_size", 0, "Instead of the recipes'.", lower_bound=0)
-    flags.DEFINE_integer("image_size", 0, "Of photographs, instead of 224.", lower_bound=0)
-    flags.DEFINE_bool("profile", False, "Also show the time of each stage of our pipeline.")
-    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.DEFINE_list(
+        "cases", list(CASES), "Names of cases, as in --cases='cifar long,photos long'."
+    )
+    flags.DEFINE_integer("cores", 1, "Number of cores for each side.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 7, "Number of turns of each side.", lower_bound=1)
+    flags.DEFINE_float("seconds", 2.0, "Seconds of a turn.", lower_bound=0.0)
+    flags.DEFINE_integer("batch_size", 0, "Batch size; 0 for the recipes'.", lower_bound=0)
+    flags.DEFINE_integer("image_size", 0, "Size of photographs; 0 for 224.", lower_bound=0)
+    flags.DEFINE_bool("profile", False, "Whether to show the time of each stage of our pipeline.")
+    flags.DEFINE_string("output", "", "JSON file for the figures, which are printed as well.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures and prints as the flags say."""
+    """Measures and prints, following the flags."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
     values = flags.FLAGS

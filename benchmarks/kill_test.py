@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills trainings at random moments, starts them again until they are done, and looks for losses.
+"""Kills trainings at random moments, restarts them until they finish, and looks for lost data.
 
     python -m benchmarks.kill_test --kills=100 --seed=0 --output=kills.json
 
-Each run must end as one that nobody disturbed: every array of the last checkpoint bit for bit,
-`results.json` and the predictions byte for byte, `metrics.jsonl` row for row (but for speeds), and
-no file left over. Moments are drawn by phase, so that the short ones get their share.
+Each run must end like an undisturbed one: with the same bits in every array of the last
+checkpoint, the same bytes in `results.json` and the predictions, the same rows in `metrics.jsonl`
+(except for speeds), and no further file. Moments are drawn by phase, so that short phases get their
+share.
 """
 
 import collections
@@ -27,17 +28,17 @@ from absl import app, flags, logging
 _VOLATILE = ("images_per_second", "data_wait_fraction")
 _POLL_SECONDS = 0.002
 _TIMEOUT_SECONDS = 600.0
-# By phase, how long after its beginning the signal comes at most.
+# Longest time from the beginning of a phase to the signal.
 _SPREAD_SECONDS = {"steps": 0.5, "checkpoint": 0.1, "evaluation": 0.3, "report": 0.2}
 _SHORTEST_FIRST = ("checkpoint", "evaluation", "report", "steps")
 _PHASES = ("start-up", *_SPREAD_SECONDS)
-# How a process ends that was told to; before it minds signals, as the kernel ends it.
+# Exit codes after each signal; a process that does not handle signals yet is ended by the kernel.
 _ENDINGS = {"KILL": (-9,), "TERM": (143, -15), "INT": (130, -2)}
 
 
 @dataclasses.dataclass
 class Command:
-    """The real command, with a small experiment."""
+    """The command under test, with a small experiment."""
 
     config: str
     epochs: int
@@ -65,7 +66,7 @@ class Command:
 
 
 class Watch:
-    """What the start of a run is at, as its files tell."""
+    """Tells the current phases of a start of a run from its files."""
 
     def __init__(self, workdir: Path) -> None:
         self._workdir = workdir
@@ -74,7 +75,7 @@ class Watch:
         self._leftovers = set(self._hidden())
 
     def phases(self) -> set[str]:
-        """All that go on now."""
+        """All phases that are going on."""
         found = set()
         hidden = set(self._hidden()) - self._leftovers
         if any(path.parent.name == "checkpoints" for path in hidden):
@@ -107,7 +108,7 @@ def disturb(
     delay: float,
     name: str,
 ) -> str | None:
-    """Sends a signal `delay` seconds into a phase; the phase that it met, None if none came."""
+    """Sends a signal `delay` seconds into a phase; returns the phase it met, None if none came."""
     watch = Watch(workdir)
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while phase != "start-up" and phase not in watch.phases():
@@ -121,12 +122,12 @@ def disturb(
     if process.poll() is not None:
         return None
     process.send_signal(getattr(signal, f"SIG{name}"))
-    # The shortest that goes on counts.
+    # The shortest current phase counts.
     return next((one for one in _SHORTEST_FIRST if one in met), "start-up")
 
 
 def difference(run: Path, undisturbed: Path) -> str | None:
-    """The first thing in which a finished run is not as the undisturbed one; None if nothing."""
+    """The first difference of a finished run from the undisturbed one; None if there is none."""
     for name in ("results.json", "predictions/expert_logits.npy", "predictions/labels.npy"):
         if (run / name).read_bytes() != (undisturbed / name).read_bytes():
             return f"{name} differs"
@@ -146,7 +147,7 @@ def _rows(workdir: Path) -> Iterator[dict[str, Any]]:
 
 
 def _files(workdir: Path) -> set[str]:
-    """Names down to the second level, without those of TensorBoard, which each start adds to."""
+    """Names down to the second level, except TensorBoard's, since each start adds some."""
     paths = [*workdir.glob("*"), *workdir.glob("*/*")]
     names = {str(path.relative_to(workdir)) for path in paths}
     return {name for name in names if not name.startswith("tensorboard/")}
@@ -178,13 +179,13 @@ def _state(workdir: Path) -> Any:
 
 @dataclasses.dataclass
 class Figures:
-    """What came of it.
+    """The outcome of the test.
 
     Attributes:
-        kills: by signal and phase.
-        runs: that were finished and compared.
-        starts: of the command.
-        losses: in words.
+        kills: Number of kills by signal and phase.
+        runs: Number of runs that were finished and compared.
+        starts: Number of starts of the command.
+        losses: Descriptions of lost data.
     """
 
     kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -193,7 +194,7 @@ class Figures:
     losses: list[str] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The figures as plain values."""
         return {
             "kills": sum(self.kills.values()),
             "by_signal_and_phase": dict(sorted(self.kills.items())),
@@ -211,19 +212,19 @@ def kill_and_compare(
     signals: Sequence[str],
     warm: bool = True,
 ) -> Figures:
-    """Makes an undisturbed run, then disturbed ones until there were `kills`, and compares.
+    """Makes an undisturbed run, then disturbed ones until there were `kills`, and compares them.
 
     Args:
-        command: to start.
-        folder: of the runs.
-        kills: how many in all.
-        seed: of the moments.
-        signals: their names without SIG.
-        warm: time the start-up once all is compiled, which takes another undisturbed run.
+        command: Command to start.
+        folder: Folder of the runs.
+        kills: Number of kills in all.
+        seed: Seed of the moments.
+        signals: Names of the signals, without SIG.
+        warm: Whether to time the start-up with a warm cache, which takes another undisturbed run.
     """
     draw, figures = random.Random(seed), Figures()
     undisturbed = folder / "undisturbed"
-    for _ in range(1 + warm):  # the second one finds all that the first one compiled
+    for _ in range(1 + warm):  # the second run finds the programs of the first
         shutil.rmtree(undisturbed, ignore_errors=True)
         process = command.start(undisturbed)
         start, watch, start_up = time.monotonic(), Watch(undisturbed), 0.0
@@ -256,7 +257,7 @@ def _run(
     signals: Sequence[str],
     figures: Figures,
 ) -> str | None:
-    """Starts one run again and again until it is done; what went wrong, if anything did."""
+    """Starts one run again and again until it finishes; returns what went wrong, or None."""
     while True:
         process = command.start(workdir)
         figures.starts += 1
@@ -276,14 +277,17 @@ def _run(
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_integer("kills", 100, "How many in all.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the moments.")
+    flags.DEFINE_integer("kills", 100, "Number of kills in all.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the moments.")
     flags.DEFINE_multi_enum(
-        "signal", ["KILL"], ["KILL", "TERM", "INT"], "Sent in turn by chance; may be repeated."
+        "signal",
+        ["KILL"],
+        ["KILL", "TERM", "INT"],
+        "Signal to send; if repeated, one is drawn each time.",
     )
-    flags.DEFINE_string("folder", None, "Of the runs; a temporary one by default.")
-    flags.DEFINE_string("config", "configs/digits_lt.py:experts=1", "Of the runs.")
-    flags.DEFINE_integer("epochs", 6, "Of a run.", lower_bound=1)
+    flags.DEFINE_string("folder", None, "Folder of the runs; a temporary one by default.")
+    flags.DEFINE_string("config", "configs/digits_lt.py:experts=1", "Config of the runs.")
+    flags.DEFINE_integer("epochs", 6, "Number of epochs of a run.", lower_bound=1)
     flags.DEFINE_string("output", None, "JSON file for the figures.")
 
 
@@ -291,7 +295,7 @@ def main(arguments: Sequence[str]) -> None:
     """Kills, compares and prints the figures; exits with 1 if anything was lost."""
     del arguments
     logging.set_verbosity(logging.ERROR)
-    # What is started inherits that it is ignored, as it is in the background of a script.
+    # In the background of a script SIGINT is ignored, which the runs would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     values = flags.FLAGS
     folder = Path(values.folder or tempfile.mkdtemp(prefix="kill_test-"))

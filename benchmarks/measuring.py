@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: equal cores for both sides, turns, and medians.
+"""Tools of the benchmarks: equal cores for both sides, turns, and medians.
 
-Machines are noisy, so the sides take turns in short runs, the ratio is taken within each round and
-the median over the rounds. Beside the time of the clock stands the processor time, which other
-programs on the same cores take little from.
+Machines are noisy. So the sides take turns in short runs, ratios are taken within each round, and
+the result is their median over the rounds. Processor time is measured as well as the time by the
+clock; other programs on the same cores have little effect on it.
 """
 
 import os
@@ -21,9 +21,9 @@ class Sample(NamedTuple):
     """One short run of one side.
 
     Attributes:
-        done: images or steps.
-        seconds: by the clock.
-        cpu_seconds: of the processor, all threads and processes of the side.
+        done: Number of images or steps.
+        seconds: Time by the clock.
+        cpu_seconds: Processor time of all threads and processes of the side.
     """
 
     done: int
@@ -32,12 +32,12 @@ class Sample(NamedTuple):
 
 
 def pin(cores: int) -> None:
-    """Keeps this process, and those that it starts, on so many cores.
+    """Restricts this process, and those that it starts, to a number of cores.
 
-    Before a library that counts the cores is imported.
+    Call it before importing a library that counts the cores.
 
     Raises:
-        UserError: fewer cores, or a system that cannot pin.
+        UserError: too few cores, or a system that cannot pin.
     """
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("The benchmarks pin themselves to cores, which needs Linux.")
@@ -48,7 +48,7 @@ def pin(cores: int) -> None:
 
 
 def measure(step: Callable[[], Any], seconds: float) -> Sample:
-    """Runs a step again and again for so many seconds, at least once."""
+    """Runs a step again and again for some seconds, at least once."""
     start, start_cpu = time.perf_counter(), time.process_time()
     count = 0
     while count == 0 or time.perf_counter() < start + seconds:
@@ -58,11 +58,11 @@ def measure(step: Callable[[], Any], seconds: float) -> Sample:
 
 
 class Rounds(NamedTuple):
-    """Seconds a call, over several rounds of calls that are not waited for one by one.
+    """Seconds per call, over several rounds of calls; each round is waited for as a whole.
 
     Attributes:
-        median, low, high: of the rounds.
-        returns: least time that a call takes to return; what it began goes on.
+        median, low, high: Median, least and greatest of the rounds.
+        returns: Least time that a call takes to return, before its work is done.
     """
 
     median: float
@@ -89,12 +89,12 @@ class Rounds(NamedTuple):
 def time_rounds(
     call: Callable[[], Any], wait: Callable[[], Any], seconds: float, rounds: int = 5
 ) -> Rounds:
-    """Times calls that a device works off.
+    """Times calls whose work a device does asynchronously.
 
     Args:
         call: Function that begins some work and returns.
-        wait: Function that returns when all of it is done.
-        seconds: Time that all rounds are to take together; a round has one call at least.
+        wait: Function that returns when all work is done.
+        seconds: Intended time of all rounds together; a round has at least one call.
         rounds: Number of rounds.
     """
     wait()
@@ -117,7 +117,7 @@ def time_rounds(
 def take_turns(
     sides: Mapping[str, Callable[[], Sample]], repeats: int
 ) -> dict[str, Sequence[Sample]]:
-    """So many samples of each side, the sides by turns and each round in the other order."""
+    """`repeats` samples of each side, taken in turns; the order alternates between rounds."""
     samples: dict[str, list[Sample]] = {name: [] for name in sides}
     for number in range(repeats):
         for name in list(sides)[:: -1 if number % 2 else 1]:
@@ -126,12 +126,12 @@ def take_turns(
 
 
 def compare(ours: Sequence[Sample], theirs: Sequence[Sample], cores: int) -> dict[str, Any]:
-    """Medians a core of both sides and of the ratios within the rounds.
+    """Medians of both sides' rates per core, and of the ratios within the rounds.
 
     Returns:
-        `ours` and `theirs`, each `per_second` (by the clock, a core) and `per_cpu_second`; `ratio`
-        and `cpu_ratio`, above 1 if ours is faster; `ratio_range`, the least and greatest ratio of
-        a round by the clock.
+        `ours` and `theirs`, each with `per_second` (by the clock, per core) and `per_cpu_second`;
+        `ratio` and `cpu_ratio`, above 1 if ours is faster; `ratio_range`, the least and greatest
+        ratio of a round by the clock.
     """
 
     def rates(samples: Sequence[Sample]) -> dict[str, float]:
@@ -153,7 +153,7 @@ def compare(ours: Sequence[Sample], theirs: Sequence[Sample], cores: int) -> dic
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
-    """Processor, cores, versions of Python and of the installed among `packages`."""
+    """Processor, cores, load, and versions of Python and of those `packages` that are installed."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of each method costs, against one of plain cross-entropy, side by side in one run.
+"""Measures the cost of each method's step, relative to that of cross-entropy in the same run.
 
     python -m benchmarks.method_steps --backbone=resnet8 --output=steps.json
 
-All methods get batches of one size, of as many views as they ask for, on one CPU device; what a
-batch costs to make is not in it. What learns from a teacher gets an untrained one. After a colon
-stand further arguments of a method, as in `--methods=ride:experts=6`. Ratios of processor time are
-those to look at on a machine that does other things as well.
+All methods get batches of one size, with as many views as they ask for, on one CPU device. The cost
+of making a batch is not included. A method that learns from a teacher gets an untrained one.
+Further arguments of a method follow a colon, as in `--methods=ride:experts=6`. On a machine that is
+not idle, go by the ratios of processor time.
 """
 
 import functools
@@ -30,11 +30,11 @@ _BASE = "cross_entropy"
 def run(
     methods: Sequence[str], backbone: str, batch_size: int, repeats: int, seconds: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measures the methods' steps, each in turns with cross-entropy's.
+    """Measures each method's step in turns with that of cross-entropy.
 
     Yields:
-        A method, with `num_parameters` and what `measuring.compare` finds, cross-entropy being the
-        other side.
+        The name of a method, and its `num_parameters` with the figures of `measuring.compare`,
+        where cross-entropy is the other side.
     """
     base, _ = _make_step(_BASE, backbone, batch_size)
     for method in methods:
@@ -51,7 +51,7 @@ def run(
 
 
 def _make_step(method: str, backbone: str, batch_size: int) -> tuple[Callable[[], None], int]:
-    """One update of a method on a batch that stays the same, compiled; and its parameters."""
+    """A compiled update of a method on a fixed batch, and the number of its parameters."""
     # Not above: JAX and TensorFlow count the cores when they are imported.
     import jax
 
@@ -108,7 +108,7 @@ def _config(method: str, backbone: str) -> Any:
 
 
 def _pretend_to_have_trained(config: Any, state: Any, workdir: Path) -> None:
-    """Makes a folder the run of a config whose newest checkpoint is this state."""
+    """Makes a folder look like the run of a config with this state as its newest checkpoint."""
     from balpoe_jax import files
     from balpoe_jax.run.checkpoint import Checkpoints
 
@@ -147,18 +147,22 @@ def as_text(found: dict[str, Any]) -> str:
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_list(
-        "methods", [], "As in a config file's arguments, such as ride:experts=6; by default all."
+        "methods",
+        [],
+        "Methods as in a config file's arguments, such as ride:experts=6; all by default.",
     )
-    flags.DEFINE_string("backbone", "resnet8", "Of the networks for small images.")
-    flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=2)
-    flags.DEFINE_integer("cores", 2, "To measure on.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
-    flags.DEFINE_float("seconds", 1.0, "Of a turn, which is at least one step.", lower_bound=0.0)
-    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.DEFINE_string("backbone", "resnet8", "Network for small images.")
+    flags.DEFINE_integer("batch_size", 128, "Number of images in a step.", lower_bound=2)
+    flags.DEFINE_integer("cores", 2, "Number of cores.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Number of turns of each side.", lower_bound=1)
+    flags.DEFINE_float(
+        "seconds", 1.0, "Seconds of a turn, which is at least one step.", lower_bound=0.0
+    )
+    flags.DEFINE_string("output", "", "JSON file for the figures, which are printed as well.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures and prints as the flags say."""
+    """Measures and prints, following the flags."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
     values = flags.FLAGS

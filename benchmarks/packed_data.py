@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CIFAR-100-LT in 38 MiB, to be carried to a machine without a network.
 
-Of the training images only those are packed that the selection keeps or holds out, all labels and
-all test images: mosaics in lossless WebP. Unpacked, they are a `.npz` as the product reads it, with
-black images in the places of those that the selection leaves out. So the product's own code selects
-from it, and comes to the same images; `unpack` makes sure of that.
+Packed are all labels, all test images, and the training images that the selection keeps or holds
+out, as mosaics in lossless WebP. Unpacked, they are a `.npz` file in the format of
+`balpoe_jax.data.datasets.cifar`, with black images in place of the others. The package's own code
+selects the same images from it, which `unpack` verifies.
 """
 
 from pathlib import Path
@@ -22,10 +22,10 @@ from balpoe_jax.files import reports_write_errors
 NAME = "cifar100"
 LABELS = "labels.npz"
 
-# What `balpoe_jax.config` has by default, which decides what the selection holds out.
+# Default of `eval.held_out_per_class`, which decides what the selection holds out.
 HELD_OUT_PER_CLASS = 20
 
-# Images side by side in a mosaic, and the most rows of a file, for WebP's 16,383 pixels.
+# Images in a row of a mosaic, and rows in a file, which keep to WebP's limit of 16,383 pixels.
 _ACROSS, _DOWN = 100, 250
 _SIDE = 32
 
@@ -40,9 +40,9 @@ def pack(data_dir: str, folder: Path, ratio: float = 100.0, verify_counts: bool 
 
     Args:
         data_dir: Place of CIFAR-100, as a config's `data.data_dir`.
-        folder: Folder that they are written to; created when missing.
+        folder: Folder to write to; created if it is missing.
         ratio: Imbalance ratio of the selection.
-        verify_counts: Whether a set that is not complete is refused.
+        verify_counts: Whether an incomplete data set is an error.
 
     Returns:
         Size of what was written, in bytes.
@@ -74,11 +74,11 @@ def pack(data_dir: str, folder: Path, ratio: float = 100.0, verify_counts: bool 
 
 
 def unpack(folder: Path, path: Path) -> None:
-    """Writes the `.npz` that the product reads, black where the selection leaves an image out.
+    """Writes the `.npz` file, black where the selection leaves an image out.
 
     Args:
         folder: Folder that `pack` wrote.
-        path: File that is written.
+        path: Path of the file to write.
 
     Raises:
         UserError (a `ValueError`): files that are not there or that cannot be read, or a selection
@@ -113,7 +113,7 @@ def generate(path: Path, train_per_class: int, test_per_class: int) -> None:
     """Writes a `.npz` of 100 classes of random images with something to learn.
 
     Args:
-        path: File that is written.
+        path: Path of the file to write.
         train_per_class, test_per_class: Number of images of each class.
     """
     random = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def generate(path: Path, train_per_class: int, test_per_class: int) -> None:
 
 
 def save(path: Path, train: Images, train_labels: Any, test: Images, test_labels: Any) -> None:
-    """Writes images and labels of both splits as the product reads them."""
+    """Writes images and labels of both splits as `data.datasets.cifar` reads them."""
     with reports_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
@@ -145,8 +145,8 @@ def save(path: Path, train: Images, train_labels: Any, test: Images, test_labels
 def has_archive_order(labels: npt.NDArray[np.integer]) -> bool:
     """Whether training labels begin as the Python archive's do.
 
-    The published selection is one of positions in that order: in another, it keeps as many images
-    of each class, but other ones.
+    The published selection is one of positions in that order. In another order it keeps the same
+    number of images of each class, but other images.
 
     Args:
         labels: Training labels, int `[N]`.

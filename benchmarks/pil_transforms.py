@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training transforms on single Pillow images, as torchvision and timm do them.
 
-The other side of `input_pipeline`. It draws and computes what `balpoe_jax.data` does, by the same
-rules; only the random numbers are others. Imports neither TensorFlow nor JAX, so that worker
-processes start quickly and stay small.
+This is the other side of `input_pipeline`. It follows the same rules as `balpoe_jax.data`, with
+other random numbers. It imports neither TensorFlow nor JAX, so that worker processes start quickly
+and stay small.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ Rule = tuple[str, float, int]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """One training example: augmented, normalised.
+    """Makes a training example: augments and normalises an image.
 
     Attributes:
-        size: height and width of the result.
-        mean, std: of the normalisation, by channel.
-        crop_padding, flip, rotation, color_jitter: as in `balpoe_jax.data.images.augment`.
-        pairs: of the policy AutoAugment, one of which is drawn; empty for none.
-        randaugment: whether timm's `rand-n2-m10-mstd0.5` follows.
-        fill: its colour outside the image.
+        size: Height and width of the result.
+        mean, std: Statistics of the normalisation, by channel.
+        crop_padding, flip, rotation, color_jitter: Fields as in `AugmentSettings`.
+        pairs: Pairs of AutoAugment's operations, from which one is drawn; empty for no policy.
+        randaugment: Whether timm's `rand-n2-m10-mstd0.5` follows.
+        fill: RandAugment's colour outside the image.
     """
 
     size: int
@@ -52,14 +52,14 @@ class Transform:
     def __call__(
         self, example: npt.NDArray[np.uint8] | bytes, random: Random, out: npt.NDArray[np.float32]
     ) -> None:
-        """An image uint8 `[size, size, 3]`, or the bytes of a photograph, into `out`, float32."""
+        """Writes an image uint8 `[size, size, 3]`, or encoded bytes, to `out` as float32."""
         if isinstance(example, bytes):
             image = random_resized_crop(_decode(example), self.size, random)
         else:
             image = Image.fromarray(example)
         image = self._augment(image, random)
         flat = out.reshape(self.size, -1)
-        # Into place and by rows: faster than torchvision's ToTensor and Normalize.
+        # In place and by rows, which is faster than torchvision's ToTensor and Normalize.
         np.multiply(np.asarray(image).reshape(self.size, -1), self._scale, out=flat)
         flat += self._offset
 
@@ -141,7 +141,7 @@ def _rotate_on_grey(image: Image.Image, degrees: float) -> Image.Image:
     return Image.composite(rotated, grey, rotated).convert("RGB")
 
 
-# AutoAugment's operations: of an image and a signed or plain strength in [0, 1].
+# AutoAugment's operations: functions of an image and a strength in [0, 1], signed if True.
 _POLICY: dict[str, tuple[Callable[[Image.Image, float], Image.Image], bool]] = {
     "shear_x": (lambda i, v: _transform(i, (1, 0.3 * v, 0, 0, 1, 0), _BICUBIC, _GREY), True),
     "shear_y": (lambda i, v: _transform(i, (1, 0, 0, 0.3 * v, 1, 0), _BICUBIC, _GREY), True),
@@ -183,7 +183,7 @@ def _solarize_add(image: Image.Image, addition: int) -> Image.Image:
 
 Fill = tuple[int, int, int]
 
-# RandAugment's: of an image, a level in [0, 1], its sign, the interpolation and the fill.
+# RandAugment's: functions of an image, a level in [0, 1], a sign, the interpolation and the fill.
 _RANDAUGMENT: tuple[Callable[[Image.Image, float, float, int, Fill], Image.Image], ...] = (
     lambda i, v, s, r, f: ImageOps.autocontrast(i),
     lambda i, v, s, r, f: ImageOps.equalize(i),

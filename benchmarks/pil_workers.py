@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker processes that make batches with Pillow, as PyTorch's DataLoader has them.
+"""Worker processes that make batches with Pillow, like those of PyTorch's DataLoader.
 
-A worker makes whole batches and writes them into memory that the processes share, so that nothing
-is copied on the way; two batches a worker are under way at any time, which is the DataLoader's
-default too.
+A worker makes whole batches in memory that the processes share, so that nothing is copied. Each
+worker has two batches under way at any time, the DataLoader's default.
 """
 
 import itertools
@@ -63,7 +62,7 @@ class PilWorkers:
         self.close()
 
     def measure(self, seconds: float) -> Sample:
-        """Makes batches for so long."""
+        """Makes batches for some seconds."""
         for slot in range(len(self._slots)):
             self._request(slot)
         for _ in self._slots:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sides of a benchmark in processes of their own, and one file that all of them write results to.
+"""Runs the sides of a benchmark in their own processes, which write results to one file.
 
-A side has its own flags of XLA, may need a package that is not there, may die or hang. So the
-command that asks for it only waits for its process, and each result is a line of JSON in a file
-once it is known. No side begins what cannot end in its time.
+A side has its own flags of XLA, may need a package that is not installed, and may crash or hang.
+So the command only waits for its process. Each result is a line of JSON in the file once it is
+known. A side begins nothing that would not end in time.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 
-# What a process that was told to end may still take for it, in seconds.
+# Seconds that a process may take to end after it was told to.
 _GRACE = 5.0
 
 
 class Clock:
-    """The time that is left, and whether it suffices, going by how long estimates took so far.
+    """Tells the time left, and whether it suffices, correcting estimates by those so far.
 
     Args:
-        deadline: Time at which everything has to have ended, in seconds since the epoch.
+        deadline: End of the time for everything, in seconds since the epoch.
         now: Source of the present time.
     """
 
@@ -51,16 +51,16 @@ class Clock:
         return self.deadline - self._now()
 
     def expected(self, estimate: float) -> float:
-        """The time that an estimate in seconds is likely to take."""
+        """The seconds that a task with this estimate is likely to take."""
         return estimate * (self._taken / self._estimated if self._estimated else 1.0)
 
     def fits(self, estimate: float) -> bool:
-        """Whether something of this estimate, in seconds, ends before the deadline."""
+        """Whether a task with this estimate, in seconds, ends before the deadline."""
         return self.expected(estimate) <= self.left
 
     @contextlib.contextmanager
     def learn(self, estimate: float) -> Iterator[None]:
-        """Takes how long the inside takes as a measure of other estimates."""
+        """Times the code inside, to correct later estimates."""
         start = self._now()
         yield
         self._estimated += estimate
@@ -69,14 +69,14 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a side's process is asked for.
+    """The task of a side's process.
 
     Attributes:
         part: Name of the part that its results belong to.
         side: Name of the side.
         results: Path of the file of results.
-        deadline: Time at which it has to have ended, in seconds since the epoch.
-        options: Everything else, as the module of the side wants it; plain values.
+        deadline: End of the side's time, in seconds since the epoch.
+        options: Further plain values for the module of the side.
     """
 
     part: str
@@ -90,7 +90,7 @@ class Job:
         """The job in the command line of a side's process.
 
         Raises:
-            UserError: anything else than one job.
+            UserError: arguments that are not one job.
         """
         try:
             (text,) = arguments[1:]
@@ -102,10 +102,10 @@ class Job:
 
 
 class Results:
-    """The results of a side: a line each, written when it is known.
+    """Writes the results of a side, each as a line once it is known.
 
     Args:
-        job: What the side is asked for.
+        job: Job of the side.
     """
 
     def __init__(self, job: Job) -> None:
@@ -120,8 +120,8 @@ class Results:
         """Writes what `measure` returns, that it failed, or that there was no time for it.
 
         Args:
-            label: What tells the result from others.
-            estimate: Time that it is expected to take, in seconds.
+            label: Values that identify the result.
+            estimate: Expected time in seconds.
             measure: Function that returns the result.
         """
         if not self.clock.fits(estimate):
@@ -130,7 +130,7 @@ class Results:
         try:
             with self.clock.learn(estimate):
                 found = measure()
-        except Exception as error:  # the next one may work
+        except Exception as error:  # other measurements may work
             text = " ".join(str(error).split())
             self.write(**label, error=f"{type(error).__name__}: {text[:600]}")
         else:
@@ -138,7 +138,7 @@ class Results:
 
 
 def no_time(clock: Clock, estimate: float) -> str:
-    """Why something of an estimate, in seconds, is left out."""
+    """The reason to leave out a task with this estimate, in seconds."""
     return f"it would take {clock.expected(estimate):.0f} s, and {max(0, clock.left):.0f} are left"
 
 
@@ -146,7 +146,7 @@ def write(path: Path, row: Row) -> None:
     """Appends a line to a file of results, and prints it.
 
     Args:
-        path: The file.
+        path: Path of the file.
         row: Result; numbers that are not finite become null.
     """
     row = {name: _plain(value) for name, value in row.items()}
@@ -163,7 +163,7 @@ def _plain(value: Any) -> Any:
 
 
 def read(path: Path) -> list[Row]:
-    """The results so far; half a line, of a process that was killed in it, is left out."""
+    """The results so far, without half a line that a killed process may leave."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -173,14 +173,14 @@ def read(path: Path) -> list[Row]:
 
 
 def run(module: str, job: Job, log: Path, flags: Sequence[str] = (), **environment: str) -> None:
-    """Runs a side in a process of its own, which is ended at its deadline.
+    """Runs a side in its own process, which is ended at its deadline.
 
-    How it failed, if it did, becomes a result of its part.
+    A failure becomes a result of its part.
 
     Args:
-        module: Name of the module that is run with the job.
-        job: What it is asked for.
-        log: File that gets everything it prints; the terminal gets it, too.
+        module: Name of the module to run.
+        job: Job of the module.
+        log: File for everything that the process prints, which the terminal shows as well.
         flags: Options of XLA, added to those of this process.
         **environment: Variables to set.
     """
@@ -233,7 +233,7 @@ def _tee(stream: IO[str], log: Path, lines: list[str]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process, and what it started, if it has not ended."""
+    """Ends a process that still runs, and the processes that it started."""
     for way in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -245,10 +245,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def preemptible() -> Iterator[None]:
-    """Turns SIGTERM inside into `Preempted`, wherever the program is."""
+    """Makes SIGTERM raise `Preempted` in the code inside."""
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is measured is still to be written
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the results are still to be written
         raise Preempted("what was measured is written")
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -259,7 +259,7 @@ def preemptible() -> Iterator[None]:
 
 
 def is_known(flag: str) -> bool:
-    """Whether the installed XLA has an option; one that it has not ends a process at once.
+    """Whether the installed XLA knows an option; an unknown one ends a process at once.
 
     Args:
         flag: Option with its value, such as `--xla_gpu_deterministic_ops=true`.

@@ -16,18 +16,18 @@ EXPERTS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large networks and images are: as in the paper, or as small as they can be.
+    """Sizes of networks, images and measurements: the paper's, or as small as possible.
 
     Attributes:
         small: Network for CIFAR.
-        small_batch: Batch size of it.
+        small_batch: Batch size of that network.
         photo_stages: Blocks in each stage of the networks for photographs; None for their own.
         photo_size: Height and width of a photograph, in pixels.
         photo_classes: Number of classes of photographs.
-        dispatch: Number of steps where several are one call.
-        seconds: Time that a case is measured for.
+        dispatch: Number of steps in a call with several.
+        seconds: Seconds of measurement for each case.
         ratio: Imbalance ratio of CIFAR-100-LT.
-        train_per_class, test_per_class: Images of each class before the tail is cut.
+        train_per_class, test_per_class: Images of each class before the selection.
     """
 
     small: str
@@ -58,7 +58,7 @@ class Case:
         mode: "pmap" or "shard_map".
         dispatch: "ready" for one step a call on a batch that is there; "single" for one step a call
             and "several" for many, with batches of the device pipeline.
-        estimate: Time that it takes on a GPU, in seconds; most of it is compilation.
+        estimate: Expected seconds on a GPU, mostly compilation.
     """
 
     network: str
@@ -75,9 +75,9 @@ class TorchCase:
     """A step in PyTorch.
 
     Attributes:
-        network, batch, dtype: As of `Case`.
+        network, batch, dtype: Fields as in `Case`.
         how: "eager", "graph" for a CUDA graph, or "compile" for `torch.compile`.
-        estimate: Time that it takes on a GPU, in seconds.
+        estimate: Expected seconds on a GPU.
     """
 
     network: str
@@ -87,7 +87,7 @@ class TorchCase:
     estimate: float
 
 
-# In order of value: what is last is left out first.
+# In order of value: the last case is the first to be left out.
 SMALL = (
     Case("small", 0, "float32", "loop", "shard_map", "several", 30),
     Case("small", 0, "float32", "loop", "pmap", "ready", 25),
@@ -119,9 +119,9 @@ PHOTOS_TORCH = (
 )
 
 
-# Of each kind one, so that a toy run is short.
+# One case of each kind, so that a toy run is short.
 _TOY: dict[Any, Sequence[Case | TorchCase]] = {
-    SMALL: (SMALL[0], SMALL[6]),  # ready batches are those of photographs
+    SMALL: (SMALL[0], SMALL[6]),  # the cases of photographs have ready batches
     SMALL_FUSED: SMALL_FUSED[:1],
     PHOTOS: PHOTOS[:1],
     SMALL_TORCH: SMALL_TORCH,
@@ -135,7 +135,7 @@ def chosen(cases: Sequence[Case | TorchCase], toy: bool) -> list[dict[str, Any]]
 
 
 def sizes(toy: bool) -> Sizes:
-    """Those of a toy run, or the paper's."""
+    """The sizes of a toy run, or the paper's."""
     return TOY if toy else FULL
 
 
@@ -143,7 +143,7 @@ def batch_size(case: Case | TorchCase, sizes: Sizes) -> int:
     """Images of a case's batch."""
     if case.network == "small":
         return sizes.small_batch
-    # Not fewer: BatchNorm of a few values makes much of rounding.
+    # Not fewer, because BatchNorm over a few values amplifies rounding.
     return 16 if sizes is TOY else case.batch
 
 

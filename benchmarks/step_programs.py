@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product's own programs for the cases of `step_cases`."""
+"""The package's own programs for the cases of `step_cases`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def make_config(case: Case | TorchCase, sizes: Sizes) -> ConfigDict:
 
 
 def make_program(config: ConfigDict, sizes: Sizes) -> Program:
-    """What is compiled for a config, on one device; nothing is loaded."""
+    """The program of a config on one device; no data are loaded."""
     devices = parallel.make_parallel(config.parallel.mode, jax.devices()[:1])
     if config.data.name == "cifar100":
         counts, shape = published("cifar100", config.data.imbalance_ratio)

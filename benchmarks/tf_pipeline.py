@@ -28,20 +28,21 @@ from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings, MixSett
 from benchmarks.measuring import Sample
 from benchmarks.pil_transforms import Transform
 
-# More than are ever made.
+# More steps than are ever made.
 _STEPS = 10**9
 _WARM_UP_BATCHES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured on both sides.
+    """A case that both sides measure.
 
     Attributes:
-        source: the training set.
-        description: of the source.
-        settings: of our pipeline, which does not mix: the reference mixes on the accelerator.
-        transform: the same for Pillow.
+        source: The training set.
+        description: Description of the source.
+        settings: Settings of our pipeline. It does not mix, since the reference mixes on the
+            accelerator.
+        transform: The same augmentation for Pillow.
     """
 
     source: Source
@@ -56,7 +57,7 @@ class Case:
         return list(images.numpy())
 
     def measure(self, seconds: float) -> Sample:
-        """Makes batches for so long, on the cores that there are."""
+        """Makes batches for some seconds, on all cores of the process."""
         batches = pipeline.train_batches(self.source, self.settings, 0, _STEPS)
         for _ in range(_WARM_UP_BATCHES):
             next(batches)
@@ -73,11 +74,11 @@ def make_case(
     """A case by name: "cifar" or "photos", a space, and "standard" or "long".
 
     Args:
-        name: of the case.
+        name: Name of the case.
         data_dir: TFDS folder; empty for generated images.
-        scratch: folder for generated photographs.
-        batch_size: 0 for the recipe's.
-        image_size: of the photographs that the network gets; 0 for the recipe's 224.
+        scratch: Folder for generated photographs.
+        batch_size: Batch size; 0 for the recipe's.
+        image_size: Size of photographs in a batch; 0 for the recipe's 224.
     """
     kind, recipe = name.split()
     if kind == "cifar":
@@ -91,15 +92,15 @@ def make_case(
 
 
 def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[str, float]]:
-    """Microseconds of processor time an image, by stage, each stage by itself.
+    """Microseconds of processor time per image of each stage, run by itself.
 
     Args:
-        case: whose stages run on one of its batches, again and again.
-        seconds: of each stage.
-        mixup_alpha: of the stage that the comparison leaves out.
+        case: Case whose stages run on one of its batches, again and again.
+        seconds: Seconds of each stage.
+        mixup_alpha: Parameter of mixup, a stage that the comparison leaves out.
 
     Returns:
-        Names and times; "other" is what the whole pipeline takes beyond its stages.
+        Names and times; "other" is the time of the whole pipeline minus its stages.
     """
     batch_size, rows = case.settings.batch_size, slice(0, case.settings.batch_size)
     random = RowRandom(tf.constant([1, 2]), batch_size, rows)
@@ -192,7 +193,7 @@ def _augmentation(
 
 
 def _parts(settings: AugmentSettings) -> dict[str, AugmentSettings]:
-    """The settings one stage at a time, in the order in which they run."""
+    """The settings of each stage, in the order in which they run."""
     parts = {
         "crop, flip, rotation": AugmentSettings(
             crop_padding=settings.crop_padding, flip=settings.flip, rotation=settings.rotation
@@ -204,7 +205,7 @@ def _parts(settings: AugmentSettings) -> dict[str, AugmentSettings]:
 
 
 def _cpu_seconds(function: Callable[[], tf.Tensor], seconds: float) -> float:
-    """Processor time of a call: the median over as many as fit into `seconds`, at least three."""
+    """Processor time of a call: the median of calls during `seconds`, at least three."""
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < 3 or time.perf_counter() < start + seconds:
@@ -287,7 +288,7 @@ def _write_photos(path: Path, count: int) -> None:
 
 
 def _smooth_noise(seed: int, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Noise at several scales, the coarser the stronger; about the detail of a photograph."""
+    """Noise at several scales, coarse ones stronger, with about the detail of a photograph."""
     random = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for scale in (1, 2, 4, 8, 16, 32):

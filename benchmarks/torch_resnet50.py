@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks.torch_resnet import CosineHead
 
-# Of both: blocks in each stage.
+# Blocks in each stage of both networks.
 STAGE_SIZES = (3, 4, 6, 3)
 # Groups of the 3x3 convolutions, and channels of a group where a stage has width 64.
 GROUPS = {"resnet50": (1, 64), "resnext50": (32, 4)}

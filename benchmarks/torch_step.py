@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training steps of `step_cases` in PyTorch, timed in a process of their own.
+"""Times the training steps of `step_cases` in PyTorch, in a process of its own.
 
-`benchmarks.accelerator` runs this. It also writes weights, a batch and the first losses, for the
-side in JAX to begin with the same and come to the same.
+`benchmarks.accelerator` runs this. It also writes weights, a batch and the first losses. The side
+in JAX starts from them and has to get the same losses.
 """
 
 import time
@@ -26,19 +26,19 @@ from benchmarks.sides import Job, Results, Row
 from benchmarks.step_cases import EXPERTS, Sizes, TorchCase
 from benchmarks.step_programs import make_config, make_program
 
-# Before a graph is taken up, and before a step is timed.
+# Number of steps before a graph is captured, and before a step is timed.
 _WARM_UP = 4
 
 
 class Step:
-    """One update of a model on a batch that is on its device, without waiting for it.
+    """An update of a model on a batch on its device, which returns before it is done.
 
     Args:
         model: Network, moved to the device.
-        program: The same training in JAX, of which taus, prior and optimizer are taken.
-        batch: Batch as `step_cases.ready_batch` makes it.
+        program: Program of the same training in JAX, for its taus, prior and optimizer.
+        batch: Batch of `step_cases.ready_batch`.
         device: "cuda" or "cpu".
-        case: How it is run and in which precision.
+        case: Case, for its precision and the way to run it.
         tf32: Whether products of float32 may be rounded to TF32.
 
     Attributes:
@@ -77,7 +77,7 @@ class Step:
         self.loss = torch.zeros(())
 
     def prepare(self) -> None:
-        """Makes the first steps, compiles or takes up what is to be run."""
+        """Makes the first steps, and compiles the step or captures its graph."""
         if self._how == "compile":
             self._forward = torch.compile(self._loss)
         if self._how != "graph":
@@ -139,12 +139,12 @@ def first_losses(case: TorchCase, sizes: Sizes, device: str, path: Path) -> Row:
 
     Args:
         case: A case in float32.
-        sizes: How large everything is.
+        sizes: Sizes of networks and images.
         device: "cuda" or "cpu".
-        path: File that is written, `.npz`.
+        path: Path of the `.npz` file to write.
 
     Returns:
-        `losses` in full precision, and `losses_tf32` as the device computes by default.
+        `losses` in full precision, and `losses_tf32` with the device's default precision.
     """
     program = make_program(make_config(case, sizes), sizes)
     counts, shape = program.context.class_counts, program.image_shape
@@ -189,7 +189,7 @@ def measure(case: TorchCase, sizes: Sizes, device: str) -> Row:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures what the job asks for."""
+    """Runs the job."""
     job = Job.parse(arguments)
     jax.config.update("jax_platforms", "cpu")  # the accelerator's memory is PyTorch's
     results, sizes = Results(job), step_cases.sizes(job.options["toy"])

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts that compile in a second on a CPU, for trying a benchmark out where its figures mean
-nothing.
-"""
+"""Experts that compile in a second on a CPU, to try out a benchmark whose figures do not count."""
 
 import contextlib
 from collections.abc import Iterator
@@ -57,7 +55,7 @@ def create_model(
     dtype: Any,
     **_: Any,
 ) -> ExpertEnsemble:
-    """What `balpoe_jax.models.create_model` takes; the name makes no difference."""
+    """A replacement of `balpoe_jax.models.create_model` that ignores the name."""
     cosine = classifier == "cosine"
     head = CosineHead(num_classes, scale) if cosine else LinearHead(num_classes)
     expert = Expert(Body(axis_name, dtype), head)
@@ -66,7 +64,7 @@ def create_model(
 
 @contextlib.contextmanager
 def used(toy: bool) -> Iterator[None]:
-    """Experiments that are built inside have this network, if they are to be toys."""
+    """Gives experiments that are built inside this network if `toy`."""
     before = build.create_model
     if toy:
         build.create_model = create_model  # type: ignore[assignment]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageNet-LT's train step compiled for a TPU, beside that of Flax's own ImageNet example.
+"""Compiles ImageNet-LT's train step for a TPU, and that of Flax's own ImageNet example.
 
     python -m benchmarks.tpu_step --topology=v5e:2x2 --experts=1,3
 
 Both are ResNet-50 in bfloat16 on equal batches of 224 x 224 images, compiled in one run by the
-TPU's compiler (`pip install "jax[tpu]"`; no TPU is needed). Cycles are its estimate, of one
-device and without communication; nothing is measured. A step takes minutes to compile.
+TPU's compiler (`pip install "jax[tpu]"`; no TPU is needed). Cycles are its estimate for one device,
+without communication. Nothing is measured. A step takes minutes to compile.
 """
 
 import json
@@ -27,7 +27,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
 from benchmarks import flax_imagenet
 
-# Heading, path in what `examine.examine_step` returns, and unit of each column of a step.
+# Heading, path in the result of `examine.examine_step`, and unit of each column.
 _COLUMNS = (
     ("Mcycles", ("cycles",), 1e6),
     ("GFLOP", ("flops", "needed"), 1e9),
@@ -39,7 +39,7 @@ _COLUMNS = (
 
 
 def our_config(num_experts: int, batch_size: int) -> ConfigDict:
-    """`configs/imagenet_lt.py` with so many experts, in bfloat16, each device's own BatchNorm."""
+    """`configs/imagenet_lt.py` in bfloat16, with BatchNorm by device."""
     config = photo_config(IMAGENET_LT, f"experts={num_experts},batch_size={batch_size}")
     config.model.dtype = "bfloat16"
     config.parallel.sync_batch_norm = False
@@ -55,14 +55,14 @@ def compare(
     """Compiles Flax's step, then that of each config.
 
     Args:
-        configs: by name, at least one, of one batch size and of images of `image_size`.
-        topology: one of `topologies.TOPOLOGIES`.
-        image_size: height and width.
-        stage_sizes: blocks in each stage of Flax's network.
+        configs: Configs by name, at least one, with one batch size and images of `image_size`.
+        topology: One of `topologies.TOPOLOGIES`.
+        image_size: Height and width of the images.
+        stage_sizes: Blocks in each stage of Flax's network.
 
     Yields:
-        Name and `examine.examine_step`'s figures of each compiled step. Those of a config
-        have two more: `cycles_ratio` and `flops_ratio`, against Flax's step.
+        Name and figures of `examine.examine_step` for each compiled step. A config has two more
+        figures: `cycles_ratio` and `flops_ratio`, relative to Flax's step.
     """
     chip, devices = chip_of(topology), compile_only_devices(topology)
     (batch_size,) = {config.batch_size for config in configs.values()}
@@ -77,7 +77,7 @@ def compare(
 
 
 def table(found: dict[str, dict[str, Any]]) -> tables.Table:
-    """Steps side by side; `found` is what `compare` yields, by name."""
+    """A table of steps; `found` has what `compare` yields, by name."""
     rows = []
     for name, step in found.items():
         values = [_value(step, path) / unit for _, path, unit in _COLUMNS]
@@ -97,13 +97,13 @@ def _value(step: dict[str, Any], path: tuple[str, ...]) -> float:
 def define_flags() -> None:
     """Defines --topology, --images, --experts and --output."""
     flags.DEFINE_string("topology", "v5e:2x2", "TPU slice to compile for.")
-    flags.DEFINE_integer("images", 64, "Images a device.", lower_bound=1)
-    flags.DEFINE_list("experts", ["1", "3"], "Numbers of experts, each compiled by itself.")
+    flags.DEFINE_integer("images", 64, "Number of images on a device.", lower_bound=1)
+    flags.DEFINE_list("experts", ["1", "3"], "Numbers of experts; each is compiled by itself.")
     flags.DEFINE_string("output", "", "File to write all figures to as JSON.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compiles and prints as the flags say."""
+    """Compiles and prints, following the flags."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
     if not all(number.isdecimal() and int(number) > 0 for number in flags.FLAGS.experts):

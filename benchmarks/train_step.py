@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step of a CIFAR ResNet with experts against the same step in PyTorch.
+"""Compares the training step of a CIFAR ResNet with experts with the same step in PyTorch.
 
     python -m benchmarks.train_step [--cores=2] [--batch_size=128] [--output=FILE]
 
@@ -9,7 +9,7 @@ second checks the gradients. Needs the extra `torch`. `benchmarks/README.md` exp
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
 from benchmarks import measuring
 
-# Of the second losses, after an update that rounds differently; the first are closer.
+# Largest relative difference of second losses, after updates that round differently.
 _TOLERANCE = 1e-3
 
 
@@ -32,54 +32,26 @@ def run(
     """Measures both sides.
 
     Raises:
-        UserError: losses that are not equal.
+        UserError: losses or numbers of parameters that are not equal.
     """
     # Not above: JAX, TensorFlow and PyTorch count the cores when they are imported.
-    import jax
     import torch
 
-    from balpoe_jax import parallel
-    from balpoe_jax.config import resolve
-    from balpoe_jax.config.dataset_defaults import cifar_config
-    from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment.build import build_program
-    from balpoe_jax.experiment.program import num_parameters
-    from balpoe_jax.losses import log_prior
     from balpoe_jax.models import CIFAR_MODELS
-    from balpoe_jax.torch_import import convert
     from benchmarks import torch_resnet
 
     torch.set_num_threads(cores)
     torch.manual_seed(0)
-    config = cifar_config("cifar100", 0.4, f"backbone={backbone},experts={experts}")
-    config.batch_size = batch_size
-    counts, image_shape = published("cifar100", 100.0)
-    devices = parallel.make_parallel(devices=jax.devices("cpu")[:1])
-    program = build_program(resolve(config), devices, counts, image_shape)
-    model = torch_resnet.Ensemble(CIFAR_MODELS[backbone].stage_sizes[0], experts, len(counts))
-    trainer = torch_resnet.Trainer(
-        model,
-        np.array(log_prior(counts)),
-        program.context.taus,
-        program.learning_rate(1),
-        config.optim.momentum,
-        config.optim.weight_decay,
-    )
-    batch = _batch(batch_size, image_shape, len(counts))
+    program = _make_program(backbone, experts, batch_size)
+    classes = len(program.context.class_counts)
+    model = torch_resnet.Ensemble(CIFAR_MODELS[backbone].stage_sizes[0], experts, classes)
+    batch = _batch(batch_size, program.image_shape, classes)
     weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    state: Any = program.init_state()
-    state = state.replace(**devices.replicate(convert(weights)))
-    step = program.map_train_step()
-    ours_batch, theirs_batch = devices.shard(batch), torch_resnet.to_torch(batch)
-
-    def ours() -> float:
-        nonlocal state
-        state, metrics = step(state, ours_batch)
-        return float(metrics["loss"])
-
-    def theirs() -> float:
-        return trainer.step(theirs_batch)
-
+    ours, num_parameters = _make_our_step(program, weights, batch)
+    theirs = _make_their_step(program, model, batch)
+    their_parameters = sum(p.numel() for p in model.parameters())
+    if num_parameters != their_parameters:
+        raise UserError(f"The networks have {num_parameters} and {their_parameters} parameters.")
     losses = [(ours(), theirs()) for _ in range(2)]
     _check_equal(losses)
     samples = measuring.take_turns(
@@ -89,14 +61,67 @@ def run(
         },
         repeats,
     )
-    parameters = num_parameters(state.params), sum(p.numel() for p in model.parameters())
-    if parameters[0] != parameters[1]:
-        raise UserError(f"The networks have {parameters[0]} and {parameters[1]} parameters.")
     return {
-        "num_parameters": parameters[0],
+        "num_parameters": num_parameters,
         "losses": losses,
         **measuring.compare(samples["ours"], samples["theirs"], cores=1),
     }
+
+
+def _make_program(backbone: str, experts: int, batch_size: int) -> Any:
+    """The program of BalPoE on CIFAR-100-LT, on one CPU device."""
+    import jax
+
+    from balpoe_jax import parallel
+    from balpoe_jax.config import resolve
+    from balpoe_jax.config.dataset_defaults import cifar_config
+    from balpoe_jax.data.datasets import published
+    from balpoe_jax.experiment.build import build_program
+
+    config = cifar_config("cifar100", 0.4, f"backbone={backbone},experts={experts}")
+    config.batch_size = batch_size
+    counts, image_shape = published("cifar100", 100.0)
+    devices = parallel.make_parallel(devices=jax.devices("cpu")[:1])
+    return build_program(resolve(config), devices, counts, image_shape)
+
+
+def _make_our_step(
+    program: Any, weights: dict[str, Any], batch: TrainBatch
+) -> tuple[Callable[[], float], int]:
+    """Our update on a fixed batch, which returns its loss, and the number of parameters.
+
+    It starts from PyTorch's weights.
+    """
+    from balpoe_jax.experiment.program import num_parameters
+    from balpoe_jax.torch_import import convert
+
+    state: Any = program.init_state()
+    state = state.replace(**program.parallel.replicate(convert(weights)))
+    step, placed = program.map_train_step(), program.parallel.shard(batch)
+
+    def update() -> float:
+        nonlocal state
+        state, metrics = step(state, placed)
+        return float(metrics["loss"])
+
+    return update, num_parameters(state.params)
+
+
+def _make_their_step(program: Any, model: Any, batch: TrainBatch) -> Callable[[], float]:
+    """PyTorch's update on a fixed batch, which returns its loss."""
+    from balpoe_jax.losses import log_prior
+    from benchmarks import torch_resnet
+
+    trainer = torch_resnet.Trainer(
+        model,
+        np.array(log_prior(program.context.class_counts)),
+        program.context.taus,
+        program.learning_rate(1),
+        program.settings.optim.momentum,
+        program.settings.optim.weight_decay,
+    )
+    placed = torch_resnet.to_torch(batch)
+    return lambda: trainer.step(placed)
 
 
 def _batch(batch_size: int, image_shape: tuple[int, ...], num_classes: int) -> TrainBatch:
@@ -145,17 +170,19 @@ def as_text(found: dict[str, Any]) -> str:
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("backbone", "resnet32", "Of the networks for small images.")
-    flags.DEFINE_integer("experts", 3, "At least two.", lower_bound=2)
-    flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=2)
-    flags.DEFINE_integer("cores", 2, "For each side.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
-    flags.DEFINE_float("seconds", 4.0, "Of a turn, which is at least one step.", lower_bound=0.0)
-    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.DEFINE_string("backbone", "resnet32", "Network for small images.")
+    flags.DEFINE_integer("experts", 3, "Number of experts, at least two.", lower_bound=2)
+    flags.DEFINE_integer("batch_size", 128, "Number of images in a step.", lower_bound=2)
+    flags.DEFINE_integer("cores", 2, "Number of cores for each side.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Number of turns of each side.", lower_bound=1)
+    flags.DEFINE_float(
+        "seconds", 4.0, "Seconds of a turn, which is at least one step.", lower_bound=0.0
+    )
+    flags.DEFINE_string("output", "", "JSON file for the figures, which are printed as well.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures and prints as the flags say."""
+    """Measures and prints, following the flags."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
     if importlib.util.find_spec("torch") is None:

@@ -3,10 +3,10 @@
 
     python -m balpoe_jax.main --config=configs/cifar100_lt.py:ir=100,recipe=standard --workdir=DIR
 
-Arguments: ir=100|50|10; method=balpoe, or another one of README's table; recipe=own (the method's
-training), or standard|strong|long, BalPoE's trainings, for any method; mixup=true|false (else as
-the method does); experts=E (0: the method's own number); backbone=resnet32|...; epochs=N (0: the
-recipe's own, else its schedule scaled).
+Arguments: ir=100|50|10; method=balpoe or another one of the README's table; recipe=own (the
+method's training), or standard|strong|long (BalPoE's trainings, for any method); mixup=true|false
+(default: as the method does); experts=E (0: the method's own number); backbone=resnet32|...;
+epochs=N (0: the recipe's own number; otherwise its schedule is scaled).
 
 One GPU is enough: ResNet-32 with 3 experts at batch 128. Top-1 accuracy in the paper (ResNet-32, 3
 experts, balanced test set; no figure of ours is measured yet, for want of an accelerator):
@@ -21,8 +21,8 @@ experts, balanced test set; no figure of ours is measured yet, for want of an ac
     ir=100,recipe=long                           55.9                   not yet measured
     ir=50,recipe=long / ir=10,recipe=long        60.1 / 68.1            not yet measured
 
-`python -m balpoe_jax.reproduce --table=2` runs and collects them. What we measured is ResNet-8 on
-two CPU cores: results/cifar100_lt_cpu.md (15 epochs, three seeds, BalPoE's rows of Table 2),
+`python -m balpoe_jax.reproduce --table=2` runs and collects them. We have measured ResNet-8 on two
+CPU cores: results/cifar100_lt_cpu.md (15 epochs, three seeds, BalPoE's rows of Table 2),
 results/methods_cpu.md (all methods) and results/cifar100_lt_small.md (30 epochs).
 """
 

@@ -4,9 +4,9 @@
     python -m balpoe_jax.main --config=configs/digits_lt.py --workdir=runs/digits_lt
 
 413 training images of 8x8 pixels (130 down to 5 a class), 400 balanced test images, ResNet-8.
-Arguments: method=balpoe, or another one of README's table, mixup=true|false, experts=E (0: the
-method's own number), epochs=N (0: 120), recipe=own|standard. Not in the paper; what we measured is
-in the README.
+Arguments: method=balpoe or another one of the README's table, mixup=true|false, experts=E (0: the
+method's own number), epochs=N (0: 120), recipe=own|standard. The paper does not use this data set;
+the README has what we measured.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.log_every_steps = 65
     config.data.name = "digits"
     config.data.imbalance_ratio = 26.0
-    # Classes are small here: many is above 60 images, instead of the field's 100.
+    # Classes are small here: "many" begins above 60 images, instead of the usual 100.
     config.data.shot_thresholds = (20, 60)
     config.data.mean = (0.305, 0.305, 0.305)
     config.data.std = (0.376, 0.376, 0.376)

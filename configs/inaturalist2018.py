@@ -6,14 +6,14 @@
 Arguments after a colon, as in `configs/inaturalist2018.py:recipe=long`:
 
     backbone    resnet50 (default), resnext50, resnet101, resnet152
-    method      balpoe (default), or another one of README's table
-    recipe      own (default), the method's training: BalPoE's is of 100 epochs; or, for any method,
+    method      balpoe (default), or another one of the README's table
+    recipe      own (default), the method's training: BalPoE's has 100 epochs; or, for any method,
                 BalPoE's trainings: standard, strong (the same with RandAugment and colour jitter)
-                or long (400 epochs, likewise)
-    mixup       true or false, else as the method does
+                or long (400 epochs, with the augmentation of strong)
+    mixup       true or false; by default as the method does
     experts     number of experts; 0 for the method's own
-    epochs      the cosine schedule over so many; 0 for the recipe's own
-    batch_size  global; 0 for the recipe's, else the learning rate scales in proportion
+    epochs      number of epochs of the cosine schedule; 0 for the recipe's own
+    batch_size  global batch size, with which the learning rate scales; 0 for the recipe's own
 
 The data set is TFDS's `i_naturalist2018`. Results are on its validation split (24,426 images), as
 in the paper; the test split has no labels. Nothing is held out, so no temperature is fitted.

@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 
 # Before JAX starts, and for the processes that tests start. The tests' numbers are those of a CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What one test has compiled serves the others, and the next run: most of their time is compilation.
+# Tests and later test runs share compiled programs: most of the time is compilation.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -31,7 +31,7 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny_experts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whole runs of a network that is compiled in a second; `make test-all` takes the config's."""
+    """Replaces the network of whole runs by one that compiles in a second, except with `--all`."""
     from balpoe_jax.experiment import build
     from tests.helpers import tiny_network
 
@@ -43,15 +43,15 @@ def tiny_experts(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations without the page, which takes as long to draw as the rest of a tiny run."""
-    from balpoe_jax import evaluate
+    """Evaluates without the page, which takes as long to draw as the rest of a tiny run."""
+    from balpoe_jax.reporting import report
 
-    monkeypatch.setattr(evaluate.report, "write_report", lambda workdir: "no page")
+    monkeypatch.setattr(report, "write_report_of", lambda workdir, results, test: "no page")
 
 
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages whose figures are empty."""
+    """Leaves the figures of pages empty."""
     from balpoe_jax.reporting import figures
 
     monkeypatch.setattr(figures, "_svg", lambda figure, name: "<svg></svg>")
@@ -64,7 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell that starts a job in the background has it ignore these, and so would its processes.
+    # A job that a shell starts in the background ignores these signals, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("--all"):
@@ -74,9 +74,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _set_flags_of_jax(flags: str) -> None:
-    """Makes JAX's XLA read these flags, and not TensorFlow's.
+    """Makes JAX's XLA read these flags, but not TensorFlow's.
 
-    That one reads the same variable, but later, and would compile augmentations for minutes.
+    TensorFlow reads the same variable, but later, and would compile augmentations for minutes.
     """
     if not flags:
         return
@@ -91,7 +91,7 @@ def _set_flags_of_jax(flags: str) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request: pytest.FixtureRequest) -> None:
-    """Programs that run a few steps on tiny images take longer to compile than to run.
+    """Compiles with few optimisations: programs of a few steps take longer to compile than to run.
 
     `make test-all` compiles everything as users do.
     """
@@ -102,9 +102,9 @@ def quick_compilation(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the cases that `slow_cases` names, and refuses unknown ones; long files go first.
+    """Marks the cases that `slow_cases` names, and rejects unknown ones; long files go first.
 
-    Else one process would still be at whole runs when there is nothing left for the other.
+    Otherwise one process would still make whole runs when the other has nothing left to do.
     """
     unknown: dict[str, set[str]] = {}
     for item in items:

@@ -20,26 +20,26 @@ def has_tfds() -> bool:
 
 
 def require_tensorflow(purpose: str) -> None:
-    """Refuses to go on without TensorFlow; hides the GPUs from one that is there.
+    """Raises an error without TensorFlow; otherwise hides the GPUs from it.
 
-    TensorFlow only feeds: the GPUs and their memory are JAX's.
+    TensorFlow only feeds the training: the GPUs and their memory belong to JAX.
 
     Args:
-        purpose: the subject of the message, such as "Reading photographs".
+        purpose: Subject of the error message, such as "Reading photographs".
 
     Raises:
-        UserError (a `ValueError`): it is not installed.
+        UserError (a `ValueError`): TensorFlow is not installed.
     """
     if not has_tensorflow():
         raise UserError(f"{purpose} needs TensorFlow, which is not installed; {INSTALL}.")
     import tensorflow as tf
 
-    with contextlib.suppress(RuntimeError):  # it has started, and cannot be told any more
+    with contextlib.suppress(RuntimeError):  # TensorFlow has already started
         tf.config.set_visible_devices([], "GPU")
 
 
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # what hides a package, or half an installation
+    except (ImportError, ValueError):  # a package that is hidden, or half installed
         return False

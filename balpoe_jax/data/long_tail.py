@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images a long-tailed training set keeps: class counts and the selection itself. NumPy only.
+"""The images that a long-tailed training set keeps: class counts and the selection. NumPy only.
 
 The profile and the selection are those of the reference repository (and of LDAM-DRW, RIDE, SADE),
 to the image: with the original order of CIFAR, `select_indices` returns the published subset.
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 
-# Counts are exact as floats too.
+# Up to here, counts are exact as floats too.
 _LARGEST = 2**53
 
 
@@ -23,12 +23,12 @@ def exponential_counts(
 
     Args:
         num_classes: `C`, at least 1.
-        max_count: images of the largest class.
-        imbalance_ratio: largest over smallest class before rounding down, at least 1.
-        reverse: class `C-1` is the largest instead of class 0 (the "backward" test sets).
+        max_count: Images of the largest class.
+        imbalance_ratio: Size of the largest class over the smallest, before rounding; at least 1.
+        reverse: Whether class `C-1` is the largest instead of class 0 (the "backward" test sets).
 
     Returns:
-        int64 `[C]`. CIFAR-100 at ratio 100: 500 ... 5, in all 10,847.
+        int64 `[C]`. For CIFAR-100 at ratio 100: 500 down to 5, a total of 10,847.
 
     Raises:
         UserError (a `ValueError`): numbers out of range.
@@ -58,21 +58,21 @@ def exponential_counts(
 def select_indices(
     labels: npt.ArrayLike, counts: npt.ArrayLike, seed: int = 0
 ) -> npt.NDArray[np.int64]:
-    """Positions of the kept images: class by class, a seeded shuffle, the first `counts[c]`.
+    """Positions of the kept images: the first `counts[c]` of each class after a seeded shuffle.
 
     One legacy NumPy stream (`RandomState(seed)`) runs through all classes, so the choice in a
     class depends on the sizes of the classes before it, as in the reference (seed 0).
 
     Args:
-        labels: int `[N]`, in the original order of the data set, values in `[0, C)`.
-        counts: int `[C]`, images to keep of each class.
-        seed: of the selection; not the seed of the run.
+        labels: Classes in the original order of the data set, int `[N]` in `[0, C)`.
+        counts: Images to keep of each class, int `[C]`.
+        seed: Seed of the selection; not the seed of the run.
 
     Returns:
         int64 `[sum(counts)]`, ordered by class, within a class by the shuffle.
 
     Raises:
-        UserError (a `ValueError`): a label out of range, or a class with fewer images than asked.
+        UserError (a `ValueError`): a label out of range, or a class with too few images.
     """
     return select_consecutive(labels, (counts,), seed)[0]
 
@@ -80,15 +80,15 @@ def select_indices(
 def select_consecutive(
     labels: npt.ArrayLike, parts: Sequence[npt.ArrayLike], seed: int = 0
 ) -> list[npt.NDArray[np.int64]]:
-    """Disjoint selections out of one shuffle: each takes up in a class where the one before ended.
+    """Disjoint selections from one shuffle: in each class, a part continues after the one before.
 
     Args:
-        labels: int `[N]`, as for `select_indices`, which the first part equals.
-        parts: int `[C]` each, images of each class.
-        seed: of the selection.
+        labels: Classes as for `select_indices`, int `[N]`.
+        parts: Images to keep of each class for each part, int `[C]` each.
+        seed: Seed of the selection.
 
     Returns:
-        For each part what `select_indices` would return.
+        Positions for each part, int64; the first part is that of `select_indices`.
 
     Raises:
         UserError (a `ValueError`): as for `select_indices`.
@@ -112,14 +112,14 @@ def select_consecutive(
 
 
 def class_counts(labels: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int64]:
-    """Images of each class, int64 `[num_classes]`; refuses labels out of range."""
+    """Images of each class, int64 `[num_classes]`; raises UserError on labels out of range."""
     labels = as_array(labels, "labels")
     check_labels(labels, num_classes)
     return np.bincount(labels.astype(np.int64), minlength=num_classes).astype(np.int64)
 
 
 def check_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Images of each class as int64 `[C]`; refuses what is no list of whole numbers from 0 on."""
+    """Counts as int64 `[C]`; raises UserError unless they are whole numbers from 0 on."""
     array = as_array(counts, "counts")
     if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
         raise UserError(f"counts must be integers [C], got {array.dtype} {array.shape}.")
@@ -131,7 +131,7 @@ def check_counts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def as_array(values: npt.ArrayLike, name: str) -> npt.NDArray:
-    """An array of what is given; refuses nested lists of unequal lengths."""
+    """The values as an array; raises UserError on nested lists of unequal lengths."""
     try:
         return np.asarray(values)
     except (ValueError, OverflowError, TypeError) as error:

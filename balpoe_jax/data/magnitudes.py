@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How policies turn magnitudes into parameters, and how often their operations run. NumPy only.
 
-Both pipelines read it: `autoaugment` and `randaugment` by TensorFlow, `device` by JAX.
+Both pipelines use these numbers: `data.images` with TensorFlow, `data.device` with JAX.
 """
 
 from typing import NamedTuple
@@ -48,6 +48,6 @@ def autoaugment_magnitudes(height: int, width: int) -> dict[str, Magnitudes]:
     }
 
 
-# Of RandAugment: how often an operation that was drawn runs, and how far magnitudes spread.
+# Probability that RandAugment applies a drawn operation, and standard deviation of its magnitude.
 RANDAUGMENT_PROBABILITY = 0.5
 RANDAUGMENT_DEVIATION = 0.5

@@ -27,10 +27,10 @@ from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
 
-# In a batch, the positions in the training set of what is read for it.
+# Keys of the positions in the training set that a batch reads.
 _INDICES = ("indices", "other_indices")
 
-# Enough for every core, and bounds the memory where there are many.
+# Enough for every core; a bound on the memory where there are many cores.
 _BATCHES_AT_ONCE = 8
 
 
@@ -44,12 +44,12 @@ def train_batches(
 ) -> Iterator[TrainBatch]:
     """The batches of steps `first_step` to `last_step - 1`.
 
-    Each is of NumPy arrays, `b` being this host's share of the batch; the views are of
-    `settings.dtype`, augmented, normalised, and the first one mixed.
+    A batch holds NumPy arrays of this host's `b` rows. Its views have the type `settings.dtype`.
+    They are augmented and normalised, and the first one is mixed.
 
-    By default every epoch is a permutation of all examples, drawn from (seed, epoch); augmentation
-    is drawn from (seed, step, row), mixing from (seed, step). With `replacements`, photographs that
-    cannot be read are replaced as these say; without, they end the iteration.
+    By default every epoch is a permutation of all examples, drawn from (seed, epoch). Augmentation
+    is drawn from (seed, step, row), mixing from (seed, step). `replacements` replace photographs
+    that cannot be read; without them, such a photograph ends the iteration.
 
     Raises:
         UserError (a `ValueError`): a batch size or groups that the hosts cannot share; while
@@ -90,15 +90,14 @@ def train_batches(
 def batch_indices(
     labels: npt.NDArray[np.integer], settings: TrainSettings, step: int
 ) -> npt.NDArray[np.int64]:
-    """Which examples the global batch of a step is made of, positions int64 `[B]`.
+    """Positions in the training set of the examples of a step's global batch, int64 `[B]`.
 
-    Counted as for `train_batches`: the batch of step 0 leads to a state of step 1. Partners that a
-    second sampler draws for mixing are not among them.
+    Partners that a second sampler draws for mixing are not among them.
 
     Args:
-        labels: int `[N]` of the training set.
-        settings: how batches are made.
-        step: counted from 0.
+        labels: Classes of the training set, int `[N]`.
+        settings: Settings of the batches.
+        step: Number of the step from 0, as for `train_batches`; step 0 leads to a state of step 1.
     """
     ((_, indices),) = _order(labels, settings, step, step + 1).as_numpy_iterator()
     return indices.astype(np.int64)
@@ -120,7 +119,7 @@ def _order(
 
 
 def _replace(batch: Batch, table: tf.Tensor) -> Batch:
-    """Positions of images that can be used for those that cannot."""
+    """The batch with positions of replacements in place of those of bad images."""
     return batch | {name: tf.gather(table, batch[name]) for name in _INDICES if name in batch}
 
 
@@ -134,7 +133,7 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """Every example once, in order; the last batch is padded.
 
-    Each batch is of NumPy arrays, its images of `dtype` and normalised.
+    A batch holds NumPy arrays; its images are normalised and have the type `dtype`.
     """
 
     def decode(row: Batch) -> Batch:
@@ -160,10 +159,10 @@ def view_batches(
     host: Host = ONE_HOST,
     dtype: str = "float32",
 ) -> Iterator[EvalBatch]:
-    """What `eval_batches` gives, but augmented: of photographs, random windows for central crops.
+    """The batches of `eval_batches`, augmented; photographs by random windows, not central crops.
 
     The draws are a function of (seed, epoch, position in the source), whatever the batch size and
-    the hosts. Another view of the same examples has another seed or epoch.
+    the number of hosts. Another seed or epoch gives another view of the same examples.
     """
     view = View(source, augment)
 
@@ -193,24 +192,24 @@ def _examples_in_order(
     decode: Callable[[Batch], Batch],
     finish: Callable[[Batch], EvalBatch],
 ) -> Iterator[EvalBatch]:
-    """Every example once, in order; the last batch is padded by the last example.
+    """Every example once, in order; the last batch is padded with the last example.
 
     Args:
-        source: of the examples.
-        batch_size: of the global batch.
-        host: whose rows are made.
-        draw, decode: of photographs, what is done to a batch of them, and then to each.
-        finish: makes the images of a batch into the network's.
+        source: Source of the examples.
+        batch_size: Size of the global batch.
+        host: Host whose rows are made.
+        draw, decode: Functions for photographs: of an encoded batch, and then of each row.
+        finish: Function that turns a decoded batch into the network's input.
     """
     rows = host.rows(batch_size)
     reader = make_reader(source)
 
     def read(step: tf.Tensor) -> Batch:
         positions = (tf.cast(step, tf.int32) * batch_size + tf.range(batch_size))[rows]
-        there = tf.minimum(positions, len(source) - 1)
-        images, labels = reader.read(there)
+        padded = tf.minimum(positions, len(source) - 1)
+        images, labels = reader.read(padded)
         mask = positions < len(source)
-        return {"images": images, "labels": labels, "mask": mask, "positions": there}
+        return {"images": images, "labels": labels, "mask": mask, "positions": padded}
 
     def recover(step: int) -> bool:
         positions = step * batch_size + np.arange(batch_size)[rows]
@@ -221,8 +220,8 @@ def _examples_in_order(
     if not source.encoded:
         return _iterate(steps, lambda step: finish(read(step)), host)
     drawn = steps.map(no_autograph(lambda step: draw(read(step))), **_parallel(host))
-    encoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
-    return _guarded(lambda _: _iterate(encoded, finish, host), 0, recover)
+    decoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
+    return _guarded(lambda _: _iterate(decoded, finish, host), 0, recover)
 
 
 def _map_rows(
@@ -237,8 +236,8 @@ def _map_rows(
 def _iterate(dataset: tf.data.Dataset, make_batch: Callable[..., Any], host: Host) -> Iterator[Any]:
     options = tf.data.Options()
     options.deterministic = True
-    # It measures and plans without end, and an iterator cannot be left before it has planned: on a
-    # busy machine that took up to a minute.
+    # Autotuning never stops planning, and an iterator cannot be dropped while it plans: on a busy
+    # machine that took up to a minute.
     options.autotune.enabled = False
     if host.threads:
         options.threading.private_threadpool_size = host.threads
@@ -249,15 +248,15 @@ def _iterate(dataset: tf.data.Dataset, make_batch: Callable[..., Any], host: Hos
 def _guarded(
     make: Callable[[int], Iterator[Any]], step: int, recover: Callable[[int], bool]
 ) -> Iterator[Any]:
-    """The batches from a step on; what cannot be read or decoded becomes one sentence.
+    """The batches from a step on; an image that cannot be read or decoded raises one sentence.
 
     Args:
-        make: iterates over the batches from a step on.
-        step: the first.
-        recover: called with the step whose batch could not be made; whether it is worth another
-            try, or else a `UserError` that names the image.
+        make: Function that iterates over the batches from a step on.
+        step: Number of the first step.
+        recover: Function of the step whose batch failed. It returns whether another try is worth
+            it, and raises a `UserError` that names the bad image if there is one.
     """
-    failure = tf.errors.OpError  # bound here: TensorFlow may be gone when Python ends a generator
+    failure = tf.errors.OpError  # bound here: TensorFlow may be gone when the generator ends
     while True:
         try:
             for batch in make(step):
@@ -268,17 +267,17 @@ def _guarded(
             if not recover(step):
                 raise UserError(
                     f"A batch could not be made ({unreadable.explain(error)}), and none of its "
-                    "images is to blame; prepare the data set anew if it stays so."
+                    "images is to blame; prepare the data set again if the error stays."
                 ) from error
 
 
 def _parallel(host: Host, at_most: int = _BATCHES_AT_ONCE) -> dict[str, Any]:
-    """How a stage of the pipeline is mapped, of whole batches if nothing else is said."""
+    """Options of `Dataset.map`, by default for a function of whole batches."""
     return {"num_parallel_calls": min(_threads(host), at_most), "deterministic": True}
 
 
 def _threads(host: Host) -> int:
     if host.threads:
         return host.threads
-    # Those that this process may use, where the system tells.
+    # The cores that this process may use, where the system tells.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-example random numbers that are a function of (seed, step, row) alone.
 
-Every host draws the numbers of the whole global batch, which are few, and keeps its own rows: the
-batches are then the same for any number of hosts, threads and restarts.
+Every host draws the numbers of the whole global batch, which are few, and keeps its own rows. So
+the batches are the same for any number of hosts, threads and restarts.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ class RowRandom:
     """Random numbers for the rows `rows` of a global batch of `batch_size` examples.
 
     Attributes:
-        seed: int32 `[2]`, already folded with the step.
-        batch_size: number of rows of the global batch.
-        rows: which rows this host makes: a slice, or positions int32 `[rows]`.
+        seed: Seed int32 `[2]`, already folded with the step.
+        batch_size: Number of rows of the global batch.
+        rows: Rows that this host makes: a slice, or positions int32 `[rows]`.
     """
 
     seed: tf.Tensor
@@ -65,16 +65,16 @@ def stream_seed(seed: int, stream: str, index: tf.Tensor | int) -> tf.Tensor:
     """The int32 `[2]` seed of one batch or epoch in one stream of random numbers.
 
     Args:
-        seed: of the run.
-        stream: its name.
-        index: the step or the epoch.
+        seed: Seed of the run.
+        stream: Name of the stream.
+        index: Number of the step or the epoch.
     """
     root = tf.constant([seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF], tf.int32)
     return fold_in(fold_in(root, stream_id(stream)), index)
 
 
 def stream_id(name: str) -> int:
-    """A stable 31-bit number for a name (Python's own `hash` changes from run to run)."""
+    """A stable 31-bit number for a name (Python's `hash` changes from run to run)."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 

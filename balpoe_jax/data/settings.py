@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How batches are made, as data: augmentation, mixing, order, and each host's part. NumPy only.
+"""Settings of batches: augmentation, mixing, order, and each host's part. NumPy only.
 
-Two pipelines read these settings: `pipeline` makes batches with tf.data on the host, `device` makes
-them in the memory of the devices.
+Two pipelines follow these settings: `pipeline` makes batches with tf.data on the host, `device`
+makes them in the memory of the devices.
 """
 
 import dataclasses
@@ -10,18 +10,18 @@ import dataclasses
 from balpoe_jax.errors import UserError
 from balpoe_jax.setting import Section, setting
 
-# How the training set is gone through:
+# The order in which a sampler draws the training examples:
 #   shuffle         every epoch is a permutation of all examples
 #   class_balanced  a class with even odds, then one of its examples with even odds
-#   class_aware     the classes in turn, in a new order each time round, and of each class some of
-#                   its examples in turn, in a new order each time round (MiSLAS, stage 2)
+#   class_aware     the classes in turn, some examples of each; both classes and examples are
+#                   shuffled again each time that all were drawn (MiSLAS, second phase)
 SAMPLERS = ("shuffle", "class_balanced", "class_aware")
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """`ceil(N / B)`: the last batch of an epoch wraps to the start of the epoch's permutation.
 
-    The reference makes as many steps, the last of them with the smaller rest as a batch.
+    The reference makes as many steps, and its last batch is the smaller rest.
     """
     return -(-num_examples // batch_size)
 
@@ -60,18 +60,18 @@ AUTOAUGMENT_CIFAR: tuple[tuple[Rule, Rule], ...] = (
 POLICY_TABLES = {"none": (), "autoaugment_cifar": AUTOAUGMENT_CIFAR}
 POLICIES = (*POLICY_TABLES, "randaugment")
 
-
-# timm's `rand-n2-m10-mstd0.5`: colour outside the image, operations an image, their magnitude.
+# timm's `rand-n2-m10-mstd0.5`: colour outside the image, operations per image, their magnitude.
 IMAGENET_MEAN = (124, 116, 104)
 RANDAUGMENT_LAYERS = 2
 RANDAUGMENT_MAGNITUDE = RANDAUGMENT_GREATEST = 10.0
 
+# Range of the blur's standard deviation, in pixels.
 BLUR_SIGMA = (0.1, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentSettings(Section):
-    """What happens to each image, in the order that `docs/pipelines.md` gives; by default nothing.
+    """What happens to each image, by default nothing; `docs/pipelines.md` gives the order.
 
     Raises:
         UserError (a `ValueError`): a value that is not valid.
@@ -80,7 +80,7 @@ class AugmentSettings(Section):
     path = "augment."
 
     crop_padding: int = setting(
-        0, "Width in pixels of black around the image; a crop of its old size is taken.", 0, 1024
+        0, "Width in pixels of a black border, from which a crop of the old size is taken.", 0, 1024
     )
     flip: bool = setting(False, "Whether half of the images are mirrored left and right.")
     rotation: float = setting(
@@ -109,27 +109,28 @@ class AugmentSettings(Section):
     )
     crop_area: float | None = setting(
         None,
-        "Least share of the area that a random window has, which is resized to the image's size by "
-        "the rule of torchvision's RandomResizedCrop. None: 0.08 for photographs, which always "
-        "have such a window, and the whole of images of one size.",
+        "Least share of the area of a random window, which is resized to the image's size by the "
+        "rule of torchvision's RandomResizedCrop. None: 0.08 for photographs, which always get "
+        "such a window, and no window for images of one size.",
         1e-9,
         1,
     )
     hue: float = setting(
-        0.0, "Greatest turn of the hue as a share of the circle; one more random change.", 0, 0.5
+        0.0, "Greatest turn of the hue as a share of the circle; part of the colour jitter.", 0, 0.5
     )
     jitter_probability: float = setting(
-        1.0, "Share of the images whose colours are changed at all.", 0, 1
+        1.0, "Share of the images whose colours are jittered.", 0, 1
     )
     grayscale: float = setting(0.0, "Share of the images that lose their colour.", 0, 1)
     blur: float = setting(
         0.0,
-        "Share of the images that a Gaussian blurs, of 0.1 to 2 pixels' standard deviation.",
+        "Share of the images that are blurred by a Gaussian with a standard deviation of 0.1 to 2 "
+        "pixels.",
         0,
         1,
     )
     randaugment_layers: int = setting(
-        RANDAUGMENT_LAYERS, "Number of RandAugment's operations an image.", 1, 100
+        RANDAUGMENT_LAYERS, "Number of RandAugment's operations per image.", 1, 100
     )
     randaugment_magnitude: float = setting(
         RANDAUGMENT_MAGNITUDE, "Magnitude of RandAugment's operations.", 0, RANDAUGMENT_GREATEST
@@ -152,12 +153,12 @@ class AugmentSettings(Section):
 
     @property
     def has_per_image_ops(self) -> bool:
-        """Whether there is anything for `change_image` to do."""
+        """Whether `change_image` changes anything."""
         gray_or_blurred = self.grayscale > 0 or self.blur > 0
         return self.has_color_jitter or gray_or_blurred or self.policy == "randaugment"
 
     def split_per_image_ops(self) -> tuple["AugmentSettings", "AugmentSettings"]:
-        """These settings without what `change_image` does, and those of that alone."""
+        """These settings without the part of `change_image`, and that part alone."""
         none = AugmentSettings()
         changes = ("color_jitter", "hue", "jitter_probability", "grayscale", "blur")
         rest = dataclasses.replace(self, **{name: getattr(none, name) for name in changes})
@@ -178,17 +179,16 @@ REMIX_RULES = ("remix", "remix_cutmix")
 
 @dataclasses.dataclass(frozen=True)
 class MixSettings(Section):
-    """How the images of a batch are mixed with others; by default not at all.
+    """How the images of a batch are mixed with others, by default not at all.
 
     The rules:
         mixup: a weighted mean, one coefficient a batch.
-        cutmix: a box of the partner's pixels, one box a batch; the label's share is that of the
-            pixels.
+        cutmix: a box of the partner's pixels, one box a batch; a label's share is its image's
+            share of the pixels.
         mixup_or_cutmix: one of these two, with even odds for each batch.
-        remix, remix_cutmix: mixup or cutmix, but the whole label is the rarer one's where its class
-            is `remix_kappa` times as rare and the other's share of the image is less than
-            `remix_tau`.
-        unimix: a weighted mean with a coefficient for each image, which favours the rarer.
+        remix, remix_cutmix: mixup or cutmix, but the rarer class gets the whole label where it is
+            `remix_kappa` times as rare and the other's share of the image is below `remix_tau`.
+        unimix: a weighted mean with a coefficient for each image that favours the rarer class.
         cmo: cutmix with partners from the second sampler.
 
     Raises:
@@ -202,8 +202,8 @@ class MixSettings(Section):
     )
     groups: int = setting(
         1,
-        "Number of equal groups of neighbours in which partners are found. 1 is the reference's; "
-        "a multiple of the hosts keeps the partners of a row on its host.",
+        "Number of equal groups of neighbouring rows within which partners are found. 1 is the "
+        "reference's; a multiple of the number of hosts keeps a row's partner on its host.",
         1,
         2**20,
     )
@@ -214,15 +214,16 @@ class MixSettings(Section):
         None, "Epoch before which mixing ends, counted from 0; None for the end.", 1, 1e6
     )
     remix_kappa: float = setting(
-        3.0, "Ratio of class counts from which Remix gives the label to the rarer class.", 1
+        3.0, "Ratio of class counts from which Remix favours the rarer class.", 1
     )
     remix_tau: float = setting(
         0.5, "Share of the image below which the frequent class loses the label in Remix.", 0, 1
     )
     sampling_power: float = setting(
         0.0,
-        "Power of a class's count to which its odds are proportional, where partners are not a "
-        "permutation of the batch: of a class in the second sampler, of an image in UniMix.",
+        "Power of the class count to which the odds of a partner are proportional, where partners "
+        "are not a permutation of the batch: odds of a class in the second sampler, of an image in "
+        "UniMix.",
         -10,
         10,
     )
@@ -230,7 +231,7 @@ class MixSettings(Section):
         "batch",
         "Origin of the partners: the batch (permuted; UniMix draws with replacement), or a second "
         "sampler over the whole training set, whose images are augmented by draws of their own. "
-        "CMO always has the sampler.",
+        "CMO always uses the sampler.",
         choices=PARTNERS,
     )
 
@@ -244,7 +245,7 @@ class MixSettings(Section):
 
     @property
     def from_sampler(self) -> bool:
-        """Whether partners are read from the training set rather than found in the batch."""
+        """Whether partners are read from the training set instead of found in the batch."""
         return self.alpha > 0 and (self.rule == "cmo" or self.partners == "sampler")
 
     @property
@@ -253,7 +254,7 @@ class MixSettings(Section):
         return self.probability == 1 and not self.first_epoch and self.last_epoch is None
 
     def check_groups(self, batch_size: int, num_hosts: int) -> None:
-        """Refuses groups within which rows of one host could not find all their partners."""
+        """Raises UserError unless the groups divide the batch and each lies on one host."""
         if self.alpha == 0 or self.from_sampler:
             num_hosts = 1
         if self.groups < 1 or batch_size % self.groups or self.groups % num_hosts:
@@ -271,15 +272,16 @@ class TrainSettings:
     """How training batches are made.
 
     Attributes:
-        batch_size: of the global batch.
-        seed: of order, augmentation and mixing.
-        mean, std: of the normalisation, by channel, for images in [0, 1].
-        augment: what happens to the uint8 images.
-        other_augment: what happens to half of them, drawn one by one, instead; None for none.
-        mix: how they are mixed then.
-        dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
-        views: of further views of the same images, what happens to each; they are not mixed.
-        sampler, samples_per_class: see `samplers.batches`.
+        batch_size: Size of the global batch.
+        seed: Seed of order, augmentation and mixing.
+        mean, std: Statistics of the normalisation by channel, for images in [0, 1].
+        augment: Augmentation of the first view.
+        mix: Mixing of the first view.
+        dtype: Type to which the images are rounded at the end, "float32" or "bfloat16".
+        views: Augmentations of the further views of the same images, which are not mixed.
+        sampler, samples_per_class: Order of the examples, see `samplers.batches`.
+        other_augment: Augmentation that half of the images, drawn one by one, get in place of
+            `augment`; None for none.
     """
 
     batch_size: int
@@ -297,7 +299,13 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Which part of each global batch to make, and with how many threads (None: all cores)."""
+    """The part of each global batch that a host makes, and the number of its threads.
+
+    Attributes:
+        index: Position of the host, from 0.
+        count: Number of hosts.
+        threads: Number of threads; None for one on each core.
+    """
 
     index: int = 0
     count: int = 1
@@ -313,5 +321,5 @@ class Host:
         return slice(self.index * share, (self.index + 1) * share)
 
 
-# Which makes whole batches.
+# The host that makes whole batches.
 ONE_HOST = Host()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that tf.data makes into graphs."""
+"""How tf.data traces functions into graphs."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,11 +10,10 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 def no_autograph(function: _Function) -> _Function:
-    """For `Dataset.map`: traced without AutoGraph.
+    """Makes `Dataset.map` trace a function without AutoGraph.
 
-    AutoGraph rewrites the source of whatever is called, so that `if` and `for` may depend on
-    tensors. Nothing here does: such choices are a `tf.cond` or a `tf.switch_case`. What is spared
-    are seconds of every start, and files of rewritten source, which a run that is killed leaves
-    behind.
+    AutoGraph rewrites the source of every function it meets, so that `if` and `for` may depend on
+    tensors. Nothing here needs that: such choices are a `tf.cond` or a `tf.switch_case`. Skipping
+    it saves seconds of every start, and the files of rewritten source that a killed run leaves.
     """
     return tf.autograph.experimental.do_not_convert(function)

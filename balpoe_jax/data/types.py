@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline hands to a step: batches of arrays, of NumPy, TensorFlow or JAX."""
+"""Batches that a pipeline hands to a step; their arrays are NumPy's, TensorFlow's or JAX's."""
 
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class EvalBatch(NamedTuple):
     Attributes:
         images: Float `[b, H, W, 3]`.
         labels: Classes, int32 `[b]`.
-        mask: False for the padding of the last batch, bool `[b]`.
+        mask: Mask of the examples, bool `[b]`; False for the padding of the last batch.
     """
 
     images: Any

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods by name: how a model is trained, and what it predicts.
 
-A method is a file here with a `Method`, which `base.py` describes, and `PRESETS`, which are
-arguments of every config file. Adding a file adds a method; `docs/methods.md` tells how.
+A file here with `PRESETS` holds one or more methods; `base.py` describes the class `Method`. The
+names of presets are the values of `method=` of every config file. Adding a file adds a method;
+`docs/methods.md` tells how.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ def _collect(modules: Iterable[ModuleType]) -> tuple[dict[str, Preset], dict[str
     """Presets by their names, and the classes of their methods by theirs in lower case.
 
     Raises:
-        UserError (a `ValueError`): two files with one name for different things.
+        UserError (a `ValueError`): two files that use one name.
     """
     presets: dict[str, Preset] = {}
     classes: dict[str, type[Method]] = {}
@@ -78,7 +79,7 @@ def _collect(modules: Iterable[ModuleType]) -> tuple[dict[str, Preset], dict[str
 
 MODULES = _find_modules()
 
-# What `method=` of a config file may be, and what `config.method.name` may be.
+# The values of `method=` of a config file, and of `config.method.name`.
 PRESETS, METHODS = _collect(MODULES)
 
 
@@ -88,7 +89,7 @@ def settings(method: Method) -> dict[str, Any]:
 
 
 def make_method(section: Mapping[str, Any]) -> Method:
-    """The method of a section that `settings` has made, its values perhaps changed since.
+    """The method of a config's section `method`, which `settings` has made.
 
     Raises:
         UserError (a `ValueError`): an unknown name, another method's hyper-parameters, or values

@@ -4,7 +4,7 @@
     python -m balpoe_jax.methods catalogue      docs/methods/index.md, and the README's table
     python -m balpoe_jax.methods new NAME       the file of a method, and its test
 
-Both work on the checkout that the package stands in.
+Both work on the checkout that holds the package.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ _USAGE = "call python -m balpoe_jax.methods catalogue, or new NAME"
 
 
 def define_flags() -> None:
-    """Defines none: what to write is an argument."""
+    """Defines no flags: the command takes plain arguments."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Does what the first argument says.
+    """Runs the command that the first argument names.
 
     Raises:
         UserError (a `ValueError`): other arguments, a name that is not valid or that is taken, or a
-            package that stands in no checkout.
+            package that is not in a checkout.
     """
     root = Path(__file__).parents[2]
     if list(arguments[1:]) == ["catalogue"]:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def write_catalogue(root: Path) -> None:
     """Writes the page and the README's table of a checkout."""
-    # Here and not above, so that wrong arguments are told at once.
+    # Not above, so that wrong arguments are reported at once.
     from balpoe_jax.methods import MODULES, catalogue
 
     _check_checkout(root)

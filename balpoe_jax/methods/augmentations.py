@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The augmentations that recipes name, as fields of a config's section.
+"""Augmentations that several presets use, by name, as fields of a config's sections.
 
-`basic`, `rotated` and `strong` are of small images (with AutoAugment and Cutout in `strong`),
-`regular`, `rand`, `stack` and `photo_similar` of photographs; `similar` and `photo_similar` are the
-views of contrastive learning (SimCLR's). Photographs are cropped at random besides.
+`basic`, `rotated`, `strong` (with AutoAugment and Cutout) and `similar` are for small images,
+`regular`, `rand`, `stack` and `photo_similar` for photographs. `similar` and `photo_similar` are
+SimCLR's views for contrastive learning. Photographs are also cropped at random.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ VIEWS = {
 
 
 def views(*names: str) -> dict[str, Any]:
-    """The fields of a recipe whose first, second and third view are these."""
+    """The fields of a preset with these augmentations of the first, second and third view."""
     sections = ("augment", "view2", "view3")
     return {
         field: value
@@ -46,7 +46,7 @@ def views(*names: str) -> dict[str, Any]:
 
 
 def either_of(first: str, second: str) -> dict[str, Any]:
-    """The fields of a recipe that augments each image in one of these two ways."""
+    """The fields of a preset that augments each image in one of these two ways."""
     return {**_section("augment", first), **_section("other_augment", second)}
 
 

@@ -20,11 +20,11 @@ class BalPoE(ExpertLosses):
     """The mean over experts of `CE(f_e + tau_e log prior, y)`; see `losses.balpoe_loss`."""
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
-        """Those of the config."""
+        """The taus of the config."""
         return taus
 
     def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
-        """Logit-adjusted cross-entropies by the experts' taus."""
+        """Cross-entropies, adjusted by each expert's tau."""
         targets = soft_labels(batch, context.num_classes)
         prior, taus = log_prior(context.class_counts), jnp.asarray(context.taus)
         return expert_losses(logits, targets, prior, taus)

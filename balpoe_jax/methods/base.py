@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seam between a method and the rest of a training; `docs/methods.md` is its page.
 
-A method is a frozen dataclass whose fields are its hyper-parameters. It is asked for the network to
-train, for the state that it keeps beside the parameters, for the loss of a step, phase by phase,
-and for what it predicts. All of these are pure functions for one device; `step.py` makes the step
-of them, and nothing else in the package asks which method it is.
+A method is a frozen dataclass whose fields are its hyper-parameters. Its functions return the
+network to train, the state that it keeps next to the parameters, the losses of its phases, and its
+predictions. All are pure functions for one device. `step.py` makes the step of them, and nothing
+else in the package depends on which method it is.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from balpoe_jax.setting import Section, described, setting
 
 
 def epochs(default: int, about: str, least: float = 0, most: float = 1e6) -> Any:
-    """A hyper-parameter of a method that counts epochs, and is scaled with the training's length.
+    """A hyper-parameter that counts epochs, and scales with the length of the training.
 
     Args:
         default: Number of epochs in a training of the preset's own length; 0 stays 0.
@@ -36,23 +36,23 @@ def epochs(default: int, about: str, least: float = 0, most: float = 1e6) -> Any
 
 
 def scaled_fields(method: "type[Method]") -> tuple[str, ...]:
-    """The names of a method's hyper-parameters that `epochs` has marked."""
+    """The names of a method's hyper-parameters that `epochs` has made."""
     return tuple(field.name for field, about in described(method) if about.scales)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """What a method knows of its run: constants of the compiled step, and the step itself.
+    """All that a method knows of its run: constants of the compiled step, and the step itself.
 
     Attributes:
-        class_counts: int64 `[C]`, training images of each class.
-        taus: of the experts, for methods whose experts have any.
-        scale: of the cosine classifier; 1 for a linear one.
-        batch_size: of the global batch.
-        steps_per_epoch: in updates, of this phase.
-        first_step: updates made before this phase.
-        axis_name: the mapped axis over which a batch is shared; None outside of one.
-        sync_batch_norm: whether BatchNorm takes its statistics over that axis.
+        class_counts: Training images of each class, int64 `[C]`.
+        taus: Taus of the experts, for methods whose experts have any.
+        scale: Scale of the cosine classifier; 1 for a linear one.
+        batch_size: Size of the global batch.
+        steps_per_epoch: Number of updates in an epoch of this phase.
+        first_step: Number of updates made before this phase.
+        axis_name: Mapped axis over which a batch is shared; None outside of one.
+        sync_batch_norm: Whether BatchNorm takes its statistics over that axis.
         teacher: Network of `Method.teacher_run`, with its variables within a step and their shapes
             outside of one; None without a teacher.
         step: Number of updates made so far, a traced int32 scalar within a step, see `at`; 0
@@ -72,11 +72,11 @@ class Context:
 
     @property
     def num_classes(self) -> int:
-        """`C`."""
+        """Number of classes, `C`."""
         return len(self.class_counts)
 
     def at(self, step: jax.Array | int, teacher: Mapping[str, Any] | None = None) -> "Context":
-        """The context of the update that is made after `step` updates.
+        """The context of the update that follows `step` updates.
 
         Args:
             step: Number of updates made so far.
@@ -89,12 +89,12 @@ class Context:
 
     @property
     def epoch(self) -> Any:
-        """The 0-based epoch of this phase that the step belongs to, as traced as the step is."""
+        """The epoch of this phase, counted from 0; traced if the step is."""
         return (self.step - self.first_step) // self.steps_per_epoch
 
     @property
     def is_first_step_of_epoch(self) -> Any:
-        """Whether an epoch of this phase begins with the step, as traced as the step is."""
+        """Whether an epoch of this phase begins with the step; traced if the step is."""
         return (self.step - self.first_step) % self.steps_per_epoch == 0
 
     @property
@@ -105,24 +105,24 @@ class Context:
     def gather(self, rows: jax.Array) -> jax.Array:
         """The rows of all devices in the order of the global batch, differentiable.
 
-        A loss of the whole batch is computed from gathered rows, the same on every device; the mean
-        over devices that the step takes of its gradient is then the gradient of the whole batch.
-        Sums over devices (`psum`) of what has a gradient would not do: pmap and shard_map
-        differentiate them differently.
+        A loss of the whole batch is computed from gathered rows, with equal results on all devices.
+        The step takes the mean of gradients over devices, which is then the gradient of the whole
+        batch. Do not differentiate sums over devices (`psum`): pmap and shard_map give different
+        gradients.
         """
         if self.axis_name is None:
             return rows
         return jax.lax.all_gather(rows, self.axis_name, tiled=True)
 
     def gather_state(self, rows: jax.Array) -> jax.Array:
-        """As `gather`, for the method state: without a gradient, known to be equal."""
+        """Like `gather`, for the method state: no gradient, and marked as equal on all devices."""
         rows = jax.lax.stop_gradient(rows)
         if self.axis_name is None:
             return rows
         return jax.lax.all_gather(rows, self.axis_name, tiled=True, to="invarying")
 
     def mean_over_devices(self, tree: Any) -> Any:
-        """Of what has no gradient, such as statistics that each device took by itself."""
+        """The mean over devices of a tree without gradients, such as each device's statistics."""
         return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
 
 
@@ -131,9 +131,9 @@ class Network:
     """A module and the variables to apply it with.
 
     Attributes:
-        module: what `Method.network` returned.
-        params: its parameters.
-        batch_stats: running averages of BatchNorm.
+        module: Module that `Method.network` returned.
+        params: Parameters of the module.
+        batch_stats: Running averages of BatchNorm.
     """
 
     module: nn.Module
@@ -141,7 +141,7 @@ class Network:
     batch_stats: Any
 
     def __call__(self, images: jax.Array, train: bool = True) -> tuple[Any, Any]:
-        """Outputs for images `[b, H, W, 3]`, and the statistics, new ones if `train`."""
+        """Outputs for images `[b, H, W, 3]`, and BatchNorm's averages, updated if `train`."""
         variables = {"params": self.params, "batch_stats": self.batch_stats}
         if not train:
             return self.module.apply(variables, images, train=False), self.batch_stats
@@ -150,15 +150,15 @@ class Network:
 
 
 class Losses(NamedTuple):
-    """What a loss function returns.
+    """The result of a loss function.
 
     Attributes:
-        total: scalar, to be minimised: the mean over this device's rows, or that of the whole batch
+        total: Scalar to minimise: the mean over this device's rows, or the loss of the whole batch
             (from `Context.gather`), equal on all devices.
-        by_expert: float `[E]`, shown beside it.
-        batch_stats: after the step.
-        method_state: the method state after the step, equal on all devices.
-        terms: further scalars to show, by name.
+        by_expert: Loss of each expert for the log, float `[E]`.
+        batch_stats: Running averages of BatchNorm after the step.
+        method_state: Method state after the step, equal on all devices.
+        terms: Further scalars for the log, by name.
     """
 
     total: jax.Array
@@ -169,12 +169,12 @@ class Losses(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What is predicted for a batch.
+    """The prediction for a batch.
 
     Attributes:
-        logits: float `[E, B, C]`, of each expert.
-        ensemble: float `[B, C]`, of all together; None for the mean of `logits`.
-        experts_used: float `[B]`, how many experts the ensemble took; None for all.
+        logits: Logits of each expert, float `[E, B, C]`.
+        ensemble: Logits of the ensemble, float `[B, C]`; None for the mean of `logits`.
+        experts_used: Number of experts that the ensemble used, float `[B]`; None for all.
     """
 
     logits: jax.Array
@@ -199,14 +199,14 @@ def _as_they_are(params: Any, key: jax.Array, context: Context) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of a training with a loss of its own.
+    """A part of a training with its own loss.
 
     Attributes:
-        name: for the log.
+        name: Name for the log.
         loss: Function of the network, the method state, this device's rows of the batch and the
             context of the step.
-        trainable: Function that says of a parameter, by its path such as `expert/head/kernel`,
-            whether it learns; what does not is frozen: no gradient, no weight decay, bit-identical.
+        trainable: Function of the path of a parameter, such as `expert/head/kernel`, that returns
+            whether it learns. The others are frozen: no gradient, no weight decay, the same bits.
         transform: Function of the config's optimizer and the shapes of the parameters that returns
             the optimizer of this phase. Its state must have the same structure, which is that of
             all phases and of every checkpoint; `optim.followed_by` keeps it. Frozen parameters stay
@@ -226,18 +226,18 @@ class Phase:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it begins with the parameters that there are, and the config's own optimizer."""
+        """Whether it keeps the parameters and the config's own optimizer."""
         return self.transform is _as_it_is and self.begin is _as_they_are
 
 
 class Method(Section):
-    """The base of all methods, with what most of them do.
+    """The base class of methods, with defaults for what most of them do.
 
     Attributes:
-        views: how many differently augmented views of an image a batch holds.
-        supports_mixing: whether its loss heeds the second label of a mixed image.
-        needs_global_batch: the loss is not a mean over rows, or the method keeps a state, so
-            that a batch cannot be cut into microbatches.
+        views: Number of differently augmented views of an image in a batch.
+        supports_mixing: Whether its loss uses the second label of a mixed image.
+        needs_global_batch: Whether the loss is no mean over rows, or the method keeps a state, so
+            that a batch cannot be split into microbatches.
 
     Raises:
         UserError (a `ValueError`): a hyper-parameter out of its range.
@@ -247,7 +247,7 @@ class Method(Section):
 
     @property
     def name(self) -> str:
-        """The name by which `config.method.name` knows it."""
+        """The value of `config.method.name` for this class."""
         return type(self).__name__.lower()
 
     views: ClassVar[int] = 1
@@ -260,19 +260,19 @@ class Method(Section):
         return ""
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
-        """The tau that each expert's loss has, to be shown; None where its loss is another.
+        """The tau of each expert's loss, for reports; None for a loss without one.
 
         Args:
-            taus: what the config says, one for each expert.
+            taus: Taus of the config, one for each expert.
         """
         return (None,) * len(taus)
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> nn.Module:
-        """The module to train: the ensemble, or one around it that returns more."""
+        """The module to train: the ensemble, or a module around it that returns more."""
         return ensemble
 
     def init_state(self, network: Network, context: Context, key: jax.Array) -> Any:
-        """The method state before the first step: a tree of arrays that nothing differentiates."""
+        """The method state before the first step: a tree of arrays without gradients."""
         return {}
 
     def on_step_start(self, method_state: Any, params: Any, context: Context) -> Any:
@@ -290,12 +290,12 @@ class Method(Section):
         return (Phase("training", self.loss),)
 
     def predict(self, outputs: Outputs, params: Any, context: Context) -> Prediction:
-        """What is predicted from the network's outputs; the mean logits unless it says more."""
+        """The prediction from the network's outputs; by default their mean logits."""
         return Prediction(outputs.logits)
 
 
 class ExpertLosses(Method):
-    """The base of methods that are a loss for each expert and row, and nothing else.
+    """The base class of methods that are only a loss for each expert and row.
 
     They write `expert_losses`; the total is the mean over experts of the means over rows.
 
@@ -309,20 +309,20 @@ class ExpertLosses(Method):
         """The losses of the first phase, float `[E, b]`.
 
         Args:
-            logits: float `[E, b, C]`, of this device's rows.
-            batch: This device's rows.
+            logits: Logits of this device's rows, float `[E, b, C]`.
+            batch: Rows of this device.
             context: Context of the step.
         """
         raise NotImplementedError
 
     def expert_means(self, losses: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
-        """Each expert's loss float `[E]` of its rows' `[E, b]`; their mean over devices counts."""
+        """Each expert's loss float `[E]` from those of this device's rows, float `[E, b]`."""
         return losses.mean(axis=1)
 
     def loss(
         self, network: Network, method_state: Any, batch: TrainBatch, context: Context
     ) -> Losses:
-        """The mean or the sum over experts, of means over rows."""
+        """The mean or the sum over experts of `expert_means`."""
         return self.loss_of(self.expert_losses, network, method_state, batch, context)
 
     def loss_of(
@@ -334,15 +334,15 @@ class ExpertLosses(Method):
         context: Context,
         train: bool = True,
     ) -> Losses:
-        """What a phase returns whose losses are these.
+        """The loss of a phase with other losses for each expert and row.
 
         Args:
             expert_losses: Function like the method of that name.
             network: Network to apply.
-            method_state: State that stays as it is.
-            batch: This device's rows.
+            method_state: State, which does not change.
+            batch: Rows of this device.
             context: Context of the step.
-            train: Whether BatchNorm takes the batch's statistics, or its averages as in a test.
+            train: Whether BatchNorm uses the batch's statistics, or its averages as in a test.
         """
         outputs, batch_stats = network(batch.images, train)
         losses = expert_losses(outputs.logits, batch, context)
@@ -352,7 +352,7 @@ class ExpertLosses(Method):
 
 
 def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """A tree of a function's values, of the path of each leaf, `expert/head/kernel`, and of it."""
+    """A tree of `function(path, leaf)` for each leaf, with paths such as `expert/head/kernel`."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: function("/".join(key.key for key in keys), leaf), tree
     )
@@ -361,11 +361,11 @@ def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
 def mix_losses(batch: TrainBatch, loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The losses of a mixed batch, each row's two labels weighted by their shares.
 
-    For losses that are not linear in the label, which a soft label would change.
+    It is for losses that are not linear in the label, for which `soft_labels` give another result.
 
     Args:
-        batch: Batch, whose labels and shares alone are read.
-        loss: from labels `[B]` to losses `[..., B]`.
+        batch: Batch, whose labels and shares are used.
+        loss: Function from labels `[B]` to losses `[..., B]`.
     """
     first, second = loss(batch.labels), loss(batch.other_labels)
     weight = batch.mix_weight.reshape((1,) * (first.ndim - 1) + batch.mix_weight.shape)
@@ -373,7 +373,7 @@ def mix_losses(batch: TrainBatch, loss: Callable[[jax.Array], jax.Array]) -> jax
 
 
 def soft_labels(batch: TrainBatch, num_classes: int) -> jax.Array:
-    """Label distributions float32 `[B, C]` of a batch that mixup made from pairs of examples."""
+    """Label distributions float32 `[B, C]` of a mixed batch, from each row's two labels."""
     one_hot = partial(jax.nn.one_hot, num_classes=num_classes)
     weight = batch.mix_weight[:, None]
     return weight * one_hot(batch.labels) + (1 - weight) * one_hot(batch.other_labels)

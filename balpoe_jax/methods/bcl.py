@@ -5,10 +5,10 @@ The contrastive loss averages over each class before it sums over classes, and g
 prototype, so that a batch contrasts all of them, whatever it holds. Prototypes are projections of
 the classifier's weights, by a head of their own.
 
-Followed is the authors' code (FlamieZhu/Balanced-Contrastive-Learning), as far as it runs: for
-CIFAR none was published, and the recipe is put together from two re-implementations
-(sumyeongahn/CUDA_LTR and YuMJie/ConCutMix). Where we differ: prototypes are made of all rows of the
-classifier on every device, and of a linear classifier too, whose weights the code turns round.
+We follow the authors' code (FlamieZhu/Balanced-Contrastive-Learning) as far as it runs. None was
+published for CIFAR, whose recipe combines two re-implementations (sumyeongahn/CUDA_LTR and
+YuMJie/ConCutMix). Where we differ: prototypes are made of all rows of the classifier on every
+device, and a linear classifier has them, too, whose weights the code transposes.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ def balanced_contrastive_loss(
     """The loss of each feature against all others and the prototypes (paper, Eq. 7).
 
     The positives of a feature are the others of its class and the prototype. In the normaliser each
-    class counts once: the mean exponential of its members, of which the feature itself is none.
+    class counts once: the mean exponential of its members, without the feature itself.
 
     Args:
-        features: float `[N, P]`, of length 1.
-        labels: int `[N]`.
-        prototypes: float `[C, P]`, of length 1.
-        temperature: of the similarities.
+        features: Features of length 1, float `[N, P]`.
+        labels: Classes of the features, int `[N]`.
+        prototypes: Prototypes of length 1, float `[C, P]`.
+        temperature: Divisor of the similarities.
 
     Returns:
         float `[N]`, in nats.
@@ -52,7 +52,7 @@ def balanced_contrastive_loss(
     )
     apart = 1.0 - jnp.eye(number, len(everything), dtype=features.dtype)
     largest = jax.lax.stop_gradient(similarities.max(axis=1, keepdims=True))
-    # Of each class, the number of its members that are not the feature itself.
+    # The number of each class's members without the feature itself.
     sizes = members.sum(axis=0)[None] - one_hot
     sums = jnp.matmul(
         jnp.exp(similarities - largest) * apart, members, precision=jax.lax.Precision.HIGHEST
@@ -86,7 +86,7 @@ class BCL(Method):
         return (1.0,) * len(taus)
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> ProjectedEnsemble:
-        """The expert with two heads, of features and of classes."""
+        """The expert with two projection heads, of features and of classes."""
         check_single(ensemble, "BCL")
         axis = context.batch_norm_axis
         heads = (Projection((self.hidden,), self.width, True, axis) for _ in range(2))
@@ -95,7 +95,7 @@ class BCL(Method):
     def loss(
         self, network: Network, method_state: dict, batch: TrainBatch, context: Context
     ) -> Losses:
-        """The weighted sum of both means over the whole batch."""
+        """The weighted sum of the mean losses of classification and contrast, over the batch."""
         rows = len(batch.labels)
         outputs, batch_stats = network(jnp.concatenate(batch.views))
         labels = context.gather(batch.labels)
@@ -127,7 +127,7 @@ _PHOTOS = {
     "method.hidden": 2048,
     "method.width": 1024,
     **views("rand", "photo_similar", "photo_similar"),
-    # Its views for contrast turn colours a little and are not blurred.
+    # BCL's views for contrast change the hue, too, and are not blurred.
     **{
         f"{view}.{field}": value
         for view in ("view2", "view3")

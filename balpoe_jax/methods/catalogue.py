@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The catalogue of the methods, and the short table of the README, made of the methods' files."""
+"""The catalogue of methods and the README's short table, written from the methods' files."""
 
 import inspect
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from balpoe_jax.methods.preset import Preset, PublishedResult
 PAGE = Path("docs") / "methods" / "index.md"
 README = Path("README.md")
 
-# Between these lines of the README stands the table.
+# The lines of the README around the table.
 BEGIN = "<!-- Written by `python -m balpoe_jax.methods catalogue`. -->"
 END = "<!-- End of the table of methods. -->"
 
@@ -26,10 +26,10 @@ _HEAD = """# The methods
 
 <!-- Written by `python -m balpoe_jax.methods catalogue`. -->
 
-Each section is a file of `balpoe_jax/methods/`, and begins with what the file says of itself.
-A preset is what `method=` of a config file may be. Published figures are accuracies in percent on
-the balanced test set, with what else stands after the config file's colon, the expected calibration
-error (ECE) where it is known, who reports them, and perhaps the network. They are not ours.
+Each section is a file of `balpoe_jax/methods/` and begins with the file's own description. The
+table lists its presets, the values of `method=` of a config file. Published figures are accuracies
+in percent on the balanced test set, not ours. They come with the other arguments of the config
+file, the expected calibration error (ECE) where it is known, their source, and perhaps the network.
 """
 
 
@@ -57,7 +57,7 @@ def summary(module: ModuleType) -> str:
 
 
 def with_table(readme: str, modules: Iterable[ModuleType]) -> str:
-    """The README with the table as it should be.
+    """The README with an up-to-date table.
 
     Raises:
         ValueError: a README without the lines `BEGIN` and `END`.

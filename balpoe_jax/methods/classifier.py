@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods share that train a classifier in a phase of its own."""
+"""Parts of methods that train a classifier in its own phase."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +19,9 @@ def cross_entropies(
     """The cross-entropy of each expert and row, float `[E, b]`.
 
     Args:
-        logits: float `[E, b, C]`.
+        logits: Logits float `[E, b, C]`.
         batch: Rows with two labels each, whose losses count by their shares.
-        weights: float `[C]`, factors of the losses by label; None for none.
+        weights: Factor of the losses for each label, float `[C]`; None for none.
     """
 
     def losses(labels: jax.Array) -> jax.Array:
@@ -32,19 +32,19 @@ def cross_entropies(
 
 
 def in_classifier(path: str) -> bool:
-    """Whether a parameter is of an expert's head, by its path such as `expert/head/kernel`."""
+    """Whether a parameter with a path such as `expert/head/kernel` belongs to a head."""
     return "/head/" in f"/{path}"
 
 
 def new_classifier(params: Any, key: jax.Array) -> Any:
-    """The parameters with heads as they are before a training, each expert's drawn by itself.
+    """The parameters with newly initialised heads, drawn for each expert by itself.
 
     Args:
         params: Tree of all parameters, experts' stacked `[E, ...]`.
         key: Key of the random numbers.
 
     Returns:
-        A tree of the same structure; all but the heads is as it was.
+        A tree of the same structure, in which only the heads are new.
     """
 
     def renewed(name: str, part: Any) -> Any:
@@ -56,7 +56,7 @@ def new_classifier(params: Any, key: jax.Array) -> Any:
 
 
 def _new_head(head: Mapping[str, Any], key: jax.Array) -> Any:
-    """Initial values of a stack of linear or cosine heads like these."""
+    """Initial values of a stack of heads, linear or cosine like the given ones."""
     linear = "dense" in head
     kernel = head["dense"]["kernel"] if linear else head["kernel"]
     experts, width, classes = kernel.shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What contrastive methods share: projection heads beside classifiers, a slow network, a queue."""
+"""Parts of contrastive methods: projection heads, a slow network, a queue."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from balpoe_jax.models.layers import BatchNorm
 
 
 class ProjectedOutputs(NamedTuple):
-    """What a network with a projection head returns.
+    """The outputs of a network with a projection head.
 
     Attributes:
-        logits: float `[1, B, C]`.
-        features: float `[1, B, D]`.
-        projections: float `[B, P]`, of length 1.
-        prototypes: float `[C, P]`, of length 1; without rows where a method has none.
+        logits: Logits of the one expert, float `[1, B, C]`.
+        features: Features of the one expert, float `[1, B, D]`.
+        projections: Projections of length 1, float `[B, P]`.
+        prototypes: Prototypes of length 1, float `[C, P]`; `[0, P]` for a method without any.
     """
 
     logits: jax.Array
@@ -36,10 +36,10 @@ class Projection(nn.Module):
     """A perceptron onto the unit sphere.
 
     Attributes:
-        hidden: widths of the hidden layers; 0 for that of the layer before.
-        width: of the result.
-        norm: whether BatchNorm follows the hidden layers.
-        axis_name: the mapped axis over which it takes its statistics.
+        hidden: Widths of the hidden layers; 0 for the width of the layer's input.
+        width: Width of the result.
+        norm: Whether BatchNorm follows the hidden layers.
+        axis_name: Mapped axis over which it takes its statistics.
         last_init: Initialiser of the last layer.
     """
 
@@ -66,13 +66,13 @@ class Projection(nn.Module):
 class ProjectedEnsemble(nn.Module):
     """One expert with a projection of its features, and perhaps prototypes of the classes.
 
-    Prototypes are a second head's projections of the rows of the classifier's weights, which learn
-    through it.
+    A prototype is the projection of a class's weights in the classifier by a second head. The
+    weights get gradients from it.
 
     Attributes:
-        ensemble: of one expert.
-        projection: of features.
-        prototype: of classifier weights; None for no prototypes.
+        ensemble: Ensemble of one expert.
+        projection: Head that projects features.
+        prototype: Head that projects classifier weights; None for no prototypes.
     """
 
     ensemble: ExpertEnsemble
@@ -80,7 +80,7 @@ class ProjectedEnsemble(nn.Module):
     prototype: Projection | None = None
 
     def __call__(self, images: jax.Array, train: bool) -> ProjectedOutputs:
-        """As the ensemble's, with what the heads make of it."""
+        """The ensemble's outputs and their projections."""
         outputs = self.ensemble(images, train)
         projections = self.projection(outputs.features[0], train)
         prototypes = projections[:0]
@@ -92,12 +92,12 @@ class ProjectedEnsemble(nn.Module):
 
 
 class ProjectedExpertsOutputs(NamedTuple):
-    """What a network with a projection head for each expert returns.
+    """The outputs of a network with a projection head for each expert.
 
     Attributes:
-        logits: float `[E, B, C]`.
-        features: float `[E, B, D]`.
-        projections: float `[E, B, P]`, of length 1.
+        logits: Logits float `[E, B, C]`.
+        features: Features float `[E, B, D]`.
+        projections: Projections of length 1, float `[E, B, P]`.
     """
 
     logits: jax.Array
@@ -109,16 +109,16 @@ class ProjectedExperts(nn.Module):
     """Experts, each with a projection of its features.
 
     Attributes:
-        ensemble: of the experts.
-        projection: of one expert's features, without BatchNorm; its parameters are stacked as the
-            experts' are.
+        ensemble: Ensemble of the experts.
+        projection: Head, without BatchNorm, that projects one expert's features; its parameters are
+            stacked like the experts'.
     """
 
     ensemble: ExpertEnsemble
     projection: Projection
 
     def __call__(self, images: jax.Array, train: bool) -> ProjectedExpertsOutputs:
-        """As the ensemble's, with what the heads make of it."""
+        """The ensemble's outputs and their projections."""
         outputs = self.ensemble(images, train)
         project = nn.vmap(
             lambda head, features: head(features, train),
@@ -130,18 +130,18 @@ class ProjectedExperts(nn.Module):
         )
 
 
-# The slow network, a moving average that encodes images to contrast, is in the method state as
-# `params` and `batch_stats`.
-
-
 def init_momentum_encoder(network: Network) -> dict[str, Any]:
-    """The slow network's variables at the start, those of the fast one."""
+    """The slow network's variables at the start, a copy of the fast one's.
+
+    The slow network is a moving average of the fast one; it encodes the images to contrast with.
+    The method state holds it as `params` and `batch_stats`.
+    """
     return {"params": network.params, "batch_stats": network.batch_stats}
 
 
 def update_momentum_encoder(method_state: Any, params: Any, momentum: float) -> Any:
     """The method state with the slow network a step nearer to the fast one's `params`."""
-    # Of two that are interpolated it does not matter which is called new, but for the last bit.
+    # Swapping the two networks and using 1 - momentum would change the last bits.
     slow = optax.incremental_update(method_state["params"], params, momentum)
     return {**method_state, "params": slow}
 
@@ -149,7 +149,7 @@ def update_momentum_encoder(method_state: Any, params: Any, momentum: float) -> 
 def encode_keys(
     network: Network, method_state: Any, images: jax.Array, context: Context
 ) -> tuple[Any, Any]:
-    """The slow network's outputs for images, and its statistics, equal on all devices."""
+    """The slow network's outputs for images, and its BatchNorm averages, equal on all devices."""
     slow = dataclasses.replace(
         network, params=method_state["params"], batch_stats=method_state["batch_stats"]
     )
@@ -160,15 +160,15 @@ def encode_keys(
 
 
 def enqueue(rows: jax.Array, queue: jax.Array) -> jax.Array:
-    """A queue of the same length with these rows in front; its oldest ones are gone."""
+    """The queue with these rows in front and as many of its oldest rows dropped."""
     return jnp.concatenate([rows, queue])[: len(queue)]
 
 
 def check_single(ensemble: ExpertEnsemble, name: str) -> None:
-    """Refuses more than one expert, of which these methods know nothing.
+    """Raises an error for several experts, which these methods do not support.
 
     Raises:
-        UserError (a `ValueError`): several experts.
+        UserError (a `ValueError`): more than one expert.
     """
     if ensemble.num_experts != 1:
         raise UserError(

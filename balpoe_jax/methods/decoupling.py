@@ -6,10 +6,10 @@ keeps the features, BatchNorm's averages included. cRT trains a new classifier o
 the classifier and learns a factor for each class, 1 at first, by which its logit is multiplied,
 bias included.
 
-The training on ImageNet-LT is the paper's as we recall it, and was not compared with the authors'
-code: neither the rate of its second phase, taken to be that of the first, nor that BatchNorm's
-averages stay is certain. None was published for CIFAR and iNaturalist's second phase: there the
-first phase is that of the other methods, and the second one has 10 epochs.
+The training on ImageNet-LT follows the paper and was not compared with the authors' code. Two
+points are uncertain: the rate of its second phase, taken to be that of the first, and whether
+BatchNorm's averages stay. None was published for CIFAR, nor for iNaturalist's second phase. There
+the first phase is that of the other methods, and the second one has 10 epochs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from balpoe_jax.models import ExpertEnsemble
 
 @dataclasses.dataclass(frozen=True)
 class _Decoupled(ExpertLosses):
-    """What both methods have: one loss, whose second phase sees images as in a test."""
+    """The loss of both methods; in their second phase BatchNorm uses its averages."""
 
     def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
         """Cross-entropies."""
@@ -36,7 +36,7 @@ class _Decoupled(ExpertLosses):
 
     @property
     def loss_of_features(self) -> Any:
-        """The loss on features that stay as they are."""
+        """The loss with features that do not change, BatchNorm's averages included."""
         return partial(self.loss_of, self.expert_losses, train=False)
 
 
@@ -45,7 +45,7 @@ class CRT(_Decoupled):
     """Classifier re-training, see the module."""
 
     def phases(self) -> tuple[Phase, ...]:
-        """All, then a new classifier."""
+        """Training of the whole network, then of a new classifier."""
         return (
             Phase("training", self.loss),
             Phase(
@@ -66,7 +66,7 @@ class LWS(_Decoupled):
         return ScaledEnsemble(ensemble)
 
     def phases(self) -> tuple[Phase, ...]:
-        """All but the scales, then the scales."""
+        """Training of everything except the scales, then of the scales."""
         return (
             Phase("training", self.loss, lambda path: path != "class_scale"),
             Phase("scaling", self.loss_of_features, lambda path: path == "class_scale"),

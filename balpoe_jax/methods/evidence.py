@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subjective opinions: what Dirichlet evidence believes, and how opinions are fused (Jøsang, 2016).
+"""Subjective opinions from Dirichlet evidence, and how they are fused (Jøsang, 2016).
 
-Evidence `e >= 0` of C classes is a Dirichlet distribution of concentration `e + 1`, or a belief
-`b = e / S` in each class and the uncertainty `u = C / S`, which sum up to 1; `S = sum(e + 1)`.
+Evidence `e >= 0` of C classes is a Dirichlet distribution of concentration `e + 1`. The same in
+other terms, with `S = sum(e + 1)`, are a belief `b = e / S` in each class and an uncertainty
+`u = C / S`, which sum to 1.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma, gammaln
 
-# Of agreement, below which opinions that contradict each other entirely are not divided further.
+# Smallest agreement to divide by; that of opinions that contradict each other entirely is 0.
 _LEAST_AGREEMENT = 1e-30
 
 
@@ -28,15 +29,15 @@ class Opinion(NamedTuple):
 
 
 def opinion(evidence: jax.Array) -> Opinion:
-    """What evidence float `[..., C]` says."""
+    """The opinion of evidence float `[..., C]`."""
     total = (evidence + 1).sum(axis=-1)
     return Opinion(evidence / total[..., None], evidence.shape[-1] / total)
 
 
 def agreement(first: Opinion, second: Opinion) -> jax.Array:
-    """One minus the conflict of two opinions, the mass that is on two different classes.
+    """One minus the conflict of two opinions, which is the mass on two different classes.
 
-    Summed up from what is not in conflict, since the difference would cancel.
+    It is summed from the parts that do not conflict, since the difference would cancel.
     """
     common = (first.belief * second.belief).sum(axis=-1) + first.uncertainty * second.uncertainty
     common += first.uncertainty * second.belief.sum(axis=-1)
@@ -59,7 +60,7 @@ def divergence_from_uniform(concentration: jax.Array) -> jax.Array:
     """`KL(Dir(concentration) || Dir(1))` in nats, float `[...]`; 0 for ones.
 
     Args:
-        concentration: float `[..., C]`, at least 1 each.
+        concentration: Concentrations of at least 1, float `[..., C]`.
     """
     total = concentration.sum(axis=-1, keepdims=True)
     logs = gammaln(total)[..., 0] - gammaln(concentration).sum(axis=-1)

@@ -7,7 +7,7 @@ regulariser (LADER) is a Donsker-Varadhan bound on how much logit `c` tells imag
 images under a uniform prior. Under such a prior an example counts `1 / (C pi_y)` times, by its own
 label; the released code, from which the published figures are, takes the prior of the logit's class
 in its place. That is a constant of each logit and no importance weight: it acts through the squared
-term alone. Followed is the code.
+term alone. We follow the code.
 
 Where we differ: rows may have two labels, of a mixed batch, which count by their shares. The code
 moves its schedule before an epoch: the rate drops one epoch earlier than ours, in the 120th and the
@@ -67,7 +67,7 @@ class LADE(Method):
     needs_global_batch = True
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
-        """Those of balanced softmax."""
+        """Tau 1, as in balanced softmax."""
         return (1.0,) * len(taus)
 
     def loss(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-hoc logit adjustment: trained as cross-entropy, the prior taken out of what is predicted
-(Menon et al., ICLR 2021).
+"""Post-hoc logit adjustment: cross-entropy in training, the prior subtracted in prediction (Menon
+et al., ICLR 2021).
 
-Predicted is `argmax_c z_c - tau log pi_c`. With `tau = 1` and a known target
+The prediction is `argmax_c z_c - tau log pi_c`. With `tau = 1` and a known target
 prior, whose logarithm evaluation adds, it is post-compensated (PC) softmax of Hong et al. (CVPR
 2021), `z - log pi + log pi_target`: before the softmax, since the two do not commute. The released
 code of the latter scores nothing but compensated logits; with `tau = 0` ours are plain. Its
@@ -36,7 +36,7 @@ class PostHoc(ExpertLosses):
     tau: float = setting(1.0, "Factor of the log prior that is taken out.", -100, 100)
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
-        """What is predicted is biased as by a loss of that tau."""
+        """`tau`: predictions have the bias of a loss with it."""
         return (self.tau,) * len(taus)
 
     def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LOS: a classifier re-trained on labels that are smoothed beyond measure (Sun et al., ICLR 2025).
+"""LOS: a classifier re-trained on extremely smoothed labels (Sun et al., ICLR 2025).
 
-The first phase is cross-entropy. In the second one a classifier learns alone, from batches as they
-come, with `1 - delta + delta / C` on the label and `delta / C` on every other class. With a delta
-of 0.98 a label of 100 classes has 0.03 and any other class 0.01: logits stay small, and as large
-for rare classes as for common ones. No class counts are needed.
+The first phase is cross-entropy. In the second one only the classifier learns, from ordinary
+batches, with a target of `1 - delta + delta / C` for the label and `delta / C` for every other
+class. With a delta of 0.98 and 100 classes, these are 0.03 and 0.01. Logits stay small, and as
+large for rare classes as for common ones. No class counts are needed.
 
-Delta, and the training on CIFAR, are those of the authors' code (bilibili/LOS). What is not
-certain: the classifier begins afresh here, as re-training in the paper's sense does, while the code
-goes on with that of the first phase (`new_classifier=False`); its rate in the second phase, 0.0005,
-is for that one. Statistics of BatchNorm move on, as in the code. For photographs the second phase
-is CIFAR's. The network is that of the other methods, the code's a ResNet-34.
+Delta and the training on CIFAR are those of the authors' code (bilibili/LOS). One point is
+uncertain. Here the second phase begins with a new classifier, as the paper describes re-training.
+The code continues that of the first phase (`new_classifier=False`), and its rate of 0.0005 is meant
+for that. BatchNorm's averages keep moving, as in the code. For photographs the second phase is
+CIFAR's. The network is that of the other methods; the code has a ResNet-34.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class LOS(ExpertLosses):
     new_classifier: bool = setting(True, "Whether the second phase begins with a new classifier.")
 
     def phases(self) -> tuple[Phase, ...]:
-        """Cross-entropy, then the classifier alone on smoothed labels."""
+        """Cross-entropy, then only the classifier on smoothed labels."""
         tuning = Phase(
             "classifier re-training",
             partial(self.loss_of, self.smoothed_losses),

@@ -2,17 +2,17 @@
 """LTWB: weights balanced by weight decay, and in a second phase by MaxNorm (Alshammari et al., CVPR
 2022).
 
-The first phase is cross-entropy with a weight decay that is ten times the usual one. The second one
-trains the classifier alone, by the class-balanced loss, with weight decay and MaxNorm: after every
-update each class's weight vector is projected onto the ball of a common radius. That lies a tenth
-of the way from the smallest to the largest norm that the first phase has left, as in the authors'
-code (ShadeAlsha/LTR-weight-balancing); the bias is free. Statistics of BatchNorm move on.
+The first phase is cross-entropy with ten times the usual weight decay. The second one trains only
+the classifier, by the class-balanced loss, with weight decay and MaxNorm: after every update each
+class's weight vector is projected onto a ball. Its radius is the smallest norm of the vectors after
+the first phase plus a tenth of the way to the largest, as in the authors' code
+(ShadeAlsha/LTR-weight-balancing). The bias is free. BatchNorm's averages keep moving.
 
-Where we differ: the class-balanced loss is weighted cross-entropy, the mean over rows. The code's
-is the binary cross-entropy of the softmax, the mean over rows and classes, which is a smaller loss
-against the same weight decay. On CIFAR the first phase has 200 epochs, the code's 320, and the
-network is that of the other methods, the code's a ResNet-34. For photographs the second phase is
-CIFAR's, for want of the authors' settings.
+Where we differ: the class-balanced loss is a weighted cross-entropy, the mean over rows. In the
+code it is the binary cross-entropy of the softmax, the mean over rows and classes, which is smaller
+compared with the same weight decay. On CIFAR the first phase has 200 epochs, in the code 320. The
+network is that of the other methods; the code has a ResNet-34. For photographs the second phase is
+CIFAR's, since the authors' settings are not known.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from balpoe_jax.setting import setting
 
 
 class BoundedEnsemble(nn.Module):
-    """An ensemble with a radius for the classifier of each expert, which it does not look at."""
+    """An ensemble with a radius for each expert's classifier, which its outputs do not use."""
 
     ensemble: ExpertEnsemble
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> Outputs:
-        """As the ensemble's."""
+        """The ensemble's outputs."""
         self.param("radius", nn.initializers.ones, (self.ensemble.num_experts,))
         return self.ensemble(images, train)
 
@@ -55,7 +55,7 @@ def radius_between(kernel: jax.Array, share: float) -> jax.Array:
     """The radius for each expert, float `[E]`, between the norms of its classes' weight vectors.
 
     Args:
-        kernel: float `[E, D, C]`, a column for each class.
+        kernel: Weights with a column for each class, float `[E, D, C]`.
         share: Place of the radius, 0 for the smallest norm and 1 for the largest.
     """
     norms = jnp.linalg.norm(kernel, axis=1)
@@ -64,11 +64,11 @@ def radius_between(kernel: jax.Array, share: float) -> jax.Array:
 
 
 def project_classes(kernel: jax.Array, radius: jax.Array) -> jax.Array:
-    """Each class's weight vector, or where it is longer than the radius its nearest on the ball.
+    """The weights with the vectors that are longer than the radius projected onto the ball.
 
     Args:
-        kernel: float `[E, D, C]`.
-        radius: float `[E]`.
+        kernel: Weights with a column for each class, float `[E, D, C]`.
+        radius: Radius for each expert, float `[E]`.
     """
     of_class = optax.projections.projection_l2_ball
     of_expert = jax.vmap(of_class, in_axes=(1, None), out_axes=1)
@@ -76,7 +76,7 @@ def project_classes(kernel: jax.Array, radius: jax.Array) -> jax.Array:
 
 
 def _max_norm() -> optax.GradientTransformation:
-    """A change of updates, so that what they lead to is projected."""
+    """A transformation of updates that makes the updated weights lie in their ball."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def change(is_kernel: bool, update: jax.Array, old: jax.Array) -> jax.Array:
@@ -100,11 +100,11 @@ class LTWB(ExpertLosses):
     )
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> BoundedEnsemble:
-        """The ensemble with a place for the radius, which every checkpoint holds with it."""
+        """The ensemble with the radius as a parameter, so that checkpoints hold it."""
         return BoundedEnsemble(ensemble)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Cross-entropy, then the classifier with its weights on balls."""
+        """Cross-entropy, then the classifier alone with MaxNorm."""
         return (
             Phase("training", self.loss, lambda path: path != "radius"),
             Phase(
@@ -117,7 +117,7 @@ class LTWB(ExpertLosses):
         )
 
     def with_radius(self, params: Any, key: jax.Array, context: Context) -> Any:
-        """The parameters with the radius that the classifier's norms ask for."""
+        """The parameters with the radius that follows from the classifier's norms."""
         paths = jax.tree.leaves(map_by_path(lambda path, _: is_classifier_kernel(path), params))
         leaves = zip(paths, jax.tree.leaves(params), strict=True)
         (kernel,) = [leaf for is_kernel, leaf in leaves if is_kernel]

@@ -49,7 +49,7 @@ def consistency(weak: jax.Array, strong: jax.Array, labels: jax.Array) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class _SelfDistilled(Method):
-    """What both methods have."""
+    """The consistency, which both methods have."""
 
     needs_global_batch = True
 
@@ -63,11 +63,11 @@ class _SelfDistilled(Method):
     )
 
     def expert_taus(self, taus: tuple[float, ...]) -> tuple[float | None, ...]:
-        """Those of the config."""
+        """The taus of the config."""
         return taus
 
     def weight(self, epoch: jax.Array) -> jax.Array:
-        """Of the consistency in a 0-based epoch."""
+        """Weight of the consistency in an epoch, counted from 0."""
         return self.mu * jnp.minimum((epoch + 1) / max(1, self.warmup_epochs), 1)
 
     def consistency(
@@ -99,7 +99,7 @@ class BalPoECS(_SelfDistilled):
 
     The first view is strongly augmented and mixed, and alone in BalPoE's loss; the second is weakly
     augmented and the third strongly, neither mixed. With `mu = 0` it is BalPoE, and the other
-    views are not looked at; with any other `mu` BatchNorm's statistics are those of all views.
+    views are not used; with any other `mu` BatchNorm's statistics are those of all views.
     """
 
     views = 3
@@ -126,8 +126,8 @@ class BalPoECS(_SelfDistilled):
 class MDCS(_SelfDistilled):
     """MDCS as its code trains: sums over experts, both views in the cross-entropy, no mixing.
 
-    The first view is strongly augmented, the second weakly. Mixed images are none of its recipe,
-    and would be compared with unmixed ones: mix with `BalPoECS`.
+    The first view is strongly augmented, the second weakly. Its authors do not mix images, and
+    mixed ones would be compared with unmixed ones: to mix, use `BalPoECS`.
     """
 
     views = 2

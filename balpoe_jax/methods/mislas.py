@@ -3,10 +3,10 @@
 
 The first phase is cross-entropy with mixup. The second one tunes the classifier on batches with
 balanced classes, with label-aware smoothing and a learnable scale for each class, while the rest of
-the network keeps its parameters and only its BatchNorm statistics move on ("shifted" statistics; on
+the network keeps its parameters and only its BatchNorm averages keep moving ("shifted" ones; on
 CIFAR-10 they stay).
 
-Followed is the authors' code (dvlab-research/MiSLAS), where the paper differs: the smoothed mass is
+We follow the authors' code (dvlab-research/MiSLAS) where the paper differs: the smoothed mass is
 spread over all classes, not over the others alone, and the classifier of the first phase is
 continued, not initialised again. Where we differ: an epoch of the second phase has as many steps as
 one of the first, the authors' one more.
@@ -86,7 +86,7 @@ class ScaledEnsemble(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> Outputs:
-        """As the ensemble's."""
+        """The ensemble's outputs, with scaled logits."""
         outputs = self.ensemble(images, train)
         scale = self.param("class_scale", nn.initializers.ones, outputs.logits.shape[-1:])
         return outputs._replace(logits=outputs.logits * scale[None, None])

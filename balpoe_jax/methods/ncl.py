@@ -6,7 +6,7 @@ Every network learns by balanced softmax, over all classes and once more over an
 ones, and from the predictions of the others on both. Nothing is shared: three networks cost three
 times one.
 
-Followed is the authors' code (Bazinga699/NCL): losses are summed over networks, hard classes are
+We follow the authors' code (Bazinga699/NCL): losses are summed over networks, hard classes are
 those of the first network's raw logits, gradients flow to both sides of a divergence, and the
 logits of other classes are multiplied by 0, so that they stay in the softmax, from which the paper
 removes them. One of the published trainings on CIFAR has a contrastive branch as
@@ -56,7 +56,7 @@ def hard_classes(logits: jax.Array, labels: jax.Array, number: int) -> jax.Array
     Args:
         logits: float `[B, C]`.
         labels: int `[B]`.
-        number: of classes for each row.
+        number: Number of classes for each row.
     """
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     _, indices = jax.lax.top_k(jnp.where(own, jnp.inf, logits), number)
@@ -85,7 +85,7 @@ def nested_losses(
         logits: float `[E, B, C]`, raw.
         labels: int `[B]`.
         log_counts: float `[C]`; not their shares, which a mask of zeros would tell apart.
-        number: of hard classes.
+        number: Number of hard classes.
 
     Returns:
         Two of float `[E, B]`.
@@ -100,12 +100,12 @@ def nested_losses(
 def contrastive_losses(
     queries: jax.Array, keys: jax.Array, queue: jax.Array, temperature: float
 ) -> jax.Array:
-    """Of telling each image's own key from the queue: cross-entropies of similarities, `[E, B]`.
+    """Losses of telling each image's key from the queue: cross-entropies, float `[E, B]`.
 
     Args:
         queries, keys: float `[E, B, P]`, projections of two views of the same images.
         queue: float `[K, E, P]`, of earlier images.
-        temperature: that similarities are divided by.
+        temperature: Divisor of the similarities.
     """
     highest = jax.lax.Precision.HIGHEST
     own = (queries * keys).sum(axis=-1, keepdims=True)

@@ -3,11 +3,11 @@
 
 An image's positives are the classifier's logit of its class, with the training prior, and the
 images of its class among the batch and a queue of earlier ones, which a moving average of the
-network has encoded. GPaCo (Cui et al., TPAMI 2023) does without that second network. It contrasts
-both views of an image, encodes each in a pass of its own, and keeps its own projections of second
-views in the queue.
+network has encoded. GPaCo (Cui et al., TPAMI 2023) has no such second network. It contrasts both
+views of an image, encodes each in a pass of its own, and keeps its own projections of second views
+in the queue.
 
-Followed is the authors' code (dvlab-research/Parametric-Contrastive-Learning). Its script for CIFAR
+We follow the authors' code (dvlab-research/Parametric-Contrastive-Learning). Its script for CIFAR
 has an option for a cosine and does not read it: the rate drops in steps. Where we differ:
 
 - The queue begins with noise of length 1 that has no label; the code's is normalised along the
@@ -69,12 +69,12 @@ def paco_loss(
 
     Args:
         logits: float `[B, C]`, raw.
-        similarities: float `[B, A]`, divided by the temperature. The first B of the others are the
-            images themselves, of which each is none of its own others.
+        similarities: Similarities over the temperature, float `[B, A]`. The first B of the others
+            are the images themselves; an image is not contrasted with itself.
         labels: int `[B]`.
         others: int `[A]`, labels of the others; -1 for none.
         log_prior: float `[C]`.
-        alpha, beta, gamma: as above.
+        alpha, beta, gamma: Weights as above.
 
     Returns:
         float `[B]`. With `alpha = gamma = 0` it is the logit-adjusted cross-entropy.
@@ -86,7 +86,7 @@ def paco_loss(
         jnp.maximum(adjusted.max(axis=1), jnp.where(apart > 0, similarities, -jnp.inf).max(axis=1))
     )[:, None]
     sums = jnp.exp(adjusted - largest).sum(axis=1)
-    # Of oneself no exponential is taken: it might overflow.
+    # An image's similarity to itself is left out before the exponential, which might overflow.
     terms = jnp.exp(jnp.where(apart > 0, similarities - largest, 0.0)) * apart
     log_total = jnp.log(sums + gamma * terms.sum(axis=1) + _EPSILON) + largest[:, 0]
     own = jnp.take_along_axis(adjusted, labels[:, None], axis=1)[:, 0]

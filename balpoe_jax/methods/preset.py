@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method's name in a config file's arguments stands for, as data."""
+"""Presets: what a method's name in a config file's arguments stands for, as data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ class PublishedResult:
     """A published result, in percent of the balanced test set.
 
     Attributes:
-        dataset: as in `Preset.on`, "cifar100_lt", "imagenet_lt" or "inaturalist2018".
-        arguments: what else stands after the config file's colon, such as "ir=100".
-        accuracy: top-1, over all classes.
-        source: who reports it.
-        ece: expected calibration error, where published.
-        network: Network that it was measured on, in words; empty where that is not said.
+        dataset: Name of the data set as in `Preset.on`, such as "cifar100_lt".
+        arguments: Other arguments after the config file's colon, such as "ir=100".
+        accuracy: Top-1 accuracy over all classes.
+        source: Source of the figures.
+        ece: Expected calibration error, where published.
+        network: Network of the figures, in words; empty where that is not said.
     """
 
     dataset: str
@@ -34,25 +34,24 @@ class Preset:
     """A method with its hyper-parameters, and how its authors train it on each data set.
 
     Attributes:
-        method: its fields become the section `method` of the config.
-        about: what it is called in a table.
-        experts: how many.
-        taus: ends of the range of taus, of BalPoE's kin; None for the data set's own.
-        mixup: whether images are mixed by the data set's own mixup unless it is turned off; what
-            mixes otherwise says so in `fields`.
-        fields: of the config, by dotted name, on every data set; `phase2.*` asks for a second
-            phase and `view2.*`, `view3.*` for further views of an image.
-        on: further fields by data set, "cifar100_lt", or data set and argument,
-            "cifar100_lt:ir=50" or "imagenet_lt:backbone=resnext50"; "cifar100_lt:recipe=long" is
+        method: Method, whose fields become the section `method` of the config.
+        about: Name in tables.
+        experts: Number of experts.
+        taus: Ends of the range of the experts' taus; None for the data set's own.
+        mixup: Whether the data set's own mixup is on by default; other mixing is set in `fields`.
+        fields: Fields of the config, by dotted name, on every data set. `phase2.*` asks for a
+            second phase, and `view2.*`, `view3.*` for further views of an image.
+        on: Further fields by data set ("cifar100_lt"), or by data set and argument
+            ("cifar100_lt:ir=50" or "imagenet_lt:backbone=resnext50"). "cifar100_lt:recipe=long" is
             the authors' long training.
-        epochs: of the training that the method's own fields are for, where a data set's recipe
-            does not say how long it is.
-        published: results.
-        teacher: recipe and arguments of the run that it learns from, such as ("ride", "experts=6"),
-            which tables train before it; None for a method that learns from the labels alone.
+        epochs: Number of epochs of the training that the method's own fields are for, where the
+            fields of a data set do not set it.
+        published: Published results.
+        teacher: Preset and arguments of the run that it learns from, such as ("ride", "experts=6"),
+            which tables train before it; None for a method that learns only from labels.
 
-    With the length of the training scale the method's fields that `base.epochs` marks, and of the
-    fields here those that `balpoe_jax.config.dataset_defaults` lists.
+    When the length of the training changes, the method's fields made by `base.epochs` scale with
+    it, and so do the fields listed in `balpoe_jax.config.dataset_defaults`.
     """
 
     method: Method

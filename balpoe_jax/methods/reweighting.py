@@ -47,8 +47,8 @@ FOCAL_PROBABILITIES = ("unweighted", "weighted")
 class Reweighted(ExpertLosses):
     """The weighted mean over rows of a loss, and the mean over experts if there are several.
 
-    In a mixed batch each row stands for its two labels, whose shares weigh beside their classes'
-    weights. Mixed within a batch by one share that is what mixing the two weighted means gives.
+    In a mixed batch each row counts for its two labels, by their shares times the weights of their
+    classes. If a batch is mixed by one share, this equals mixing the two weighted means.
     """
 
     base: str = setting("cross_entropy", "Name of the loss.", choices=BASES)
@@ -90,7 +90,7 @@ class Reweighted(ExpertLosses):
         return (0.0 if plain else None,) * len(taus)
 
     def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
-        """Weighted losses, which `expert_means` divides by what the weights come to."""
+        """Weighted losses, which `expert_means` divides by the sum of weights or the rows."""
         # Log priors are not needed, but a class without examples has no weight and no margin.
         log_prior(context.class_counts)
         weights = self.class_weights(context).astype(logits.dtype)
@@ -110,11 +110,11 @@ class Reweighted(ExpertLosses):
         return means / context.mean_over_devices(shares.mean())
 
     def weighted_means(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
-        """Each expert's loss float `[E]` of logits `[E, b, C]`; their mean over devices counts."""
+        """Each expert's loss float `[E]` from logits `[E, b, C]` of this device's rows."""
         return self.expert_means(self.expert_losses(logits, batch, context), batch, context)
 
     def class_weights(self, context: Context) -> jax.Array:
-        """Those of the step's epoch, float `[C]`."""
+        """The class weights of the step's epoch, float `[C]`."""
         ones = jnp.ones(context.num_classes)
         if not self.weighs:
             return ones

@@ -54,7 +54,7 @@ def class_temperatures(
 
     Args:
         class_counts: int `[C]`.
-        spread: in [0, 1]; 0 gives ones.
+        spread: Spread of the temperatures, in [0, 1]; 0 gives ones.
 
     Returns:
         float64 `[C]`.
@@ -89,8 +89,8 @@ def distillation(teacher: jax.Array, student: jax.Array, temperature: float) -> 
 
     Args:
         teacher: float `[B, C]`, mean logits of its experts.
-        student: likewise.
-        temperature: T.
+        student: float `[B, C]`, mean logits of the student's experts.
+        temperature: Temperature `T`.
 
     Returns:
         float `[B]`, in nats.
@@ -134,11 +134,11 @@ class RoutedOutputs(NamedTuple):
 
 
 class Router(nn.Module):
-    """From what the experts so far say to whether the next one is worth asking.
+    """Decides from the outputs of the first experts whether the next one is worth asking.
 
     Attributes:
-        top_k: how many of the largest mean logits it sees.
-        width: of the projected feature.
+        top_k: Number of the largest mean logits that it sees.
+        width: Width of the projected feature.
     """
 
     top_k: int
@@ -159,13 +159,13 @@ class Router(nn.Module):
 
 
 class RoutedEnsemble(nn.Module):
-    """An ensemble and the router beside it; under `jit` all experts are computed either way."""
+    """An ensemble with a router; under `jit` all experts are computed in any case."""
 
     ensemble: ExpertEnsemble
     router: Router
 
     def __call__(self, images: jax.Array, train: bool) -> RoutedOutputs:
-        """As `ExpertEnsemble` does, with gates."""
+        """The ensemble's outputs, and gates."""
         outputs = self.ensemble(images, train)
         return RoutedOutputs(*outputs, self.router(*outputs))
 
@@ -225,7 +225,7 @@ class RIDE(Method):
 
     @property
     def teacher_run(self) -> str:
-        """Of the teacher, if there is one."""
+        """Workdir of the teacher, if there is one."""
         return (self.teacher or "") if self.distill else ""
 
     @property

@@ -6,15 +6,15 @@ their mean is the prediction. On a target distribution their weights can be lear
 test images, which is an option of every evaluation (`eval.expert_weights_epochs`, see
 `balpoe_jax.evaluation.expert_weights`).
 
-Followed is the authors' code (Vanint/SADE-AgnosticLT): the sum of the three losses, not their mean,
-and for the inverse distribution the training prior with its ranks reversed, which is proportional
-to `1 / n` only where class sizes fall exponentially. Classes of one size are ranked in their order,
-where the authors' sort leaves it open. Their longer training is in no configuration that they
-published; `recipe=long`, which is BalPoE's, stands for it beside their figures.
+We follow the authors' code (Vanint/SADE-AgnosticLT). The total is the sum of the three losses, not
+their mean. The inverse distribution is the training prior with its ranks reversed, which is
+proportional to `1 / n` only where class sizes fall exponentially. Classes of one size are ranked in
+their order; the authors' sort leaves that open. They published no configuration of their longer
+training, so their figures for it stand with `recipe=long`, which is BalPoE's.
 
 Where we differ: at test time on iNaturalist the code also rewards the entropy of both predictions,
 by a factor of 0.01, and has a weight decay of 2e-4. Ours is the rule of the other data sets there;
-the weights that are learnt differ by about 2e-4.
+the learnt weights differ by about 2e-4.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def reversed_counts(class_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int
     """The sizes of classes with their ranks reversed: the largest class gets the smallest size.
 
     Args:
-        class_counts: int `[C]`; equal ones are ranked in their order.
+        class_counts: Training images of each class, int `[C]`; equal counts rank by class.
     """
     counts = np.asarray(class_counts)
     ranks = np.argsort(np.argsort(counts, kind="stable"), kind="stable")
@@ -44,9 +44,9 @@ def reversed_counts(class_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int
 
 
 def expert_biases(class_counts: npt.NDArray[np.integer], strength: float) -> jax.Array:
-    """What is added to the logits of the three experts in training, float32 `[3, C]`.
+    """Biases that training adds to the logits of the three experts, float32 `[3, C]`.
 
-    Nothing; the log prior; the log prior less `strength` times that of the reversed sizes.
+    They are 0, the log prior, and the log prior minus `strength` times that of the reversed sizes.
     """
     prior, inverse = log_prior(class_counts), log_prior(reversed_counts(class_counts))
     return jnp.stack([jnp.zeros_like(prior), prior, prior - strength * inverse])
@@ -56,9 +56,9 @@ def sade_losses(expert_logits: jax.Array, targets: jax.Array, biases: jax.Array)
     """The cross-entropy of each expert with its bias, float `[3, B]`; SADE's loss is their sum.
 
     Args:
-        expert_logits: float `[3, B, C]`.
-        targets: int `[B]`, or float `[B, C]` distributions.
-        biases: float `[3, C]`, see `expert_biases`.
+        expert_logits: Logits of the experts, float `[3, B, C]`.
+        targets: Classes int `[B]`, or distributions float `[B, C]`.
+        biases: Biases of the logits, float `[3, C]`, see `expert_biases`.
     """
     return jax.vmap(logit_adjusted_cross_entropy, in_axes=(0, None, 0, None))(
         expert_logits, targets, biases, 1.0
@@ -91,7 +91,7 @@ class Sade(ExpertLosses):
         return sade_losses(logits, targets, expert_biases(context.class_counts, self.strength))
 
 
-# Random views of test images from which weights are learnt, as for contrastive pretraining.
+# Random views of test images, from which weights are learnt: those of contrastive learning.
 _CIFAR_VIEW = {
     "test_view.crop_padding": 4,
     "test_view.flip": True,
@@ -120,7 +120,7 @@ PRESETS = {
         on={
             "digits_lt": {"test_view.flip": False, "test_view.crop_padding": 1},
             "cifar100_lt": _CIFAR_VIEW,
-            # Of the authors' answers to users.
+            # From the authors' answers to users.
             "cifar10_lt": {
                 **_CIFAR_VIEW,
                 "model.reduce_dimension": False,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first version of a method of one's own: a file and its test, made of a name."""
+"""Templates of a new method's file and of its test."""
 
 import keyword
 import re
 
 from balpoe_jax.errors import UserError
 
-_LONGEST = 24  # with which no line of the templates is too long
+_LONGEST = 24  # characters of a name; longer ones make lines of the templates too long
 
 _METHOD = '''# SPDX-License-Identifier: Apache-2.0
 """@CLASS@: say in one sentence what it does (and whose paper it is from).
@@ -81,15 +81,15 @@ def test_a_strength_that_is_not_valid() -> None:
 
 
 def class_name(name: str) -> str:
-    """What the class of a method is called: `my_method` -> `MyMethod`."""
+    """The name of a method's class: `my_method` -> `MyMethod`."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
 def check_name(name: str) -> None:
-    """Refuses what cannot be the name of a method's file.
+    """Raises an error unless a name can be that of a method's file.
 
     Raises:
-        UserError (a `ValueError`): no identifier in lower case, or one that is too long.
+        UserError (a `ValueError`): a name that is no lower-case identifier, or too long.
     """
     valid = re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) and not keyword.iskeyword(name)
     if not valid or len(name) > _LONGEST:

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLC: evidential experts that hand on what they are uncertain of (Li et al., CVPR 2022).
+"""TLC: evidential experts that pass on what they are uncertain of (Li et al., CVPR 2022).
 
-An expert's exponentiated logits are evidence for a Dirichlet distribution. Experts learn one after
-the other: a later one only from the images that those before it are the most uncertain of. Their
-opinions are fused by Dempster's rule.
+An expert's exponentiated logits are evidence for a Dirichlet distribution. Each expert after the
+first learns only from the images that the experts before it are most uncertain of. Their opinions
+are fused by Dempster's rule.
 
-The authors' code (lblaoke/TLC) is followed in its losses, with these differences:
+The losses follow the authors' code (lblaoke/TLC), with these differences:
 
-- The combined output weighs experts by a softmax over the experts of each image. The code's weights
-  are normalised over the batch, so that a prediction depends on the batch it is made in and its
-  softmax is nearly uniform.
-- The prediction is the mean of the fused Dirichlet distribution, whose confidence can be judged;
-  its logarithm stands for the ensemble's logits. The code has no such probability, and the
-  published calibration error cannot be had from it.
-- Evidence is bounded where the divergence from the uniform distribution is computed, which cancels
-  in single precision; and conflicts that leave nothing in common are not divided by.
-- The data are the usual ones: a later version of the code has other class sizes and, from one image
-  too many, labels that slip.
+- The combined output weighs experts by a softmax over the experts of each image. The code
+  normalises the weights over the batch, so that a prediction depends on its batch and the softmax
+  is nearly uniform.
+- The prediction is the mean of the fused Dirichlet distribution, so that its confidence can be
+  judged; its logarithm stands for the ensemble's logits. The code has no such probability, and its
+  published calibration error cannot be computed from it.
+- The divergence from the uniform distribution cancels in single precision, so that evidence is
+  bounded there. Agreement has a lower bound, so that total conflicts do not divide by 0.
+- The data are the usual ones. A later version of the code has other class sizes and one image too
+  many, which shifts labels.
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ from balpoe_jax.methods.ride import class_temperatures
 from balpoe_jax.models import Outputs
 from balpoe_jax.setting import setting
 
-# Of an expert's logits, beyond which evidence does not grow where its divergence is computed.
+# Bound of an expert's logits where the divergence of its evidence is computed.
 _LARGEST_LOGIT = 15.0
 
 
 def remaining_uncertainty(opinions: Opinion) -> jax.Array:
-    """How uncertain an image is before each expert sees it, float `[E, B]`, 1 before the first.
+    """The uncertainty of each image before each expert sees it, float `[E, B]`; 1 at first.
 
-    The product of the uncertainties so far, each divided by the agreement of an expert with the one
-    before it.
+    It is the product of the uncertainties so far, each divided by the agreement of the expert with
+    the one before it.
 
     Args:
-        opinions: of the experts, belief `[E, B, C]`.
+        opinions: Opinions of the experts, belief float `[E, B, C]`.
     """
     experts = _apart(opinions)
     remaining = [jnp.ones_like(experts[0].uncertainty)]
@@ -84,8 +84,8 @@ class TLC(Method):
     )
     kl_epochs: int = epochs(
         13200,
-        "Number of epochs in which the weight of the divergence from uniform would grow to 1; most "
-        "of it is never reached.",
+        "Number of epochs in which the weight of the divergence from uniform would grow to 1; the "
+        "training ends long before.",
         1,
         1e9,
     )

@@ -13,7 +13,7 @@ DEFAULT_THRESHOLDS = (20, 100)
 
 
 class ShotGroups(NamedTuple):
-    """Which classes belong to each group: three bool `[C]`."""
+    """The classes that belong to each group: three bool `[C]`."""
 
     many: npt.NDArray[np.bool_]
     medium: npt.NDArray[np.bool_]
@@ -21,13 +21,13 @@ class ShotGroups(NamedTuple):
 
 
 class ShotAccuracy(NamedTuple):
-    """Fractions in [0, 1]; `nan` where a group has no class with test examples.
+    """Accuracies as fractions in [0, 1]; `nan` where a group has no class with test examples.
 
     Attributes:
-        all: correct examples over all examples.
-        many, medium, few: mean over the group's classes of the per-class accuracies.
-        balanced: the same mean over all classes.
-        per_class: float64 `[C]`, `nan` for a class without test examples.
+        all: Share of correct examples among all examples.
+        many, medium, few: Mean accuracy of the group's classes.
+        balanced: Mean accuracy of all classes.
+        per_class: Accuracy of each class, float64 `[C]`; `nan` for one without test examples.
     """
 
     all: float
@@ -44,11 +44,11 @@ def shot_groups(
     """Splits classes by training count: few `< low`, medium `low..high`, many `> high`.
 
     Args:
-        train_counts: int `[C]`.
+        train_counts: Training examples of each class, int `[C]`.
         thresholds: `(low, high)`; (20, 100) is the field's convention.
 
     Raises:
-        UserError (a `ValueError`): thresholds that do not follow each other, or no numbers.
+        UserError (a `ValueError`): thresholds that overlap, or counts that are no numbers.
     """
     low, high = thresholds
     if low > high + 1:
@@ -69,14 +69,14 @@ def shot_accuracy(
     """Top-1 accuracy over everything and by shot group.
 
     A group's figure is the unweighted mean over its classes, as in the reference repository. Two
-    differences from it: classes without test examples are left out of the means instead of turning
-    them into `nan`, and an empty group is `nan` without touching `balanced`.
+    things differ: a class without test examples is left out of the means instead of making them
+    `nan`, and an empty group is `nan` without affecting `balanced`.
 
     Args:
-        predictions: int `[N]`, predicted classes.
-        labels: int `[N]`, true classes in `[0, C)`.
-        train_counts: int `[C]`, training examples of each class.
-        thresholds: see `shot_groups`.
+        predictions: Predicted classes, int `[N]`.
+        labels: True classes, int `[N]` in `[0, C)`.
+        train_counts: Training examples of each class, int `[C]`.
+        thresholds: Thresholds of the groups, see `shot_groups`.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, no example, or a label out of range.
@@ -114,17 +114,17 @@ def shot_confusion(
     train_counts: npt.ArrayLike,
     thresholds: tuple[int, int] = DEFAULT_THRESHOLDS,
 ) -> npt.NDArray[np.float64]:
-    """Into which shot group the examples of each shot group are put, right class or not.
+    """How often the examples of each shot group are predicted in each group, right class or not.
 
     Args:
-        predictions: int `[N]`.
-        labels: int `[N]`.
-        train_counts: int `[C]`.
-        thresholds: of the groups.
+        predictions: Predicted classes, int `[N]`.
+        labels: True classes, int `[N]`.
+        train_counts: Training examples of each class, int `[C]`.
+        thresholds: Thresholds of the groups, see `shot_groups`.
 
     Returns:
-        float64 `[3, 3]`: of the examples whose label is in the group of a row (many, medium, few),
-        the fraction predicted in the group of a column; rows sum to 1, or are `nan` without
+        float64 `[3, 3]`, with the groups many, medium and few: the fraction of the examples of a
+        row's group that are predicted in a column's group. A row sums to 1, or is `nan` without
         examples.
     """
     groups = np.stack(shot_groups(train_counts, thresholds)).argmax(axis=0)
@@ -135,10 +135,10 @@ def shot_confusion(
 
 
 def disagreement(predictions: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Fraction of examples on which two experts predict different classes.
+    """The fraction of examples on which two experts predict different classes, for all pairs.
 
     Args:
-        predictions: int `[E, N]`.
+        predictions: Predicted classes, int `[E, N]`.
 
     Returns:
         float64 `[E, E]`, symmetric, zero on the diagonal.

@@ -14,10 +14,10 @@ class Calibration(NamedTuple):
     """Calibration errors in [0, 1] and the bins of the reliability diagram.
 
     Attributes:
-        ece: expected calibration error, the mean over examples of their bin's gap.
-        mce: maximum calibration error, the largest gap of a bin that is not empty.
-        bin_accuracy, bin_confidence: float64 `[num_bins]`, means in each bin, 0 in an empty one.
-        bin_fraction: float64 `[num_bins]`, share of the examples in each bin.
+        ece: Expected calibration error, the mean over examples of their bin's gap.
+        mce: Maximum calibration error, the largest gap of a bin that is not empty.
+        bin_accuracy, bin_confidence: Means in each bin, float64 `[num_bins]`; 0 in an empty bin.
+        bin_fraction: Share of the examples in each bin, float64 `[num_bins]`.
     """
 
     ece: float
@@ -30,18 +30,18 @@ class Calibration(NamedTuple):
 def calibration(
     probabilities: npt.ArrayLike, labels: npt.ArrayLike, num_bins: int = 15
 ) -> Calibration:
-    """Bins examples by confidence, the largest probability, and compares with their accuracy.
+    """Bins examples by confidence (the largest probability), and compares it with accuracy.
 
     Bins have equal width and are closed above, `(lower, upper]`, with edges
-    `linspace(0, 1, num_bins + 1)`; the errors are sums over the whole set, never means of batches
-    (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, and the reference). Two
-    differences from the reference: a confidence above 1 by rounding is put into the last bin
-    instead of being lost, and one of exactly 0, which no softmax gives, into the first.
+    `linspace(0, 1, num_bins + 1)`. The errors are sums over the whole set, never means of batches
+    (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, and the reference). Unlike in
+    the reference, a confidence that rounding puts above 1 counts in the last bin instead of being
+    lost, and one of exactly 0, which no softmax gives, in the first.
 
     Args:
-        probabilities: float `[N, C]`; cast to float64. Ties go to the lowest class.
-        labels: int `[N]`.
-        num_bins: at least 1.
+        probabilities: Probabilities of the classes, float `[N, C]`. Ties go to the lowest class.
+        labels: True classes, int `[N]`.
+        num_bins: Number of bins, at least 1.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, no example, or values that are not
@@ -57,12 +57,12 @@ def calibration(
 def bin_confidences(
     confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], num_bins: int = 15
 ) -> Calibration:
-    """What `calibration` returns, of examples of which only this much was kept.
+    """`calibration` of examples whose probabilities were not kept.
 
     Args:
-        confidence: float `[N]` in [0, 1], of the predicted class.
-        correct: bool `[N]`, whether it was the right one.
-        num_bins: at least 1.
+        confidence: Probability of the predicted class, float `[N]` in [0, 1].
+        correct: Whether the predicted class was right, bool `[N]`.
+        num_bins: Number of bins, at least 1.
 
     Raises:
         UserError (a `ValueError`): no example, or no bin.
@@ -76,16 +76,16 @@ def bin_confidences(
 def adaptive_calibration_error(
     confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], num_bins: int = 15
 ) -> float:
-    """ECE over bins that hold equally many examples instead of being equally wide.
+    """ECE over bins that hold equal numbers of examples instead of having equal widths.
 
     Where most confidences are high, equal widths leave most bins nearly empty (Nguyen and
     O'Connor, EMNLP 2015; Mukhoti et al., NeurIPS 2020). Equal confidences share a bin, so the
     result does not depend on the order of the examples; a bin may then hold more than its share.
 
     Args:
-        confidence: float `[N]` in [0, 1].
-        correct: bool `[N]`.
-        num_bins: at least 1.
+        confidence: Probability of the predicted class, float `[N]` in [0, 1].
+        correct: Whether the predicted class was right, bool `[N]`.
+        num_bins: Number of bins, at least 1.
 
     Returns:
         A fraction in [0, 1].
@@ -101,7 +101,7 @@ def adaptive_calibration_error(
 
 
 def brier_score(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Mean squared distance of float `[N, C]` from the one-hot labels, summed over classes: 0 to 2.
+    """Mean squared distance of float `[N, C]` from the one-hot labels int `[N]`: 0 to 2.
 
     Brier, Verification of forecasts expressed in terms of probability, 1950.
     """
@@ -135,7 +135,7 @@ def _errors_of_bins(
 def negative_log_likelihood(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Mean of `-log softmax(logits)[label]` in nats, from float `[N, C]` and int `[N]`.
 
-    From logits, so that a probability that underflows does not make it infinite.
+    It takes logits, so that a probability that underflows does not make it infinite.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     log_probabilities = special.log_softmax(logits, axis=1)

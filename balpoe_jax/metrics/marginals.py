@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prior that each expert is trained for, and how far what it predicts is from it."""
+"""The prior that an expert is trained for, and the distance of its predictions from it."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,14 +9,14 @@ from balpoe_jax.errors import UserError
 
 
 def target_prior(class_counts: npt.ArrayLike, tau: float) -> npt.NDArray[np.float64]:
-    """The prior `π^λ / Σ π^λ` with `λ = 1 - tau` that an expert's raw logits are unbiased for.
+    """The prior `π^λ / Σ π^λ`, `λ = 1 - tau`, under which an expert's raw logits are unbiased.
 
-    BalPoE's parametrised target priors (paper, section 3): tau 0 keeps the training prior, 1 is
-    uniform, 2 its inverse.
+    These are BalPoE's parametrised target priors (paper, section 3): tau 0 is the training prior, 1
+    the uniform one, 2 the inverse one.
 
     Args:
-        class_counts: int `[C]`, all positive.
-        tau: of the expert's loss.
+        class_counts: Training images of each class, int `[C]`, all positive.
+        tau: Tau of the expert's loss.
 
     Returns:
         float64 `[C]`, summing to 1.
@@ -34,8 +34,8 @@ def kl_divergence(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
     """`KL(p || q)` in nats; infinite where `q` is 0 and `p` is not.
 
     Args:
-        p: float `[C]`, a distribution.
-        q: float `[C]`, another one.
+        p: Distribution, float `[C]`.
+        q: Another one, float `[C]`.
     """
     p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
     if p.shape != q.shape:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do unlabelled examples have another class prior than labelled ones? A test on predictions."""
+"""A test of whether unlabelled examples have another class prior than labelled ones."""
 
 import numpy as np
 import numpy.typing as npt
 
-# Cells expected to hold fewer are merged: the statistic is far from a chi-square below.
+# Cells with a smaller expected count are merged: with them the statistic is no chi-square.
 _LEAST_EXPECTED = 5.0
 
 
@@ -17,25 +17,26 @@ def prior_shift_p_value(
     """The p value of "the examples have a uniform class prior", from predicted classes alone.
 
     The predictions on the examples are compared with those on held-out ones, weighted so that every
-    class that occurs there counts the same. That asks nothing of the classifier's accuracy or
-    calibration: if the images of each class look alike in both sets, a difference can only come
-    from the class frequencies (Lipton et al., Detecting and Correcting for Label Shift with Black
-    Box Predictors, ICML 2018; Rabanser et al., Failing Loudly, NeurIPS 2019). Two tests are made: a
-    chi-square test of homogeneity, for any shift, and one of the mean logarithm of the predicted
-    class's training size, which sees a shift to frequent or rare classes much sooner. The smaller
-    of their p values is doubled, since there are two.
+    class that occurs there counts the same. The classifier need not be accurate or calibrated: if
+    the images of each class look alike in both sets, a difference can only come from the class
+    frequencies (Lipton et al., Detecting and Correcting for Label Shift with Black Box Predictors,
+    ICML 2018; Rabanser et al., Failing Loudly, NeurIPS 2019).
 
-    Predictions of classes without held-out examples are left out, as nothing says how often they
-    should be made; held-out examples of unequal weight count as Kish's effective number.
+    Two tests are made. A chi-square test of homogeneity finds any shift. A test of the mean
+    logarithm of the predicted class's training size finds a shift to frequent or rare classes with
+    fewer examples. The smaller of their p values is doubled, since there are two.
+
+    Predictions of classes without held-out examples are left out, because their expected number is
+    unknown. Held-out examples of unequal weight count as Kish's effective number.
 
     Args:
-        predicted: int `[N]`, the examples' predicted classes.
-        held_out_predicted: int `[H]`, those of the labelled ones.
-        held_out_labels: int `[H]`, their classes.
-        train_counts: int `[C]`, positive.
+        predicted: Predicted classes of the examples, int `[N]`.
+        held_out_predicted: Predicted classes of the held-out examples, int `[H]`.
+        held_out_labels: True classes of the held-out examples, int `[H]`.
+        train_counts: Training images of each class, int `[C]`, positive.
 
     Returns:
-        In [0, 1]; 1 if there is nothing to compare.
+        The p value, in [0, 1]; 1 if there is nothing to compare.
     """
     sizes = np.asarray(train_counts, np.float64)
     num_classes = len(sizes)
@@ -54,17 +55,17 @@ def prior_shift_p_value(
 
 
 def _homogeneity_p_value(observed: npt.NDArray[np.float64]) -> float:
-    """Of a chi-square test that two rows of counts are of one distribution."""
+    """The p value of a chi-square test that two rows of counts have one distribution."""
     cells = _merge_rare(observed)
     if cells.shape[1] < 2 or not cells.sum(axis=1).all():
         return 1.0
-    from scipy import stats  # not above: it takes seconds to import
+    from scipy import stats  # not above: its import takes seconds
 
     return float(stats.chi2_contingency(cells, correction=False).pvalue)
 
 
 def _trend_p_value(observed: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> float:
-    """Of a two-sided test that the mean of `values` is the same under two rows of counts."""
+    """The p value of a two-sided test that `values` have one mean under two rows of counts."""
     if np.ptp(values) == 0:
         return 1.0
     from scipy import stats  # as above
@@ -78,10 +79,10 @@ def _trend_p_value(observed: npt.NDArray[np.float64], values: npt.NDArray[np.flo
 
 
 def _merge_rare(observed: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Columns whose expected counts are too small become one; dropped if that is still too small.
+    """Merges columns whose expected counts are too small; drops them if that is not enough.
 
     Args:
-        observed: `[2, cells]`.
+        observed: Counts float64 `[2, cells]`.
     """
     totals = observed.sum(axis=0)
     expected = totals * observed.sum(axis=1).min() / max(totals.sum(), 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of a whole test set, read a few examples at a time, and what is kept of each example.
+"""Summaries of logits of a whole test set, which are read a few examples at a time.
 
 Logits of a large data set (iNaturalist 2018: 24,426 x 8,142 for each expert) stay in a
 memory-mapped file; nothing here holds more than a block of them in memory.
@@ -17,12 +17,12 @@ _NUMBERS_A_BLOCK = 2**22  # 32 MB in float64
 
 
 class MeanLogits:
-    """The mean of some experts' logits, as an array `[N, C]` that is computed when it is indexed.
+    """The mean of some experts' logits: an array `[N, C]` that is computed when it is indexed.
 
     Args:
-        expert_logits: float `[E, N, C]`, in memory or memory-mapped.
-        experts: positions of those that take part; None for all.
-        weights: of those, of sum 1; None for equal ones.
+        expert_logits: Logits float `[E, N, C]`, in memory or memory-mapped.
+        experts: Positions of the experts that take part; None for all.
+        weights: Weights of these experts, of sum 1; None for equal ones.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MeanLogits:
         self.shape: tuple[int, int] = expert_logits.shape[1:]
 
     def __getitem__(self, rows: Any) -> npt.NDArray[np.float64]:
-        """float64 `[n, C]` of a slice or of positions."""
+        """The mean logits of a slice or of positions, float64 `[n, C]`."""
         total = np.zeros_like(self._expert_logits[0, rows], np.float64)
         if self._weights is not None:
             for weight, expert in zip(self._weights, self._experts, strict=True):
@@ -49,14 +49,14 @@ class MeanLogits:
 
 
 class Summary(NamedTuple):
-    """What one classifier says of each of `N` examples, without the `[N, C]` probabilities.
+    """A classifier's predictions for `N` examples, without their `[N, C]` probabilities.
 
     Attributes:
-        predicted: int64 `[N]`, the class of the largest logit; ties go to the lowest class.
-        confidence: float64 `[N]`, the probability of that class.
-        nll: float64 `[N]`, negative log-likelihood of the label in nats.
-        brier: float64 `[N]`, squared distance from the one-hot label, 0 to 2.
-        marginal: float64 `[C]`, mean probabilities over the examples: the expected marginal.
+        predicted: Class of the largest logit, int64 `[N]`; ties go to the lowest class.
+        confidence: Probability of that class, float64 `[N]`.
+        nll: Negative log-likelihood of the label in nats, float64 `[N]`.
+        brier: Squared distance from the one-hot label, float64 `[N]`, 0 to 2.
+        marginal: Mean probabilities over the examples, the expected marginal, float64 `[C]`.
     """
 
     predicted: npt.NDArray[np.int64]
@@ -76,11 +76,12 @@ def summarize(
     """Summarises `softmax(scale * logits + offset)`, a block of examples at a time.
 
     Args:
-        logits: float `[N, C]`; anything with a shape whose slices and positions can be read.
-        labels: int `[N]`.
-        rows: positions of the examples to summarise; None for all.
-        scale: of the logits, the inverse of a temperature.
-        offset: float `[C]` added afterwards, such as a log prior.
+        logits: Logits float `[N, C]`: an array, or another object with a shape that can be indexed
+            by slices and positions.
+        labels: True classes, int `[N]`.
+        rows: Positions of the examples to summarise; None for all.
+        scale: Factor of the logits, the inverse of a temperature.
+        offset: Numbers to add afterwards, such as a log prior, float `[C]`.
 
     Raises:
         UserError (a `ValueError`): logits that are not finite, or no examples.
@@ -94,7 +95,7 @@ def summarize(
         positions = block if rows is None else rows[block]
         values = np.asarray(logits[positions], np.float64)
         if not np.isfinite(values).all():
-            check_finite(logits, rows)  # which counts them all
+            check_finite(logits, rows)  # counts them all, and raises
         values = values * scale + (0.0 if offset is None else np.asarray(offset, np.float64))
         predicted = values.argmax(axis=1)
         values -= values.max(axis=1, keepdims=True)
@@ -115,7 +116,7 @@ def predicted_classes(logits: Any) -> npt.NDArray[np.int64]:
     """The class of the largest logit of every example, int64 `[N]`, a block at a time.
 
     Args:
-        logits: float `[N, C]`, as for `summarize`.
+        logits: Logits float `[N, C]`, as for `summarize`.
     """
     return np.concatenate([logits[block].argmax(axis=1) for block in blocks(*logits.shape)])
 
@@ -130,15 +131,15 @@ def blocks(num_examples: int, num_classes: int) -> Iterator[slice]:
 def check_finite(
     logits: Any, rows: npt.NDArray[np.integer] | None = None, what: str = "examples"
 ) -> None:
-    """Reads all logits, a block at a time, and refuses those of a model that has diverged.
+    """Reads all logits, a block at a time, and raises an error unless they are finite.
 
     Args:
-        logits: float `[N, C]`, as for `summarize`.
-        rows: positions of the examples to read; None for all.
-        what: they are called in the message.
+        logits: Logits float `[N, C]`, as for `summarize`.
+        rows: Positions of the examples to read; None for all.
+        what: Name of the examples in the message.
 
     Raises:
-        UserError (a `ValueError`): logits that are not finite, and of how many examples.
+        UserError (a `ValueError`): logits that are not finite, with the number of such examples.
     """
     num_examples, num_classes = logits.shape[0] if rows is None else len(rows), logits.shape[1]
     wrong = 0

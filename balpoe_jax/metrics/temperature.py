@@ -14,11 +14,11 @@ _LARGEST_TEMPERATURE = 1e3
 
 
 class Correction(NamedTuple):
-    """Logits are to be read as `scale * logits + bias`.
+    """A correction of logits to `scale * logits + bias`.
 
     Attributes:
-        scale: positive; the inverse of a temperature.
-        bias: float64 `[C]`.
+        scale: Inverse of a temperature, positive.
+        bias: Bias of each class, float64 `[C]`.
     """
 
     scale: float
@@ -26,15 +26,15 @@ class Correction(NamedTuple):
 
 
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """The temperature `T` whose `softmax(logits / T)` has the least negative log-likelihood.
+    """The temperature `T` for which `softmax(logits / T)` has the least negative log-likelihood.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in `1 / T`,
-    so the minimum is the only one. Where it lies at infinity (every prediction right) or 0 (every
-    one wrong), a temperature in [1/1000, 1000] is returned beyond which the loss is flat.
+    so there is one minimum. If it lies at T = 0 (every prediction right) or at infinity (every one
+    wrong), the result is a temperature in [1/1000, 1000] beyond which the loss is flat.
 
     Args:
-        logits: float `[N, C]`.
-        labels: int `[N]`.
+        logits: Logits float `[N, C]`.
+        labels: True classes, int `[N]`.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, or no example.
@@ -47,7 +47,7 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
         return float(-np.mean(values[rows, labels]))
 
     bound = np.log(_LARGEST_TEMPERATURE)
-    from scipy import optimize  # not above: it takes a while to import
+    from scipy import optimize  # not above: its import takes a while
 
     found = optimize.minimize_scalar(
         loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}
@@ -61,24 +61,24 @@ def fit_bias_correction(
     train_counts: npt.ArrayLike,
     penalty: float = 1.0,
 ) -> Correction:
-    """Temperature and class biases together, for logits that are to estimate a prior.
+    """Fits a temperature and class biases together, to estimate a prior with the logits.
 
-    A temperature leaves the mean prediction of each class where it was; estimating a prior needs
-    it right (bias-corrected temperature scaling: Alexandari et al., Maximum Likelihood with
+    A temperature does not correct the mean prediction of each class, on which the estimate of a
+    prior depends (bias-corrected temperature scaling: Alexandari et al., Maximum Likelihood with
     Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation, ICML 2020). Examples are
-    weighted so that every class that occurs counts the same, as for a uniform prior.
+    weighted so that every class that occurs counts the same, as under a uniform prior.
 
-    A bias is a trend plus a rest: `a * log(train_counts)`, which is what training on a long tail
-    leaves behind, is free, and the rest is penalised. A class without examples, such as the largest
-    one where a data set keeps all of it for training, follows the trend; its logits have no part in
-    the fit, so that nothing is learnt from its absence.
+    A bias is a trend plus a rest. The trend `a * log(train_counts)`, which training on a long tail
+    leaves, is free; the rest is penalised. A class without examples follows the trend, such as the
+    largest class of a data set that keeps all of it for training. Its logits have no part in the
+    fit, so that nothing is learnt from its absence.
 
     Args:
-        logits: float `[N, C]`.
-        labels: int `[N]`.
-        train_counts: int `[C]`, positive.
-        penalty: weight of half the sum of squared rests, against a sum of losses in which the
-            examples count 1 on average.
+        logits: Logits float `[N, C]`.
+        labels: True classes, int `[N]`.
+        train_counts: Training images of each class, int `[C]`, positive.
+        penalty: Weight of half the sum of squared rests, against a sum of losses in which an
+            example counts 1 on average.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, or no example.
@@ -118,7 +118,7 @@ def _bias_loss(
     weights: npt.NDArray[np.float64],
     penalty: float,
 ) -> Callable[[npt.NDArray[np.float64]], tuple[float, npt.NDArray[np.float64]]]:
-    """The loss and its gradient by log scale, slope of the trend and rests, in that order."""
+    """A function of log scale, slope of the trend and rests that returns loss and gradient."""
     rows = np.arange(len(labels))
 
     def loss(parameters: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:

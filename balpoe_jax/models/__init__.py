@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from flax import linen as nn
+
 from balpoe_jax.errors import UserError
 from balpoe_jax.models import heads, resnet_cifar, resnet_imagenet
 from balpoe_jax.models.batch_norm import BatchNormInParts
@@ -26,9 +28,9 @@ class Architecture(NamedTuple):
     """What tells a model from the others of its family.
 
     Attributes:
-        stage_sizes: blocks in each stage.
-        groups, group_width: see `resnet_imagenet.Bottleneck`.
-        branches: whether it ends in two blocks side by side, see `resnet_cifar`.
+        stage_sizes: Blocks in each stage.
+        groups, group_width: Groups of the 3x3 convolutions, see `resnet_imagenet.Bottleneck`.
+        branches: Whether it ends in two parallel blocks, see `resnet_cifar`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -47,7 +49,7 @@ CIFAR_MODELS = {
     "resnet32_bbn": Architecture((5, 5, 4), branches=True),
 }
 
-# For large images: see `resnet_imagenet`. ResNeXt-50 is the one of 32 groups of 4 channels.
+# For large images: see `resnet_imagenet`. ResNeXt-50 is the variant 32x4d.
 IMAGENET_MODELS = {
     "resnet50": Architecture((3, 4, 6, 3)),
     "resnet101": Architecture((3, 4, 23, 3)),
@@ -83,34 +85,34 @@ def create_model(
     `mutable=["batch_stats"]`.
 
     Args:
-        name: one of `MODELS`.
-        num_classes: `C`.
-        num_experts: `E`, at least 1.
-        axis_name: the mapped axis over which BatchNorm takes its statistics, so that they are
-            those of the global batch; None for each device's own.
+        name: One of `MODELS`.
+        num_classes: Number of classes, `C`.
+        num_experts: Number of experts, `E`, at least 1.
+        axis_name: Mapped axis over which BatchNorm takes its statistics, so that they are those of
+            the global batch; None for each device's own.
         expert_map: "loop", "vmap" or "stacked", see `ExpertEnsemble`; the parameters are the same.
         classifier: "cosine" (scaled cosine similarity, no bias), "cosine_bias" or "linear".
-        scale: of the cosine classifier.
+        scale: Scale of the cosine classifier.
         classifier_init: Initial values of a linear classifier, "he" or "torch" (PyTorch's own);
             None for He's in `CIFAR_MODELS` and PyTorch's in `IMAGENET_MODELS`.
-        reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64; for
-            `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
-        shared_stages: how many stages the experts share: None for one, or two of
+        reduce_dimension: Whether the experts have reduced widths: 24 and 48 instead of 32 and 64;
+            for `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
+        shared_stages: Number of stages that the experts share: None for one, or two of
             `IMAGENET_MODELS`; 0 for the stem alone; -1 for nothing, E complete networks.
-        stage_sizes: blocks in each stage instead of the model's own: three numbers, four for
+        stage_sizes: Blocks in each stage instead of the model's own: three numbers, four for
             `IMAGENET_MODELS`.
-        dtype: of the computations in trunk and bodies, such as `jnp.bfloat16`; None for that of
-            images and parameters. Parameters, statistics, features and heads stay in float32.
-        remat: compute the inside of blocks again in the backward pass instead of keeping it: less
-            memory, more work, the same results.
-        norm_in_parts: whether BatchNorm adds up its rows part by part, for GPUs, see
+        dtype: Type of the computations in trunk and bodies, such as `jnp.bfloat16`; None for that
+            of images and parameters. Parameters, statistics, features and heads stay in float32.
+        remat: Whether the backward pass computes the inside of blocks again instead of storing it:
+            less memory, more work, the same results.
+        norm_in_parts: Whether BatchNorm adds up its rows part by part, for GPUs, see
             `balpoe_jax.models.batch_norm.BatchNormInParts`.
 
     Raises:
         UserError (a `ValueError`): an unknown name or option.
 
-    The architecture is the reference repository's, to the initialiser, except that Flax stores
-    the biased batch variance in its running average where PyTorch stores the unbiased one.
+    The architecture and its initialisers are the reference repository's, with one exception: Flax
+    averages the biased variance of batches, PyTorch the unbiased one.
     """
     _check_choice("model", name, tuple(MODELS))
     _check_choice("expert_map", expert_map, EXPERT_MAPS)
@@ -119,34 +121,61 @@ def create_model(
         raise UserError(
             f"Expected num_classes >= 1 and num_experts >= 1, got {num_classes} and {num_experts}."
         )
-    small = name in CIFAR_MODELS
     architecture = MODELS[name]
     if stage_sizes is not None:
         architecture = architecture._replace(stage_sizes=_checked_sizes(name, stage_sizes))
+    trunk, body = _make_trunk_and_body(
+        name,
+        architecture,
+        _checked_shared_stages(name, shared_stages),
+        reduce_dimension,
+        conv_by_expert if expert_map == "stacked" else None,
+        axis_name=axis_name,
+        dtype=dtype,
+        norm=BatchNormInParts if norm_in_parts else BatchNorm,
+        remat=remat,
+    )
+    head = _make_head(name, classifier, num_classes, scale, classifier_init)
+    return ExpertEnsemble(
+        trunk=trunk, expert=Expert(body, head), num_experts=num_experts, expert_map=expert_map
+    )
+
+
+def _make_trunk_and_body(
+    name: str,
+    architecture: Architecture,
+    shared: int,
+    reduce_dimension: bool,
+    convolve: Any,
+    *,
+    remat: bool,
+    **options: Any,
+) -> tuple[nn.Module, nn.Module]:
+    """The shared part of a network, and the expert's part without its head.
+
+    Args:
+        name: One of `MODELS`.
+        architecture: Architecture of the network.
+        shared: Number of shared stages; -1 if the stem is not shared, either.
+        reduce_dimension: Whether the experts have reduced widths.
+        convolve: Function that computes the expert's convolutions; None for Flax's.
+        remat: Whether blocks are computed again in the backward pass.
+        **options: `axis_name`, `dtype` and `norm` of all layers.
+    """
+    family = resnet_cifar if name in CIFAR_MODELS else resnet_imagenet
     sizes = architecture.stage_sizes
-    shared = (1 if small else 2) if shared_stages is None else shared_stages
-    if not -1 <= shared <= len(sizes):
-        raise UserError(
-            f"shared_stages of {name} must be from -1 (nothing is shared) to {len(sizes)}, got "
-            f"{shared_stages}."
-        )
-    family = resnet_cifar if small else resnet_imagenet
     widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
-    norm = BatchNormInParts if norm_in_parts else BatchNorm
-    options = {"axis_name": axis_name, "dtype": dtype, "remat": remat, "norm": norm}
-    ending = {"last_width": widths[-1]} if architecture.branches else {}
-    if not small:
-        options["block"] = partial(
+    stem, cut = shared >= 0, max(0, shared)
+    both = {"remat": remat, **options}
+    if family is resnet_imagenet:
+        both["block"] = partial(
             resnet_imagenet.Bottleneck,
             groups=architecture.groups,
             group_width=architecture.group_width,
-            axis_name=axis_name,
-            dtype=dtype,
-            norm=norm,
+            **options,
         )
-    convolve = conv_by_expert if expert_map == "stacked" else None
-    stem, cut = shared >= 0, max(0, shared)
-    trunk = family.Trunk(sizes[:cut], widths[:cut], stem=stem, **options)
+    trunk = family.Trunk(sizes[:cut], widths[:cut], stem=stem, **both)
+    ending = {"last_width": widths[-1]} if architecture.branches else {}
     body = family.ExpertBody(
         sizes[cut:],
         widths[cut:],
@@ -154,19 +183,32 @@ def create_model(
         stem=not stem,
         convolve=convolve,
         **ending,
-        **options,
+        **both,
     )
-    # The reference initialises a linear layer itself only in its networks for small images.
-    linear_init = classifier_init or ("he" if small else "torch")
+    return trunk, body
+
+
+def _make_head(
+    name: str, classifier: str, num_classes: int, scale: float, classifier_init: str | None
+) -> nn.Module:
+    # Only in its networks for small images the reference replaces PyTorch's initialisation.
+    linear_init = classifier_init or ("he" if name in CIFAR_MODELS else "torch")
     _check_choice("classifier_init", linear_init, tuple(heads.INITIALISERS))
-    head = (
-        heads.LinearHead(num_classes, heads.INITIALISERS[linear_init])
-        if classifier == "linear"
-        else heads.CosineHead(num_classes, scale, use_bias=classifier == "cosine_bias")
-    )
-    return ExpertEnsemble(
-        trunk=trunk, expert=Expert(body, head), num_experts=num_experts, expert_map=expert_map
-    )
+    if classifier != "linear":
+        return heads.CosineHead(num_classes, scale, use_bias=classifier == "cosine_bias")
+    return heads.LinearHead(num_classes, heads.INITIALISERS[linear_init])
+
+
+def _checked_shared_stages(name: str, shared_stages: int | None) -> int:
+    stages = len(MODELS[name].stage_sizes)
+    if shared_stages is None:
+        return 1 if name in CIFAR_MODELS else 2
+    if not -1 <= shared_stages <= stages:
+        raise UserError(
+            f"shared_stages of {name} must be from -1 (nothing is shared) to {stages}, got "
+            f"{shared_stages}."
+        )
+    return shared_stages
 
 
 def _checked_sizes(name: str, stage_sizes: Sequence[int]) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalisation that a GPU computes in few kernels; parameters and state are Flax's."""
+"""Batch normalisation in few GPU kernels, with the parameters and the state of Flax's."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ _Pair = tuple[jax.Array, jax.Array]
 class BatchNormInParts(nn.Module):
     """`flax.linen.BatchNorm` over all axes but the last, in another order of operations.
 
-    On a GPU a sum over many rows is two kernels: one adds up parts of the rows, one the parts. Two
-    sums over the same rows share the first kernel; here they share the second one, too.
+    On a GPU a sum over many rows takes two kernels: one adds up parts of the rows, one the parts.
+    Two sums over the same rows share the first kernel; here they share the second one, too.
 
     Attributes:
-        use_running_average: normalise by the running averages, which stay as they are.
-        axis_name: mapped axis that the statistics are taken over, too; None for none.
-        dtype: of the result; None for what follows from input and parameters.
-        momentum: share of the old running average. PyTorch's momentum of 0.1 is 0.9 here.
-        epsilon: constant that is added to the variance.
+        use_running_average: Whether to normalise by the running averages, which then stay the same.
+        axis_name: Mapped axis over which the statistics are averaged, too; None for none.
+        dtype: Type of the result; None for the one that follows from input and parameters.
+        momentum: Share of the old running average. PyTorch's momentum of 0.1 is 0.9 here.
+        epsilon: Constant that is added to the variance.
     """
 
     use_running_average: bool
@@ -52,7 +52,8 @@ class BatchNormInParts(nn.Module):
                 for running, new in ((running_mean, mean), (running_var, var)):
                     running.value = self.momentum * running.value + (1 - self.momentum) * new
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        # The mean's gradient goes by way of the shift, whose own is a sum that is needed anyway.
+        # The gradient of the mean flows through the shift, whose gradient is a sum that is needed
+        # anyway.
         center = jax.lax.stop_gradient(mean)
         shift = bias + (center - mean) * factor
         factor, shift = _copy_to_parts((factor, shift), len(parts))
@@ -60,8 +61,8 @@ class BatchNormInParts(nn.Module):
 
 
 def _statistics(parts: jax.Array, axis_name: str | None) -> _Pair:
-    """Mean and biased variance `[C]` of rows in parts `[P, R, C]`, of all devices on the axis."""
-    # Divided before the parts are added up: afterwards it would be a kernel of its own.
+    """Mean and biased variance `[C]` of rows in parts `[P, R, C]`, over all devices of the axis."""
+    # Divided before the parts are added up: afterwards the division would be another kernel.
     share = 1 / (parts.shape[0] * parts.shape[1])
     sums = _one_kernel((parts.sum(axis=1), jnp.square(parts).sum(axis=1)))
     means = (_join(sums) * share).sum(axis=1)
@@ -72,7 +73,7 @@ def _statistics(parts: jax.Array, axis_name: str | None) -> _Pair:
 
 
 def _copy_to_parts(pair: _Pair, parts: int) -> _Pair:
-    """Two `[C]` as `[P, 1, C]`, a copy for each part, so that their gradient is summed by part."""
+    """Copies two `[C]` to `[P, 1, C]`, so that their gradients are summed part by part."""
     joined = _join(pair)[:, None, None]
     return _one_gradient_kernel(_cut(jnp.broadcast_to(joined, (2, parts, *joined.shape[2:]))))
 
@@ -83,14 +84,14 @@ def _join(pair: _Pair) -> jax.Array:
 
 
 def _cut(pair: jax.Array) -> _Pair:
-    """The reverse of `_join`, and its gradient, which the compiler then sees through."""
+    """The reverse of `_join`, written so that the compiler sees through its gradient."""
     first, second = jax.lax.split(pair, (1, 1))
     return first.reshape(first.shape[1:]), second.reshape(second.shape[1:])
 
 
 @jax.custom_jvp
 def _one_kernel(pair: _Pair) -> _Pair:
-    """The same, computed side by side: the compiler must not fuse one with what comes later."""
+    """The pair, computed together: keeps the compiler from fusing one of it with later code."""
     return jax.lax.optimization_barrier(pair)
 
 
@@ -101,7 +102,7 @@ def _one_kernel_jvp(primals: tuple[_Pair], tangents: tuple[_Pair]) -> tuple[_Pai
 
 @jax.custom_vjp
 def _one_gradient_kernel(pair: _Pair) -> _Pair:
-    """The same, with gradients that are computed side by side."""
+    """The pair, with gradients that are computed together."""
     return pair
 
 
@@ -111,7 +112,7 @@ _one_gradient_kernel.defvjp(
 
 
 def _number_of_parts(rows: int) -> int:
-    """The largest power of two that divides the rows and is at most half their root or so."""
+    """The largest power of two that divides the rows and is at most about their square root."""
     parts = 1
     while rows % (2 * parts) == 0 and 4 * parts**2 <= rows:
         parts *= 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions of stacked experts, one an expert in place of a grouped one."""
+"""Convolutions of stacked experts: one for each expert in place of a grouped one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,26 +8,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Layout of images, kernels and results that GPUs compute in; the kernels of Flax are "HWIO".
+# Layouts of images, kernels and results in which GPUs compute; the kernels of Flax are "HWIO".
 _GPU = ("NHWC", "OHWI", "NHWC")
 
-# Channels from which XLA gives the transposition of a kernel a GPU kernel of its own.
+# Number of channels from which XLA transposes an expert's kernel in a GPU kernel of its own.
 _TILE = 64
 
 
 def conv_by_expert(
     lhs: jax.Array, rhs: jax.Array, window_strides: Any, padding: Any, **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` that `jax.vmap` maps one by one.
+    """`jax.lax.conv_general_dilated`, which becomes one convolution for each expert under `vmap`.
 
-    The rule of JAX makes one grouped convolution of the mapped ones, whose gradients are slow on
-    GPUs (jax#13800, jax#26266). The numbers are the same. The gradient may be taken around `vmap`,
-    and not without it.
+    JAX's own rule makes a single grouped convolution, whose gradients are slow on GPUs (jax#13800,
+    jax#26266). The numbers are the same. A gradient has to be taken of the mapped function: there
+    is none without `vmap`.
 
     Args:
-        lhs: images `[B, H, W, in]`.
-        rhs: kernel `[h, w, in, out]`.
-        window_strides, padding, **options: rest of that function's arguments, as Flax gives them.
+        lhs: Images `[B, H, W, in]`.
+        rhs: Kernel `[h, w, in, out]`.
+        window_strides, padding, **options: Other arguments of that function, as Flax passes them.
     """
     convolve: Callable[..., jax.Array] = partial(
         jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
@@ -46,7 +46,7 @@ def conv_by_expert(
 
 
 def _kernels(stacked: jax.Array) -> Any:
-    """Kernels `[E, h, w, in, out]` as E of `[out, h, w, in]`, in as few GPU kernels as XLA can."""
+    """Kernels `[E, h, w, in, out]` as E of `[out, h, w, in]`, in as few GPU kernels as possible."""
     if min(stacked.shape[-2:]) < _TILE:
         return jnp.moveaxis(stacked, -1, 1)
     return [jnp.moveaxis(kernel, -1, 0) for kernel in stacked]

@@ -10,11 +10,12 @@ EXPERT_MAPS = ("loop", "vmap", "stacked")
 
 
 class Outputs(NamedTuple):
-    """What a model returns.
+    """The outputs of a model.
 
     Attributes:
-        logits: float `[E, B, C]`, raw: no prior was added. The ensemble's are their mean over E.
-        features: float `[E, B, D]`, pooled, before the head.
+        logits: Raw logits, to which no prior was added, float `[E, B, C]`. Their mean over E are
+            the ensemble's logits.
+        features: Pooled features before the head, float `[E, B, D]`.
     """
 
     logits: jax.Array
@@ -36,11 +37,11 @@ class Expert(nn.Module):
 class ExpertEnsemble(nn.Module):
     """Maps one expert over `num_experts` sets of parameters, stacked on a leading axis `[E, ...]`.
 
-    The parameters do not depend on `expert_map`, so a checkpoint serves all: "vmap" batches the
-    experts into grouped convolutions, which suits narrow networks on TPUs; "loop" unrolls them,
-    which suits wide ones and is several times faster on a CPU. "stacked" is "vmap" but for the
-    convolutions, which `expert.body` must unroll (see `models.convolutions`): on a GPU everything
-    else is one kernel for all experts.
+    The parameters do not depend on `expert_map`, so a checkpoint fits all three. "vmap" batches the
+    experts into grouped convolutions, which suits narrow networks on TPUs. "loop" unrolls them,
+    which suits wide ones and is several times faster on a CPU. "stacked" is "vmap", except that
+    `expert.body` unrolls the convolutions (see `models.convolutions`): on a GPU everything else is
+    one kernel for all experts.
     """
 
     trunk: nn.Module
@@ -52,13 +53,13 @@ class ExpertEnsemble(nn.Module):
         """Logits and features of every expert.
 
         Args:
-            images: float `[B, H, W, 3]`, normalised.
-            train: use and update batch statistics (apply with `mutable=["batch_stats"]`).
+            images: Normalised images, float `[B, H, W, 3]`.
+            train: Whether to use and update batch statistics (with `mutable=["batch_stats"]`).
         """
         shared = self.trunk(images, train)
         axes: Any = {"params": 0, "batch_stats": 0}
-        # The two maps split keys differently: initialising with one makes a seed mean one network.
-        # For one expert vmap is free, while the scan would keep a loop that is slow on a CPU.
+        # The two maps split keys differently, so only one of them initialises, and a seed means one
+        # network. For one expert vmap is free, while the scan would keep a slow loop on a CPU.
         if self.expert_map != "loop" or self.num_experts == 1 or self.is_initializing():
             mapped = nn.vmap(
                 lambda expert: expert(shared, train),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-# The last one is the cosine head with a bias.
+# "cosine_bias" is the cosine head with a bias.
 CLASSIFIERS = ("cosine", "linear", "cosine_bias")
 
 # Initialisers of a linear head: He's, and PyTorch's own, uniform in (-1, 1) / sqrt(D).
@@ -16,12 +16,12 @@ he_normal = initializers.variance_scaling(2.0, "fan_in", "normal")
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 INITIALISERS = {"he": he_normal, "torch": torch_uniform}
 
-# The norm below which the reference no longer divides.
+# Smallest norm by which the reference divides.
 _NORM_EPSILON = 1e-12
 
 
 def unit_columns(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-    """Uniform in (-1, 1), each column then scaled to length 1; shape `[D, C]`."""
+    """Draws `[D, C]` uniformly in (-1, 1), then scales each column to length 1."""
     weight = jax.random.uniform(key, shape, dtype, -1.0, 1.0)
     return normalize(weight, axis=0)
 
@@ -38,9 +38,9 @@ class CosineHead(nn.Module):
     Computed in float32 (or wider, if the features are), whatever the body's precision.
 
     Attributes:
-        num_classes: `C`.
-        scale: of the cosines.
-        use_bias: add one to each class, 0 at first, which is not scaled.
+        num_classes: Number of classes, `C`.
+        scale: Factor of the cosines.
+        use_bias: Whether to add a bias for each class, 0 at first, which is not scaled.
     """
 
     num_classes: int
@@ -52,7 +52,7 @@ class CosineHead(nn.Module):
         """float `[B, D]` -> `[B, C]`."""
         kernel = self.param("kernel", unit_columns, (features.shape[-1], self.num_classes))
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        # Accelerators multiply float32 in fewer bits by default; a logit is 30 times the product.
+        # By default accelerators multiply float32 in fewer bits, and the scale enlarges the error.
         cosines = jnp.matmul(
             normalize(features, axis=-1),
             normalize(kernel, axis=0),
@@ -66,7 +66,7 @@ class CosineHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A linear layer with bias, which is initialised as in PyTorch."""
+    """A linear layer whose bias is initialised as in PyTorch."""
 
     num_classes: int
     kernel_init: initializers.Initializer = he_normal

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backbones share: batch normalisation, stages of blocks, and pooling."""
+"""Parts that the backbones share: batch normalisation, stages of blocks, and pooling."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,11 +16,11 @@ class Stage(nn.Module):
     """Blocks of one kind in a row, the first with the stride.
 
     Attributes:
-        block: makes a block of its keyword arguments `stride` and `name`.
-        num_blocks: at least 1.
-        stride: of the first block.
-        remat: keep only the blocks' inputs for the backward pass, which computes the rest again:
-            less memory for about a third more work, and the same parameters and gradients.
+        block: Function of `stride` and `name` that makes a block.
+        num_blocks: Number of blocks, at least 1.
+        stride: Stride of the first block.
+        remat: Whether only the blocks' inputs are stored for the backward pass, which computes the
+            rest again: less memory for about a third more work, and equal gradients.
     """
 
     block: Callable[..., nn.Module]
@@ -51,17 +51,17 @@ def stages(
     block: Callable[..., nn.Module],
     remat: bool,
 ) -> jax.Array:
-    """Stages in a row, as layers `layer1`, ... of the module whose `__call__` calls this.
+    """Applies stages in a row, as submodules `layer1`, ... of the module that calls this.
 
-    All but the very first have stride 2.
+    All stages but `layer1` have stride 2.
 
     Args:
-        x: float `[B, H, W, in]`.
-        train: use and update batch statistics.
-        first: number of the first of these stages, counted from 1.
-        num_blocks, widths: of each.
-        block: makes a block of its width, stride and name.
-        remat: see `Stage`.
+        x: Input, float `[B, H, W, in]`.
+        train: Whether to use and update batch statistics.
+        first: Number of the first of these stages, counted from 1.
+        num_blocks, widths: Number of blocks and width of each stage.
+        block: Function of width, `stride` and `name` that makes a block.
+        remat: Whether blocks are computed again in the backward pass, see `Stage`.
     """
     for number, (blocks, width) in enumerate(zip(num_blocks, widths, strict=True), first):
         stride = 1 if number == 1 else 2

@@ -2,11 +2,11 @@
 """ResNets for small images (He et al., CVPR 2016, Section 4.2), cut into trunk and expert.
 
 The trunk is the stem and the first stage unless more or less is shared; an expert has the other
-stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced. Stage `s` of ResNet-(6n+2) has n
+stages. Widths are 16, 32 and 64, or 16, 24 and 48 if reduced. Each stage of ResNet-(6n+2) has n
 basic blocks.
 
-The variant of BBN (Zhou et al., CVPR 2020), on which LADE's figures are, ends in two blocks side by
-side in place of the last one, so that it has twice as many features.
+The variant of BBN (Zhou et al., CVPR 2020), which LADE's figures are for, ends in two parallel
+blocks in place of the last one, so that it has twice as many features.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ REDUCED_WIDTHS = (16, 24, 48)
 Conv3x3 = partial(
     nn.Conv,
     kernel_size=(3, 3),
-    # Explicit: "SAME" pads a strided convolution on the other side than PyTorch does.
+    # Explicit, because "SAME" pads a strided convolution on the other side than PyTorch.
     padding=((1, 1), (1, 1)),
     use_bias=False,
     kernel_init=initializers.variance_scaling(2.0, "fan_in", "normal"),
@@ -70,8 +70,8 @@ class Trunk(nn.Module):
     """The stem and the first stages, shared by all experts.
 
     Attributes:
-        num_blocks, widths: of the shared stages.
-        stem: whether the stem is shared; if not, the trunk hands on the images.
+        num_blocks, widths: Number of blocks and width of each shared stage.
+        stem: Whether the stem is shared; if not, the trunk returns the images.
     """
 
     num_blocks: Sequence[int]
@@ -84,9 +84,9 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 3]` -> `[B, H, W, 16]`, if the first stage is the last one shared.
+        """Float `[B, H, W, 3]` -> `[B, H, W, 16]`, if one stage is shared.
 
-        `train` uses and updates batch statistics.
+        `train` says whether to use and update batch statistics.
         """
         x = _stem(self, images, train) if self.stem else images
         block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype, norm=self.norm)
@@ -97,10 +97,10 @@ class ExpertBody(nn.Module):
     """The other stages and global average pooling: trunk output -> `[B, D]`.
 
     Attributes:
-        num_blocks, widths: of the expert's own stages.
-        first_stage: counted from 1.
-        stem: whether the expert has a stem of its own, the trunk's output being images.
-        last_width: of each of the two blocks that end BBN's variant; 0 for none.
+        num_blocks, widths: Number of blocks and width of each of the expert's stages.
+        first_stage: Number of the first of these stages, counted from 1.
+        stem: Whether the expert has its own stem, because the trunk returns images.
+        last_width: Width of each of the two parallel blocks of BBN's variant; 0 for none.
     """
 
     num_blocks: Sequence[int]
@@ -116,7 +116,7 @@ class ExpertBody(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics."""
+        """Float `[B, H, W, 16]` -> `[B, D]`; `train` as for the trunk."""
         if self.stem:
             x = _stem(self, x, train, self.convolve)
         block = partial(
@@ -134,7 +134,7 @@ class ExpertBody(nn.Module):
 
 
 def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:
-    """`[B, H, W, 3]` -> `[B, H, W, 16]`, by layers of the trunk or body that calls this."""
+    """`[B, H, W, 3]` -> `[B, H, W, 16]`, by submodules of the trunk or body that calls."""
     x = Conv3x3(STEM_WIDTH, dtype=module.dtype, conv_general_dilated=convolve, name="conv1")(images)
     norm = module.norm(
         use_running_average=not train,

@@ -3,8 +3,8 @@
 trunk and expert.
 
 The trunk is the stem and the first two stages unless more or less is shared; an expert has the
-other stages of its own. A stage of width `w` puts out `4 w` channels: the widths are 64, 128, 256
-and 512, or 64, 128, 192 and 384 reduced. The blocks' stride is on their 3x3 convolution.
+other stages. A stage of width `w` has `4 w` output channels. Widths are 64, 128, 256 and 512, or
+64, 128, 192 and 384 if reduced. The stride of a block is that of its 3x3 convolution.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,20 +25,20 @@ EXPANSION = 4
 Conv = partial(
     nn.Conv,
     use_bias=False,
-    # The reference divides by outgoing connections here, by incoming ones in the CIFAR networks.
+    # The reference scales by outgoing connections here, by incoming ones in its CIFAR networks.
     kernel_init=initializers.variance_scaling(2.0, "fan_out", "normal"),
 )
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution, around them a shortcut.
+    """A 1x1, a 3x3 and a 1x1 convolution with a shortcut around them.
 
     Where the shape changes, the shortcut is a strided 1x1 convolution with BatchNorm.
 
     Attributes:
-        width: the block puts out `4 width` channels.
-        groups: of the 3x3 convolution.
-        group_width: channels of a group where `width` is 64; the 3x3 convolution has
+        width: A quarter of the number of output channels.
+        groups: Number of groups of the 3x3 convolution.
+        group_width: Channels of a group where `width` is 64; the 3x3 convolution has
             `groups * group_width * width / 64` channels, `width` by default.
     """
 
@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
         norm = partial(
             self.norm, use_running_average=not train, axis_name=self.axis_name, dtype=self.dtype
         )
-        # Explicit padding: "SAME" pads a strided convolution on the other side than PyTorch does.
+        # Explicit padding, because "SAME" pads strided convolutions on the other side than PyTorch.
         conv = partial(Conv, dtype=self.dtype, conv_general_dilated=self.convolve)
         conv1x1 = partial(conv, kernel_size=(1, 1), padding=((0, 0), (0, 0)))
         conv3x3 = partial(conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
@@ -78,9 +78,9 @@ class Trunk(nn.Module):
     """The stem and the first stages, shared by all experts.
 
     Attributes:
-        num_blocks, widths: of the shared stages.
-        block: makes a `Bottleneck` of its width and stride.
-        stem: whether the stem is shared; if not, the trunk hands on the images.
+        num_blocks, widths: Number of blocks and width of each shared stage.
+        block: Function of width, `stride` and `name` that makes a `Bottleneck`.
+        stem: Whether the stem is shared; if not, the trunk returns the images.
     """
 
     num_blocks: Sequence[int]
@@ -96,7 +96,7 @@ class Trunk(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Float `[B, H, W, 3]` -> `[B, H / 8, W / 8, 512]`, rounded up, if two stages are shared.
 
-        `train` uses and updates batch statistics.
+        `train` says whether to use and update batch statistics.
         """
         x = _stem(self, images, train) if self.stem else images
         return stages(x, train, 1, self.num_blocks, self.widths, self.block, self.remat)
@@ -105,14 +105,14 @@ class Trunk(nn.Module):
 class ExpertBody(nn.Module):
     """The other stages and global average pooling: trunk output -> `[B, D]`.
 
-    The reference's ResNeXt ends in a 7x7 average pool instead, the same for images of 224 pixels,
-    the only ones it takes.
+    The reference's ResNeXt ends in a 7x7 average pool instead. It takes only images of 224 pixels,
+    for which that is the same.
 
     Attributes:
-        num_blocks, widths: of the expert's own stages.
-        block: makes a `Bottleneck` of its width and stride.
-        first_stage: counted from 1.
-        stem: whether the expert has a stem of its own, the trunk's output being images.
+        num_blocks, widths: Number of blocks and width of each of the expert's stages.
+        block: Function of width, `stride` and `name` that makes a `Bottleneck`.
+        first_stage: Number of the first of these stages, counted from 1.
+        stem: Whether the expert has its own stem, because the trunk returns images.
     """
 
     num_blocks: Sequence[int]
@@ -128,7 +128,7 @@ class ExpertBody(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 512]` -> `[B, D]`; `train` uses and updates batch statistics."""
+        """Float `[B, H, W, 512]` -> `[B, D]`; `train` as for the trunk."""
         if self.stem:
             x = _stem(self, x, train, self.convolve)
         block = partial(self.block, convolve=self.convolve)
@@ -137,7 +137,7 @@ class ExpertBody(nn.Module):
 
 
 def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:
-    """`[B, H, W, 3]` -> `[B, H / 4, W / 4, 64]`, by layers of the trunk or body that calls this."""
+    """`[B, H, W, 3]` -> `[B, H / 4, W / 4, 64]`, by submodules of the trunk or body that calls."""
     conv = Conv(
         STEM_WIDTH,
         kernel_size=(7, 7),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test modules use. Test modules do not import each other.
+"""Helpers that several test modules use. Test modules do not import each other.
 
 Attributes:
     ROOT: Root of the repository.

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentations and mixing that the tests of several pipelines take."""
+"""Augmentation and mixing that the tests of both pipelines use."""
 
 from balpoe_jax.data.settings import AugmentSettings, MixSettings
 
 UNIMIX = MixSettings(alpha=0.8, groups=2, rule="unimix", sampling_power=-0.5)
 
-
-# c_sim of the contrastive methods.
+# SimCLR's view, which `balpoe_jax.methods.augmentations` calls "similar".
 SIM = AugmentSettings(
     crop_area=0.2,
     flip=True,

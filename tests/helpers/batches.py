@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small sources of the host's pipeline, settings of batches, and batches that are equal."""
+"""Small sources and settings for the host's pipeline, and comparisons of batches."""
 
 import jax
 import numpy as np
@@ -9,9 +9,10 @@ from balpoe_jax.data.settings import AugmentSettings, MixSettings, TrainSettings
 from balpoe_jax.data.types import EvalBatch, TrainBatch
 
 BATCH = 8
+NUM_EXAMPLES = 21  # 3 steps an epoch, whose last batch wraps by 3 examples
 
-
-NUM_EXAMPLES = 21  # 3 steps an epoch, 3 examples of wrap
+# Settings without augmentation, mixing and normalisation.
+PLAIN = {"augment": AugmentSettings(), "mix": MixSettings(), "mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 def make_source(num_examples: int = NUM_EXAMPLES) -> ArraySource:
@@ -22,7 +23,7 @@ def make_source(num_examples: int = NUM_EXAMPLES) -> ArraySource:
 
 
 def make_settings(**changes) -> TrainSettings:
-    """Settings with augmentation and mixup, and these fields changed."""
+    """Settings with augmentation and mixup, with these fields changed."""
     fields = {
         "batch_size": BATCH,
         "seed": 3,
@@ -35,27 +36,24 @@ def make_settings(**changes) -> TrainSettings:
 
 
 def assert_equal(left, right) -> None:
-    """Two lists of batches have the same arrays."""
+    """Asserts that two lists of batches have the same arrays."""
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def join(parts: list[list[TrainBatch]]) -> list[TrainBatch]:
-    """The global batches of steps, put together from the rows of each host."""
+    """The global batches of steps, joined from the rows of each host."""
     return [jax.tree.map(lambda *x: np.concatenate(x), *step) for step in zip(*parts, strict=True)]
 
 
 def numbered_source(num_examples: int) -> ArraySource:
-    """Each image holds its own position, so that batches tell which examples they are made of."""
+    """Images that hold their own positions, so that a batch tells which examples it has."""
     positions = np.arange(num_examples)
     images = np.broadcast_to(positions[:, None, None, None], (num_examples, 2, 2, 3))
     return ArraySource(images.astype(np.uint8), positions % 3, positions)
 
 
 def positions_of(batch: TrainBatch | EvalBatch) -> np.ndarray:
-    """Positions int `[B]` of the examples of a batch of a numbered source."""
+    """Positions int `[B]` of the examples in a batch from a numbered source."""
     return np.round(batch.images[:, 0, 0, 0] * 255).astype(int)
-
-
-PLAIN = {"augment": AugmentSettings(), "mix": MixSettings(), "mean": (0, 0, 0), "std": (1, 1, 1)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small CIFARs, in memory and as the authors' archive."""
+"""Small versions of CIFAR, in memory and as the authors' archive."""
 
 import io
 import tarfile
@@ -10,8 +10,6 @@ import numpy as np
 from balpoe_jax.data.datasets import cifar_archive
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
-
-
 PER_CLASS = {"train": 5, "test": 2}  # divisible by the five members of CIFAR-10
 
 
@@ -19,7 +17,7 @@ def make_images(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Noise whose planes and rows differ, and labels in no order."""
     random = np.random.default_rng([CLASSES[name], len(split)])
     labels = random.permutation(np.repeat(np.arange(CLASSES[name]), PER_CLASS[split]))
-    # Few values, so that it is packed quickly.
+    # Few values, so that they compress quickly.
     images = random.integers(0, 4, (len(labels), 32, 32, 3)).astype(np.uint8) * 80
     return images, labels
 
@@ -41,7 +39,7 @@ def members(name: str) -> dict[str, bytes]:
 
 
 def write_archive(path: Path, files: dict[str, bytes]) -> Path:
-    """An archive of these files, and one that is none of CIFAR's."""
+    """Writes an archive of these files and one that does not belong to CIFAR."""
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, content in {"../readme.html": b"text", **files}.items():
             header = tarfile.TarInfo(name)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of the package in processes of their own, without the seconds that imports take.
+"""Runs commands of the package in their own processes, without the seconds that imports take.
 
-One process has imported everything and does nothing else; each command is a fork of it, with its
-own arguments, output and exit code. That the commands also start without it is tested where
-nothing but the start is (`test_a_command_starts_from_nothing`).
+One process imports everything and does nothing else. Each command is a fork of it, with its own
+arguments, output and exit code. `test_a_command_starts_from_nothing` tests the commands without it.
 """
 
 import atexit
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]  # not imported: this file is also run by itsel
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `python -m module arguments` does from the root of the repository."""
+    """Runs `python -m module arguments` in the root of the repository."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         ask = _server()
@@ -32,7 +31,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `python -m balpoe_jax.main arguments` does."""
+    """Runs `python -m balpoe_jax.main arguments`."""
     return run("balpoe_jax.main", *arguments)
 
 
@@ -41,7 +40,7 @@ def _server() -> Callable[[dict], int]:
     process = subprocess.Popen(
         [sys.executable, __file__],
         cwd=ROOT,
-        # What the commands set before they import TensorFlow; see `balpoe_jax.cli`.
+        # `balpoe_jax.cli` sets these before a command imports TensorFlow.
         env={
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "TF_ENABLE_ONEDNN_OPTS": "0",
@@ -65,7 +64,7 @@ def _server() -> Callable[[dict], int]:
 
 
 def _serve() -> None:
-    # Imports alone: no device is touched and no thread of TensorFlow's or JAX's is started.
+    # Only imports: they touch no device and start no thread of TensorFlow or JAX.
     import balpoe_jax.compare
     import balpoe_jax.evaluate
     import balpoe_jax.reproduce.scores
@@ -83,12 +82,12 @@ def _serve() -> None:
 
 
 def _become(request: dict) -> None:
-    """Turns this process into the command; leaves by what the command raises."""
+    """Turns this process into the command, and exits with the command's code."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in enumerate(request["outputs"], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     module = request["module"]
-    sys.modules.pop(module, None)  # it is to be run, not found imported
+    sys.modules.pop(module, None)  # so that it runs again
     sys.argv = [module, *request["arguments"]]
     code = 0
     try:
@@ -98,7 +97,7 @@ def _become(request: dict) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    # Without the seconds that Python takes to put all modules away.
+    # Skips the seconds that Python takes to unload all modules.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

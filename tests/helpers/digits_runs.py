@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs on the digits: their config, their rows, their last state, their interruption."""
+"""Whole runs on the digits: their configs, rows and last states, and interruptions."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ STEPS_PER_EPOCH = 3
 
 
 def tiny_config(total_epochs: int = 2, **changes):
-    """413 digits, three steps an epoch."""
+    """A config for 413 digits, with three steps an epoch."""
     config = get_config("digits_lt")
     config.batch_size = 140
     config.total_epochs = total_epochs
@@ -27,7 +27,7 @@ def tiny_config(total_epochs: int = 2, **changes):
 
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """The rows of a file of lines of JSON."""
+    """The rows of a file in JSON Lines."""
     return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
 
 
@@ -38,7 +38,7 @@ def final_state(config, workdir: Path):
 
 
 def interrupt(finished: Path, workdir: Path, epoch: int) -> None:
-    """A copy of the run as if it had been killed some time after the checkpoint of `epoch`."""
+    """Copies a run as if it had been killed some time after the checkpoint of `epoch`."""
     shutil.copytree(finished, workdir)
     for checkpoint in (workdir / "checkpoints").iterdir():
         if int(checkpoint.name) > epoch * STEPS_PER_EPOCH:

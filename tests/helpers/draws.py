@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of random numbers, and how far their frequencies may be off."""
+"""Sources of random numbers, and checks of their frequencies."""
 
 import numpy as np
 import tensorflow as tf
@@ -8,7 +8,7 @@ from balpoe_jax.data.randomness import RowRandom
 
 
 def source(batch_size: int, seed: int = 0, rows: slice | None = None) -> RowRandom:
-    """Random numbers of a batch, or of these rows of it."""
+    """Random numbers for a batch, or for some of its rows."""
     return RowRandom(tf.constant([seed, 1]), batch_size, rows or slice(0, batch_size))
 
 
@@ -19,13 +19,13 @@ def noise(batch_size: int, side: int = 16) -> tf.Tensor:
 
 
 def within_four_sigma(hits: np.ndarray, probability: float) -> bool:
-    """Whether hits, bool, are as frequent as they should be."""
+    """Whether the frequency of hits, bool, is within four standard deviations."""
     sigma = np.sqrt(probability * (1 - probability) / hits.size)
     return abs(hits.mean() - probability) <= 4 * sigma
 
 
 def windows_by_hand(shapes, area, log_ratio, position) -> np.ndarray:
-    """The rule of torchvision's RandomResizedCrop.get_params, one image and try at a time."""
+    """A slow twin of torchvision's RandomResizedCrop.get_params, one image and try at a time."""
     windows = []
     for (height, width), areas, logs, (down, right) in zip(
         shapes, area, log_ratio, position, strict=True

@@ -18,24 +18,19 @@ COUNTS = np.array([300, 120, 50, 8])
 def make_run(
     workdir: Path, num_experts: int = 3, name: str = "digits", seed: int = 0, **changes: Any
 ) -> dict:
-    """Writes the files of a run with drawn predictions and returns its results.
+    """Writes the files of a run with random predictions, and returns its results.
 
-    `changes` are fields of the config by their names with two underscores for a dot; `signal`, the
-    logit of the right class; `never`, a class that is never predicted; and `note`.
+    `changes` are fields of the config, with two underscores for a dot, and three more: `signal`,
+    which is added to the logit of the right class; `never`, a class that is never predicted; and
+    `note`, the results' note.
     """
-    random = np.random.default_rng(seed)
     signal, never = changes.pop("signal", 2), changes.pop("never", None)
     note = changes.pop("note", "")
-    labels = np.repeat(np.arange(4), 25).astype(np.int32)
-    logits = random.normal(size=(num_experts, 100, 4)).astype(np.float32)
-    logits[:, np.arange(100), labels] += signal
-    if never is not None:
-        logits[:, :, never] -= 5000
-    taus = tuple(np.linspace(0, 2, num_experts))
+    logits, labels = _draw_predictions(num_experts, seed, signal, never)
     scores = score(
         Predictions(logits, labels),
         COUNTS,
-        taus,
+        tuple(np.linspace(0, 2, num_experts)),
         held_out=Predictions(logits[:, ::3], labels[::3]),
         held_out_description="34 of the very same",
         targets=make_targets(labels, COUNTS, (2, 50)),
@@ -43,6 +38,41 @@ def make_run(
     results = to_json({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
     if note:
         results["note"] = note
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "predictions").mkdir()
+    np.save(workdir / "predictions" / "expert_logits.npy", logits)
+    np.save(workdir / "predictions" / "labels.npy", labels)
+    (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "config.json").write_text(
+        json.dumps(
+            {
+                "config": _make_config(num_experts, name, seed, changes),
+                "data": {},
+                "environment": {
+                    "versions": {"jax": "1.2.3"},
+                    "command": ["main.py", "--config=a&b"],
+                },
+            }
+        )
+    )
+    rows = _make_rows(num_experts, results["test"])
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return results
+
+
+def _draw_predictions(
+    num_experts: int, seed: int, signal: float, never: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits float32 `[E, 100, 4]` and labels int32 `[100]`; `make_run` has the arguments."""
+    labels = np.repeat(np.arange(4), 25).astype(np.int32)
+    logits = np.random.default_rng(seed).normal(size=(num_experts, 100, 4)).astype(np.float32)
+    logits[:, np.arange(100), labels] += signal
+    if never is not None:
+        logits[:, :, never] -= 5000
+    return logits, labels
+
+
+def _make_config(num_experts: int, name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "data": {"name": name, "imbalance_ratio": 40.0, "shot_thresholds": [20, 100]},
         "model": {"name": "resnet8", "num_experts": num_experts},
@@ -56,21 +86,15 @@ def make_run(
     for field, value in changes.items():
         section, _, key = field.partition("__")
         config[section][key] = value
-    environment = {"versions": {"jax": "1.2.3"}, "command": ["main.py", "--config=a&b"]}
-    rows = [
+    return config
+
+
+def _make_rows(num_experts: int, test: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`: four of training, and one with the scores of the test set."""
+    rows: list[dict[str, Any]] = [
         {"step": step, "epoch": step / 10, "loss": 2 - step / 20, "learning_rate": 0.1}
         | {"expert_losses": [2 - step / 20] * num_experts}
         for step in (5, 10, 15, 20)
     ]
-    test = {f"test_{key}": results["test"][key] for key in ("top1", "many", "medium", "few")}
-    rows.append({"step": 20, "epoch": 2.0, **test})
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "predictions").mkdir()
-    np.save(workdir / "predictions" / "expert_logits.npy", logits)
-    np.save(workdir / "predictions" / "labels.npy", labels)
-    (workdir / "results.json").write_text(json.dumps(results))
-    (workdir / "config.json").write_text(
-        json.dumps({"config": config, "data": {}, "environment": environment})
-    )
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return results
+    scores = {f"test_{key}": test[key] for key in ("top1", "many", "medium", "few")}
+    return [*rows, {"step": 20, "epoch": 2.0, **scores}]

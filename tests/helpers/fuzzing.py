@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How generated garbage is tried: few fixed cases in a test run, as many as asked for otherwise.
+"""Tests with generated garbage: some dozens of cases, the same in each run, or a long campaign.
 
     FUZZ_CASES=20000 python -m pytest -m 'not slow' -k fuzz
 
-tries so many random cases in each test, instead of some dozens that are the same in each run.
+tries 20,000 random cases in each test.
 """
 
 import atexit
@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, settings
 from balpoe_jax.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
-SECONDS = 20  # after which a case counts as one that hangs
+SECONDS = 20  # after which a case counts as hanging
 
-# How often each test ended how, printed at the end of a long campaign.
+# Number of cases by test and outcome, printed at the end of a campaign.
 outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
 
 
 def fuzzed(cases: int, share: float = 1.0) -> Callable[[Any], Any]:
-    """Settings of a test: so many cases in a test run, this share of a campaign's."""
+    """Settings of a test: its number of cases in a test run, and its share of a campaign's."""
     return settings(
         max_examples=int(CASES * share) or cases,
         derandomize=not CASES,
@@ -51,7 +51,7 @@ def time_limit() -> Iterator[None]:
 
 
 def sentence_of(function: Callable[..., Any], *arguments: Any) -> str | None:
-    """What a call was refused with; None if it succeeded. Anything else it raises, it raises."""
+    """The message of the UserError that a call raises; None if it raises nothing."""
     with time_limit():
         try:
             function(*arguments)
@@ -66,7 +66,7 @@ def sentence_of(function: Callable[..., Any], *arguments: Any) -> str | None:
 
 
 def count(outcome: str) -> None:
-    """Takes down how a case of the running test ended."""
+    """Counts the outcome of a case of the running test."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].split(" ")[0]
     outcomes[test, outcome] += 1
 

@@ -28,7 +28,7 @@ def golden(prefix: str) -> dict[str, np.ndarray]:
 
 
 def cases(prefix: str) -> list[str]:
-    """The names that follow `prefix/`."""
+    """The distinct names right after `prefix/`."""
     return sorted({k.split("/")[1] for k in _arrays() if k.startswith(f"{prefix}/")})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings of every method with tiny experts: some steps on one or several devices."""
+"""Short trainings of every preset with tiny experts, on one or several devices."""
 
 import dataclasses
 from functools import cache, partial
@@ -18,13 +18,13 @@ from tests.helpers import tiny_network
 from tests.helpers.config_files import get_config
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 2, 4, 16
-# Low: a sum over experts of losses at scale 30 soon makes rounding errors large at higher ones.
+# Low, because a sum over experts of losses at scale 30 amplifies rounding at a higher rate.
 RATE = 0.01
 
 
 @cache
 def parts(name: str, axis_name: str | None = AXIS_NAME):
-    """Method, context and network of a recipe for tiny experts, as its digits config has them."""
+    """Method, context and network of a preset for tiny experts, as its digits config has them."""
     config = get_config("digits_lt", f"method={name},epochs={EPOCHS}")
     method = make_method(config.method.to_dict())
     cosine = config.model.classifier == "cosine"
@@ -49,7 +49,7 @@ def parts(name: str, axis_name: str | None = AXIS_NAME):
 
 @cache
 def fresh(name: str):
-    """A recipe's state in single precision, as a run has it, whoever asks first."""
+    """A preset's first state in single precision, even if a test in double precision asks first."""
     method, context, network = parts(name)
     create = partial(create_state, network, make_optimizer(RATE), image_shape=tiny_network.SHAPE)
     init = lambda network, key: method.init_state(network, context, key)  # noqa: E731
@@ -60,7 +60,7 @@ def fresh(name: str):
 
 @cache
 def mapped_step(name: str, mode: str, num_devices: int, phase: int = 0):
-    """Devices and the step on them, which is compiled once."""
+    """Some devices and the step on them, which compiles once."""
     method, context, network = parts(name)
     devices = make_parallel(mode, jax.devices()[:num_devices])
     step = make_train_step(network, make_optimizer(RATE), method, context, phase)
@@ -68,14 +68,14 @@ def mapped_step(name: str, mode: str, num_devices: int, phase: int = 0):
 
 
 def batch_of(name: str, seed: int, dtype=np.float32) -> TrainBatch:
-    """A batch with the views that a method takes."""
+    """A batch with the number of views that a method takes."""
     views = parts(name)[0].views
     return tiny_network.batch(BATCH, seed=seed, dtype=dtype, views=views)
 
 
 @cache
 def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32):
-    """The states after each step of a phase that begins with the fresh one, and the metrics."""
+    """State and metrics after each step of a phase that begins with the fresh state."""
     devices, step = mapped_step(name, mode, num_devices, phase)
     start = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, fresh(name))
     state, history = devices.replicate(start), []
@@ -90,7 +90,7 @@ def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32
 
 
 def moved(name: str) -> set[str]:
-    """What the second phase has changed: paths of parameters, and "statistics"."""
+    """Paths of the parameters that the second phase changes, and "statistics" if they change."""
     before, after = fresh(name), run(name, "pmap", 1, 1)[-1][0]
     same = map_by_path(lambda path, leaf: path, before.params)
     pairs = zip(*(jax.tree.leaves(tree) for tree in (before.params, after.params)), strict=True)
@@ -108,21 +108,21 @@ def phases(name: str) -> range:
     return range(len(parts(name)[0].phases()))
 
 
-# Of which another recipe has all that devices share: compiling them would teach nothing new.
+# Presets that communicate between devices like another one, which covers them.
 COVERED = {
     *("cross_entropy_cb", "ce_drw", "focal", "ldam"),  # by focal_cb and ldam_drw
-    "remix_drw",  # whose mean is that over rows, as most are
+    "remix_drw",  # by any mean over rows
     *("logit_adjustment", "pc_softmax"),  # by cross_entropy
     "ride",  # by ride_distill
 }
 
 
 def distinct() -> list[str]:
-    """Recipes without those that differ in data and numbers of experts with a loss alone."""
+    """One preset for each method with its hyper-parameters, for one expert and for several."""
     kinds: dict[tuple, str] = {}
-    for name, recipe in PRESETS.items():
+    for name, preset in PRESETS.items():
         if name not in COVERED:
-            kinds.setdefault((str(recipe.method), recipe.experts > 1), name)
+            kinds.setdefault((str(preset.method), preset.experts > 1), name)
     return list(kinds.values())
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of several processes run, here and in the processes that they start.
+"""Code of the tests of several processes, for the test itself and for the processes it starts.
 
     python tests/helpers/process_runs.py PORT PROCESS_ID TASK [FOLDER ...]
 
-is one of two processes with two CPU devices each; `start` starts both.
+runs one of two processes with two CPU devices each; `start` starts both.
 """
 
 import json
@@ -66,7 +66,7 @@ class Pair:
         return self._errors[process].read_text()
 
     def wait_for(self, text: str, process: int = 0, timeout: float = 300) -> None:
-        """Until a process has printed `text`."""
+        """Waits until a process has printed `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.output(process):
             assert self.processes[process].poll() is None, self.everything()
@@ -74,7 +74,7 @@ class Pair:
             time.sleep(0.05)
 
     def wait(self, timeout: float = 300) -> list[int]:
-        """Until both have ended; their exit codes."""
+        """Waits until both have ended; returns their exit codes."""
         deadline = time.monotonic() + timeout
         try:
             return [p.wait(max(0, deadline - time.monotonic())) for p in self.processes]
@@ -104,7 +104,7 @@ def task_commands(task: str, *folders: Path) -> list[list[str]]:
 
 
 def digits_config(**changes):
-    """413 digits for three steps, mixed in two groups."""
+    """A config for 413 digits and three steps, mixed in two groups."""
     from tests.helpers.config_files import get_config
 
     config = get_config("digits_lt", "experts=1")
@@ -112,22 +112,22 @@ def digits_config(**changes):
     config.total_epochs = 1
     config.log_every_steps = 1
     config.mix.groups = 2
-    config.optim.learning_rate = 0.01  # at which training hardly amplifies roundings
+    config.optim.learning_rate = 0.01  # so low that training hardly amplifies rounding
     config.checkpoint.every_epochs = 1
-    config.eval.every_epochs = 0
-    config.eval.batch_size = 150  # rounded up to what 4 devices share, and a padded last batch
+    config.eval.every_epochs = None
+    config.eval.batch_size = 150  # is rounded up for 4 devices, and the last batch is padded
     config.eval.held_out_per_class = 0
     config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
     return config
 
 
 def device_config(mode: str):
-    """The same digits, whose batches the devices make: two steps in a dispatch, and one left."""
+    """The same with the device pipeline: a dispatch of two steps, then one of the step left."""
     return digits_config(data__pipeline="device", data__steps_per_dispatch=2, parallel__mode=mode)
 
 
 def cifar_steps(mode: str):
-    """Three steps at CIFAR's size, cropped, flipped and mixed in two groups: losses and state."""
+    """Losses and state of three steps at CIFAR's size, with augmentation, mixed in two groups."""
     from balpoe_jax.data.pipeline import train_batches
     from balpoe_jax.data.records.sources import ArraySource
     from balpoe_jax.data.settings import AugmentSettings, Host, MixSettings, TrainSettings
@@ -170,7 +170,7 @@ def cifar_steps(mode: str):
 
 
 def dump(path: Path, losses: list[float], state) -> None:
-    """Loss and state as each device of this process has it."""
+    """Writes losses and state, after checking that all devices of this process agree."""
     leaves = jax.tree.leaves(state)
     for leaf in leaves:
         first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
@@ -186,7 +186,7 @@ def load(path: Path) -> list[np.ndarray]:
 
 
 def agree(folder: Path) -> None:
-    """What one process refuses, all refuse; no training."""
+    """Makes one process fail in several ways, and writes the errors of this process."""
     from balpoe_jax.config import Settings, resolve
     from balpoe_jax.data.datasets import balanced
     from balpoe_jax.errors import UserError
@@ -204,7 +204,7 @@ def agree(folder: Path) -> None:
     def load_own(*place: object):
         train, test = load(*place)
         order = np.arange(len(train))
-        # As if it had been prepared in another way: the counts stay the same.
+        # As if it had been prepared in another way, with the same counts.
         return train.select(order if multihost.is_first() else order[::-1]), test
 
     refusals = []
@@ -227,9 +227,10 @@ def agree(folder: Path) -> None:
 
 
 def whole(folder: Path, reference: Path, twin: bool = False) -> None:
-    """Refuses, trains the digits and evaluates a reference of one process; perhaps twin steps.
+    """Runs `agree`, trains the digits, and evaluates a reference run of one process.
 
-    With these the network is the config's, otherwise a tiny one, and no page is drawn.
+    With `twin` it also trains under `shard_map` and makes `cifar_steps`, all with the config's
+    network. Otherwise the network is tiny, and no page is drawn.
     """
     from balpoe_jax.config import resolve
     from balpoe_jax.evaluate import Evaluator
@@ -262,7 +263,7 @@ def whole(folder: Path, reference: Path, twin: bool = False) -> None:
 
 
 def meet(ending: str) -> None:
-    """Collective after collective, until something happens."""
+    """Makes one collective after another, until a process ends as asked or is ended."""
     from jax.experimental import multihost_utils
 
     from balpoe_jax.errors import UserError
@@ -279,7 +280,7 @@ def meet(ending: str) -> None:
 
 
 def save(folder: Path, restore: bool = False) -> None:
-    """The second process is killed as the first one saves or restores."""
+    """Kills the second process while the first one saves or restores."""
     from jax.experimental import multihost_utils
 
     from balpoe_jax.parallel import make_parallel
@@ -299,7 +300,7 @@ def save(folder: Path, restore: bool = False) -> None:
         if jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         print("going on")
-        time.sleep(0.3)  # until the network knows
+        time.sleep(0.3)  # until the connection is known to be lost
         if restore:
             checkpoints.restore_latest(state)
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TFRecord files."""
+"""Writes TFRecord files."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 
 def feature(value: bytes | int | list[float]) -> tf.train.Feature:
-    """A feature of the kind that fits the value."""
+    """A feature that holds a value."""
     if isinstance(value, bytes):
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
     if isinstance(value, int):

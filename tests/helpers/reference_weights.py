@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference network's parameters: names, a seeded rule for values, and the way back to names.
+"""Parameters of the reference's networks: names, seeded values, and ours under their names.
 
-The golden numbers in `fixtures/` were computed with weights from this rule, so no weight is stored:
-each parameter has a generator of its own, seeded by its name.
+The golden numbers in `fixtures/` were computed with these values. Each parameter has its own
+generator, seeded by its name, so that no weight has to be stored.
 """
 
 import math
@@ -19,7 +19,7 @@ DIGITS: dict[str, Any] = {"num_classes": 10, "num_experts": 3, "stage_sizes": (1
 
 
 def small_state(**changes: Any) -> State:
-    """A state dict of the network of the demo, or of one that differs in these options."""
+    """A state dict of the demo's network, with these options changed."""
     return reference_state(**{**DIGITS, **changes})
 
 
@@ -88,7 +88,7 @@ def large_reference_shapes(
 
 
 def seeded_value(name: str, shape: Sequence[int]) -> np.ndarray:
-    """The value of one entry: drawn in float64 by a generator seeded by its name, then float32."""
+    """The value of one entry: drawn in float64 by a generator with its name as the seed."""
     leaf = name.rsplit(".", 1)[1]
     if leaf == "num_batches_tracked":
         return np.zeros((), np.int64)
@@ -116,8 +116,8 @@ def to_reference(tree: dict[str, Any]) -> State:
 def unbiased_statistics(old: State, new: State, images: Sequence[int]) -> State:
     """Running averages as PyTorch keeps them, from ours after one step of momentum 0.1.
 
-    Ours average the biased variance of a batch, PyTorch's the unbiased one. `old` are the values
-    before the step, `images` is the shape of its batch.
+    Ours average the biased variance of a batch, PyTorch's the unbiased one. `old` has the values
+    before the step, and `images` is the shape of its batch.
     """
     fixed = {}
     for name, value in new.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small data sets of generated photographs, written by the stock TFDS builders' own code."""
+"""Small data sets of generated photographs, written by TFDS's own builders."""
 
 import functools
 import io
@@ -16,7 +16,7 @@ from balpoe_jax.data.images import decoding
 
 @functools.cache
 def jpeg(seed: int) -> bytes:
-    """A photograph of blurred noise, of a size of its own."""
+    """A photograph of blurred noise, whose size is random, too."""
     random = np.random.default_rng(seed)
     height, width = random.integers(40, 80, 2)
     coarse = random.integers(0, 256, (5, 5, 3)).astype(np.uint8)
@@ -32,7 +32,7 @@ def prepare(
     splits: Mapping[str, np.ndarray],
     file_format: str = "tfrecord",
 ) -> None:
-    """Writes a data set of so many images of each class of each split.
+    """Writes a data set; `splits` has the number of images of each class of each split.
 
     The image of example `number` of class `label` is `jpeg(label % 50 + 50 * number)`.
     """

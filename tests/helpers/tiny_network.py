@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts small enough to compile in a second, and batches of everything that a method may want."""
+"""Experts that compile in a second, and batches with all that a method may use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ SHAPE = (4, 4, 3)
 
 
 class Trunk(nn.Module):
-    """A layer on every pixel, normalised."""
+    """A dense layer on every pixel, with BatchNorm."""
 
     axis_name: str | None = None
     dtype: Any = None
@@ -31,7 +31,7 @@ class Trunk(nn.Module):
 
 
 class Body(nn.Module):
-    """Another one, pooled."""
+    """Another dense layer with BatchNorm, then pooling."""
 
     axis_name: str | None = None
     dtype: Any = None
@@ -50,7 +50,7 @@ def experts(
     classes: int = len(COUNTS),
     dtype: Any = None,
 ) -> ExpertEnsemble:
-    """Experts with a feature of 8 numbers, for `COUNTS`' classes if not told otherwise."""
+    """Experts with 8 features, by default for the classes of `COUNTS`."""
     head = CosineHead(classes, scale) if classifier == "cosine" else LinearHead(classes)
     expert = Expert(Body(axis_name, dtype), head)
     return ExpertEnsemble(Trunk(axis_name, dtype), expert, number, "loop")
@@ -67,12 +67,12 @@ def create_model(
     dtype: Any,
     **_: Any,
 ) -> ExpertEnsemble:
-    """In the place of `models.create_model`, whatever the backbone."""
+    """A replacement of `models.create_model` that ignores the backbone."""
     return experts(num_experts, axis_name, classifier, scale, num_classes, dtype)
 
 
 def batch(size: int = 16, seed: int = 0, dtype: Any = np.float32, views: int = 3) -> TrainBatch:
-    """Up to three views, two labels a row and their shares, in which every class occurs."""
+    """A batch with up to three views, mixed labels, and every class."""
     random = np.random.default_rng(seed)
     drawn = tuple(random.normal(size=(size, *SHAPE)).astype(dtype) for _ in range(3))
     return TrainBatch(
@@ -91,13 +91,13 @@ def init(network: nn.Module, seed: int = 0) -> dict[str, Any]:
 
 
 def logits_as_images(images: Any, train: bool = True) -> tuple[Outputs, dict]:
-    """In the place of a `Network`: its logits `[E, B, C]` are the images `[B, E, C]` themselves."""
+    """A replacement of a `Network` whose logits `[E, B, C]` are its images `[B, E, C]`."""
     logits = jnp.moveaxis(images, 1, 0)
     return Outputs(logits, logits), {}
 
 
 def numeric_gradient(function: Callable[[np.ndarray], float], x: np.ndarray) -> np.ndarray:
-    """Of a function of an array, by central differences in double precision."""
+    """The gradient of a function of an array, by central differences in double precision."""
     gradient, step = np.zeros(x.shape), 1e-6
     for index in np.ndindex(x.shape):
         shifted = [x.copy(), x.copy()]

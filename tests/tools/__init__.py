@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools that try the tests themselves."""
+"""Tools that test the tests themselves."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Twenty mistakes in code of importance, made one at a time, and whether a test notices each.
+"""Makes twenty mistakes in important code, one at a time, and reports whether a test notices each.
 
     python tests/tools/mutate.py [NUMBER ...]
 
-Works on a copy of the files that git tracks, with this Python. Each mutation is one text replaced
-by another in one file; the tests that are named with it run on the copy, first without any
-mutation. The outcome is written to `mutations.md` next to this file; of some numbers, their rows.
+It works on a copy of the files that git tracks, with this Python. A mutation replaces one text in
+one file. The tests named with it run on the copy, first without any mutation. The outcome is
+written to `mutations.md` next to this file; with numbers, only their rows are.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ HEAD = (
     "| --- | --- | --- | --- | --- |",
 )
 CACHE = ROOT / ".pytest_cache" / "jax"
-SECONDS = 900  # after which a run of tests counts as one that noticed
+SECONDS = 900  # after which the tests count as failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Mutation:
     Attributes:
         file: Path of the mutated file below `balpoe_jax`.
         old: Text that occurs once in it.
-        new: Text in its place.
-        tests: Path below `tests`, perhaps with names after two colons.
-        mistake: What is wrong then.
+        new: Text that replaces it.
+        tests: Path below `tests` of the tests that should fail, or a pytest id with `::`.
+        mistake: Description of the mistake.
     """
 
     file: str
@@ -192,7 +192,7 @@ MUTATIONS = (
 
 
 def copy_tree(folder: Path) -> None:
-    """Copies what git tracks, as it is in the checkout."""
+    """Copies the files that git tracks, with their content in the checkout."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file() and not name.startswith("results/"):
@@ -201,7 +201,7 @@ def copy_tree(folder: Path) -> None:
 
 
 def passes(folder: Path, tests: str) -> bool:
-    """Whether tests of the copy pass, slow ones left out."""
+    """Whether tests of the copy pass, without slow ones."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-n", "0"]
     try:
         done = subprocess.run(

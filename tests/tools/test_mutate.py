@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mutations are of the code as it is; `mutate.py` itself tries them."""
+"""The mutations fit the current code; `mutate.py` itself tries them."""
 
 import pytest
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images make a batch, and how: samplers, mixtures, replacements of bad ones."""
+"""What makes up a batch on the host: samplers, mixing, replacements of bad images."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixing rules: how two batches of examples become one, and what share of the label each has.
+"""Mixing rules: how each image is mixed with a partner, and the share of the label each gets.
 
-A rule says how pixels are put together, how much of the loss each label gets, and where partners
-come from. Beside mixup (Zhang et al., ICLR 2018) there are CutMix (Yun et al., ICCV 2019), Remix
-(Chou et al., ECCV workshops 2020), UniMix (Xu et al., NeurIPS 2021) and CMO (Park et al., CVPR
-2022). All draws are functions of (seed, step).
+A rule says how pixels are combined, how much of the loss each label gets, and where partners come
+from. The rules are mixup (Zhang et al., ICLR 2018), CutMix (Yun et al., ICCV 2019), Remix (Chou et
+al., ECCV workshops 2020), UniMix (Xu et al., NeurIPS 2021) and CMO (Park et al., CVPR 2022). All
+draws are functions of (seed, step).
 """
 
 from typing import NamedTuple
@@ -21,9 +21,9 @@ class Mix(NamedTuple):
     """How the images of one host are mixed: `share * images + (1 - share) * others`.
 
     Attributes:
-        share: float32, of the shape `[rows, H, W, 3]` or broadcast to it.
-        partners: int32 `[rows]`, where among this host's images the others are; None if they are
-            others than these.
+        share: Share of the image in each pixel, float32 that broadcasts to `[rows, H, W, 3]`.
+        partners: Positions of the partners among this host's images, int32 `[rows]`; None if the
+            partners are read by themselves.
     """
 
     share: tf.Tensor
@@ -31,11 +31,11 @@ class Mix(NamedTuple):
 
 
 class MixedLabels(NamedTuple):
-    """What the labels of a mixed batch count.
+    """The second labels of a mixed batch, and how much the first ones count.
 
     Attributes:
-        other_labels: int32 `[rows]`, of the partners.
-        weight: float32 `[rows]`, the share of the batch's own labels in the loss.
+        other_labels: Classes of the partners, int32 `[rows]`.
+        weight: Share of the batch's own labels in the loss, float32 `[rows]`.
     """
 
     other_labels: tf.Tensor
@@ -46,12 +46,12 @@ class Mixer:
     """Draws how the batches of a training set are mixed, for the rows of one host.
 
     Args:
-        settings: with a positive alpha.
-        labels: int `[N]` of the training set.
-        image_shape: `(H, W, 3)`.
-        batch_size: of the global batch.
-        seed: of the run.
-        rows: this host's rows; whole groups, unless partners come from the sampler.
+        settings: Settings with a positive alpha.
+        labels: Classes of the training set, int `[N]`.
+        image_shape: Shape of an image, `(H, W, 3)`.
+        batch_size: Size of the global batch.
+        seed: Seed of the run.
+        rows: Rows of this host; whole groups, unless partners come from the sampler.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Mixer:
         """Draws the mixture of a batch.
 
         Args:
-            step: int64 scalar.
-            labels: int32 `[rows]`.
-            read_labels: of the images that were read as partners; None without the sampler.
+            step: Number of the step, int64 scalar.
+            labels: Classes of the rows, int32 `[rows]`.
+            read_labels: Classes of the partners that were read; None without the sampler.
         """
         rule = self._settings.rule
         partners = None if self._sampler else self._partners(step, labels)
@@ -154,13 +154,13 @@ class Mixer:
             tf.constant(self._settings.alpha, tf.float64),
             dtype=tf.float64,
         )
-        # Of a tiny alpha both may be less than a float can be, and then come out alike; that would
-        # be a mixture of two halves, of which such an alpha has none.
-        alike = gamma[0] == gamma[1]
-        return tf.where(alike, tf.ones_like(gamma[0]), gamma[0] / (gamma[0] + gamma[1]))
+        # With a tiny alpha both may underflow and be equal, which would mean a mixture of two
+        # halves. Such an alpha nearly never mixes.
+        equal = gamma[0] == gamma[1]
+        return tf.where(equal, tf.ones_like(gamma[0]), gamma[0] / (gamma[0] + gamma[1]))
 
     def _partners(self, step: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        """Partners int32 `[rows]` among the rows, within each group."""
+        """Positions of the partners among this host's rows, int32 `[rows]`, within each group."""
         groups, seed = self._settings.groups, self._stream(step, "partners")
         size = self._batch_size // groups
         if self._settings.rule == "unimix":
@@ -185,9 +185,9 @@ def box_mask(
     """CutMix's box, bool `[H, W]`: sides are `sqrt(1 - coefficient)` of the image's.
 
     Args:
-        coefficient: float64 scalar, the share of the image outside the box before it is clipped.
-        row, column: int32 scalars, the box's centre; it is clipped at the image's border.
-        height, width: of the image.
+        coefficient: Share of the image outside the box before it is clipped, float64 scalar.
+        row, column: Centre of the box, int32 scalars; the box is clipped at the image's border.
+        height, width: Size of the image.
     """
     ratio = tf.sqrt(1 - coefficient)
 
@@ -208,13 +208,13 @@ def relabel(
 ) -> tf.Tensor:
     """Remix's share of the labels, float32 `[rows]`.
 
-    The rarer of two classes, if the other has at least `kappa` times as many examples, gets the
-    whole label as soon as the other's share of the image is below `threshold`.
+    If one class has at least `kappa` times as many examples as the other, the rarer class gets the
+    whole label where the frequent one's share of the image is below `threshold`.
 
     Args:
-        weight: float32 scalar, the share of the row's own image.
-        counts, other_counts: float64 `[rows]`, examples of the row's and of its partner's class.
-        kappa, threshold: Remix's parameters.
+        weight: Share of the row's own image, float32 scalar.
+        counts, other_counts: Examples of the row's and of its partner's class, float64 `[rows]`.
+        kappa, threshold: Parameters of Remix.
     """
     to_partner = (counts >= kappa * other_counts) & (weight < threshold)
     to_self = (kappa * counts <= other_counts) & (1 - weight < threshold)
@@ -229,19 +229,19 @@ def mix_images(images: tf.Tensor, others: tf.Tensor | None, mix: Mix) -> tf.Tens
 
 
 def _favour_rare(coefficients: tf.Tensor, counts: tf.Tensor, other_counts: tf.Tensor) -> tf.Tensor:
-    """UniMix's coefficients, float32 `[rows]`: drawn ones moved by the partner's share of counts.
+    """UniMix's coefficients, float32 `[rows]`: draws shifted by the partner's share of the counts.
 
-    `Beta(a, a)` with `a < 1` is densest at 0 and 1, so these are densest at that share.
+    `Beta(a, a)` with `a < 1` is densest at 0 and 1, so the result is densest at that share.
     """
     return tf.cast((coefficients + other_counts / (counts + other_counts)) % 1, tf.float32)
 
 
 def _draw_within(drawn: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Positions int32 `[groups, size]` in each group with odds by weight.
+    """Draws positions within each group with odds by weight, int32 `[groups, size]`.
 
     Args:
-        drawn: float64 `[groups, size]`, uniform in [0, 1).
-        weights: float64 `[groups * size]`.
+        drawn: Uniform numbers in [0, 1), float64 `[groups, size]`.
+        weights: Weights of the rows, float64 `[groups * size]`.
     """
     bounds = tf.cumsum(tf.reshape(weights, tf.shape(drawn)), axis=1)
     bounds /= bounds[:, -1:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What replaces photographs that cannot be read or decoded."""
+"""Replacements of photographs that cannot be read or decoded."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from balpoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What may be replaced of a training set: more is a damaged disk, or another data set.
+# How many images of a training set may be replaced: more mean a damaged disk or data set.
 _LEAST_LIMIT, _LIMIT_SHARE = 10, 0.01
 
 
@@ -22,11 +22,11 @@ class BadImage:
     """An image that cannot be used.
 
     Attributes:
-        step: to which the first update leads that would have used it, or its replacement.
-        index: its position in the training set.
-        id: what its source calls it.
-        where: its record and file.
-        reason: what is wrong with it.
+        step: Step after the first update that needed it, itself or as a replacement.
+        index: Position in the training set.
+        id: Name of the image in its source.
+        where: Record and file of the image.
+        reason: Reason why it cannot be read.
     """
 
     step: int
@@ -40,19 +40,19 @@ class BadImage:
 
 
 class Replacements:
-    """Images that take the place of those that cannot be used: a function of the data alone.
+    """Images in place of those that cannot be used: a function of the data alone.
 
-    The place is taken, label and all, by the next image of the same class that can be read, in the
-    order of the training set and round its end. So class counts stay as they are seen, batches keep
-    their shapes, and another order or number of hosts finds the same replacement.
+    A bad image is replaced by the next image of its class that can be read, in the order of the
+    training set and round its end. So class counts and shapes of batches stay the same, and another
+    order or number of hosts finds the same replacement.
 
     Args:
-        source: the training set.
-        known: found before, in the steps that are not made again.
-        report: called with all that are found, each time that there are more.
+        source: The training set.
+        known: Bad images that an earlier start of the run found.
+        report: Function of all bad images so far, called each time that there are more.
 
     Attributes:
-        table: int64 `[N]`, which image is used for each.
+        table: Position of the image that is used for each, int64 `[N]`.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Replacements:
         self._replace(0)
 
     def find(self, indices: Iterable[int], step: int) -> bool:
-        """Whether images at `indices` cannot be used; from now on others take their places.
+        """Whether any of the images cannot be used; from now on others take their places.
 
         Args:
-            indices: positions in the training set, before replacement.
-            step: to which the update leads that needs them.
+            indices: Positions in the training set, before replacement.
+            step: Step after the update that needs the images.
 
         Raises:
-            UserError (a `ValueError`): a class without any image that can be read, or more than a
-                hundredth of the training set, and more than ten, that cannot.
+            UserError (a `ValueError`): a class without any image that can be read; or more bad
+                images than ten and a hundredth of the training set.
         """
         before = len(self._found)
         for index in self.table[list(indices)]:
@@ -90,7 +90,7 @@ class Replacements:
     def _examine(self, index: int, step: int) -> bool:
         """Whether an image can be used."""
         if index not in self._found:
-            # Here and not above: it decodes with TensorFlow, which what only names images spares.
+            # Not above: it imports TensorFlow, which is only needed to decode.
             from balpoe_jax.data.batches import unreadable
 
             bad = unreadable.examine(self._source, index, step)
@@ -107,7 +107,7 @@ class Replacements:
         return False
 
     def _replace(self, step: int) -> None:
-        """Finds the replacement of what has none yet; it may have to be replaced itself."""
+        """Finds the replacements that are missing; a replacement may turn out to be bad, too."""
         while waiting := [i for i in self._found if self.table[i] in self._found]:
             for index in waiting:
                 self.table[index] = self._next(index, step)

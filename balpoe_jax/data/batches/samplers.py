@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples a batch is made of: functions of (seed, step) alone, like all of the pipeline."""
+"""Samplers: the examples of each batch, as functions of (seed, step) alone."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ def batches(
     """Pairs of a step, int64, and the positions int32 `[B]` of its global batch.
 
     Args:
-        labels: int `[N]` of the training set.
-        batch_size: of the global batch.
-        seed: of the run.
-        first_step, last_step: the steps, without the last.
-        sampler: one of `SAMPLERS`; an epoch has `steps_per_epoch` steps with each.
-        samples_per_class: Number of examples of a class that follow each other in "class_aware".
+        labels: Classes of the training set, int `[N]`.
+        batch_size: Size of the global batch.
+        seed: Seed of the run.
+        first_step, last_step: Range of the steps; the last one is excluded.
+        sampler: One of `SAMPLERS`; an epoch has `steps_per_epoch` steps with each.
+        samples_per_class: Number of consecutive examples of a class in "class_aware".
     """
     if sampler == "class_balanced":
         balanced = WeightedSampler(labels)
@@ -71,9 +71,9 @@ class WeightedSampler:
     """Draws examples with replacement: a class by its weight, then evenly among its examples.
 
     Args:
-        labels: int `[N]`.
-        exponent: a class of `n` examples is drawn with probability proportional to `n ** exponent`:
-            1 draws every example with even odds, 0 every class; classes without examples never.
+        labels: Classes of the training set, int `[N]`.
+        exponent: Power of a class's size to which its probability is proportional: 1 draws every
+            example with even odds, 0 every class. Classes without examples are never drawn.
     """
 
     def __init__(self, labels: Labels, exponent: float = 0.0) -> None:
@@ -99,22 +99,22 @@ class WeightedSampler:
 class ClassAwareOrder:
     """The order of an epoch in which the classes take turns.
 
-    Classes come in a random order, drawn anew for each time round; a class's turn is a run of so
-    many of its examples, in a random order that is likewise drawn anew when it is used up. Other
-    than in MiSLAS's code, the lists begin anew with every epoch, which makes an epoch's order a
-    function of its number.
+    In each round every class has one turn, in an order that is drawn for the round. A turn takes
+    the next `run` examples from a shuffled list of the class, which is shuffled again when it is
+    used up. Unlike in MiSLAS's code, the lists start again with every epoch, so that an epoch's
+    order is a function of its number.
 
     Args:
-        labels: int `[N]`.
-        length: positions in an epoch.
-        run: examples in a turn.
+        labels: Classes of the training set, int `[N]`.
+        length: Number of positions in an epoch.
+        run: Number of examples in a turn.
     """
 
     def __init__(self, labels: Labels, length: int, run: int) -> None:
         members = _members(labels)
         self._length, self._run, self._num_classes = length, run, len(members)
         self._rounds = -(-length // (run * len(members)))
-        # Of each class as many copies of its list as an epoch may need.
+        # As many copies of each class's list as an epoch may need.
         used = self._rounds * run
         lists = [
             np.broadcast_to(of_class, (-(-used // len(of_class)), len(of_class)))
@@ -144,13 +144,13 @@ class ClassAwareOrder:
 
 
 def _shuffled_within(groups: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Positions that shuffle within the groups of float64 `[n]`, which count up in steps of one."""
+    """Positions that shuffle within groups; float64 `[n]` numbers them, ascending in steps of 1."""
     keys = tf.random.stateless_uniform(tf.shape(groups), seed, dtype=tf.float64, alg="philox")
     return tf.argsort(groups + keys)
 
 
 def _members(labels: Labels) -> list[npt.NDArray[np.integer]]:
-    """The positions of each class that has any, by class."""
+    """The positions of each class, by class; classes without examples are left out."""
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels)
     return [of_class for of_class in np.split(order, np.cumsum(sizes)[:-1]) if len(of_class)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages in which a training batch is made."""
+"""The stages of making a training batch in a tf.data graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +18,20 @@ from balpoe_jax.data.types import TrainBatch
 
 Batch = dict[str, Any]  # of tensors
 
-# The images that others are mixed with, where these are not the batch's own.
+# Key of the partners that a second sampler reads.
 _OTHERS = "others"
 
 
 class TrainBatchMaker:
-    """The stages in which a training batch is made, each a function inside the graph.
+    """The stages of making a training batch, each a function inside the graph.
+
+    Arrays in memory go through `indices`, `read` and `augment_and_mix`. Photographs also go through
+    `draw` and `decode` after they are read.
 
     Args:
-        source: the training set.
-        settings: how its batches are made.
-        rows: this host's rows of each.
+        source: The training set.
+        settings: Settings of its batches.
+        rows: Rows of each batch that this host makes.
     """
 
     def __init__(self, source: Source, settings: TrainSettings, rows: slice) -> None:
@@ -36,7 +39,7 @@ class TrainBatchMaker:
         self._settings = settings
         self._rows = rows
         self._image_size = source.image_shape[:2]
-        # Each with the stream of random numbers that it draws from.
+        # Each view with the stream of random numbers that it draws from.
         first = make_view(source, settings.augment, settings.other_augment)
         self._views: dict[str, tuple[str, View | EitherView]] = {"images": ("augment", first)}
         for number, augment in enumerate(settings.views, 2):
@@ -55,7 +58,7 @@ class TrainBatchMaker:
             self._views[_OTHERS] = "augment_others", first
 
     def indices(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
-        """This host's part in a batch: positions in the training set, int32 `[rows]`."""
+        """Positions in the training set of this host's rows, int32 `[rows]`."""
         batch = {"step": step, "indices": indices[self._rows]}
         if _OTHERS in self._views:
             assert self._mixer is not None
@@ -63,7 +66,7 @@ class TrainBatchMaker:
         return batch
 
     def read(self, batch: Batch) -> Batch:
-        """Images, as they are stored, and labels."""
+        """Reads labels, and images as they are stored."""
         images, labels = self._reader.read(batch["indices"])
         read = {"step": tf.fill(tf.shape(labels), batch["step"]), "labels": labels}
         stored = {"images": images}
@@ -72,7 +75,7 @@ class TrainBatchMaker:
         return {**read, "stored": stored}
 
     def draw(self, batch: Batch) -> Batch:
-        """Adds what `decode` needs."""
+        """Adds the draws that `decode` needs."""
         shapes = {name: decoding.shapes(encoded) for name, encoded in batch["stored"].items()}
         drawn = {
             name: view.draw(_stored(shapes, name), self._random(batch, stream))
@@ -81,7 +84,7 @@ class TrainBatchMaker:
         return {**batch, "drawn": drawn}
 
     def decode(self, row: Batch) -> Batch:
-        """A window for each view of one photograph, resized and changed; packed."""
+        """Decodes a window of one photograph for each view; packed."""
         stored, drawn = row.pop("stored"), row.pop("drawn")
 
         def decode(name: str, view: View | EitherView) -> tf.Tensor:
@@ -96,7 +99,7 @@ class TrainBatchMaker:
         return {**row, "stored": images}
 
     def augment_and_mix(self, batch: Batch) -> TrainBatch:
-        """Augments, normalises and mixes images."""
+        """Augments, normalises and mixes the images of a batch."""
         labels = batch["labels"]
 
         def augment(name: str, stream: str, view: View | EitherView) -> tf.Tensor:
@@ -127,7 +130,7 @@ class TrainBatchMaker:
         make: Callable[[], tf.Tensor],
         blank: Callable[[], tf.Tensor],
     ) -> tf.Tensor:
-        """Makes a view; spares that of others the work where the batch is not mixed with them."""
+        """Makes a view; a blank one in place of partners where the batch is not mixed."""
         if name != _OTHERS or self._settings.mix.always:
             return make()
         assert self._mixer is not None
@@ -146,14 +149,14 @@ def to_input(
     others: tf.Tensor | None = None,
     mix: Mix | None = None,
 ) -> tf.Tensor:
-    """What the network gets: `dtype` `[rows, H, W, 3]`.
+    """The network's input, of type `dtype` `[rows, H, W, 3]`.
 
     Args:
-        images: uint8 or packed, augmented.
-        mean, std: see `normalize`.
-        dtype: to which they are rounded at the end.
-        others: images that they are mixed with, if these are not among them.
-        mix: how; None for no mixing.
+        images: Augmented images, uint8 `[rows, H, W, 3]` or packed `[rows, H, W]`.
+        mean, std: Statistics by channel, see `normalize`.
+        dtype: Type to which the images are rounded at the end.
+        others: Partners in the same form; None if they are among the images.
+        mix: How images and partners are mixed; None for no mixing.
     """
 
     def convert(images: tf.Tensor, others: tf.Tensor | None, mix: Mix | None) -> tf.Tensor:
@@ -163,11 +166,11 @@ def to_input(
             images = mix_images(images, others, mix)
         return tf.cast(images, dtype)
 
-    # Of photographs a batch exceeds every cache: compiled, all this is one pass over it.
+    # A batch of photographs exceeds every cache; compiled, all of this is one pass over it.
     packed = images.dtype == tf.uint32
     return (packed_ops.compiled(convert) if packed else convert)(images, others, mix)
 
 
 def _stored(stored: dict[str, tf.Tensor], name: str) -> tf.Tensor:
-    """Of the images that were read, those that a view shows; once decoded, each has its own."""
+    """The images of a view; before decoding, views of the batch's own images share one entry."""
     return stored.get(name, stored["images"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs that cannot be read or decoded: which of a batch they are.
+"""Finds the photographs of a batch that cannot be read or decoded.
 
-Nothing is examined on the way. When a batch cannot be made, its images are read again one by one.
+The pipeline examines nothing. When a batch fails, its images are read again one by one.
 """
 
 import re
@@ -21,8 +21,8 @@ def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
     """Reads and decodes the whole of an image; None if nothing is wrong with it.
 
     Raises:
-        UserError (a `ValueError`): its file cannot be read at all; a `TransientError` when that may
-            pass.
+        UserError (a `ValueError`): a file that cannot be read at all; a `TransientError` if a later
+            try may succeed.
     """
     try:
         encoded = tf.constant(source.read_image(index))
@@ -41,21 +41,21 @@ def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
 
 
 def explain(error: Exception) -> str:
-    """TensorFlow's complaint without where in the graph it arose."""
+    """The first line of an error of TensorFlow's, without its place in the graph."""
     message = error.message if isinstance(error, tf.errors.OpError) else str(error)
-    # The first line; what follows, and what is in double braces, is about the graph.
+    # What is in double braces, and in later lines, is about the graph.
     first = re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0]
     return re.sub(r"\s*\[Op:\w+\].*", "", first)[:300].rstrip(".")
 
 
 def refuse(source: Source, indices: Iterable[int], part: str, remedy: str) -> None:
-    """Raises UserError that names the first image of `indices` that cannot be used, if any.
+    """Raises UserError with the first of some images that cannot be used, if there is one.
 
     Args:
-        source: of the images; of one in memory, all can be used.
-        indices: positions in it.
-        part: what the source is, such as "training".
-        remedy: what the message says can be done, besides mending the image.
+        source: Source of the images; those in memory can all be used.
+        indices: Positions in the source.
+        part: Name of the source, such as "training".
+        remedy: End of the message, with another remedy than replacing the image, if any.
     """
     if not isinstance(source, RecordSource):
         return
@@ -63,5 +63,5 @@ def refuse(source: Source, indices: Iterable[int], part: str, remedy: str) -> No
         bad = examine(source, int(index))
         if bad:
             raise UserError(
-                f"The {part} image {bad}; replace it and prepare the data set anew{remedy}."
+                f"The {part} image {bad}; replace it and prepare the data set again{remedy}."
             )

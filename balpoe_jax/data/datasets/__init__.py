@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data sets, loaded and checked, and the distributions that test sets are drawn from."""
+"""The data sets, loaded and checked, and the class distributions of their test sets."""
 
 from balpoe_jax.data.datasets.registry import DATASETS, load, published
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Balanced data sets made long-tailed by leaving images out: digits, CIFAR-10 and CIFAR-100."""
+"""Balanced data sets that are made long-tailed by a selection: digits, CIFAR-10, CIFAR-100."""
 
 import dataclasses
 import importlib.util
@@ -18,13 +18,13 @@ from balpoe_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What a complete data set holds.
+    """The sizes of a complete data set.
 
     Attributes:
-        num_classes: `C`.
-        train_per_class: images of each class before the tail is cut.
-        test_per_class: images of each class in the test set.
-        image_shape: `(H, W, 3)`.
+        num_classes: Number of classes, `C`.
+        train_per_class: Training images of each class before the selection.
+        test_per_class: Test images of each class.
+        image_shape: Shape of an image, `(H, W, 3)`.
     """
 
     num_classes: int
@@ -42,23 +42,23 @@ def load_long_tailed(
     held_out_per_class: int = 0,
     check_archive: bool = True,
 ) -> LongTailed:
-    """Loads a balanced data set and cuts its tail by the exponential profile.
+    """Loads a balanced data set and keeps images by the exponential profile.
 
     Args:
-        name: one of `BALANCED_DATASETS`.
-        imbalance_ratio: largest over smallest training class, at least 1.
-        data_dir: place of the data set, see `cifar.load`. Unused by "digits", which scikit-learn
+        name: One of `BALANCED_DATASETS`.
+        imbalance_ratio: Size of the largest training class over the smallest, at least 1.
+        data_dir: Place of the data set, see `cifar.load`. Unused by "digits", which scikit-learn
             ships.
-        verify_counts: refuse a data set that is not complete. When False, the profile starts at
-            the mean class size, as in the reference, and a class gives what it has.
-        selection_seed: of the kept images; 0 is the published subset.
-        held_out_per_class: training images a class that the selection leaves out, at most so many,
-            are held out; the largest class is kept whole and has none.
-        check_archive: as for `cifar.load`.
+        verify_counts: Whether an incomplete data set is an error. If False, the profile starts at
+            the mean class size, as in the reference, and a small class gives what it has.
+        selection_seed: Seed of the selection; 0 gives the published subset.
+        held_out_per_class: Largest number of images to hold out of each class, from those that the
+            selection leaves out; the largest class is kept whole and has none.
+        check_archive: Whether an archive needs the published checksum, see `cifar.load`.
 
     Raises:
         UserError (a `ValueError`): a data set that is not there, an empty class, a label out of
-            range, or counts that differ.
+            range, or counts of an incomplete data set.
     """
     profile, loader = BALANCED_DATASETS[name]
     train, test = loader(data_dir, check_archive)
@@ -118,7 +118,7 @@ _DIGITS_TRAIN_PER_CLASS = 130
 
 
 def _load_digits(data_dir: str, check_archive: bool) -> tuple[ArraySource, ArraySource]:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, cut into balanced halves.
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as balanced training and test sets.
 
     The test set is a seeded choice of 40 of each class; the training set the next 130 (a class has
     174 to 183).
@@ -138,8 +138,8 @@ def _load_digits(data_dir: str, check_archive: bool) -> tuple[ArraySource, Array
 def _read_digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """scikit-learn's digits: values of 0 to 16, [1797, 8, 8], and labels, [1797].
 
-    Importing scikit-learn takes longer than the first step of a training, so its file is read
-    where it lies, and scikit-learn is asked only where the file is somewhere else.
+    Importing scikit-learn takes longer than the first step of a training. So its file is read
+    directly, and scikit-learn is imported only if the file is not where it should be.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is not None and spec.origin:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CIFAR-10 and CIFAR-100 from what there is: the binary archive, a NumPy file or TFDS."""
+"""CIFAR-10 and CIFAR-100 from the binary archive, a NumPy file or TFDS."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ Splits = tuple[ArraySource, ArraySource]
 
 
 def loader(name: str) -> Callable[[str, bool], Splits]:
-    """The function that loads a set by the place of its data; see `load`."""
+    """`load` for one data set: a function of `data_dir` and `check_archive`."""
     return lambda data_dir, check_archive: load(name, data_dir, check_archive)
 
 
@@ -30,11 +30,11 @@ def load(name: str, data_dir: str = "", check_archive: bool = True) -> Splits:
 
     Args:
         name: "cifar10" or "cifar100".
-        data_dir: path of the binary archive or of a `.npz` file, or a folder. In a folder the
-            archive is looked for, then `cifar10.npz` or `cifar100.npz`, then a data set of TFDS.
-            Empty for TFDS's own folder if TFDS is installed, and for the archive in the user's
-            cache otherwise; what is absent there is downloaded.
-        check_archive: whether an archive with another checksum than the published one is refused.
+        data_dir: Path of the binary archive, of a `.npz` file or of a folder. A folder is searched
+            for the archive, then for `cifar10.npz` or `cifar100.npz`, then for a TFDS data set.
+            Empty for TFDS's own folder if TFDS is installed, else for the archive in the user's
+            cache; a data set that is absent there is downloaded.
+        check_archive: Whether an archive without the published checksum is an error.
 
     Raises:
         UserError (a `ValueError`): a data set that is not there, cannot be read or is another one.
@@ -76,7 +76,7 @@ def _load_prepared(name: str, data_dir: str) -> Splits:
             f"for a data set of its own there, is not installed; name a folder with one of the two "
             f"by --config.data.data_dir=DIR, or {extras.INSTALL}."
         )
-    # Here and not above: it imports TensorFlow.
+    # Not above: it imports TensorFlow.
     from balpoe_jax.data.datasets import cifar_tfds
 
     return cifar_tfds.read(name, data_dir, f"{archive} from {cifar_archive.PAGE}")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CIFAR-10 and CIFAR-100 from the binary archives of their authors' page.
 
-An archive is a compressed tar file whose members are plain bytes: of each image the labels, a byte
-each, and 3,072 bytes of pixels in a red, a green and a blue plane. The order of the images is kept.
-It is believed to be that of the archives for Python, by which the published long-tailed subsets
-were drawn. Members are read in memory, so no name of one becomes a path. Without TensorFlow.
+An archive is a compressed tar file whose members are plain bytes. For each image they hold its
+labels, a byte each, and 3,072 bytes of pixels in a red, a green and a blue plane. The order of the
+images is kept. It is believed to be that of the archives for Python, from which the published
+long-tailed subsets were drawn. Members are read into memory, so a member's name never becomes a
+path. Needs no TensorFlow.
 """
 
 import gzip
@@ -35,13 +36,13 @@ _CHUNK = 2**20  # bytes
 
 
 class Archive(NamedTuple):
-    """What is published of an archive.
+    """The published description of an archive.
 
     Attributes:
-        file: its name.
-        md5: checksum, as on the authors' page.
-        train, test: members that hold the images, in order.
-        labels: bytes before an image's pixels; the last one is its class.
+        file: Name of the file.
+        md5: Checksum, as on the authors' page.
+        train, test: Members that hold the images, in order.
+        labels: Number of bytes before an image's pixels; the last one is its class.
     """
 
     file: str
@@ -73,9 +74,9 @@ def read(name: str, path: str, check: bool = True) -> tuple[ArraySource, ArraySo
     """The training and the test images of an archive, in its order; keys are positions in it.
 
     Args:
-        name: one of `ARCHIVES`.
-        path: file of the archive.
-        check: whether another checksum than the published one is refused.
+        name: One of `ARCHIVES`.
+        path: Path of the archive.
+        check: Whether another checksum than the published one is an error.
 
     Raises:
         UserError (a `ValueError`): a file that cannot be read, has another checksum or other
@@ -106,13 +107,13 @@ def read(name: str, path: str, check: bool = True) -> tuple[ArraySource, ArraySo
 
 
 def download(name: str) -> Path:
-    """The archive in the user's cache folder, where it is put from the authors' page if absent.
+    """The path of the archive in the user's cache folder; downloads it if it is absent.
 
     Args:
-        name: one of `ARCHIVES`.
+        name: One of `ARCHIVES`.
 
     Raises:
-        UserError (a `ValueError`): it is not there and cannot be downloaded.
+        UserError (a `ValueError`): an archive that is not there and cannot be downloaded.
     """
     archive = ARCHIVES[name]
     path = cache.folder() / archive.file
@@ -136,7 +137,7 @@ def download(name: str) -> Path:
 
 def _download(url: str, path: Path, archive: Archive) -> None:
     digest = hashlib.md5(usedforsecurity=False)
-    # Of a name of its own: other processes may download it too.
+    # With a name of its own: other processes may download it, too.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}", delete=False) as part:
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
@@ -173,7 +174,7 @@ def _read_members(content: bytes, wanted: set[str], path: str) -> dict[str, byte
                 file = tar.extractfile(member) if name in wanted and member.isfile() else None
                 if file is not None:
                     members[name] = file.read()
-            while unpacked.read(_CHUNK):  # to its end, which has a checksum
+            while unpacked.read(_CHUNK):  # to the end of the file, which verifies its checksum
                 pass
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
         raise UserError(
@@ -193,7 +194,7 @@ def _decode(content: bytes, archive: Archive, path: str) -> ArraySource:
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     planes = records[:, archive.labels :].reshape(-1, 3, _SIDE, _SIDE)
     images = np.empty((len(records), _SIDE, _SIDE, 3), np.uint8)
-    for channel in range(3):  # in half the time of a transposed copy
+    for channel in range(3):  # takes half the time of a transposed copy
         images[..., channel] = planes[:, channel]
     labels = records[:, archive.labels - 1].astype(np.int64)
     return ArraySource(images, labels, np.arange(len(labels)))

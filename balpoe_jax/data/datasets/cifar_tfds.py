@@ -19,8 +19,8 @@ def read(name: str, data_dir: str, alternative: str = "") -> tuple[ArraySource, 
 
     Args:
         name: "cifar10" or "cifar100".
-        data_dir: TFDS folder; empty for TFDS's own, into which the set is downloaded when absent.
-        alternative: a file of the same images, which the message names when the set is not there.
+        data_dir: TFDS folder; empty for TFDS's own, into which an absent data set is downloaded.
+        alternative: Another source of the same images, to be named in the error message.
 
     Raises:
         UserError (a `ValueError`): a data set that is not there or cannot be read.
@@ -32,8 +32,8 @@ def read(name: str, data_dir: str, alternative: str = "") -> tuple[ArraySource, 
 def _read_split(builder: Any, split: str) -> ArraySource:
     """A whole split in memory, in the order of the original archive.
 
-    TFDS shuffles its records, but an `id` such as "train_00042" tells the original position, on
-    which the published selection depends.
+    TFDS shuffles its records. The published selection depends on the original positions, which an
+    `id` such as "train_00042" tells.
     """
     records = _records(builder, split)
     decoded = records.map(
@@ -68,7 +68,7 @@ def _records(builder: Any, split: str) -> tf.data.Dataset:
     encoded = {"image": tfds.decode.SkipDecoding()}
     if builder.info.file_format.value != "array_record":
         return builder.as_dataset(split=split, shuffle_files=False, decoders=encoded)
-    # Which TFDS reads by position only; small enough to be held.
+    # TFDS reads ArrayRecord by position only; CIFAR is small enough to be held in memory.
     source = builder.as_data_source(split=split, decoders=encoded)
     try:
         rows = [source[i] for i in range(len(source))]

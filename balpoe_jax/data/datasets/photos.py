@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs that are long-tailed as published: ImageNet-LT and iNaturalist 2018, through TFDS."""
+"""Photographs that are long-tailed by themselves: ImageNet-LT and iNaturalist 2018, from TFDS."""
 
 import dataclasses
 from typing import Any
@@ -19,15 +19,15 @@ from balpoe_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PhotoDataset:
-    """A data set as it was published, and where its parts are in TFDS.
+    """The sizes of a published data set, and its splits and features in TFDS.
 
     Attributes:
-        num_classes: `C`.
-        num_train, largest, smallest: training images in all, in the largest and smallest class.
-        num_test: test images, as many in each class.
-        test: the split that results are reported on.
-        held_out: a labelled split outside training and test; empty where there is none.
-        name_feature: what tells an example from others.
+        num_classes: Number of classes, `C`.
+        num_train, largest, smallest: Training images in all, in the largest and smallest class.
+        num_test: Test images in all; each class has the same number.
+        test: Split that results are reported on.
+        held_out: Labelled split outside training and test; empty where there is none.
+        name_feature: Feature that identifies an example.
     """
 
     num_classes: int
@@ -55,16 +55,17 @@ def load_photos(
     verify_counts: bool = True,
     held_out_per_class: int = 0,
 ) -> LongTailed:
-    """Opens a data set of photographs; images stay in their files until they are read.
+    """Opens a data set of photographs; the images stay in their files until they are needed.
 
     Args:
-        name: one of `PHOTO_DATASETS`.
-        image_size: height and width in pixels of the images that batches hold.
-        resize: short side in pixels to which test images are scaled before a central crop.
+        name: One of `PHOTO_DATASETS`.
+        image_size: Height and width in pixels of the images in a batch.
+        resize: Length in pixels of a test image's short side before the central crop.
         data_dir: TFDS folder; empty for TFDS's own.
-        verify_counts: refuse a data set that is not complete. When False, a class may be empty in
+        verify_counts: Whether an incomplete data set is an error. If False, a class may be empty in
             the test set, but not in training.
-        held_out_per_class: of the held-out split, the first so many images of each class.
+        held_out_per_class: Largest number of images of each class, the first ones, to take from the
+            held-out split.
 
     Raises:
         UserError (a `ValueError`): a data set that is not there, prepared in another format, or
@@ -104,7 +105,7 @@ def _open_split(
     if part not in builder.info.splits:
         raise UserError(
             f"{builder.data_dir} has no {part} split but {', '.join(builder.info.splits)}; prepare "
-            "the data set anew."
+            "the data set again."
         )
     split, file_format = builder.info.splits[part], builder.info.file_format.value
     paths = tuple(str(path) for path in split.filepaths)

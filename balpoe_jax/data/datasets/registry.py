@@ -18,13 +18,13 @@ def published(
 ) -> tuple[npt.NDArray[np.int64], tuple[int, int, int]]:
     """Class counts int64 `[C]` and image shape `(H, W, 3)` of the complete training set.
 
-    Nothing is loaded. Of photographs, whose class sizes are not written down here, the counts have
-    the published sum but are spread evenly.
+    Nothing is loaded. The class sizes of photographs are not stored here, so their counts are even
+    and have the published sum.
 
     Args:
-        name: one of `DATASETS`.
-        imbalance_ratio: as for `load`.
-        image_size: likewise.
+        name: One of `DATASETS`.
+        imbalance_ratio: Size of the largest class over the smallest; unused for photographs.
+        image_size: Height and width in pixels of photographs.
 
     Raises:
         UserError (a `ValueError`): an unknown name, or a ratio out of range.
@@ -50,21 +50,21 @@ def load(
     resize: int = 0,
     check_archive: bool = True,
 ) -> LongTailed:
-    """Loads a data set, long-tailed by nature or made so, and checks its class counts.
+    """Loads a data set that is or is made long-tailed, and checks its class counts.
 
     Args:
-        name: one of `DATASETS`.
-        imbalance_ratio: largest over smallest training class, at least 1; unused where it is given.
-        data_dir: place of the data set: see `cifar.load` for CIFAR; a TFDS folder for photographs,
+        name: One of `DATASETS`.
+        imbalance_ratio: Size of the largest training class over the smallest, at least 1; unused
+            for photographs.
+        data_dir: Place of the data set: see `cifar.load` for CIFAR; a TFDS folder for photographs,
             or empty for TFDS's own. Unused by "digits", which scikit-learn ships.
-        verify_counts: refuse a data set that is not the published one.
-        selection_seed: of the images kept of a balanced data set.
-        held_out_per_class: at most so many labelled images of each class are held out, see
+        verify_counts: Whether a data set that is not the published one is an error.
+        selection_seed: Seed of the selection from a balanced data set.
+        held_out_per_class: Largest number of labelled images to hold out of each class, see
             `balanced.load_long_tailed` and `photos.load_photos`.
-        image_size: height and width in pixels of photographs; images of one size keep theirs.
-        resize: short side in pixels to which test photographs are scaled before a central crop.
-        check_archive: whether an archive of CIFAR with another checksum than the published one is
-            refused.
+        image_size: Height and width in pixels of photographs; images of one size keep theirs.
+        resize: Length in pixels of a test photograph's short side before the central crop.
+        check_archive: Whether an archive of CIFAR without the published checksum is an error.
 
     Raises:
         UserError (a `ValueError`): an unknown name, a data set that is not there or not as it

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test sets with another class distribution: forward, uniform and backward. NumPy only.
+"""Test sets with other class distributions: forward, uniform and backward. NumPy only.
 
-A forward set has most examples where the training set has, a backward one where it has fewest. For
-CIFAR they follow from a rule; those of ImageNet-LT and iNaturalist 2018 were published as lists of
-files (SADE, and with it BalPoE).
+A forward set has most examples in the classes where the training set has most, a backward set where
+it has fewest. For CIFAR they follow a rule. Those of ImageNet-LT and iNaturalist 2018 were
+published as lists of files (SADE, which BalPoE follows).
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class TestDistribution:
     """A part of the test set with its own class distribution.
 
     Attributes:
-        name: "forward50", "uniform", "backward50" and the like.
-        indices: int64 `[M]`, positions in the test set.
-        counts: int64 `[C]`, examples of each class.
+        name: Name such as "forward50", "uniform" or "backward50".
+        indices: Positions in the test set, int64 `[M]`.
+        counts: Examples of each class, int64 `[C]`.
         origin: "whole test set", "rule", or the name of the list's file.
     """
 
@@ -42,7 +42,7 @@ class TestDistribution:
 
     @property
     def prior(self) -> npt.NDArray[np.float64]:
-        """float64 `[C]`, the class frequencies."""
+        """The class frequencies, float64 `[C]`."""
         return self.counts / self.counts.sum()
 
 
@@ -56,12 +56,13 @@ def make_targets(
     """All target distributions from the most forward to the most backward.
 
     Args:
-        labels: int `[N]` of the test set.
-        train_counts: int `[C]`: their order tells what is forward.
-        ratios: largest over smallest class; one forward and one backward set for each.
-        names: str `[N]`, what the list files call the examples.
-        lists: file names or patterns of published lists, separated by commas; a distribution
-            that none of them is for follows the rule, and is left out where that leaves no example.
+        labels: Classes of the test set, int `[N]`.
+        train_counts: Training images of each class, int `[C]`; their order defines "forward".
+        ratios: Ratios of the largest class to the smallest; each gives a forward and a backward
+            set.
+        names: Names of the examples in the list files, str `[N]`.
+        lists: File names or patterns of published lists, separated by commas. A distribution
+            without a list follows the rule, and is left out if that leaves no example.
 
     Raises:
         UserError (a `ValueError`): a list that cannot be read or is of another data set, a ratio
@@ -108,14 +109,15 @@ def shifted_counts(
 ) -> npt.NDArray[np.int64]:
     """Examples to keep of each class: the exponential profile over the ranks of training counts.
 
-    With the class sizes of CIFAR, `int(max * (1/ratio)**(rank / (C-1)))` from the largest training
-    class to the smallest, or the other way round: the reference's rule, to the example.
+    This is the reference's rule: for CIFAR, `int(max * (1/ratio)**(rank / (C-1)))`, where ranks run
+    from the largest training class to the smallest, or the other way round.
 
     Args:
-        test_counts: int `[C]`. The profile starts at the smallest class; an empty one stays empty.
-        train_counts: int `[C]`; equal counts rank by class.
-        ratio: largest over smallest class, at least 1.
-        backward: the smallest training class is the largest.
+        test_counts: Test images of each class, int `[C]`. The profile starts at the size of the
+            smallest class that is not empty; an empty class stays empty.
+        train_counts: Training images of each class, int `[C]`; equal counts rank by class.
+        ratio: Size of the largest class over the smallest, at least 1.
+        backward: Whether the smallest training class is the largest here.
 
     Returns:
         int64 `[C]`; a class may be empty where the ratio exceeds the class size.
@@ -190,7 +192,7 @@ def _read_list(
     num_classes: int,
     names: npt.NDArray[np.str_] | None,
 ) -> tuple[npt.NDArray[np.int64], str]:
-    """Positions of the examples of a list, in its order, and where they are from."""
+    """Positions of the examples of a list, in its order, and the name of its file."""
     if names is None:
         raise UserError(f"The list {path} cannot be used: this test set's examples have no names.")
     positions = {str(name): i for i, name in enumerate(names)}
@@ -225,7 +227,7 @@ def _read_list(
 
 
 def _find_example(file: str, positions: dict[str, int]) -> int | None:
-    """By the whole path, the file's name, or the name without its suffix, as data sets differ."""
+    """The position of an example by its path, its name, or its name without the suffix."""
     path = PurePosixPath(file)
     for name in (file, path.name, path.stem):
         if name in positions:

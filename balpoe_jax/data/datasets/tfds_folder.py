@@ -11,12 +11,12 @@ log = logging.getLogger(__name__)
 
 
 def prepared_builder(name: str, data_dir: str, alternative: str = "") -> Any:
-    """The TFDS builder of a data set that is on disk; downloads only into TFDS's own folder.
+    """The TFDS builder of a prepared data set; downloads only into TFDS's own folder.
 
     Args:
-        name: of the data set in TFDS.
+        name: Name of the data set in TFDS.
         data_dir: TFDS folder that must hold it; empty for TFDS's own, into which it is downloaded.
-        alternative: a file of the same images, which the message names when the set is not there.
+        alternative: Another source of the same images, to be named in the error message.
 
     Raises:
         UserError (a `ValueError`): a data set that is not there and cannot be downloaded; TFDS or
@@ -41,7 +41,7 @@ def prepared_builder(name: str, data_dir: str, alternative: str = "") -> Any:
     log.info("Downloading %s into %s", name, builder.data_dir)
     try:
         builder.download_and_prepare()
-    except Exception as error:  # whatever the network and archive libraries below raise
+    except Exception as error:  # whatever the network and the archive libraries raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"The data set {name} is not in {builder.data_dir} and could not be downloaded "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set hands to the rest: its parts, their class counts and names."""
+"""A loaded data set: its parts, their class counts and names."""
 
 import dataclasses
 
@@ -14,14 +14,14 @@ class LongTailed:
     """A long-tailed training set and its test set.
 
     Attributes:
-        train: the training images.
-        test: the whole test set.
-        test_names: str `[N]`, what lists of files call the test examples.
-        held_out: labelled examples outside both, balanced as far as they go; None without any.
-        held_out_description: where they are from.
-        class_counts: int64 `[C]`, training images of each class.
-        counts_as_published: False if the counts are not what the data set should have, which
-            only `verify_counts=False` lets through.
+        train: The training images.
+        test: The whole test set.
+        test_names: Names of the test examples in lists of files, str `[N]`.
+        held_out: Labelled examples outside both, balanced as far as they go; None without any.
+        held_out_description: Origin of the held-out examples, for reports.
+        class_counts: Training images of each class, int64 `[C]`.
+        counts_as_published: Whether the counts are those of the published data set, as they are
+            unless `verify_counts=False`.
     """
 
     train: Source
@@ -34,5 +34,5 @@ class LongTailed:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the data set, whether or not they have examples."""
+        """Number of classes, including those without examples."""
         return len(self.class_counts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies that are tables, as AutoAugment: the draws, and the numbers of their operations.
+"""Policies that are tables, such as AutoAugment: their draws, and the numbers of their operations.
 
-Magnitudes are discrete. So a row needs one number for each of its two operations, by which the
-device finds all others among constants of the program.
+Magnitudes are discrete. So the plan has one number for each of a row's two operations. The device
+looks up all others by it, among constants of the program.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.magnitudes import autoaugment_magnitudes
 from balpoe_jax.data.settings import POLICY_TABLES, Rule
 
-# Outside of images.
+# Packed colour outside of images.
 GREY = packed_colour((128, 128, 128))
 POSITIONS = 2
 
@@ -39,14 +39,14 @@ _GEOMETRY = {
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """What may happen at one position of a policy.
+    """The operations, with their parameters, that may be drawn at one position of a policy.
 
     Attributes:
         kinds: Names of the kinds of operations that occur, "none" first.
         names: Operation of each variant; variant 0 is none.
-        parameters: Parameter of each, as `batch_ops` has it, float32 `[variants]`.
-        numbers: What `operations.apply` needs, with a row for each variant.
-        shares: How often each is drawn, float64 `[variants]`.
+        parameters: Parameter of each, as in `batch_ops`, float32 `[variants]`.
+        numbers: Numbers for `operations.apply`, with a row for each variant.
+        shares: Probability of each, float64 `[variants]`.
     """
 
     kinds: tuple[str, ...]
@@ -56,7 +56,7 @@ class Variants:
     shares: np.ndarray
 
     def share(self, still: Sequence[int]) -> float:
-        """The share of rows whose kind is not among the given ones."""
+        """The probability of a kind that is not among the given ones."""
         return float(self.shares[~np.isin(self.numbers["kind"], still)].sum())
 
 
@@ -94,7 +94,7 @@ class TablePolicy:
         return np.where(runs, 1 + 2 * pair[:, None] + negative, 0).astype(np.uint8)
 
     def numbers(self, drawn: jax.Array) -> list[dict[str, Any]]:
-        """What `apply` needs for each position, of the variants of all rows."""
+        """The numbers that `apply` needs, for each position, of the variants drawn for all rows."""
         return [
             jax.tree.map(
                 lambda leaf, chosen=drawn[:, position]: (
@@ -119,7 +119,7 @@ class TablePolicy:
 
 
 def _variants(rules: Sequence[Rule], height: int, width: int) -> Variants:
-    """The variants of one position: none, then of each rule the positive and the negative."""
+    """The variants of one position: none, then each rule with a positive and a negative sign."""
     magnitudes = autoaugment_magnitudes(height, width)
     names, parameters, shares = ["none"], [np.float32(0)], [0.0]
     for name, probability, magnitude in rules:
@@ -145,11 +145,11 @@ def _variants(rules: Sequence[Rule], height: int, width: int) -> Variants:
 def numbers_of(
     names: Sequence[str], parameters: np.ndarray, kinds: Sequence[str], height: int, width: int
 ) -> dict[str, Any]:
-    """What the kinds of operations need.
+    """The numbers that the kinds of operations need, with a row for each operation.
 
     Args:
-        names: Operations, "none" among them.
-        parameters: One for each, as `batch_ops` has it, float `[n]`.
+        names: Names of the operations, `[n]`; may include "none".
+        parameters: Parameter of each, as in `batch_ops`, float `[n]`.
         kinds: Names of the kinds that occur.
         height, width: Size of the images.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches from the bytes in device memory: pure functions of JAX for one device."""
+"""Batches from the images in device memory: pure functions of JAX for one device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,17 +16,17 @@ from balpoe_jax.data.types import TrainBatch
 def make_batch(
     constants: dict[str, Any], plan: dict[str, Any], planner: Planner, axis_name: str | None = None
 ) -> TrainBatch:
-    """The batch of a step, as the training step takes it.
+    """Makes the batch of a step from its plan.
 
     Args:
         constants: `images`, the training set as packed uint32 `[N, H, W]`, and the planner's
             `tables`.
-        plan: One step's plan, this device's rows `[b, ...]` of it.
-        planner: What made the plan.
-        axis_name: Mapped axis along which the rows are shared; None if they are all here.
+        plan: This device's rows `[b, ...]` of one step's plan.
+        planner: Planner that made the plan.
+        axis_name: Mapped axis along which the rows are shared; None if all are on this device.
 
     Returns:
-        Arrays on the device, the views of the settings' dtype.
+        Arrays on the device; the views have the settings' dtype.
     """
     settings = planner.settings
     mix = plan.get("mix")
@@ -52,7 +52,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     """`(x / 255 - mean) / std` of uint8 `[..., 3]` as float32, with the host pipeline's rounding.
 
     Args:
-        images: Bytes.
+        images: uint8 `[..., 3]`.
         mean, std: Statistics by channel, of images in [0, 1].
     """
     scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
@@ -62,11 +62,11 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def mix_images(images: jax.Array, others: jax.Array, mix: dict[str, jax.Array]) -> jax.Array:
-    """`share * images + (1 - share) * others`, and the others alone in the box.
+    """`share * images + (1 - share) * others`, and only the others in the box.
 
     Args:
         images, others: Float32 `[b, H, W, 3]`.
-        mix: `share` float32 `[b]` and perhaps `box`, see `mixing.Mixer.draw`.
+        mix: `share` float32 `[b]` and, if the rule has one, `box`, see `mixing.Mixer.draw`.
     """
     _, height, width, _ = images.shape
     share = mix["share"][:, None, None, None]
@@ -87,8 +87,8 @@ def _gather(images: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def _rounded(product: jax.Array) -> jax.Array:
-    """A product that is rounded by itself, and not fused with the sum after it.
+    """Keeps the compiler from fusing a product with a sum, so that every program gives equal bits.
 
-    So every program makes the same bits. The bounds are never met, which no compiler knows.
+    The values never reach the bounds, but the compiler cannot know that.
     """
     return jnp.clip(product, -1e9, 1e9)

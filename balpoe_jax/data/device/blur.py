@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian blur as Pillow makes it: three passes of a box in each direction, to the bit."""
+"""Pillow's Gaussian blur, to the bit: three passes of a box in each direction."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ _ONE_BITS = 24
 
 
 def box_weights(sigma: np.ndarray) -> np.ndarray:
-    """Weights of a box's middle, of its neighbours and of theirs, in parts of `2**24`.
+    """Weights of a box at distances of 0, 1 and 2 pixels, in parts of `2**24`.
 
     Args:
         sigma: Standard deviations in pixels, float32 `[n]` from 0 to 2.4.
@@ -39,7 +39,7 @@ def blur(pixels: jax.Array, weights: jax.Array) -> jax.Array:
 
     Args:
         pixels: Packed uint32 `[H, W]`.
-        weights: A row of `box_weights`.
+        weights: Row of `box_weights`, int32 `[3]`.
     """
     parts = weights.astype(jnp.uint32)
     for axis in (1, 0):
@@ -61,7 +61,7 @@ def _box(pixels: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
     middle, near, far = weights
 
     def mean(shift: int) -> jax.Array:
-        # In 32 bits: the weights sum up to 2**24, and values are less than 2**8.
+        # Fits into 32 bits: the weights sum to 2**24, and values are less than 2**8.
         v0, v1, v2, v3, v4 = ((line >> shift) & 0xFF for line in lines)
         total = middle * v2 + near * (v1 + v3) + far * (v0 + v4)
         return (total + (1 << (_ONE_BITS - 1))) >> _ONE_BITS

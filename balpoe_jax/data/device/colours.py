@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blends of an image with a lesser one: brightness, contrast, color and sharpness. JAX only.
+"""Blends of an image with a degenerate one: brightness, contrast, color and sharpness. JAX only.
 
-Images are packed uint32 `[H, W]`, one at a time; `jax.vmap` makes batches. To the bit as Pillow.
+Images are packed uint32 `[H, W]`, one at a time; `jax.vmap` makes batches. Equal to Pillow's to the
+bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ def sharpness(pixels: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def sharpen(pixels: jax.Array, factor: jax.Array, height: int, width: int) -> jax.Array:
-    """`sharpness` of images `[..., height * width]`, with factors that extend to them."""
+    """`sharpness` of images `[..., height * width]`, with factors that broadcast to them."""
     return _blend(_smooth(pixels, height, width), pixels, factor)
 
 
@@ -72,14 +73,14 @@ def _smooth(pixels: jax.Array, height: int, width: int) -> list[jax.Array]:
     def totals(read: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return sum((read(padded[..., i : i + size]) for i in starts), 4 * read(pixels))
 
-    # Red and blue in one number: totals take 12 bits at most.
+    # Red and blue share one number: totals take 12 bits at most.
     both, green = totals(lambda x: x & 0xFF00FF), totals(lambda x: (x >> 8) & 0xFF)
     # The outermost pixels have no neighbourhood and stay as they are.
     has_all = np.zeros((height, width), bool)
     has_all[1:-1, 1:-1] = True
     has_all = has_all.reshape([1] * (pixels.ndim - 1) + [size])
     return [
-        # Over 26, by a product.
+        # Divided by 26, as a product.
         jnp.where(has_all, ((2 * total.astype(jnp.int32) + 13) * 40330) >> 20, values)
         for total, values in zip((both & 0xFFFF, green, both >> 16), channels(pixels), strict=True)
     ]
@@ -90,8 +91,8 @@ def _blend(degenerate: Sequence[jax.Array], pixels: jax.Array, factor: jax.Array
     blended = []
     for low, values in zip(degenerate, channels(pixels), strict=True):
         step = factor * (values - low).astype(jnp.float32)
-        # Pillow rounds the product by itself. The bounds are never met, but keep the compiler from
-        # fusing product and sum.
+        # Pillow rounds the product. The bounds, which are never reached, keep the compiler from
+        # fusing it with the sum.
         step = jnp.clip(step, -1e9, 1e9)
         blended.append(jnp.clip(low.astype(jnp.float32) + step, 0, 255).astype(jnp.int32))
     return join(blended)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A change of hue as torchvision makes it, by way of Pillow's HSV of 8 bits: to the bit.
+"""torchvision's change of hue through Pillow's 8-bit HSV, to the bit.
 
-Pillow mixes single and double precision on the way to HSV: tables hold what comes of it. The way
-back is the same in whole numbers, which `tests/data/device/test_device_ops.py` tries for all
-colours.
+Pillow mixes single and double precision on the way to HSV, so that tables hold its results. The way
+back gives the same in whole numbers; `tests/data/device/test_device_ops.py` tries all colours.
 """
 
 import functools
@@ -20,8 +19,8 @@ def hue_tables() -> dict[str, np.ndarray]:
     """Pillow's hue and saturation, for `change_hue`.
 
     Returns:
-        hue: uint8 `[6 * 256 * 256]`, by sector of the circle, spread (the greatest value of a pixel
-            less its least) and the greatest less the middle one.
+        hue: uint8 `[6 * 256 * 256]`, by sector of the circle, spread (a pixel's greatest value
+            minus its least) and offset (its greatest minus its middle value).
         saturation: uint8 `[256 * 256]`, by spread and greatest value.
     """
     spread = np.arange(256, dtype=np.float32)[:, None]
@@ -39,9 +38,9 @@ def hue_tables() -> dict[str, np.ndarray]:
     turn = ((np.stack(sectors).astype(np.float64) / 6 + 1) % 1).astype(np.float32)
     hue = np.floor(turn.astype(np.float64) * 255)
     hue[:, 0] = 0
-    # Of saturations, offset is the greatest value.
+    # For saturations, `offset` stands for the greatest value.
     ratio = np.divide(spread, offset, out=np.zeros((256, 256), np.float32), where=offset > 0)
-    # No spread is greater than the greatest value, nor an offset than the spread.
+    # Only entries with a spread up to the greatest value, or an offset up to the spread, are used.
     saturation = np.minimum(np.floor(ratio.astype(np.float64) * 255), 255)
     tables = {"hue": hue.astype(np.uint8), "saturation": saturation.astype(np.uint8)}
     return {name: table.reshape(-1) for name, table in tables.items()}
@@ -52,8 +51,8 @@ def change_hue(pixels: jax.Array, turn: jax.Array, tables: dict[str, jax.Array])
 
     Args:
         pixels: Packed uint32 `[H, W]`.
-        turn: int32 scalar, by how many of 256 parts of the circle.
-        tables: `hue_tables()`, on the device.
+        turn: Number of 256ths of the circle, int32 scalar.
+        tables: Tables of `hue_tables`, on the device.
     """
     red, green, blue = channels(pixels)
     greatest = jnp.maximum(red, jnp.maximum(green, blue))
@@ -64,7 +63,7 @@ def change_hue(pixels: jax.Array, turn: jax.Array, tables: dict[str, jax.Array])
         jnp.where(blue == least, 0, 1),
         jnp.where(green == greatest, jnp.where(blue == least, 2, 3), jnp.where(red == least, 4, 5)),
     )
-    # The greatest less the middle one.
+    # The greatest minus the middle value.
     offset = 2 * greatest + least - (red + green + blue)
     entry = (sector << 16) + (spread << 8) + offset
     hue = tables["hue"].at[entry].get(mode="promise_in_bounds").astype(jnp.int32)
@@ -78,7 +77,7 @@ def to_rgb(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.Array
     one = 255 * 255
 
     def lessened(share: jax.Array) -> jax.Array:
-        """The value times one less a share in parts of `one`; none lies at a half."""
+        """The rounded value times 1 minus a share, in parts of `one`; no product lies at a half."""
         return (2 * value * (one - share) + one) // (2 * one)
 
     low = lessened(saturation * 255)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Color jitter: brightness, contrast, color and perhaps hue, in an order of its own for each image.
+"""Color jitter: changes of brightness, contrast, color and perhaps hue in a random order.
 
-By the rule of torchvision's ColorJitter, rounded to 8 bits after each change.
+It follows torchvision's ColorJitter, which rounds to 8 bits after each change.
 """
 
 from typing import Any
@@ -24,10 +24,10 @@ def draw_jitter(uniforms: RowUniforms, settings: AugmentSettings) -> dict[str, n
     """Draws what `jitter` does to each row.
 
     Returns:
-        factors: float32 `[rows, 3]`, of brightness, contrast and color.
-        turn: With hue, int16 `[rows]`, see `change_hue`.
-        order: uint8 `[rows, 3]`, or with hue `[rows, 4]`: a permutation of the changes, or for each
-            the number after the last for an image that is left alone.
+        factors: Factors of brightness, contrast and color, float32 `[rows, 3]`.
+        turn: Only with hue: turns as in `change_hue`, int16 `[rows]`.
+        order: A permutation of the changes, uint8 `[rows, 3]`, or with hue `[rows, 4]`. An image
+            that is not jittered has the number of changes in all places.
     """
     count = 4 if settings.hue else 3
     deviation = (2 * uniforms.many("factors") - 1).astype(np.float32)
@@ -45,7 +45,7 @@ def draw_jitter(uniforms: RowUniforms, settings: AugmentSettings) -> dict[str, n
 
 
 def whole_turns(factors: np.ndarray) -> np.ndarray:
-    """Parts of 255 in shares of the circle, float32, towards zero as torchvision: int16."""
+    """Shares of the circle, float32, as int16 in 255ths, truncated as in torchvision."""
     return np.trunc(factors.astype(np.float64) * 255).astype(np.int16)
 
 
@@ -55,13 +55,13 @@ def jitter(
     tables: dict[str, Any],
     choose: Choose = jax.lax.switch,
 ) -> jax.Array:
-    """Makes the changes of an image in turn.
+    """Applies the changes to an image in their order.
 
     Args:
         pixels: Packed uint32 `[H, W]`.
-        drawn: A row of what `draw_jitter` drew.
-        tables: With hue, those of `hue_tables`.
-        choose: Way to compute the change whose turn it is.
+        drawn: Row of what `draw_jitter` drew.
+        tables: Tables of `hue_tables`; unused without hue.
+        choose: Function that computes the change whose turn it is, see `operations.Choose`.
     """
     brightness, contrast, color = drawn["factors"]
     changes = [

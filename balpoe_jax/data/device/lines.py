@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shears and shifts with interpolation: rows or columns that move by distances of their own.
+"""Shears and shifts with interpolation: each row or column moves by its own distance.
 
-The host turns distances into whole numbers, for devices have no float64. The weights have 60 bits
-behind the point, in three parts, because Pillow truncates: a value that ends a hair below a whole
-number is one less. Exact results that are whole where the distance is not (at a shear of 0.2, say)
-come out as such here, and in Pillow now and then as one less, as its rounding in float64 decides.
+The host turns distances into whole numbers, since devices have no float64. Pillow truncates, so a
+value just below a whole number becomes one less. To get the same, the weights have 60 bits behind
+the point, in three parts. One difference is left: where the exact result is whole but the distance
+is not (at a shear of 0.2, say), Pillow's rounding in float64 sometimes gives one less.
 """
 
 from collections.abc import Sequence
@@ -17,36 +17,36 @@ from balpoe_jax.data.device.packing import channels, join
 
 _PART = 20
 _PARTS = 3
-# For each unit of a value: in all three quarters of a unit in its last place in float64, below
-# which what is missing to a whole number is lost in Pillow.
+# Added for each unit of a value: three quarters of the value's last place in float64. A value that
+# is closer to the next whole number is that number in Pillow.
 _HAIR = 96
-# Of a point between two pixels, from the one before it.
+# Neighbours of a point between two pixels, relative to the pixel before it.
 NEIGHBOURS = (-1, 0, 1, 2)
 
 
 def line_weights(
     shifts: np.ndarray, cubic: np.ndarray, rounded_along: int = 0
 ) -> dict[str, np.ndarray]:
-    """What `shift_lines` needs to move lines by distances.
+    """The whole numbers by which `shift_lines` moves lines.
 
     Args:
         shifts: Distances in pixels, float64 `[n, lines]`.
         cubic: Whether to interpolate cubically (a = -1) or else linearly, bool `[n]`.
-        rounded_along: Length of the lines, by which distances are rounded as Pillow's sums along
-            them are; 0 for distances as they are.
+        rounded_along: Length of the lines, to round distances as Pillow's sums along a line do; 0
+            for no rounding.
 
     Returns:
-        first: int16 `[n, lines]`, whole pixels of the distance, rounded down.
-        nearest: int16 `[n, lines]`, the same, rounded to the nearest.
-        weights: int32 `[n, lines, 3, 4]`, those of four neighbours, in three parts of 20 bits.
+        first: Whole pixels of the distance, rounded down, int16 `[n, lines]`.
+        nearest: Whole pixels of the distance, rounded to the nearest, int16 `[n, lines]`.
+        weights: Weights of four neighbours in three parts of 20 bits, int32 `[n, lines, 3, 4]`.
     """
     first = np.floor(shifts)
     t = shifts - first
     if rounded_along:
-        # As three quarters along the line: in half of all pixels the same.
+        # Rounded as three quarters along the line, which is the rounding of half of all pixels.
         point = np.rint(0.75 * rounded_along - shifts) + 0.5 + shifts - 0.5
         t = point - np.floor(point)
-    # From the nearer of the middle two, where small weights are known most exactly.
+    # Measured from the nearer of the middle two, where small weights are most exact.
     mirrored = t > 0.5
     t = np.where(mirrored, 1 - t, t)
     bent = cubic[:, None] * t
@@ -54,7 +54,7 @@ def line_weights(
     whole = np.zeros((*t.shape, 4), np.int64)
     for i, weight in ((0, far), (2, t + bent * (1 - t) * t), (3, opposite)):
         whole[..., i] = np.rint(weight * 2.0 ** (_PARTS * _PART))
-    # What is constant stays so, exactly.
+    # The weights sum to exactly 1, so that a constant stays constant.
     whole[..., 1] = (1 << (_PARTS * _PART)) - whole.sum(axis=-1)
     whole = np.where(mirrored[..., None], whole[..., ::-1], whole)
     parts = [whole >> (2 * _PART), (whole >> _PART) % (1 << _PART), whole % (1 << _PART)]
@@ -66,20 +66,20 @@ def line_weights(
 
 
 def shift_lines(pixels: jax.Array, drawn: dict[str, jax.Array], axis: int, fill: int) -> jax.Array:
-    """Shows in each row what lies so far to the right (axis 1), or in each column below (axis 0).
+    """Shifts each row to the left (axis 1), or each column upwards (axis 0), by its distance.
 
-    Neighbours beyond the border repeat it; only points outside the image are `fill`.
+    Interpolation repeats the border; only points outside the image are `fill`.
 
     Args:
         pixels: Packed `[H, W]`.
-        drawn: Those of `line_weights`, a row of them; lines beyond the image's are ignored.
-        axis: Along which the lines move.
+        drawn: Row of `line_weights`; more lines than the image has are ignored.
+        axis: Axis along which the lines move.
         fill: Packed colour.
     """
     size, lines = pixels.shape[axis], pixels.shape[1 - axis]
 
     def across(leaf: jax.Array) -> jax.Array:
-        """One number for each line, against the pixels."""
+        """One number for each line, in a shape that broadcasts to the pixels."""
         return jnp.expand_dims(leaf[:lines].astype(jnp.int32), axis)
 
     position = jnp.expand_dims(jnp.arange(size, dtype=jnp.int32), 1 - axis)
@@ -103,8 +103,8 @@ def interpolate(
     """Weighted sums of four neighbours, rounded down as Pillow does.
 
     Args:
-        neighbours: Packed pixels, those of `NEIGHBOURS`.
-        weights: For each of three parts those of the neighbours, int32.
+        neighbours: Packed pixels at the positions `NEIGHBOURS`.
+        weights: Weights of the neighbours for each of three parts, int32.
     """
     values = [channels(pixels) for pixels in neighbours]
 

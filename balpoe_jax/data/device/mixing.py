@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the examples of a batch are mixed, drawn by NumPy; the rules: `data.batches.mixing`.
+"""NumPy's draws for the mixing of a batch; `data.batches.mixing` describes the rules.
 
-Labels and their shares are decided here. Of the pixels, the plan says what share an image keeps,
-and in which box the partner's pixels take their place.
+Labels and their shares are computed here. For the pixels, the plan has the share of the row's own
+image, and the box in which the partner's pixels replace it.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ class Mixer:
 
     Args:
         labels: Classes of the training set, int `[N]`.
-        image_shape: `(H, W, 3)`.
-        settings: With a positive `mix.alpha`.
+        image_shape: Shape of an image, `(H, W, 3)`.
+        settings: Settings of the batches, with a positive `mix.alpha`.
     """
 
     def __init__(
@@ -43,17 +43,18 @@ class Mixer:
         return self._mix.rule in (*BOX_RULES, "mixup_or_cutmix")
 
     def draw(self, step: int, labels: npt.NDArray[np.int32]) -> tuple[Arrays, Arrays]:
-        """How the batch of a step is mixed.
+        """Draws how the batch of a step is mixed.
 
         Args:
             step: Number of the step, from 0.
             labels: Classes of its rows, int32 `[B]`.
 
         Returns:
-            Of the pixels, `share` float32 `[B]` of the row's own image, `box` int16 `[B, 4]` (top,
-            bottom, left, right) that shows the partner alone, if the rule has one, and `partner`
-            int32 `[B]`: rows of the batch, or positions in the training set that a second sampler
-            drew. Of the labels, `other_labels` int32 `[B]` and `weight` float32 `[B]`.
+            Arrays for the pixels and arrays for the labels. For the pixels these are `share`
+            float32 `[B]` of the row's own image; `partner` int32 `[B]`, rows of the batch or
+            positions in the training set that a second sampler drew; and, if the rule has a box,
+            `box` int16 `[B, 4]` (top, bottom, left, right), which shows only the partner. For the
+            labels they are `other_labels` int32 `[B]` and `weight` float32 `[B]`.
         """
         partner, others = self._partners(step, labels)
         share, weight, box = self._shares(step, labels, others)
@@ -94,13 +95,13 @@ class Mixer:
     def _shares(
         self, step: int, labels: npt.NDArray[np.int32], others: npt.NDArray[np.int32]
     ) -> tuple[Any, Any, Any]:
-        """Of the pixels, of the labels, and the box; of each row."""
+        """Shares of the pixels and of the labels, and the box, of each row."""
         rule, rows = self._mix.rule, len(labels)
         counts, other_counts = self._counts[labels], self._counts[others]
         box = np.zeros((rows, 4), np.int16)
         if rule == "unimix":
             drawn = self._coefficients(step, rows)
-            # Beta(a, a) with a < 1 is densest at 0 and 1, so these are at the partner's share.
+            # Beta(a, a) with a < 1 is densest at 0 and 1, so this is at the partner's share.
             share = ((drawn + other_counts / (counts + other_counts)) % 1).astype(np.float32)
             return share, share, box
         coefficient = float(self._coefficients(step, 1)[0])
@@ -120,7 +121,7 @@ class Mixer:
         return bool(self._random(step, "which").random() < 0.5)
 
     def _box(self, step: int, coefficient: float) -> tuple[tuple[int, int, int, int], float]:
-        """CutMix's box, top, bottom, left and right, and its share of the image."""
+        """CutMix's box (top, bottom, left, right), and its share of the image."""
         random = self._random(step, "box")
         edges: list[int] = []
         for size in (self._height, self._width):
@@ -133,7 +134,7 @@ class Mixer:
     def _coefficients(self, step: int, number: int) -> npt.NDArray[np.float64]:
         """Draws from `Beta(alpha, alpha)`."""
         drawn = self._random(step, "weight").beta(self._mix.alpha, self._mix.alpha, number)
-        # Of a tiny alpha both sides may vanish; a mixture of two halves it has none.
+        # With a tiny alpha both gammas may underflow, to 0 / 0; such an alpha nearly never mixes.
         return np.where(np.isfinite(drawn), drawn, 1.0)
 
     def _random(self, step: int, name: str) -> np.random.Generator:
@@ -156,7 +157,7 @@ def _relabel(
 def _draw_within(
     random: np.random.Generator, weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
-    """Positions `[groups, size]` in each group, with replacement and odds by weight."""
+    """Draws positions within each group, with replacement and odds by weight, `[groups, size]`."""
     bounds = np.cumsum(weights, axis=1)
     bounds /= bounds[:, -1:]
     drawn = random.random(weights.shape)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crops, flip and rotation, which read every pixel of a batch from the data set once.
 
-The host turns windows and angles into whole numbers, in float64 as Pillow does.
+The host turns windows and angles into whole numbers, in float64 like Pillow.
 """
 
 import math
@@ -42,11 +42,11 @@ def draw_moves(
     """Draws what `read_moved` does to each row.
 
     Returns:
-        Of the following those that the settings ask for.
-            window: int16 `[rows, 4]`, top, left, height and width.
-            top, left: int16 `[rows]`, corner of the crop, from minus to plus the padding.
-            flip: bool `[rows]`.
-            matrix: int32 `[rows, 6]`, see `rotation_matrices`.
+        Those of the following that the settings ask for.
+            window: Top, left, height and width, int16 `[rows, 4]`.
+            top, left: Corner of the crop, int16 `[rows]`, from minus to plus the padding.
+            flip: Whether to mirror left and right, bool `[rows]`.
+            matrix: Rotation, int32 `[rows, 6]`, see `rotation_matrices`.
     """
     drawn = {}
     if settings.crop_area:
@@ -92,7 +92,7 @@ def inverse_rotations(degrees: np.ndarray, height: int, width: int) -> list[np.n
 def fixed_point(matrix: list[np.ndarray]) -> np.ndarray:
     """Matrices of six float64 `[rows]` in 16.16 fixed point, int32 `[rows, 6]`.
 
-    In the order of `source_pixels`, and from the centre of the first pixel.
+    They start at the centre of the first pixel, and have the order of `source_pixels`.
     """
     a, b, c, d, e, f = matrix
     entries = np.stack([c + a * 0.5 + b * 0.5, a, b, f + d * 0.5 + e * 0.5, d, e], axis=-1)
@@ -103,8 +103,8 @@ def source_pixels(matrix: jax.Array, height: int, width: int) -> Positions:
     """Nearest input pixel of every output pixel.
 
     Args:
-        matrix: int32 `[..., 6]`: the column that the first pixel shows, its growth from column to
-            column and from row to row, and the same for the row; all in 16.16 fixed point.
+        matrix: Matrices int32 `[..., 6]` in 16.16 fixed point: the input column at the first pixel,
+            its increase from column to column and from row to row, and the same for the input row.
         height, width: Size of the images.
 
     Returns:
@@ -118,8 +118,8 @@ def source_of(entries: Sequence[jax.Array], rows: jax.Array, columns: jax.Array)
     """`source_pixels` of given output pixels.
 
     Args:
-        entries: The six of a matrix, int32.
-        rows, columns: Output pixels, int32, of a shape that fits to that of the entries.
+        entries: The six entries of a matrix, int32.
+        rows, columns: Output pixels, int32, of a shape that broadcasts with the entries.
     """
     start_x, x_by_column, x_by_row, start_y, y_by_column, y_by_row = entries
     found_columns = (start_x + x_by_column * columns + x_by_row * rows) >> _FRACTION_BITS
@@ -128,7 +128,7 @@ def source_of(entries: Sequence[jax.Array], rows: jax.Array, columns: jax.Array)
 
 
 def within(rows: jax.Array, columns: jax.Array, height: int, width: int) -> jax.Array:
-    """Whether positions are in an image, bool."""
+    """Whether positions lie within an image, bool."""
     return (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
 
 
@@ -146,13 +146,14 @@ def read_moved(
 
     Args:
         images: Packed uint32 `[N, H, W]`, or uint8 `[N, H, W, 3]`.
-        index: int32 `[B]`, their positions.
-        drawn: What `draw_moves` drew, as arrays of `B` rows.
-        shown: Pixels of the result to read, int32 `[B, n]`; those outside of it may be anything.
-            None for all.
+        index: Positions of the images, int32 `[B]`.
+        drawn: Draws of `draw_moves`, as arrays of `B` rows.
+        shown: Pixels of the result to read, int32 `[B, n]`; positions outside of the image give any
+            value. None for all pixels.
 
     Returns:
-        Packed `[B, H, W]` or uint8 `[B, H, W, 3]`, as the images are; of `shown`, `[B, n]`.
+        Packed `[B, H, W]` or uint8 `[B, H, W, 3]`, in the form of the images. With `shown` it is
+        `[B, n]` or `[B, n, 3]`.
     """
     if "window" in drawn:
         enlarged = _enlarge(images, index, drawn["window"].astype(jnp.int32))
@@ -166,7 +167,7 @@ def read_moved(
 def _read(
     images: jax.Array, index: jax.Array, drawn: dict[str, Any], shown: Positions | None
 ) -> jax.Array:
-    """`read_moved` without windows, of bytes or of packed pixels `[N, H, W]`."""
+    """`read_moved` without windows, for uint8 `[N, H, W, 3]` or packed `[N, H, W]`."""
     if not drawn and shown is None:
         return images.at[index].get(mode="promise_in_bounds")
     height, width = images.shape[1:3]
@@ -174,13 +175,13 @@ def _read(
     rows, columns = _all_pixels(1, height, width) if shown is None else shown
 
     def across(leaf: jax.Array) -> jax.Array:
-        """One number for each image, against the positions."""
+        """One number for each image, in a shape that broadcasts to the positions."""
         return leaf.reshape([-1] + [1] * (rows.ndim - 1))
 
     if "matrix" in drawn:
         matrix = drawn["matrix"]
         rows, columns = source_of([across(matrix[:, i]) for i in range(6)], rows, columns)
-        # What the crop cut off is black, too.
+        # Pixels that the crop cut off are black, too.
         inside = within(rows, columns, height, width)
     if "flip" in drawn:
         columns = jnp.where(across(drawn["flip"]), width - 1 - columns, columns)
@@ -191,7 +192,7 @@ def _read(
         inside = found if inside is None else inside & found
     if inside is not None or shown is not None:
         rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
-    # Unsigned, else each is looked at for whether it is negative.
+    # Unsigned, or else every index is tested for being negative.
     where = tuple(x.astype(jnp.uint32) for x in (across(index), rows, columns))
     pixels = images.at[where].get(mode="promise_in_bounds")
     if inside is None:
@@ -205,9 +206,9 @@ def _random_windows(
 ) -> np.ndarray:
     """Windows by the rule of torchvision's RandomResizedCrop, int16 `[rows, 4]`.
 
-    The share of the area is uniform from the least one to 1 and the logarithm of width / height
-    between those of 3/4 and 4/3. Of ten tries the first that fits is taken, at a uniform position;
-    if none fits, the largest central window whose ratio is within these.
+    The share of the area is uniform from the least one to 1, the logarithm of width / height
+    between those of 3/4 and 4/3. The first of ten tries that fits is taken, at a uniform position.
+    If none fits, it is the largest central window whose ratio is within these bounds.
     """
     area = (least_area + uniforms.many("area") * (1 - least_area)) * (height * width)
     low, high = _LOG_RATIO
@@ -229,9 +230,9 @@ def _random_windows(
 
 
 def _enlarge(images: jax.Array, index: jax.Array, windows: jax.Array) -> jax.Array:
-    """Windows int32 `[B, 4]` of images resized to their whole size, the width first.
+    """Windows int32 `[B, 4]` of images, enlarged to the size of an image, the width first.
 
-    Enlarging, each pixel is a mean of two by two, with Pillow's weights.
+    Each pixel is a mean of two by two, with Pillow's weights.
     """
     height, width = images.shape[1:3]
     top, left, tall, wide = (windows[:, i] for i in range(4))
@@ -243,7 +244,7 @@ def _enlarge(images: jax.Array, index: jax.Array, windows: jax.Array) -> jax.Arr
         return as_packed(found.get(mode="promise_in_bounds"))
 
     widened = _weighted(columns(first), columns(second), [w[:, None, :] for w in weights])
-    # Else every line of it would be computed for each of the lines that it goes into.
+    # Without it, every line would be computed again for each line that it contributes to.
     widened = jax.lax.optimization_barrier(widened)
     (first, second), weights = _two_lines(top, tall, height)
     own = jnp.arange(len(index), dtype=jnp.int32)[:, None]
@@ -255,7 +256,7 @@ def _enlarge(images: jax.Array, index: jax.Array, windows: jax.Array) -> jax.Arr
 
 
 def _weighted(first: jax.Array, second: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    """Means of packed pixels with weights that have `_WEIGHT_BITS`."""
+    """Means of packed pixels with weights of `_WEIGHT_BITS` bits."""
     half = 1 << (_WEIGHT_BITS - 1)
     return join(
         [
@@ -268,11 +269,11 @@ def _weighted(first: jax.Array, second: jax.Array, weights: list[jax.Array]) -> 
 def _two_lines(
     start: jax.Array, length: jax.Array, size: int
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Which two lines make up each line of an enlarged axis, and their weights; int32 `[B, size]`.
+    """The two lines that make up each line of an enlarged axis, and weights, int32 `[B, size]`.
 
     Args:
-        start, length: Where the window begins and how long it is, int32 `[B]`.
-        size: Length to which it is brought.
+        start, length: Start and length of the window, int32 `[B]`.
+        size: Length to which it is enlarged.
     """
     before, *weights = (jnp.asarray(table)[length] for table in _enlargement(size))
     last = length[:, None] - 1
@@ -281,7 +282,7 @@ def _two_lines(
 
 
 def _enlargement(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every length from 0 to `size`: the line before each, and both weights, int32."""
+    """For each length from 0 to `size`: the line before each position, and both weights, int32."""
     length = np.arange(size + 1, dtype=np.float64)[:, None]
     position = (np.arange(size, dtype=np.float64) + 0.5) * (length / size) - 0.5
     before = np.floor(position)

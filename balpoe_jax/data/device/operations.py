@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations of policies: one for each image, with numbers of its own.
+"""The operations of policies: each image has one, with its own numbers.
 
-Operations that differ in their numbers alone are one *kind*. On CPUs an image goes through its own
-kind; accelerators compute the kinds for all images at once and choose, in a few kernels.
+Operations that differ only in their numbers are one *kind*. CPUs compute only the kind of each
+image; accelerators compute all kinds for all images and choose among them, in a few kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ import jax.numpy as jnp
 
 from balpoe_jax.data.device import colours, tones
 from balpoe_jax.data.device.lines import shift_lines
-from balpoe_jax.data.device.moves import source_pixels
+from balpoe_jax.data.device.moves import source_pixels, within
 from balpoe_jax.data.device.turns import turn
 
 Numbers = dict[str, Any]
-# A packed image `[H, W]`, its numbers, the tables of the device and the packed colour outside.
+# From a packed image `[H, W]`, its numbers, the device's tables and the packed colour outside.
 _Kind = Callable[[jax.Array, Numbers, Numbers, int], jax.Array]
 
-# As `jax.lax.switch`: the number of a branch, the branches, and the image that each takes.
+# Like `jax.lax.switch`: a function of a branch's number, the branches, and the image they take.
 Choose = Callable[[jax.Array, Sequence[Callable[[jax.Array], jax.Array]], jax.Array], jax.Array]
 
-# The kind of each operation but those of geometry, which policies choose themselves.
+# The kind of each operation except the geometric ones, whose kinds depend on the policy.
 KIND_OF = {
     **dict.fromkeys(("invert", "posterize", "solarize", "solarize_add"), "points"),
     **{
@@ -34,10 +34,10 @@ KIND_OF = {
 
 
 def nearest(pixels: jax.Array, matrix: jax.Array, fill: int) -> jax.Array:
-    """The pixels of `source_pixels` for an int32 `[6]`, packed `[H, W]`; `fill` outside."""
+    """Moves an image by a matrix int32 `[6]` of `source_pixels`, to the nearest pixel."""
     height, width = pixels.shape
     rows, columns = source_pixels(matrix, height, width)
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    inside = within(rows, columns, height, width)
     rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     found = pixels.reshape(-1).at[rows * width + columns].get(mode="promise_in_bounds")
     return jnp.where(inside, found, jnp.uint32(fill))
@@ -68,9 +68,9 @@ _KINDS: dict[str, _Kind] = {
 def compute_all(
     which: jax.Array, branches: Sequence[Callable[[jax.Array], jax.Array]], pixels: jax.Array
 ) -> jax.Array:
-    """What `jax.lax.switch` gives, to be mapped over images.
+    """A `Choose` that is mapped over images: computes all branches and selects one.
 
-    A mapped switch would make a copy of every table for each image, 16 MB of autocontrast's.
+    A mapped `jax.lax.switch` would copy every table for each image.
     """
     return jax.lax.select_n(which, *[branch(pixels) for branch in branches])
 
@@ -83,19 +83,19 @@ def apply(
     fill: int,
     choose: Choose = jax.lax.switch,
 ) -> jax.Array:
-    """Applies to an image the operation that was drawn for it.
+    """Applies the operation that was drawn for an image.
 
     Args:
         pixels: Packed uint32 `[H, W]`.
-        numbers: Number of the kind among `kinds`, as "kind", and what the kinds need.
+        numbers: "kind", the number of the kind among `kinds`, and the numbers that the kinds need.
         tables: Constants in device memory.
         kinds: Names of the kinds that occur.
         fill: Packed colour outside the image.
-        choose: Way to compute the branch that was drawn.
+        choose: Function that computes the branch that was drawn.
     """
     branches = [
         lambda image, kind=kind: _KINDS[kind](image, numbers, tables, fill) for kind in kinds
     ]
     changed = choose(numbers["kind"].astype(jnp.int32), branches, pixels)
-    # Else what follows would compute all of it again for each of the pixels that it reads.
+    # Without it, what follows would compute this again for each pixel that it reads.
     return jax.lax.optimization_barrier(changed)

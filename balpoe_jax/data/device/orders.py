@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples a batch is made of, by NumPy: functions of (seed, step) alone.
+"""Samplers in NumPy: the examples of each batch, as functions of (seed, step) alone.
 
-The samplers are those of `balpoe_jax.data.batches.samplers`, with other draws.
+They follow the rules of `balpoe_jax.data.batches.samplers`, with other draws.
 """
 
 from collections.abc import Callable
@@ -78,12 +78,12 @@ class WeightedSampler:
 
 
 class ClassAwareOrder:
-    """The order of an epoch in which the classes take turns; see `samplers.ClassAwareOrder`.
+    """The order of an epoch in which the classes take turns, see `samplers.ClassAwareOrder`.
 
     Args:
         labels: Classes of the examples, int `[N]`.
-        length: Positions in an epoch.
-        run: Examples in a turn.
+        length: Number of positions in an epoch.
+        run: Number of examples in a turn.
     """
 
     def __init__(self, labels: Labels, length: int, run: int) -> None:
@@ -96,7 +96,7 @@ class ClassAwareOrder:
         classes = len(self._members)
         turns = np.stack([random.permutation(classes) for _ in range(self._rounds)])
         used = self._rounds * self._run
-        # Each class's list is gone through in a new order each time that it is used up.
+        # A class's list is shuffled again each time that it is used up.
         lists = np.stack([self._shuffled(random, of_class, used) for of_class in self._members])
         runs = lists.reshape(classes, self._rounds, self._run)
         order = runs[turns, np.arange(self._rounds)[:, None]]
@@ -111,7 +111,7 @@ class ClassAwareOrder:
 
 
 def members_of_classes(labels: Labels) -> list[npt.NDArray[np.integer]]:
-    """The positions of each class that has any, by class."""
+    """The positions of each class, by class; classes without examples are left out."""
     order = np.argsort(labels, kind="stable")
     ends = np.cumsum(np.bincount(labels))[:-1]
     return [of_class for of_class in np.split(order, ends) if len(of_class)]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed pixels: uint32 with red in the lowest byte, then green and blue.
 
-One read brings all channels of a pixel. Arithmetic takes them out by shifts, within one kernel.
-Data sets lie in device memory so: bytes `[N, H, W, 3]` a TPU would copy into another layout in each
-step.
+One read returns all channels of a pixel, which shifts extract within one kernel. Data sets lie in
+device memory in this form: a TPU would copy bytes `[N, H, W, 3]` into another layout in each step.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ def pack(images: jax.Array) -> jax.Array:
 
 
 def pack_on_host(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """`pack` by NumPy, for what is to be placed on devices."""
+    """`pack` in NumPy, for images that are to be placed on devices."""
     packed = np.zeros(images.shape[:-1], np.uint32)
     for i, shift in enumerate(SHIFTS):
         packed |= images[..., i].astype(np.uint32) << np.uint32(shift)
@@ -30,13 +29,13 @@ def pack_on_host(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
 
 
 def as_packed(images: jax.Array) -> jax.Array:
-    """Packed `[...]` of either form: uint8 `[..., 3]`, or packed already."""
+    """Packed `[...]` from either form: uint8 `[..., 3]`, or packed already."""
     return images if images.dtype == jnp.uint32 else pack(images)
 
 
 def unpack(pixels: jax.Array) -> jax.Array:
     """Packed `[...]` to uint8 `[..., 3]`."""
-    # No stack of channels: a TPU would write each of them down before.
+    # Not a stack of channels: a TPU would write each channel to memory first.
     shifts = np.array(SHIFTS, np.uint32).reshape([1] * pixels.ndim + [3])
     return ((pixels[..., None] >> shifts) & 0xFF).astype(jnp.uint8)
 
@@ -60,14 +59,14 @@ def packed_colour(colour: Sequence[int]) -> int:
 
 
 def for_all_pixels(numbers: Sequence[jax.Array], shape: tuple[int, ...]) -> list[jax.Array]:
-    """Numbers of images, extended to their pixels.
+    """Numbers of images, broadcast to their pixels.
 
-    A TPU then computes with them where it computes with the pixels, in one kernel. Each small array
-    that is computed before takes a kernel of its own there.
+    A TPU then computes with them in the kernel of the pixels. Otherwise each small array that is
+    computed from them takes a kernel of its own.
 
     Args:
         numbers: Arrays `[..., 1]`.
-        shape: Shape of the pixels, without what the numbers have ahead of it.
+        shape: Shape of the pixels, without leading axes that only the numbers have.
     """
     wide = [jnp.broadcast_to(x, (*x.shape[: x.ndim - len(shape)], *shape)) for x in numbers]
     keep = jax.lax.optimization_barrier  # one each: together they would all vary by device

@@ -12,7 +12,7 @@ from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.device.views import DeviceView
 from balpoe_jax.data.settings import TrainSettings
 
-# The images that others are mixed with, where these are not the batch's own.
+# Name of the view of partners that a second sampler draws.
 OTHERS = "others"
 
 
@@ -21,12 +21,12 @@ class Planner:
 
     Args:
         labels: Classes of the training set, int `[N]`.
-        image_shape: `(H, W, 3)`.
-        settings: How batches are made.
+        image_shape: Shape of an image, `(H, W, 3)`.
+        settings: Settings of the batches.
 
     Attributes:
-        settings: The same.
-        views: What happens to each of a batch's views, by its name in the batch.
+        settings: Settings of the batches.
+        views: Augmentations of a batch's views, by their names in the plan.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Planner:
         self._mixer = Mixer(labels, image_shape, settings) if settings.mix.alpha > 0 else None
 
     def tables(self) -> Arrays:
-        """Constants of the views, by name, that are to lie in device memory."""
+        """Constants of each view, by its name, which have to lie in device memory."""
         return {name: view.tables() for name, view in self.views.items()}
 
     def positions(self, step: int) -> npt.NDArray[np.int32]:
-        """The examples of a step's batch, int32 `[B]`; partners of a second sampler left out."""
+        """Positions of the examples of a step's batch, int32 `[B]`, without partners."""
         return self._order.positions(step)
 
     def step(self, step: int) -> Arrays:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RandAugment: its draws, and the numbers of its operations, as `randaugment` of the host has it.
+"""RandAugment as in `data.images.randaugment`: its draws, and the numbers of its operations.
 
-Magnitudes are continuous, so the host makes the numbers of every operation that it draws.
+Magnitudes are continuous, so the host computes the numbers of every operation that it draws.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class RandAugment:
     """RandAugment for images of one size.
 
     Args:
-        settings: Of which its colour, number of layers and magnitude are read.
+        settings: Augmentation, whose fill, number of layers and magnitude are read.
         height, width: Size of the images.
     """
 
@@ -73,13 +73,13 @@ class RandAugment:
     def numbers(
         self, which: np.ndarray, level: np.ndarray, sign: np.ndarray, cubic: np.ndarray
     ) -> dict[str, Any]:
-        """What `operations.apply` needs.
+        """The numbers that `operations.apply` needs.
 
         Args:
-            which: Operations, int `[n]`, as numbers of `NAMES`.
-            level: Magnitudes over the greatest, float64 `[n]`.
-            sign: Which way geometric operations go, 1 or -1, float64 `[n]`.
-            cubic: How they interpolate, bool `[n]`.
+            which: Operations as positions in `NAMES`, int `[n]`.
+            level: Magnitudes over the greatest one, float64 `[n]`.
+            sign: Directions of geometric operations, 1 or -1, float64 `[n]`.
+            cubic: Whether they interpolate cubically, bool `[n]`.
         """
 
         def where(name: str, values: Any, otherwise: float = 0) -> np.ndarray:
@@ -121,7 +121,7 @@ class RandAugment:
     def _lines(
         self, which: np.ndarray, amount: np.ndarray, cubic: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Shears and shifts, computed where there are any."""
+        """`line_weights` of shears and shifts, zeros for other operations."""
         across = np.arange(max(self._height, self._width)) + 0.5
         reaches = dict.fromkeys(("shear_x", "shear_y"), 0.3 * across)
         reaches["translate_x"] = np.full(len(across), 0.45 * self._width)

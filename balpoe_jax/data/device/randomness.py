@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers of the host that are a function of (seed, stream, index) alone. NumPy only."""
+"""Random numbers in NumPy that are a function of (seed, stream, index) alone."""
 
 import math
 import zlib
@@ -13,24 +13,24 @@ def generator(seed: int, stream: str, index: int) -> np.random.Generator:
 
     Args:
         seed: Seed of the run, from 0 to `2**63 - 1`.
-        stream: Name of what is drawn.
+        stream: Name of the stream.
         index: Number of the step or the epoch.
     """
-    # The key tells streams apart and the counter steps, far enough that no two ever meet.
+    # The key separates streams, and the counter steps, by so much that they never overlap.
     key = np.array([seed, zlib.crc32(stream.encode())], np.uint64)
     counter = np.array([0, 0, index, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class RowUniforms:
-    """Uniform numbers in `[0, 1)` for the rows of a batch, found by name.
+    """Uniform numbers in `[0, 1)` for the rows of a batch, by name.
 
-    Drawn row by row, so that a row's numbers do not depend on how many rows there are, and those of
-    a name not on which other names are read.
+    They are drawn row by row, so that a row's numbers do not depend on the number of rows. A name's
+    numbers do not depend on which other names are read.
 
     Args:
-        numbers: float64 `[rows, sum of widths]`.
-        widths: How many numbers each name has, in their order.
+        numbers: Uniform numbers, float64 `[rows, sum of widths]`.
+        widths: Number of columns of each name, in the order of the columns.
     """
 
     def __init__(self, numbers: np.ndarray, widths: Mapping[str, int]) -> None:

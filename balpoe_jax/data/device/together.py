@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy that is a table, for all images of a batch at once and with few kernels: for TPUs.
+"""A policy that is a table, applied to a whole batch at once with few kernels: for TPUs.
 
-To the bit what `TablePolicy.apply` makes of one image after the other. Three things are otherwise:
+The result equals that of `TablePolicy.apply`, which works image by image, to the bit. It gets there
+in another way:
 
 - Moves decide where the data set is read. Nothing is moved afterwards.
-- Other operations are computed for images that have them alone, as many at a time as are to be
-  expected. A loop serves any number, and nearly always runs once.
-- The numbers of operations are selected. A TPU gathers element by element, which takes long.
+- Other operations are computed only for the images that have them, as many at a time as a batch is
+  expected to have. A loop handles any number, and nearly always runs once.
+- The numbers of operations are selected instead of gathered: a TPU gathers element by element.
 """
 
 import math
@@ -32,7 +33,7 @@ _BY_PIXEL = ("none", "brightness", "color", "points")
 
 
 def can_apply(policy: TablePolicy) -> bool:
-    """Whether `apply` can: by the moves that occur and what comes before them."""
+    """Whether `apply` supports a policy, given its moves and the operations before them."""
     first, second = policy.variants
     if {"rows", "turn"} & {*first.kinds, *second.kinds} or "columns" in second.kinds:
         return False
@@ -41,8 +42,8 @@ def can_apply(policy: TablePolicy) -> bool:
     for variant, kind in enumerate(_kinds(second)):
         if kind == "nearest":
             if second.numbers["matrix"][variant, [1, 2, 4, 5]].tolist() != [1 << 16, 0, 0, 1 << 16]:
-                return False  # no mere shift
-            # None, or that of the same pair.
+                return False  # more than a shift
+            # The first operation is none, or that of the same pair.
             before = {_kinds(first)[i] for i in (0, 2 * ((variant - 1) // 2) + 1)}
             right = _shifts(second)[1][variant]
             if not before <= {*_BY_PIXEL, "nearest", "columns" if right == 0 else "nearest"}:
@@ -61,9 +62,9 @@ def apply(
     """Reads a batch and applies both operations of each image.
 
     Args:
-        policy: One that `can_apply` accepts.
-        drawn: What the policy drew, uint8 `[B, 2]`.
-        read: What reads pixels of the images before the policy, packed `[B, n]`.
+        policy: Policy that `can_apply` accepts.
+        drawn: Draws of the policy, uint8 `[B, 2]`.
+        read: Function that reads pixels of the images before the policy, packed `[B, n]`.
         tables: Constants in device memory.
         size: Height and width of the images.
         fill: Packed colour outside the images.
@@ -85,7 +86,7 @@ def _kinds(variants: Variants) -> list[str]:
 
 
 def _number_of(values: np.ndarray, chosen: jax.Array) -> jax.Array:
-    """The values `[variants]` of the chosen ones, in the shape of `chosen`."""
+    """Selects the values `[variants]` of the chosen variants, in the shape of `chosen`."""
     different, counts = np.unique(values, return_counts=True)
     common = different[counts.argmax()]
     found = jnp.full(chosen.shape, common)
@@ -98,7 +99,7 @@ def _number_of(values: np.ndarray, chosen: jax.Array) -> jax.Array:
 
 
 def _lines_of(table: np.ndarray, chosen: jax.Array) -> jax.Array:
-    """Rows of a table `[variants, n]` that has mostly the first one; int32 `[B, n]`."""
+    """Selects rows of a table `[variants, n]` that mostly equal the first; int32 `[B, n]`."""
     found: Any = table[:1].astype(np.int32)
     for variant in np.flatnonzero((table != table[0]).any(axis=1)):
         own = table[variant : variant + 1].astype(np.int32)
@@ -113,7 +114,7 @@ def _read_moved(
     height, width = size
     first, second = policy.variants
     sheared = "columns" in first.kinds
-    # Sheared pixels have neighbours.
+    # Interpolation reads neighbours above and below the image.
     before, after = (-NEIGHBOURS[0], NEIGHBOURS[-1]) if sheared else (0, 0)
     all_rows = np.arange(-before, height + after, dtype=np.int32)
     rows: Any = np.repeat(all_rows, width)[None]
@@ -126,17 +127,9 @@ def _read_moved(
         columns = columns + _number_of(right, chosen[1])[:, None]
         outside = ~within(rows, columns, height, width)[:, own]
     if sheared:
-        kinds = np.array([kind == "columns" for kind in _kinds(first)])
-        shears = _number_of(kinds, chosen[0])[:, None]
-        lines = {name: leaf[:, :width] for name, leaf in first.numbers["lines"].items()}
-
-        def shifts(name: str, times: int) -> jax.Array:
-            return _lines_of(np.tile(lines[name], times), chosen[0])
-
-        seen = rows + shifts("nearest", len(all_rows))
-        unseen = (shears & ((seen < 0) | (seen >= height)))[:, own]
-        shifted = jnp.clip(rows + shifts("first", len(all_rows)), 0, height - 1)
-        rows = jnp.where(shears, shifted, rows)
+        shears = _Shears(first, chosen[0], size)
+        rows, beyond = shears.move(rows, len(all_rows))
+        unseen = beyond[:, own]
     if "nearest" in first.kinds:
         rows, columns = source_of(_entries(first, chosen[0]), rows, columns)
         left = ~within(rows, columns, height, width)[:, own]
@@ -148,19 +141,55 @@ def _read_moved(
     if shears is not None:
         starts = [(before + i) * width for i in NEIGHBOURS]
         neighbours = [found[:, start : start + height * width] for start in starts]
-        weights = np.tile(lines["weights"], (1, height, 1, 1))
-        of_parts = [
-            [_lines_of(weights[:, :, part, i], chosen[0]) for i in range(len(NEIGHBOURS))]
-            for part in range(weights.shape[2])
-        ]
-        pixels = jnp.where(shears, interpolate(neighbours, of_parts), pixels)
+        pixels = shears.interpolate(neighbours, pixels)
     if unseen is not None:
         pixels = jnp.where(unseen, jnp.uint32(fill), pixels)
     return pixels, outside
 
 
+class _Shears:
+    """The shears of columns that some images of a batch get at the first position.
+
+    Args:
+        variants: Variants of the position.
+        chosen: Variant of each image, int32 `[B]`.
+        size: Height and width of the images.
+    """
+
+    def __init__(self, variants: Variants, chosen: jax.Array, size: tuple[int, int]) -> None:
+        self._height, width = size
+        self._chosen = chosen
+        kinds = np.array([kind == "columns" for kind in _kinds(variants)])
+        self._sheared = _number_of(kinds, chosen)[:, None]
+        self._lines = {name: leaf[:, :width] for name, leaf in variants.numbers["lines"].items()}
+
+    def move(self, rows: Any, times: int) -> tuple[jax.Array, jax.Array]:
+        """The rows that pixels are read from, and whether that is outside, `[B, times * W]`.
+
+        Args:
+            rows: Rows of the pixels in the result, int32, `times` rows of the image's width.
+            times: Number of these rows.
+        """
+        seen = rows + self._shifts("nearest", times)
+        outside = self._sheared & ((seen < 0) | (seen >= self._height))
+        shifted = jnp.clip(rows + self._shifts("first", times), 0, self._height - 1)
+        return jnp.where(self._sheared, shifted, rows), outside
+
+    def interpolate(self, neighbours: list[jax.Array], pixels: jax.Array) -> jax.Array:
+        """The interpolated pixels of sheared images, and the pixels of others, `[B, H * W]`."""
+        weights = np.tile(self._lines["weights"], (1, self._height, 1, 1))
+        of_parts = [
+            [_lines_of(weights[:, :, part, i], self._chosen) for i in range(len(NEIGHBOURS))]
+            for part in range(weights.shape[2])
+        ]
+        return jnp.where(self._sheared, interpolate(neighbours, of_parts), pixels)
+
+    def _shifts(self, name: str, times: int) -> jax.Array:
+        return _lines_of(np.tile(self._lines[name], times), self._chosen)
+
+
 def _entries(variants: Variants, chosen: jax.Array) -> list[jax.Array]:
-    """The matrix of each image, as `source_of` takes it, int32 `[B, 1]` each."""
+    """The entries of each image's matrix for `source_of`, int32 `[B, 1]` each."""
     return [_number_of(column, chosen)[:, None] for column in variants.numbers["matrix"].T]
 
 
@@ -177,9 +206,9 @@ def _change_some(
     tables: Numbers,
     size: tuple[int, int],
 ) -> jax.Array:
-    """Applies what changes pixels where they are: to as many images at a time as are expected."""
+    """Applies the operations that move nothing, to as many images at a time as are expected."""
     batch, kinds = len(pixels), np.array(_kinds(variants))
-    # Equalizing costs most.
+    # Equalizing costs most, so it has a group of its own.
     groups = [kinds == "equalize", ~np.isin(kinds, ("none", "equalize", *_MOVES))]
     sizes = [_enough(float(variants.shares[group].sum()), batch) for group in groups]
     among = [_number_of(group, chosen) for group in groups]
@@ -196,7 +225,7 @@ def _change_some(
             slot = jnp.where(own & (now >= 0) & (now < some), start + now, slot)
             start += some
         takes = slot[None, :] == jnp.arange(start, dtype=jnp.int32)[:, None]
-        # Of free places the first image, unchanged.
+        # Free places compute the first image, and their result is not used.
         source = jnp.sum(jnp.where(takes, jnp.arange(batch, dtype=jnp.int32)[None, :], 0), axis=1)
         own = jnp.sum(jnp.where(takes, chosen[None, :], 0), axis=1)
         taken = pixels.at[source.astype(jnp.uint32)].get(mode="promise_in_bounds")
@@ -219,7 +248,7 @@ def _change_some(
 
 
 def _enough(share: float, batch: int) -> int:
-    """How many images are changed at a time: nearly always all that change, in whole eights."""
+    """The number of images to change at a time: nearly always enough for all; a multiple of 8."""
     expected = share * batch
     deviation = math.sqrt(expected * (1 - share))
     return min(batch, 8 * math.ceil((expected + 3 * deviation) / 8))
@@ -232,12 +261,12 @@ def _change(
     tables: Numbers,
     size: tuple[int, int],
 ) -> jax.Array:
-    """Applies the operation of each image, packed `[n, H * W]`, but for those that equalize.
+    """Applies the operation of each image, packed `[n, H * W]`, except equalize and moves.
 
     Args:
-        pixels: The images.
-        chosen: Their variants, int32 `[n, 1]`.
-        variants: All of them.
+        pixels: Images, packed `[n, H * W]`.
+        chosen: Variant of each image, int32 `[n, 1]`.
+        variants: Variants of the position.
         tables: Constants in device memory.
         size: Height and width of the images.
     """

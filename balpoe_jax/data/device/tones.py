@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes of each value by itself: invert, posterize, solarize, autocontrast and equalize.
 
-Images are packed uint32 `[H, W]`, one at a time; `jax.vmap` makes batches. To the bit as Pillow.
+Images are packed uint32 `[H, W]`, one at a time; `jax.vmap` makes batches. Equal to Pillow's to the
+bit.
 """
 
 import functools
@@ -15,15 +16,15 @@ import numpy as np
 from balpoe_jax.data.device.arithmetic import divide
 from balpoe_jax.data.device.packing import channels, for_all_pixels, join
 
-# Bits of an entry of `autocontrast_table` that tell of parts.
+# Number of bits of an entry of `autocontrast_table` that are for its parts.
 _PLACES = 18
 
-# What `change_points` does without a change.
+# Arguments with which `change_points` changes nothing.
 NO_CHANGE = {"mask": 255, "addition": 0, "threshold": 256}
 
 
 def change_points(pixels: jax.Array, mask: Any, addition: Any, threshold: Any) -> jax.Array:
-    """Posterizes, then brightens the dark and at last inverts the light.
+    """Posterizes, then adds to dark values, then inverts light ones.
 
     Args:
         pixels: Packed `[H, W]`.
@@ -44,7 +45,7 @@ def autocontrast(pixels: jax.Array, table: jax.Array) -> jax.Array:
 
     Args:
         pixels: Packed `[H, W]`.
-        table: `autocontrast_table()`, on the device.
+        table: Table of `autocontrast_table`, on the device.
     """
     return stretch(pixels.reshape(-1), table).reshape(pixels.shape)
 
@@ -54,7 +55,7 @@ def stretch(pixels: jax.Array, table: jax.Array) -> jax.Array:
     parts = channels(pixels)
     low = jnp.stack([jnp.min(values, axis=-1, keepdims=True) for values in parts])
     high = jnp.stack([jnp.max(values, axis=-1, keepdims=True) for values in parts])
-    # Unsigned, else each is looked at for whether it is negative.
+    # Unsigned, or else every index is tested for being negative.
     which = ((low << 8) + high).astype(jnp.uint32)
     entries = table.at[which].get(mode="promise_in_bounds").astype(jnp.int32)
     ends = for_all_pixels([low, high, entries], pixels.shape)
@@ -62,11 +63,11 @@ def stretch(pixels: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _stretch(values: jax.Array, low: jax.Array, high: jax.Array, entry: jax.Array) -> jax.Array:
-    """Brings values from `low..high` to 0..255, with an entry of `autocontrast_table`."""
+    """Stretches values from `low..high` to 0..255, with an entry of `autocontrast_table`."""
     spread = jnp.maximum(high - low, 1)
     scaled = (values - low) * 255
     stretched = divide(scaled, spread)
-    # What is a whole number is one less where the table says so.
+    # A result that is exactly whole becomes one less where the table says so.
     which = (stretched * (entry >> _PLACES) + 128) >> 8
     less = (stretched * spread == scaled) & (((entry >> which) & 1) == 1)
     return jnp.where(high > low, stretched - less.astype(jnp.int32), values)
@@ -74,12 +75,15 @@ def _stretch(values: jax.Array, low: jax.Array, high: jax.Array, entry: jax.Arra
 
 @functools.cache
 def autocontrast_table() -> np.ndarray:
-    """Where Pillow makes one less of a whole number, uint32 `[256 * 256]` by least and greatest.
+    """Where Pillow gets one less than an exact whole result, by least and greatest value.
 
-    Pillow computes in float64, which devices lack, and where exact results are whole numbers it may
-    come out at one less. Values that become whole numbers divide the range into up to 17 equal
-    parts, if Pillow errs at all. How many they are is above bit 17, and whether the value at the
-    end of part k becomes one less is bit k.
+    Pillow computes in float64, which devices lack, and may get one less where the exact result is
+    whole. The values with whole results divide the range into equal parts, at most 17 where Pillow
+    errs at all. Bit k of an entry says whether the value at the end of part k becomes one less. The
+    bits from 18 on hold the number of parts.
+
+    Returns:
+        uint32 `[256 * 256]`.
     """
     table = np.zeros((256, 256), np.uint32)
     for low in range(256):
@@ -98,20 +102,20 @@ def autocontrast_table() -> np.ndarray:
 def equalize(pixels: jax.Array) -> jax.Array:
     """Spreads each channel's values so that their histogram is even."""
     parts = jnp.stack(channels(pixels)).reshape(3, math.prod(pixels.shape))
-    # Else it would be computed for each pixel.
+    # Without it, the tables would be computed again for each pixel.
     tables = jax.lax.optimization_barrier(even_tables(_below(parts), parts.shape[1]))
     spread = jnp.take_along_axis(tables, parts, axis=1, mode="promise_in_bounds")
     return join([part.reshape(pixels.shape) for part in spread])
 
 
 def even_tables(below: jax.Array, size: int) -> jax.Array:
-    """What `equalize` makes of each value, int32 `[..., 256]`.
+    """The result of `equalize` for each value, int32 `[..., 256]`.
 
     Args:
-        below: How many values are less than each, int32 `[..., 256]`.
+        below: Number of values that are less than each, int32 `[..., 256]`.
         size: Number of values in all.
     """
-    # All but those of the greatest value.
+    # The number of values except those that equal the greatest.
     others = jnp.max(jnp.where(below < size, below, 0), axis=-1, keepdims=True)
     (others,) = for_all_pixels([others], below.shape)
     step = divide(others, 255)
@@ -121,7 +125,7 @@ def even_tables(below: jax.Array, size: int) -> jax.Array:
 
 
 def _below(parts: jax.Array) -> jax.Array:
-    """How many values are less than 0, 1, ... 255: Pillow's running sum of the histogram.
+    """The number of values below 0, 1, ... 255: Pillow's running sum of the histogram.
 
     Args:
         parts: Values from 0 to 255, int32 `[3, n]` with `n` at most `2**24`.
@@ -133,7 +137,7 @@ def _below(parts: jax.Array) -> jax.Array:
 
 
 def below_by_counting(parts: jax.Array) -> jax.Array:
-    """`_below` value by value, for CPUs: accelerators would wait for each other's additions."""
+    """`_below` by a histogram, for CPUs: on accelerators its additions would be serialized."""
     entries = parts + 256 * jnp.arange(3, dtype=jnp.int32)[:, None]
     none = jnp.zeros_like(parts, shape=(3 * 256,))
     counts = none.at[entries.reshape(-1)].add(1, mode="promise_in_bounds").reshape(3, 256)
@@ -141,10 +145,10 @@ def below_by_counting(parts: jax.Array) -> jax.Array:
 
 
 def below_by_product(parts: jax.Array) -> jax.Array:
-    """`_below` as one product of matrices of zeros and ones, which is exact; of `[..., n]`.
+    """`_below` as one product of matrices of zeros and ones, which is exact; for `[..., n]`.
 
-    Of each value those whose upper four bits are less, and of those whose upper bits are the same
-    the ones whose lower four are: in the product the values come twice.
+    A value is less if its upper four bits are less, or if they are equal and its lower four bits
+    are less. The values occur twice in the product, once for each case.
     """
     size = parts.shape[-1]
     ones = [1] * (parts.ndim - 1)

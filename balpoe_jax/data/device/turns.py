@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotation with linear interpolation, in whole numbers.
 
-Positions have 32 bits behind the point, in two parts; values come out other than Pillow's where it
+Positions have 32 bits behind the point, in two parts. Values differ from Pillow's only where it
 truncates within a millionth of a whole number.
 """
 
@@ -21,7 +21,8 @@ _SHARE_BITS = 15
 def turn_matrices(matrix: list[np.ndarray]) -> np.ndarray:
     """Matrices of six float64 `[n]` from output to input points as int32 `[n, 2, 6]`.
 
-    In the order of `moves.source_pixels` from the centre of the first pixel, in two parts.
+    They start at the centre of the first pixel, and have the order of `moves.source_pixels`. The
+    two parts are units of `2**-16`, and `2**-16` parts of these.
     """
     a, b, c, d, e, f = matrix
     entries = np.stack([c + a * 0.5 + b * 0.5, a, b, f + d * 0.5 + e * 0.5, d, e], axis=-1)
@@ -30,20 +31,20 @@ def turn_matrices(matrix: list[np.ndarray]) -> np.ndarray:
 
 
 def turn(pixels: jax.Array, matrix: jax.Array, fill: int) -> jax.Array:
-    """Reads an image at points between its pixels.
+    """Rotates an image, which reads it at points between its pixels.
 
-    Neighbours beyond the border repeat it; only points outside the image are `fill`.
+    Interpolation repeats the border; only points outside the image are `fill`.
 
     Args:
         pixels: Packed uint32 `[H, W]`.
-        matrix: A row of `turn_matrices`.
+        matrix: Row of `turn_matrices`, int32 `[2, 6]`.
         fill: Packed colour.
     """
     height, width = pixels.shape
     column, across = _positions(matrix[:, :3], height, width)
     row, down = _positions(matrix[:, 3:], height, width)
     inside = [(x >> _PART >= 0) & (x >> _PART < n) for x, n in ((column, width), (row, height))]
-    # From the centres of pixels.
+    # Relative to the centres of pixels.
     column, row = column - (1 << (_PART - 1)), row - (1 << (_PART - 1))
     flat = pixels.reshape(-1)
     corners = []
@@ -61,7 +62,7 @@ def turn(pixels: jax.Array, matrix: jax.Array, fill: int) -> jax.Array:
 
 
 def _positions(entries: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """One coordinate of all points: parts of `2**-16`, and of these in turn; int32 `[H, W]`."""
+    """One coordinate of all points, in the two parts of `turn_matrices`; int32 `[H, W]` each."""
     x = jnp.arange(width, dtype=jnp.int32)[None, :]
     y = jnp.arange(height, dtype=jnp.int32)[:, None]
     high, low = (start + by_column * x + by_row * y for start, by_column, by_row in entries)
@@ -72,7 +73,7 @@ _Share = tuple[jax.Array, jax.Array]
 
 
 def _interpolate(corners: Sequence[jax.Array], across: _Share, down: _Share) -> jax.Array:
-    """The value between four, rounded down."""
+    """The value between four corners, rounded down."""
     v00, v01, v10, v11 = corners
 
     def line(start: jax.Array, end: jax.Array) -> jax.Array:
@@ -82,10 +83,10 @@ def _interpolate(corners: Sequence[jax.Array], across: _Share, down: _Share) -> 
 
     upper = line(v00, v01)
     difference = line(v10, v11) - upper
-    # Products of 15 bits each; what the last parts of both would add is beyond the precision.
+    # Products of 15 bits each; the product of both last parts is beyond the precision.
     share = down[0] >> (_PART - _SHARE_BITS)
     rest = ((down[0] & 1) << (_SHARE_BITS - 1)) + (down[1] >> (2 * _PART - 2 * _SHARE_BITS))
     high, low = difference >> _SHARE_BITS, difference & ((1 << _SHARE_BITS) - 1)
     moved = share * high + ((share * low + rest * high) >> _SHARE_BITS)
-    # Both lines and the product were rounded down: to the middle of what they may be.
+    # Both lines and the product were rounded down; 1 is the middle of their error.
     return (upper + moved + 1) >> _VALUE_BITS

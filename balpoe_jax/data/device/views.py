@@ -6,7 +6,7 @@
     drawn = view.draw(generator(seed, "augment", step), batch_size)
     batch = view.augment(images, index, drawn, tables)  # compiled
 
-The same operations in the same order as `augment.augment_batch`; the draws are others.
+The operations and their order are those of `augment.augment_batch`; the draws differ.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from balpoe_jax.data.device.randaugment import RandAugment
 from balpoe_jax.data.device.randomness import RowUniforms, whole
 from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings
 
-# The numbers that a row needs, before those of RandAugment: always the same, so that an image is
-# cropped in one way whatever else happens to it.
+# The numbers that a row needs, before those of RandAugment. They do not depend on the settings, so
+# that an image is cropped in the same way whatever else happens to it.
 _WIDTHS = {
     **moves.WIDTHS,
     **jitter.WIDTHS,
@@ -46,9 +46,10 @@ class DeviceView:
     """How images in device memory are augmented.
 
     Args:
-        settings: What happens to the images.
+        settings: Augmentation of the images.
         image_shape: Height, width and channels of all images.
-        other: What happens instead to half of the images, drawn one by one; None for none.
+        other: Augmentation in place of `settings` for half of the images, drawn one by one; None
+            for none.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class DeviceView:
         """Draws what happens to each row of a batch.
 
         Args:
-            random: Source of the draws; nothing else is read from it.
+            random: Source of the draws, which only this call uses.
             rows: Number of rows.
 
         Returns:
@@ -80,7 +81,7 @@ class DeviceView:
         return {"first": first, "second": second, "takes_second": numbers[:, -1] < 0.5}
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Constants that should lie in device memory, for `augment`; empty when it needs none."""
+        """Constants for `augment` that should lie in device memory; empty if it needs none."""
         tables: dict[str, np.ndarray] = {}
         for way in self._ways:
             tables |= way.tables()
@@ -92,10 +93,10 @@ class DeviceView:
         """Reads images from the data set and augments them.
 
         Args:
-            images: Packed uint32 `[N, H, W]`, the data set; uint8 `[N, H, W, 3]`, too.
-            index: int32 `[B]`, positions within it.
-            drawn: The draws of these rows.
-            tables: Those of `tables`.
+            images: The data set, packed uint32 `[N, H, W]` or uint8 `[N, H, W, 3]`.
+            index: Positions in it, int32 `[B]`.
+            drawn: Draws of these rows.
+            tables: Constants of `tables`, on the device.
 
         Returns:
             uint8 `[B, H, W, 3]`.
@@ -105,7 +106,7 @@ class DeviceView:
     def augment_packed(
         self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
     ) -> jax.Array:
-        """`augment` that leaves the pixels packed, uint32 `[B, H, W]`."""
+        """Like `augment`, but the result is packed uint32 `[B, H, W]`."""
         if len(self._ways) > 1:
             return self._augment_either(images, index, drawn, tables)
         (way,) = self._ways
@@ -121,7 +122,7 @@ class DeviceView:
     def augment_together(
         self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
     ) -> jax.Array:
-        """`augment_packed` for TPUs, where a policy that is a table comes after the moves."""
+        """`augment_packed` for TPUs, for a policy that `together.can_apply` accepts."""
         (way,) = self._ways
         return way.apply_together(images, index, drawn, tables)
 
@@ -152,7 +153,7 @@ class DeviceView:
 
 
 class _Way:
-    """One of the ways of a view."""
+    """One way to augment the images of a view."""
 
     def __init__(self, settings: AugmentSettings, image_shape: tuple[int, int, int]) -> None:
         self._settings = settings
@@ -167,13 +168,13 @@ class _Way:
 
     @property
     def changes(self) -> bool:
-        """Whether there is anything to do to an image after its crop, flip and rotation."""
+        """Whether an image is changed after its crop, flip and rotation."""
         settings = self._settings
         return settings.has_per_image_ops or self._policy is not None or settings.cutout > 0
 
     @property
     def has_table_alone(self) -> bool:
-        """Whether `apply_together` can."""
+        """Whether `apply_together` supports the settings."""
         policy = self._policy
         if self._settings.has_per_image_ops or not isinstance(policy, TablePolicy):
             return False
@@ -181,7 +182,7 @@ class _Way:
 
     @property
     def width(self) -> int:
-        """How many uniform numbers a row needs."""
+        """Number of uniform numbers that a row needs."""
         return sum(self._widths.values())
 
     def draw(self, numbers: np.ndarray) -> Drawn:
@@ -210,7 +211,7 @@ class _Way:
         return tables | (hue_tables() if self._settings.hue else {})
 
     def numbers(self, drawn: Drawn) -> Drawn:
-        """What `change` needs of each row."""
+        """The numbers that `change` needs for each row."""
         numbers = {name: leaf for name, leaf in drawn.items() if name != "moves"}
         if isinstance(self._policy, TablePolicy):
             numbers["policy"] = self._policy.numbers(drawn["policy"])
@@ -219,7 +220,7 @@ class _Way:
     def apply_together(
         self, images: jax.Array, index: jax.Array, drawn: Drawn, tables: dict[str, Any]
     ) -> jax.Array:
-        """Reads and changes images all at once, packed `[B, H, W]`."""
+        """Reads and changes all images at once, packed `[B, H, W]`."""
 
         def read(shown: moves.Positions) -> jax.Array:
             return as_packed(moves.read_moved(images, index, drawn["moves"], shown))
@@ -265,10 +266,10 @@ def _cut_out(pixels: jax.Array, center: jax.Array, size: int) -> jax.Array:
 def _by_image(function: Callable[..., jax.Array], *rows: Any) -> jax.Array:
     """Maps a function over images: one by one on CPUs, all at once elsewhere.
 
-    A CPU then computes of each image what was drawn for it; an accelerator needs few kernels.
+    So a CPU computes only what was drawn for each image, and an accelerator needs few kernels.
 
     Args:
-        function: Function of a way to choose between branches, and of a row of `rows`.
+        function: Function of an `operations.Choose` and of a row of `rows`.
         rows: Arrays with a leading axis of the images, in nested containers.
     """
     return jax.lax.platform_dependent(

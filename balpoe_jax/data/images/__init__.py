@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to images in TensorFlow: decoding and augmentation."""
+"""Decoding and augmentation of images in TensorFlow."""

@@ -45,7 +45,7 @@ def gather_pixels(
     batch = tf.shape(images)[0]
     inside = inside & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     first = tf.range(batch)[:, None, None] * (height * width)
-    # The fill is one more pixel to pick: twice as fast as to select by channel afterwards.
+    # The fill is one more pixel to gather: twice as fast as a selection by channel afterwards.
     beyond = tf.fill([1, 3], tf.constant(fill, tf.uint8))
     pixels = tf.concat([tf.reshape(images, [-1, 3]), beyond], axis=0)
     outside = batch * height * width
@@ -53,7 +53,7 @@ def gather_pixels(
 
 
 def shear_bicubic(images: tf.Tensor, factor: tf.Tensor, axis: int) -> tf.Tensor:
-    """Moves rows (axis 1) or columns (axis 0) by their number times a factor, grey outside.
+    """Shifts each row (axis 1) or column (axis 0) by its position times a factor, grey outside.
 
     Interpolates cubically (a = -1) along the axis, in float64 as Pillow does. Neighbours beyond the
     border repeat it; only points outside the image are grey.
@@ -61,7 +61,7 @@ def shear_bicubic(images: tf.Tensor, factor: tf.Tensor, axis: int) -> tf.Tensor:
     Args:
         images: uint8 `[B, H, W, 3]`.
         factor: float `[B]`.
-        axis: along which the lines move.
+        axis: Axis along which the lines move, 1 for rows and 0 for columns.
     """
     _, height, width, _ = images.shape
     size = (height, width)[axis]

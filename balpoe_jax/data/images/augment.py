@@ -18,23 +18,23 @@ from balpoe_jax.data.settings import BLUR_SIGMA, AugmentSettings
 
 
 def augment_batch(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf.Tensor:
-    """Augments each image by draws of its own.
+    """Augments each image with its own draws.
 
     Args:
         images: uint8 `[rows, H, W, 3]`, or packed (see `packed_ops`) `[rows, H, W]`; the rows of
             `random`.
-        random: source of the draws; the same source gives the same images.
-        settings: what to do.
+        random: Source of the draws; the same source gives the same images.
+        settings: Settings of the augmentation.
 
     Returns:
-        Images in the form in which they came.
+        Images in the form of the input.
     """
     packed = images.dtype == tf.uint32
     if settings.has_geometry:
         images = _move(_as_bytes(images), random.stream("move"), settings)
     if settings.has_per_image_ops:
         images = _as_pixels(images)
-        # One by one they stay in the cache.
+        # One image at a time stays in the cache.
         images = tf.map_fn(
             lambda one: change_image(one[0], one[1], settings),
             (images, draw_changes(random, settings)),
@@ -73,12 +73,12 @@ def draw_changes(random: RowRandom, settings: AugmentSettings) -> Changes:
 
 
 def change_image(image: tf.Tensor, drawn: Changes, settings: AugmentSettings) -> tf.Tensor:
-    """Changes of colour, blur and RandAugment: what is done image by image.
+    """Applies the operations that work image by image: colour, blur and RandAugment.
 
     Args:
-        image: packed `[H, W]`, see `packed_ops`.
-        drawn: a row of `draw_changes`.
-        settings: for which they were drawn.
+        image: Packed `[H, W]`, see `packed_ops`.
+        drawn: Row of what `draw_changes` drew.
+        settings: Settings that it was drawn for.
 
     Returns:
         Packed `[H, W]`.
@@ -102,7 +102,7 @@ def normalize(images: tf.Tensor, mean: Sequence[float], std: Sequence[float]) ->
     Args:
         images: uint8 `[..., H, W, 3]`, or packed (see `packed_ops`) `[..., H, W]`. The latter is
             fast within a function that XLA compiles.
-        mean, std: by channel.
+        mean, std: Statistics by channel, for images in [0, 1].
     """
     scale = 1 / (255 * np.asarray(std, np.float64))
     offset = -np.divide(mean, std, dtype=np.float64)
@@ -144,7 +144,7 @@ def _move(images: tf.Tensor, random: RowRandom, settings: AugmentSettings) -> tf
 def _where(
     condition: tf.Tensor | None, change: Callable[[tf.Tensor], tf.Tensor], image: tf.Tensor
 ) -> tf.Tensor:
-    """The changed image if the condition, a bool scalar, holds or there is none."""
+    """The changed image if the condition, a bool scalar, holds or is None."""
     if condition is None:
         return change(image)
     return tf.cond(condition, lambda: change(image), lambda: image)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation policies: which operations, how often, how strong; drawn for each image.
+"""Augmentation policies that are tables: which operations, how often, how strong.
 
-A policy is a table; only the operations that were drawn run, each once on the images that drew it.
+A pair of operations is drawn for each image. Each operation runs once, on the images that drew it.
 RandAugment, which is no table, has a module of its own.
 """
 
@@ -17,11 +17,11 @@ from balpoe_jax.data.settings import POLICY_TABLES, Rule
 
 
 class _Operation(NamedTuple):
-    """What an operation does, and how it turns magnitudes into parameters.
+    """An operation, and how it turns magnitudes into parameters.
 
     Attributes:
         apply: Function of images and float32 `[n]` parameters that returns images.
-        origin, strengths, signed: Those of `Magnitudes`.
+        origin, strengths, signed: Fields of `Magnitudes`.
     """
 
     apply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -57,12 +57,12 @@ def _operations(height: int, width: int) -> dict[str, _Operation]:
 
 
 def apply_policy(images: tf.Tensor, random: RowRandom, name: str) -> tf.Tensor:
-    """Draws a sequence of the policy for each image and applies it.
+    """Draws a pair of the policy's operations for each image and applies it.
 
     Args:
         images: uint8 `[rows, H, W, 3]`, the rows of `random`.
-        random: source of the draws.
-        name: of a policy that is a table.
+        random: Source of the draws.
+        name: Name of a policy in `POLICY_TABLES`.
 
     Returns:
         uint8 `[rows, H, W, 3]`.
@@ -105,7 +105,7 @@ def _apply_rules(
 def _apply_where(
     images: tf.Tensor, selected: tf.Tensor, operation: _Operation, parameters: tf.Tensor
 ) -> tf.Tensor:
-    """Runs an operation on the selected images alone, and not at all when there are none."""
+    """Runs an operation on the selected images alone, and skips it if there are none."""
     rows = tf.where(selected)
 
     def run() -> tf.Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image operations on batches: uint8 `[B, H, W, 3]` in and out, one parameter for each image.
 
-They reproduce Pillow's arithmetic, which the reference's transforms run on, to the bit where 8-bit
-arithmetic allows it; `tests/data/images/test_image_ops.py` compares them. Nothing here is random.
+They reproduce the arithmetic of Pillow, which the reference's transforms use, to the bit where
+8-bit arithmetic allows it; `tests/data/images/test_image_ops.py` compares them. Nothing is random.
 """
 
 from collections.abc import Callable
@@ -26,15 +26,16 @@ def crop_flip_rotate(
     degrees: tf.Tensor | None,
     padding: int,
 ) -> tf.Tensor:
-    """Zero-pads, crops to the old size, flips, then rotates: one read for every pixel.
+    """Zero-pads, crops to the old size, flips, then rotates, with one read for every pixel.
 
     Args:
         images: uint8 `[B, H, W, 3]`.
-        top, left: int32 `[B]`, corner of the crop within the padded image, in `[0, 2 * padding]`.
-        flip: bool `[B]`, mirror left and right.
-        degrees: float `[B]`, counter-clockwise about the centre, nearest interpolation, zero fill
-            also where only the crop's outside would be seen; None for no rotation.
-        padding: pixels on every side.
+        top, left: Corner of the crop in the padded image, int32 `[B]` in `[0, 2 * padding]`.
+        flip: Whether to mirror left and right, bool `[B]`.
+        degrees: Angles of counter-clockwise rotations about the centre, float `[B]`; nearest
+            interpolation, and black wherever the rotation shows what the crop cut off. None for no
+            rotation.
+        padding: Width of the padding in pixels on every side.
     """
     _, height, width, _ = images.shape
     if degrees is None:
@@ -114,7 +115,7 @@ def autocontrast(images: tf.Tensor) -> tf.Tensor:
     low, high = extreme(tf.reduce_min), extreme(tf.reduce_max)
     scale = tf.where(high > low, 255 / (high - low), 1)
     offset = tf.where(high > low, -low * scale, 0)
-    # Twice as fast as Pillow's table, whose entries this computes for every value.
+    # Computes an entry of Pillow's table for every value: twice as fast as the table.
     scale, offset = (tf.tile(x, [1, width])[:, None] for x in (scale, offset))
     stretched = tf.cast(lines, tf.float64) * scale + offset
     return tf.reshape(tf.cast(tf.clip_by_value(stretched, 0, 255), tf.uint8), tf.shape(images))
@@ -176,7 +177,7 @@ def cutout(images: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: int) -> tf.
 
 
 def _table_entries(images: tf.Tensor) -> tf.Tensor:
-    """Entry of each value in the flat tables `[B, 3, 256]`, int32 `[B, H * W * 3]`."""
+    """Index of each value in the flattened tables `[B, 3, 256]`, int32 `[B, H * W * 3]`."""
     batch = tf.shape(images)[0]
     _, height, width, _ = images.shape
     channels = tf.constant([0, 256, 512] * (height * width))
@@ -228,8 +229,8 @@ def _contrast(values: tf.Tensor, factor: tf.Tensor, width: int) -> tf.Tensor:
 def _luminance(values: tf.Tensor) -> tf.Tensor:
     """ITU-R 601 luma with 16-bit weights, once for each channel, float32 like the values.
 
-    Exact, for the weighted sums have at most 24 bits. A product with three equal columns is faster
-    than one column that has to be broadcast.
+    Exact, because the weighted sums have at most 24 bits. A product with three equal columns is
+    faster than one column that has to be broadcast.
     """
     weights = tf.constant([[19595.0] * 3, [38470.0] * 3, [7471.0] * 3]) / 2**16
     luma = tf.floor(tf.matmul(tf.reshape(values, [-1, 3]), weights) + 0.5)

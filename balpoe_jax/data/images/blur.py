@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian blur as Pillow makes it, which the contrastive methods' views use: to the bit.
+"""Pillow's Gaussian blur, to the bit; the contrastive methods' views use it.
 
 Pillow's `GaussianBlur(radius)`, whose radius is the standard deviation, approximates the Gaussian
 by three passes of a box with fractional ends in each direction, rounded to 8 bits after each
@@ -15,13 +15,13 @@ _ONE = 1 << 24
 
 
 def box_weights(sigma: tf.Tensor) -> tf.Tensor:
-    """Weights of a box's middle, of its neighbours and of theirs, int64 `[..., 3]`.
+    """Weights of a box at distances of 0, 1 and 2 pixels, int64 `[..., 3]`.
 
-    They sum up to 2**24, but for rounding, with the neighbours counted twice.
+    They sum to 2**24, up to rounding, with those at distances 1 and 2 counted twice.
 
     Args:
-        sigma: Standard deviations in pixels, float32 `[...]` from 0 to 2.4, up to which a box
-            reaches two pixels to each side.
+        sigma: Standard deviations in pixels, float32 `[...]` from 0 to 2.4; a wider box would reach
+            beyond two pixels.
     """
     variance = sigma * sigma / _PASSES
     length = tf.cast(tf.sqrt(12 * tf.cast(variance, tf.float64) + 1), tf.float32)
@@ -40,8 +40,8 @@ def blur(image: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Blurs an image.
 
     Args:
-        image: packed `[H, W]`, see `packed_ops`.
-        weights: int64 `[3]` of `box_weights`.
+        image: Packed `[H, W]`, see `packed_ops`.
+        weights: Weights of `box_weights`, int64 `[3]`.
 
     Returns:
         Packed `[H, W]`.

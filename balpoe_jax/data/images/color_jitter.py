@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Color jitter: brightness, contrast, color and perhaps hue, in an order of its own for each image.
+"""Color jitter: changes of brightness, contrast, color and perhaps hue in a random order.
 
-By the rule of torchvision's ColorJitter, rounded to 8 bits after each change as it does on Pillow's
-images. Hue goes by way of Pillow's HSV of 8 bits, to the bit: Pillow mixes single and double
-precision, and so does this; of all 16.7 million colours none comes out differently.
+It follows torchvision's ColorJitter on Pillow's images, which rounds to 8 bits after each change.
+Hue goes through Pillow's 8-bit HSV. Pillow mixes single and double precision there, and so does
+this: all 16.7 million colours come out the same.
 """
 
 import functools
@@ -21,14 +21,14 @@ def change_hue(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Turns the hue of every pixel by a share of the circle.
 
     Args:
-        image: packed `[H, W]`, see `packed_ops`.
-        factor: float scalar from -0.5 to 0.5.
+        image: Packed `[H, W]`, see `packed_ops`.
+        factor: Share of the circle, float scalar from -0.5 to 0.5.
 
     Returns:
         Packed `[H, W]`.
     """
     hue, saturation, value = _to_hsv(*tf.unstack(packed_ops.to_float(image), axis=-1))
-    # torchvision adds it in 8 bits, towards zero and round the circle.
+    # torchvision truncates the turn to 8 bits and lets the sum wrap round the circle.
     turn = tf.cast(factor, tf.float64) * 255
     hue = (hue + tf.cast(tf.cast(turn, tf.int32), tf.float64)) % 256
     return packed_ops.pack(tf.stack(_to_rgb(hue, saturation, value), axis=-1))
@@ -37,7 +37,7 @@ def change_hue(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 def _to_hsv(
     red: tf.Tensor, green: tf.Tensor, blue: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """float32 values to float64 ones, whole numbers from 0 to 255 both."""
+    """float32 red, green and blue -> float64 hue, saturation and value; all whole, 0 to 255."""
     greatest = tf.maximum(red, tf.maximum(green, blue))
     spread = greatest - tf.minimum(red, tf.minimum(green, blue))
     saturation = tf.math.divide_no_nan(spread, greatest)
@@ -60,7 +60,7 @@ def _to_hsv(
 
 
 def _to_rgb(hue: tf.Tensor, saturation: tf.Tensor, value: tf.Tensor) -> list[tf.Tensor]:
-    """float64 whole numbers from 0 to 255 both."""
+    """float64 hue, saturation and value -> red, green and blue; all whole, 0 to 255."""
     position = hue * 6 / 255
     sector = tf.floor(position)
     fraction = tf.cast(position - sector, tf.float32)
@@ -84,7 +84,7 @@ def _to_rgb(hue: tf.Tensor, saturation: tf.Tensor, value: tf.Tensor) -> list[tf.
     ]
 
 
-# Each takes a packed image and a factor; the last one is left out where hue does not change.
+# Each takes a packed image and a factor; the last one is left out if hue does not change.
 CHANGES: tuple[Callable[..., Any], ...] = (
     packed_ops.brightness,
     packed_ops.contrast,
@@ -96,12 +96,12 @@ CHANGES: tuple[Callable[..., Any], ...] = (
 def draw_jitter(
     random: RowRandom, strengths: tuple[float, float, float], hue: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draws for all rows of `random`.
+    """Draws factors and orders of the changes for all rows of `random`.
 
     Args:
-        random: source of the draws.
-        strengths: how far the factors of brightness, contrast and color are from 1 at most.
-        hue: how far that of hue is from 0 at most; 0 for no change of hue.
+        random: Source of the draws.
+        strengths: Largest distances from 1 of the factors of brightness, contrast and color.
+        hue: Largest distance from 0 of the factor of hue; 0 for no change of hue.
 
     Returns:
         Factors float32 and orders int32, both `[rows, 3]`, or with hue `[rows, 4]`.
@@ -115,12 +115,12 @@ def draw_jitter(
 
 
 def color_jitter(image: tf.Tensor, factors: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
-    """Makes the changes in turn.
+    """Applies the changes in their order.
 
     Args:
-        image: packed `[H, W]`, see `packed_ops`.
-        factors: float32 `[3]` or `[4]`, factors of the first three or four of `CHANGES`.
-        order: int32, a permutation of their numbers from 0.
+        image: Packed `[H, W]`, see `packed_ops`.
+        factors: Factors of the first three or four of `CHANGES`, float32 `[3]` or `[4]`.
+        order: Permutation of their numbers from 0, int32 of the same length.
     """
     changes = list(zip(CHANGES, tf.unstack(factors), strict=False))
     for which in tf.unstack(order):

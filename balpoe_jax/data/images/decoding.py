@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs from their encoded bytes: the window that is needed, decoded and resized.
+"""Decodes photographs: only the window that is needed, resized to the size of the batch.
 
-Windows are drawn for a whole batch at once, then each image is decoded, by `tf.map_fn` or in a
-`tf.data` map over single images, which is as fast:
+Windows are drawn for a whole batch at once. Then each image is decoded, in `tf.map_fn` or, as fast,
+in a `tf.data` map over single images:
 
     windows = random_windows(shapes(encoded), random.stream("window"))
     flips = random.stream("move").uniform("flip") < 0.5
     image = decode_window(encoded[0], windows[0], flips[0], size=224)
 
-To mirror here costs nothing; `AugmentSettings.flip` would need a pass of its own.
+Mirroring here costs nothing; later it would take another pass over the image.
 """
 
 import math
@@ -19,17 +19,20 @@ from balpoe_jax.data.images.resize import resize
 from balpoe_jax.data.randomness import RowRandom
 
 _TRIES = 10
-# As Pillow decodes, to the bit; TensorFlow's default transform is off by up to six levels.
+# Decodes as Pillow does, to the bit; TensorFlow's default is off by up to six levels.
 _DCT = "INTEGER_ACCURATE"
 
 
 def shapes(encoded: tf.Tensor) -> tf.Tensor:
-    """Height and width of each image, int32 `[b, 2]`, of strings `[b]`; JPEGs are not decoded."""
+    """Height and width of each encoded image, strings `[b]`, as int32 `[b, 2]`.
+
+    Only the header of a JPEG is read.
+    """
     return tf.map_fn(image_shape, encoded, fn_output_signature=tf.TensorSpec([2], tf.int32))
 
 
 def image_shape(encoded: tf.Tensor) -> tf.Tensor:
-    """Height and width int32 `[2]` of one image, a scalar string."""
+    """Height and width of one encoded image, a scalar string, as int32 `[2]`."""
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.extract_jpeg_shape(encoded)[:2],
@@ -43,17 +46,17 @@ def random_windows(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tf.Tensor:
-    """Draws the windows of Inception's random crop, by the rule of torchvision's RandomResizedCrop.
+    """Draws windows by the rule of torchvision's RandomResizedCrop (Inception's random crop).
 
-    The share of the area is uniform in `scale` and the logarithm of width / height in `ratio`. Of
-    ten tries the first that fits is taken, at a uniform position; if none fits, the largest central
-    window whose ratio is within `ratio`.
+    The share of the area is uniform within `scale`, the logarithm of width / height within that of
+    `ratio`. The first of ten tries that fits is taken, at a uniform position. If none fits, it is
+    the largest central window whose ratio is within `ratio`.
 
     Args:
-        shapes: int32 `[b, 2]`, height and width of each image, the rows of `random`.
-        random: source of the draws.
-        scale: least and greatest share of the area.
-        ratio: least and greatest ratio of width to height.
+        shapes: Height and width of each image, int32 `[b, 2]`, the rows of `random`.
+        random: Source of the draws.
+        scale: Least and greatest share of the area.
+        ratio: Least and greatest ratio of width to height.
 
     Returns:
         int32 `[b, 4]`: top, left, height, width.
@@ -77,13 +80,13 @@ def random_windows(
 
 
 def decode_window(encoded: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, size: int) -> tf.Tensor:
-    """Decodes a window of an image, resizes it and perhaps mirrors it.
+    """Decodes a window of an image, resizes it and mirrors it if asked.
 
     Args:
-        encoded: scalar string, a JPEG (also grey or CMYK), PNG, GIF or BMP.
-        window: int32 `[4]`, top, left, height and width.
-        flip: bool scalar, mirror left and right.
-        size: side of the result.
+        encoded: JPEG (also grey or CMYK), PNG, GIF or BMP, a scalar string.
+        window: Top, left, height and width, int32 `[4]`.
+        flip: Whether to mirror left and right, bool scalar.
+        size: Side of the result.
 
     Returns:
         Packed `[size, size]`, see `packed_ops`.
@@ -95,13 +98,13 @@ def decode_window(encoded: tf.Tensor, window: tf.Tensor, flip: tf.Tensor, size: 
 def decode_central(encoded: tf.Tensor, resize_to: int = 256, size: int = 224) -> tf.Tensor:
     """The centre of an image, as torchvision's Resize and CenterCrop make it.
 
-    The short side becomes `resize_to` and the long side is rounded down; half pixels of the corner
-    round to even. Only the part of the image that the result depends on is decoded.
+    The short side becomes `resize_to`, and the long side is rounded down. The corner of the crop is
+    rounded, halves to even. Only the part of the image that the result depends on is decoded.
 
     Args:
-        encoded: scalar string, as in `decode_window`.
-        resize_to: length of the short side.
-        size: side of the result, at most `resize_to`.
+        encoded: Image as in `decode_window`, a scalar string.
+        resize_to: Length of the short side.
+        size: Side of the result, at most `resize_to`.
 
     Returns:
         uint8 `[size, size, 3]`.
@@ -122,7 +125,7 @@ def _decode_and_resize(
 ) -> tf.Tensor:
     """The square of side `size` at `corner` of an image resized from `shape` to `full`."""
     step = shape / full
-    # A pixel of the result depends on input within its own width, or one pixel if enlarged.
+    # A pixel depends on the input within its own width, or within one pixel when enlarging.
     margin = tf.maximum(step, 1.0) + 1
     start = tf.cast(tf.maximum(tf.floor(tf.cast(corner, tf.float64) * step - margin), 0), tf.int32)
     stop = tf.cast(tf.math.ceil(tf.cast(corner + size, tf.float64) * step + margin), tf.int32)
@@ -147,7 +150,7 @@ def _central_windows(shapes: tf.Tensor, ratio: tuple[float, float]) -> tf.Tensor
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
-    """All of an image, uint8 `[h, w, 3]`."""
+    """Decodes a whole image, uint8 `[h, w, 3]`."""
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
@@ -156,7 +159,7 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_window(encoded: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
-    """The part of an image at int32 `[4]` top, left, height and width, uint8 `[h, w, 3]`."""
+    """Decodes a window int32 `[4]` (top, left, height, width) of an image, uint8 `[h, w, 3]`."""
     return tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: _decode_jpeg_window(encoded, window),

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image operations on packed pixels, which XLA compiles to one or two loops over an image each.
+"""Image operations on packed pixels; XLA compiles each to one or two loops over an image.
 
 A packed image is uint32 `[H, W]` with red in the lowest byte, then green and blue, and nothing in
-the highest: channels are taken out by shifts, and a look-up brings all three at once. On images
-of the size of photographs this is several times as fast as `batch_ops` on bytes, whose images
-would have to be read and written for every step of the arithmetic; small images are better done
-there, by batch. The arithmetic is Pillow's here too, to the bit if nothing else is said;
-`tests/data/images/test_pixels.py` compares them. Nothing here is random.
+the highest. Channels are extracted by shifts, and one look-up returns all three. For photographs
+this is several times as fast as `batch_ops`, which would read and write the image for every step of
+the arithmetic. Small images are faster there, as a batch. The arithmetic is Pillow's to the bit,
+unless an operation says otherwise; `tests/data/images/test_pixels.py` compares them. Nothing here
+is random.
 
 Every operation is compiled on first use, in a fraction of a second, once for each image size.
 """
@@ -26,13 +26,13 @@ _SHIFTS = (0, 8, 16)
 
 
 def compiled(function: _Function) -> _Function:
-    """Compiled by XLA, eagerly and within other graphs."""
+    """Makes XLA compile a function, when it is called eagerly and within other graphs."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
 @compiled
 def pack(images: tf.Tensor) -> tf.Tensor:
-    """Bytes `[..., H, W, 3]`, of any type (floats are truncated) -> packed `[..., H, W]`."""
+    """Values in [0, 256) of any type `[..., H, W, 3]` -> packed `[..., H, W]`; truncates floats."""
     return _pack(tf.unstack(images, axis=-1))
 
 
@@ -43,7 +43,7 @@ def unpack(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def to_float(pixels: tf.Tensor) -> tf.Tensor:
-    """Packed `[..., H, W]` -> float32 `[..., H, W, 3]`; a part of what the caller compiles."""
+    """Packed `[..., H, W]` -> float32 `[..., H, W, 3]`; for use inside compiled functions."""
     return tf.cast(tf.cast(_bytes(pixels), tf.int32), tf.float32)
 
 
@@ -135,16 +135,16 @@ def sharpness(pixels: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 def shift_rows(
     pixels: tf.Tensor, shift: tf.Tensor, cubic: tf.Tensor, fill: Sequence[int]
 ) -> tf.Tensor:
-    """Shows in each row what lies so many pixels to the right.
+    """Shifts each row to the left by its own distance, with interpolation.
 
-    Neighbours beyond the border repeat it; only points outside the image are `fill`. Pillow works
-    in float64 and this in float32: where the exact result is a whole number, it may be one less.
+    Interpolation repeats the border; only points outside the image are `fill`. Pillow works in
+    float64 and this in float32, so a result that should be whole may be one less.
 
     Args:
-        pixels: packed `[H, W]`.
-        shift: float64 `[H]`.
-        cubic: bool scalar, cubic (a = -1) or else linear interpolation.
-        fill: one value for each channel.
+        pixels: Packed `[H, W]`.
+        shift: Distance of each row in pixels, float64 `[H]`.
+        cubic: Whether to interpolate cubically (a = -1) or else linearly, bool scalar.
+        fill: Value of each channel outside the image.
     """
     return _shift(pixels, shift, cubic, fill, axis=1)
 
@@ -153,16 +153,16 @@ def shift_rows(
 def shift_columns(
     pixels: tf.Tensor, shift: tf.Tensor, cubic: tf.Tensor, fill: Sequence[int]
 ) -> tf.Tensor:
-    """The same as `shift_rows` for columns and what lies below, `shift` being float64 `[W]`."""
+    """Shifts each column upwards by its own distance, float64 `[W]`; else as `shift_rows`."""
     return _shift(pixels, shift, cubic, fill, axis=0)
 
 
 @compiled
 def rotate(pixels: tf.Tensor, degrees: tf.Tensor, fill: Sequence[int]) -> tf.Tensor:
-    """Rotates counter-clockwise by so many degrees, a float scalar, with linear interpolation.
+    """Rotates counter-clockwise by `degrees`, a float scalar, with linear interpolation.
 
-    Neighbours beyond the border repeat it; only points outside the image are `fill`. Differs from
-    Pillow by one level where float32 and float64 truncate differently.
+    Interpolation repeats the border; only points outside the image are `fill`. The result differs
+    from Pillow's by one level where float32 and float64 truncate differently.
     """
     height, width = pixels.shape
     a, b, c, d, e, f = tf.unstack(inverse_rotation(degrees[None], height, width)[0])
@@ -224,7 +224,7 @@ def _shift(
 
 
 def _look_up(pixels: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
-    """Pixels at int32 positions, those beyond the border repeating it."""
+    """Pixels at int32 positions; positions beyond the border give the nearest pixel of it."""
     height, width = pixels.shape
     rows, columns = (
         tf.clip_by_value(x, 0, size - 1) for x, size in ((rows, height), (columns, width))
@@ -239,7 +239,7 @@ def _filled(values: _Channels, inside: tf.Tensor, fill: Sequence[int]) -> tf.Ten
 
 @compiled
 def _table_entries(pixels: tf.Tensor) -> tf.Tensor:
-    """Entry of each value in a table of 256 for each channel, int32 `[3 * H * W]`."""
+    """Index of each value in the flattened tables `[3, 256]`, int32 `[3 * H * W]`."""
     planes = [tf.cast(_byte(pixels, i), tf.int32) + 256 * i for i in range(3)]
     return tf.reshape(tf.stack(planes), [-1])
 
@@ -254,7 +254,7 @@ def _equalize(pixels: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
     before = tf.cumsum(histogram, axis=1, exclusive=True)
     table = (step[:, None] // 2 + before) // tf.maximum(step, 1)[:, None]
     table = tf.where(step[:, None] > 0, tf.minimum(table, 255), tf.range(256))
-    # Packed already, so that the looked up bytes need only be put together.
+    # Shifted already, so that the looked-up bytes need only be combined.
     table = tf.reshape(
         tf.bitwise.left_shift(tf.cast(table, tf.uint32), _constant(_SHIFTS)[:, None]), [-1]
     )
@@ -279,7 +279,7 @@ def _color(channels: _Channels, factor: tf.Tensor) -> _Channels:
 
 
 def _luminance(channels: _Channels) -> tf.Tensor:
-    """ITU-R 601 luma with 16-bit weights; exact, for the weighted sums have at most 24 bits."""
+    """ITU-R 601 luma with 16-bit weights; exact, since the weighted sums have at most 24 bits."""
     red, green, blue = channels
     return tf.floor((red * 19595 + green * 38470 + blue * 7471) * 2**-16 + 0.5)
 
@@ -290,16 +290,16 @@ def _blend(degenerate: tf.Tensor, values: tf.Tensor, factor: tf.Tensor) -> tf.Te
 
 
 def _rounded(product: tf.Tensor) -> tf.Tensor:
-    """A product that is rounded by itself, as Pillow's, and not fused with an addition.
+    """Keeps the compiler from fusing a product with an addition, since Pillow rounds the product.
 
-    The bounds are never met; that the compiler cannot know.
+    The values never reach the bounds, but the compiler cannot know that.
     """
     return tf.clip_by_value(product, -1e9, 1e9)
 
 
 def _channels(pixels: tf.Tensor) -> _Channels:
     """Red, green and blue, float32 in the shape of `pixels`."""
-    # By way of int32, for which the processor has a conversion.
+    # Through int32, for which the processor has a conversion.
     return [tf.cast(tf.cast(_byte(pixels, i), tf.int32), tf.float32) for i in range(3)]
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment as timm's `rand-n2-m10-mstd0.5`, which the reference's long recipes use.
 
-Two of fifteen operations, or another number, are drawn for each image, with replacement, and each
-is applied with probability 1/2. The magnitude is normal around 10, or another one, with deviation
-0.5, clipped to [0, 10]: exactly 10 in half of the cases. Geometric operations go either way, and
-interpolate linearly or cubically with even odds; rotation is linear here always, where the
-reference draws for it too.
+For each image two of fifteen operations are drawn with replacement, and each is applied with
+probability 1/2. The magnitude is normal around 10 with deviation 0.5, clipped to [0, 10], so that
+it is exactly 10 in half of the cases. The number of operations and the mean magnitude are settings.
+Geometric operations go either way, and interpolate linearly or cubically with even odds. Rotation
+is always linear here, where the reference draws for it, too.
 """
 
 import functools
@@ -26,13 +26,13 @@ from balpoe_jax.data.settings import (
 
 
 class Draw(NamedTuple):
-    """What is drawn for each image, one value for each of its operations, in turn.
+    """What is drawn for each image, one value for each of its operations in order.
 
     Attributes:
-        which: int32 `[rows, layers]`, the operation's number from 1; 0 for none.
-        level: float32 `[rows, layers]` in [0, 1], the magnitude over its greatest.
-        sign: float32 `[rows, layers]`, 1 or -1.
-        cubic: bool `[rows, layers]`, how geometric operations interpolate.
+        which: Number of the operation from 1, int32 `[rows, layers]`; 0 for none.
+        level: Magnitude over the greatest one, float32 `[rows, layers]` in [0, 1].
+        sign: Direction of a geometric operation, 1 or -1, float32 `[rows, layers]`.
+        cubic: Whether a geometric operation interpolates cubically, bool `[rows, layers]`.
     """
 
     which: tf.Tensor
@@ -47,12 +47,12 @@ Operation = Callable[[tf.Tensor, Draw], tf.Tensor]
 def draw(
     random: RowRandom, layers: int = RANDAUGMENT_LAYERS, magnitude: float = RANDAUGMENT_MAGNITUDE
 ) -> Draw:
-    """Draws for all rows of `random`.
+    """Draws the operations of all rows of `random`.
 
     Args:
-        random: source of the draws.
-        layers: how many operations an image gets, of which half are applied in the mean.
-        magnitude: around which those of the operations are drawn, 0 to `RANDAUGMENT_GREATEST`.
+        random: Source of the draws.
+        layers: Number of operations per image; half of them are applied on average.
+        magnitude: Mean of the magnitudes before clipping, from 0 to `RANDAUGMENT_GREATEST`.
     """
     shape = (layers,)
     which = 1 + random.uniform("operation", 0, len(_operations(IMAGENET_MEAN)), tf.int32, shape)
@@ -65,13 +65,13 @@ def draw(
 
 
 def apply(image: tf.Tensor, drawn: Draw, fill: Sequence[int] = IMAGENET_MEAN) -> tf.Tensor:
-    """Applies what is drawn for one image, and computes nothing else.
+    """Applies the operations that were drawn for one image, and computes no other.
 
     Args:
-        image: packed `[H, W]`, see `packed_ops`.
-        drawn: a row of a `Draw`.
-        fill: colour outside the image after a geometric operation; the reference takes ImageNet's
-            mean for iNaturalist too.
+        image: Packed `[H, W]`, see `packed_ops`.
+        drawn: Row of a `Draw`.
+        fill: Colour outside the image after a geometric operation. The reference uses ImageNet's
+            mean for iNaturalist, too.
 
     Returns:
         Packed `[H, W]`.

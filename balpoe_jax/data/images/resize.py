@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pillow's bilinear resizing, which the reference's transforms run on.
+"""Pillow's bilinear resizing, which the reference's transforms use.
 
 It is separable: every output line is a weighted mean of input lines, with a triangle of weights
 that widens when the image shrinks. TensorFlow's `ScaleAndTranslate` computes the same weights. It
-is fast only down the first axis, where whole lines are added at once, so both passes run there with
-a transpose between: together twice as fast as one call for both axes.
+is fast only along the first axis, where whole lines are added at once. So both passes run there,
+with a transpose between them, which is twice as fast as one call for both axes.
 """
 
 import tensorflow as tf
@@ -24,27 +24,28 @@ def resize(
 ) -> tf.Tensor:
     """Resizes an image, or makes only a window of the resized image.
 
-    The width is resized first and rounded to 8 bits, then the height, as in Pillow before 13
-    (Pillow 13 begins with the height where that is cheaper, as when it shrinks and the width grows;
-    the order moves up to a quarter of the values by one level). Pillow's weights have 22 bits and
-    these are float32, so values at a half may round the other way: by one level in 0.1% of the
-    values of a typical photograph, in up to 4% where a simple ratio such as 5 / 4 makes halves
-    common; two levels are rare.
+    The width is resized first and rounded to 8 bits, then the height, as in Pillow before 13.
+    (Pillow 13 begins with the height where that is cheaper, such as when the height shrinks and the
+    width grows. The order changes up to a quarter of the values by one level.)
+
+    Pillow's weights have 22 bits and these are float32, so values at a half may round the other
+    way. That changes 0.1% of the values of a typical photograph by one level, and up to 4% where a
+    simple ratio such as 5 / 4 makes halves common. Two levels are rare.
 
     Args:
         image: uint8 `[h, w, 3]`.
-        full_size: height and width to which all of `image` is scaled.
-        size: height and width of the result.
-        corner: top and left of the result within the scaled image.
-        flip: bool scalar, whether to mirror left and right afterwards; None for no.
-        packed: whether to return packed pixels, see `packed_ops`.
+        full_size: Height and width to which all of `image` is scaled.
+        size: Height and width of the result.
+        corner: Top and left of the result within the scaled image.
+        flip: Whether to mirror left and right afterwards, bool scalar; None for no.
+        packed: Whether to return packed pixels, see `packed_ops`.
 
     Returns:
         uint8 `[*size, 3]`, or packed `[*size]`.
     """
     shape = tf.shape(image)
     height, width = shape[0], shape[1]
-    # As matrices: of three axes, the last of length 3, transposing takes twice as long.
+    # As matrices: transposing three axes, the last of length 3, takes twice as long.
     columns = tf.reshape(tf.transpose(tf.reshape(image, [height, width * 3])), [width, 3 * height])
     columns = _rounded(_resample(columns, full_size[1], size[1], corner[1]))
     if flip is not None:
@@ -59,12 +60,12 @@ def resize(
 def enlarge_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
     """Resizes a window of each image of a batch to the size of the image, as `resize` would.
 
-    Enlarging, each pixel is a mean of two by two, which are gathered for the whole batch at once,
-    with Pillow's own weights of 22 bits: the same as Pillow to the bit.
+    When enlarging, each pixel is a mean of two by two. These are gathered for the whole batch at
+    once and weighted as in Pillow, with 22 bits, so that the result is Pillow's to the bit.
 
     Args:
         images: uint8 `[B, H, W, 3]`.
-        windows: int32 `[B, 4]`, top, left, height and width, within the image.
+        windows: Top, left, height and width within the image, int32 `[B, 4]`.
     """
     top, left, height, width = tf.unstack(windows, axis=1)
     wide = _enlarge(images, left, width, axis=2)
@@ -72,7 +73,7 @@ def enlarge_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
 
 
 def _enlarge(images: tf.Tensor, start: tf.Tensor, length: tf.Tensor, axis: int) -> tf.Tensor:
-    """Brings int32 `[B]` lengths from int32 `[B]` starts to the whole of an axis."""
+    """Enlarges the part of an axis from int32 `[B]` starts, of int32 `[B]` lengths, to its size."""
     size = images.shape[axis]
     step = tf.cast(length, tf.float64)[:, None] / size
     position = (tf.range(size, dtype=tf.float64) + 0.5) * step - 0.5
@@ -94,7 +95,7 @@ def _enlarge(images: tf.Tensor, start: tf.Tensor, length: tf.Tensor, axis: int) 
 def _resample(
     lines: tf.Tensor, full_size: tf.Tensor | int, size: int, start: tf.Tensor | float
 ) -> tf.Tensor:
-    """Scales uint8 `[n, L]` lines to `full_size`; `size` of them from `start`, float32."""
+    """Scales uint8 `[n, L]` from n to `full_size` lines; returns `size` from `start`, float32."""
     scale = tf.cast(full_size, tf.float32) / tf.cast(tf.shape(lines)[0], tf.float32)
     scaled = tf.raw_ops.ScaleAndTranslate(
         images=lines[None, :, None, :],
@@ -108,7 +109,7 @@ def _resample(
 
 
 def _rounded(means: tf.Tensor) -> tf.Tensor:
-    """uint8; weighted means of bytes need no clipping."""
+    """Rounds to uint8; weighted means of bytes need no clipping."""
     return tf.cast(means + 0.5, tf.uint8)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A view of images: one augmented version of each, from how they are stored to normalised floats.
+"""A view of images: one augmented version of each, from stored images to augmented pixels.
 
-Images in memory need `augment` alone. Photographs are decoded one by one in between:
+Images in memory need only `augment`. Photographs are first decoded, one by one:
 
     drawn = view.draw(shapes, random)
     images = [view.decode(encoded, row) for each row]
     images = view.augment(images, random)
 
-A view may augment images in one of two ways, drawn for each.
+`EitherView` augments each image in one of two ways, which is drawn for it.
 """
 
 import dataclasses
@@ -21,23 +21,23 @@ from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.records.sources import Source
 from balpoe_jax.data.settings import AugmentSettings
 
-# Of a photograph's window, as torchvision has it.
+# Least share of the area of a photograph's window, torchvision's default.
 _LEAST_AREA = 0.08
 
 
 class View:
-    """How the images of a source are augmented, all in one way.
+    """A view that augments all images of a source in the same way.
 
     Args:
-        source: of the images.
-        settings: what happens to them; photographs are cropped at random besides.
+        source: Source of the images.
+        settings: Augmentation; photographs also get a random window.
     """
 
     def __init__(self, source: Source, settings: AugmentSettings) -> None:
         self._settings = settings
         self._image_size = source.image_shape[0]
-        # What is done to a batch, and before that to each photograph: to mirror while it is
-        # resized, and to change it unless it is to be cropped or rotated before.
+        # The augmentation of a batch, and what is done before to each photograph: it is mirrored
+        # while it is resized, and its colours change then, too, unless a crop or rotation follows.
         self._of_batch, self._of_each = settings, AugmentSettings()
         if source.encoded:
             self._of_batch = dataclasses.replace(self._of_batch, flip=False, crop_area=None)
@@ -45,11 +45,11 @@ class View:
                 self._of_batch, self._of_each = self._of_batch.split_per_image_ops()
 
     def draw(self, shapes: tf.Tensor, random: RowRandom) -> dict[str, Any]:
-        """What `decode` needs of each row of `random`.
+        """Draws what `decode` needs for each row of `random`.
 
         Args:
-            shapes: height and width of the photographs, int32 `[rows, 2]`.
-            random: source of the draws.
+            shapes: Height and width of the photographs, int32 `[rows, 2]`.
+            random: Source of the draws.
         """
         scale = (self._settings.crop_area or _LEAST_AREA, 1.0)
         flips = random.stream("move").uniform("flip") < (0.5 if self._settings.flip else 0)
@@ -60,28 +60,28 @@ class View:
         }
 
     def decode(self, encoded: tf.Tensor, drawn: dict[str, Any]) -> tf.Tensor:
-        """One photograph's window, resized and changed; packed `[H, W]`."""
+        """Decodes one photograph's window, resizes and changes it; packed `[H, W]`."""
         image = decoding.decode_window(encoded, drawn["windows"], drawn["flips"], self._image_size)
         return change_image(image, drawn["changes"], self._of_each)
 
     def augment(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-        """The rest: of uint8 or packed images of one size, in the form in which they came."""
+        """Applies the rest to uint8 or packed images of one size; keeps their form."""
         return augment_batch(images, random, self._of_batch)
 
 
 class EitherView:
-    """Of each image one of two views, with even odds; used as a `View` is.
+    """One of two views of each image, with even odds; used like a `View`.
 
     Args:
-        source: of the images.
-        first, second: what happens to an image in either case.
+        source: Source of the images.
+        first, second: Augmentations of the two views.
     """
 
     def __init__(self, source: Source, first: AugmentSettings, second: AugmentSettings) -> None:
         self._first, self._second = View(source, first), View(source, second)
 
     def draw(self, shapes: tf.Tensor, random: RowRandom) -> dict[str, Any]:
-        """What `decode` needs of each row, of both views."""
+        """Draws what `decode` needs for each row, for both views."""
         return {
             "first": self._first.draw(shapes, random),
             "second": self._second.draw(shapes, random.stream("second")),
@@ -89,7 +89,7 @@ class EitherView:
         }
 
     def decode(self, encoded: tf.Tensor, drawn: dict[str, Any]) -> tf.Tensor:
-        """One photograph by the view that was drawn for it; packed `[H, W]`."""
+        """Decodes one photograph by the view that was drawn for it; packed `[H, W]`."""
         return tf.cond(
             drawn["takes_second"],
             lambda: self._second.decode(encoded, drawn["second"]),
@@ -97,7 +97,7 @@ class EitherView:
         )
 
     def augment(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-        """The rest, each image by the view that was drawn for it."""
+        """Applies the rest to each image by the view that was drawn for it."""
         takes_second = _takes_second(random)
         first = self._first.augment(images, random)
         second = self._second.augment(images, random.stream("second"))
@@ -112,5 +112,5 @@ def _takes_second(random: RowRandom) -> tf.Tensor:
 def make_view(
     source: Source, settings: AugmentSettings, other: AugmentSettings | None = None
 ) -> View | EitherView:
-    """The view of some settings, or of either these or others."""
+    """The view of these settings, or an `EitherView` of these and the others."""
     return View(source, settings) if other is None else EitherView(source, settings, other)

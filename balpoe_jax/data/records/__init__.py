@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where stored images lie: in memory, or as records of files."""
+"""Stored images: arrays in memory, or records in files."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples inside ArrayRecord files, which know where each of their records is.
+"""The examples inside ArrayRecord files, which allow random access to their records.
 
-A scan reads every record once, for its label and its name. The library's reader then reads any
-record by its number, and verifies the hash of what it reads. Without TensorFlow.
+A scan reads every record once for its label and its name. Later, the library's reader reads any
+record by its number, and verifies its hash. Needs no TensorFlow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from balpoe_jax.data.records import index_cache, tfrecords
 from balpoe_jax.data.records.tfrecords import DamagedRecord
 from balpoe_jax.errors import UserError
 
-# Of random access: nothing is read ahead.
+# Options for random access: nothing is read ahead.
 _OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 2**15}
 _RECORDS_A_SCAN = 64
 
@@ -25,8 +25,8 @@ class ArrayRecordIndex(NamedTuple):
     """The images of a split, in the order of its files.
 
     Attributes:
-        files: Which file an image is in, int32 `[N]`.
-        positions: Which record of that file it is, int64 `[N]`.
+        files: Position of each image's file among the files, int32 `[N]`.
+        positions: Number of its record in that file, int64 `[N]`.
         labels: Classes, int64 `[N]`.
         names: Identifiers stored with the images, str `[N]`.
     """
@@ -43,12 +43,12 @@ class ArrayRecordIndex(NamedTuple):
 
 
 def open_reader(path: str) -> Any:
-    """The library's reader of a file, which threads may share.
+    """The library's reader of a file; threads may share it.
 
     Raises:
         UserError (a `ValueError`): the library is not installed.
-        OSError: the storage's.
-        DamagedRecord: the file is no ArrayRecord file, or its end is damaged.
+        OSError: a failure of the storage.
+        DamagedRecord: no ArrayRecord file, or one whose end is damaged.
     """
     try:
         from array_record.python.array_record_module import ArrayRecordReader
@@ -76,8 +76,8 @@ def read_image(reader: Any, path: str, index: ArrayRecordIndex, i: int) -> bytes
         i: Position in the index.
 
     Raises:
-        DamagedRecord: the record is not what was written.
-        OSError: the storage's.
+        DamagedRecord: a record that is not what was written.
+        OSError: a failure of the storage.
     """
     try:
         (record,) = reader.read([int(index.positions[i])])
@@ -93,7 +93,7 @@ def load_index(paths: Sequence[str], name_feature: str, lengths: Sequence[int]) 
     Args:
         paths: ArrayRecord files of examples with the features `image` (bytes), `label` (an
             integer) and `name_feature`.
-        name_feature: Feature, a text, that tells an example from others.
+        name_feature: Feature with the text that identifies an example.
         lengths: Number of records of each file, which the library does not know of a damaged one.
 
     Raises:
@@ -153,8 +153,8 @@ def records(path: str) -> Iterator[tuple[int, bytes]]:
     """Number and content of every record of a file, in order.
 
     Raises:
-        DamagedRecord: a record is not what was written.
-        OSError: the storage's.
+        DamagedRecord: a record that is not what was written.
+        OSError: a failure of the storage.
     """
     reader = open_reader(path)
     try:
@@ -169,7 +169,7 @@ def records(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _reason(path: str, error: RuntimeError) -> Exception:
-    """What the library, whose errors are all of one kind, stumbled over."""
+    """The cause of an error of the library, which raises one kind for all: storage or damage."""
     try:
         with open(path, "rb") as file:
             file.read(1)

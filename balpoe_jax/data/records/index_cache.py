@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indices of record files, kept in the user's cache: a scan is made once.
+"""Indices of record files in the user's cache, so that files are scanned once.
 
 The cache is `$XDG_CACHE_HOME/balpoe_jax` (`~/.cache` by default). An entry is named after the
 paths, sizes and modification times of the files, so that changed files are scanned again.
@@ -37,11 +37,11 @@ def load(
     Args:
         kind: Named tuple of NumPy arrays of one length.
         paths: Files of the index.
-        name_feature: Feature that tells an example from others.
+        name_feature: Feature that identifies an example.
         scan: Function that makes the index of `paths` and `name_feature`.
 
     Raises:
-        UserError (a `ValueError`): a file that cannot be read, or whatever `scan` refuses.
+        UserError (a `ValueError`): a file that cannot be read, or an error of `scan`.
     """
     cached = cache.folder() / f"records-{_fingerprint(paths, name_feature)}.npz"
     index = _read(kind, cached)
@@ -76,10 +76,10 @@ def _read(kind: type[Index], path: Path) -> Index | None:
 
 
 def _write(path: Path, index: Any) -> None:
-    """A cache that cannot be written only costs the next start the scan."""
+    """Writes an index; if that fails, the next start scans again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a name of its own: other hosts may share the folder.
+        # With a name of its own: other hosts may share the folder.
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             np.savez_compressed(file, **index._asdict())
         os.replace(file.name, path)

@@ -40,7 +40,7 @@ class RecordReader:
 
 
 def make_reader(source: Source) -> ArrayReader | RecordReader:
-    """The reader of a source; puts arrays where a graph can read them.
+    """The reader of a source; makes arrays constants of the graph.
 
     Raises:
         UserError (a `ValueError`): the system lets this process open too few files.

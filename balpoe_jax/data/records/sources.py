@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random access to the examples of a split.
 
-A source has `labels` int64 `[N]`, says with `encoded` whether its images are files to be decoded
-and with `image_shape` what becomes of them. `balpoe_jax.data.records.readers` reads given positions
-of one inside a tf.data graph; nothing here needs TensorFlow.
+A source has `labels` int64 `[N]`. `encoded` says whether its images have to be decoded, and
+`image_shape` is their shape in a batch. `balpoe_jax.data.records.readers` reads a source inside a
+tf.data graph; nothing here needs TensorFlow.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class ArraySource:
     """Decoded images of one size, in memory.
 
     Attributes:
-        images: uint8 `[N, H, W, 3]`.
-        labels: int64 `[N]`.
-        keys: int64 `[N]`, positions in the original data set.
+        images: Pixels, uint8 `[N, H, W, 3]`.
+        labels: Classes, int64 `[N]`.
+        keys: Positions in the original data set, int64 `[N]`.
     """
 
     encoded: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class ArraySource:
         return ArraySource(self.images[indices], self.labels[indices], self.keys[indices])
 
     def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
-        """What the examples at `indices` are called: their positions in the original data set."""
+        """The names of the examples at `indices`: their positions in the original data set."""
         return [str(key) for key in self.keys[indices]]
 
 
@@ -67,9 +67,9 @@ class RecordSource:
 
     Attributes:
         paths: Files of the split.
-        index: Where in them the images are.
-        image_size: height and width in pixels that images are brought to.
-        resize: short side in pixels to which an image is scaled for a central crop, in testing.
+        index: Places of the images in these files.
+        image_size: Height and width in pixels of the images in a batch.
+        resize: Length in pixels of a test image's short side before the central crop.
     """
 
     encoded: ClassVar[bool] = True
@@ -105,7 +105,7 @@ class RecordSource:
         return dataclasses.replace(self, index=self.index.select(indices))
 
     def ids(self, indices: npt.NDArray[np.integer]) -> list[str]:
-        """What the examples at `indices` are called: the names stored beside the images."""
+        """The names of the examples at `indices`, as they are stored with the images."""
         return [str(name) for name in self.index.names[indices]]
 
     def read_image(self, i: int) -> bytes:
@@ -134,8 +134,8 @@ class RecordSource:
 class _OpenFiles:
     """Files that are open for reading, until the process ends.
 
-    They belong to no reader: TensorFlow keeps every Python function that a graph has called, and
-    with it what that refers to, so that a reader is never collected.
+    They belong to no reader: TensorFlow keeps every Python function that a graph has called, so a
+    reader is never garbage-collected and would never close its files.
     """
 
     def __init__(self) -> None:
@@ -143,11 +143,11 @@ class _OpenFiles:
         self._lock = threading.Lock()
 
     def descriptor(self, path: str) -> int:
-        """Opens a file the first time it is asked for."""
+        """The descriptor of a file, which is opened on first use."""
         return self._open(path, lambda: os.open(path, os.O_RDONLY))
 
     def reader(self, path: str) -> Any:
-        """Opens an ArrayRecord file the first time it is asked for."""
+        """The reader of an ArrayRecord file, which is opened on first use."""
         return self._open(path, lambda: array_records.open_reader(path))
 
     def _open(self, path: str, opens: Callable[[], Any]) -> Any:
@@ -160,7 +160,7 @@ class _OpenFiles:
         return found
 
     def make_room(self, files: int) -> None:
-        """Lets this process open so many more, beside what else it has open.
+        """Lets this process open this many more files.
 
         Raises:
             UserError (a `ValueError`): the system allows fewer.
@@ -178,7 +178,6 @@ class _OpenFiles:
 
 
 _FILES = _OpenFiles()
-_OTHER_FILES = 512  # of the interpreter, the libraries and the run
-
+_OTHER_FILES = 512  # open files of the interpreter, the libraries and the run
 
 Source = ArraySource | RecordSource

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the images lie inside TFRecord files, so that any one of them can be read by itself.
+"""The places of images inside TFRecord files, so that any image can be read by itself.
 
-A scan reads the few bytes around each image, not the image: a record is a length, a checksum, a
-serialised `tf.train.Example` and another checksum, and the protocol buffer is walked from field to
-field without copying it. The scan verifies the checksum of each length, the reading of an image
-that of its record. Without TensorFlow.
+A record is a length, a checksum, a serialised `tf.train.Example` and another checksum. A scan walks
+the protocol buffer from field to field and reads only the few bytes around each image. It verifies
+the checksums of the lengths; reading an image verifies the checksum of its record. Needs no
+TensorFlow.
 """
 
 import functools
@@ -27,12 +27,12 @@ class RecordIndex(NamedTuple):
     """The images of a split, in the order of its files.
 
     Attributes:
-        files: int32 `[N]`, which file an image is in.
-        offsets: int64 `[N]`, its first byte in that file.
-        sizes: int64 `[N]`, its length in bytes.
-        labels: int64 `[N]`.
-        names: str `[N]`, the identifiers stored beside the images.
-        starts, lengths: int64 `[N]`, first byte and length of the record's content.
+        files: Position of each image's file among the files, int32 `[N]`.
+        offsets: First byte of the image in that file, int64 `[N]`.
+        sizes: Length of the image in bytes, int64 `[N]`.
+        labels: Classes, int64 `[N]`.
+        names: Identifiers stored with the images, str `[N]`.
+        starts, lengths: First byte and length of the record's content, int64 `[N]`.
     """
 
     files: npt.NDArray[np.int32]
@@ -54,11 +54,11 @@ class DamagedRecord(Exception):  # noqa: N818
 
 
 def read_image(descriptor: int, index: RecordIndex, i: int) -> bytes:
-    """The image at position `i` of an index, out of its file, which is open for reading.
+    """The image at position `i` of an index, from the open file of this descriptor.
 
     Raises:
-        DamagedRecord: the file ends within the record, or its checksum is another.
-        OSError: the storage's.
+        DamagedRecord: a record that is cut off, or whose checksum is wrong.
+        OSError: a failure of the storage.
     """
     start, length = int(index.starts[i]), int(index.lengths[i])
     record = os.pread(descriptor, length + _FOOTER, start)
@@ -72,7 +72,7 @@ def read_image(descriptor: int, index: RecordIndex, i: int) -> bytes:
 
 
 def record_number(path: str, start: int) -> int:
-    """Which record of a file, from 0, has its content at the byte `start`; -1 if none has."""
+    """The number from 0 of the record whose content begins at byte `start`; -1 if there is none."""
     with open(path, "rb") as file:
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
@@ -90,7 +90,7 @@ def load_index(paths: Sequence[str], name_feature: str) -> RecordIndex:
     Args:
         paths: TFRecord files of examples with the features `image` (bytes), `label` (an integer)
             and `name_feature`.
-        name_feature: a text that tells an example from others.
+        name_feature: Feature with the text that identifies an example.
 
     Raises:
         UserError (a `ValueError`): a file that cannot be read, or holds something else.
@@ -131,7 +131,7 @@ def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, st
                         raise UserError(
                             f"Record {number} of {path} is not an example with an image, a label "
                             f"and {name_feature!r}{_emptiness(start, stop)}; prepare the data set "
-                            "anew."
+                            "again."
                         ) from error
                     yield *example, start, stop - start
     except OSError as error:
@@ -141,7 +141,7 @@ def _scan_file(path: str, name_feature: str) -> Iterator[tuple[int, int, int, st
         ) from error
     except EOFError as error:
         raise UserError(
-            f"{path} is cut off or damaged at {error}; prepare the data set anew."
+            f"{path} is cut off or damaged at {error}; prepare the data set again."
         ) from error
 
 
@@ -171,7 +171,7 @@ def _masked_crc(content: bytes) -> int:
 
 @functools.cache
 def _crc32c() -> Callable[[bytes], int]:
-    """The checksum function; imported where records are read, since nothing else needs it."""
+    """The checksum function, imported on first use."""
     try:
         from google_crc32c import value
     except ImportError as error:
@@ -188,11 +188,11 @@ def read_example(
 
     Args:
         buffer: Bytes that hold the example.
-        start, stop: Its first byte and its end.
+        start, stop: Range of the example's bytes.
         name_feature: Feature that holds the name; empty for none, which leaves the name empty.
 
     Raises:
-        ValueError, IndexError, KeyError, StopIteration: it is no such example.
+        ValueError, IndexError, KeyError, StopIteration: bytes that are no such example.
     """
     found: dict[bytes, tuple[int, int]] = {}
     wanted = {b"image", b"label", name_feature.encode()}
@@ -214,7 +214,7 @@ def read_example(
 def _fields(buffer: mmap.mmap | bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Number, first byte and end of each field of a message.
 
-    Of a number, which has no length, the first byte is given and the end is the end of its bytes.
+    A field that is a number has no length: its end is the end of the number's bytes.
     """
     while start < stop:
         tag, start = _varint(buffer, start)
@@ -232,7 +232,7 @@ def _fields(buffer: mmap.mmap | bytes, start: int, stop: int) -> Iterator[tuple[
 
 
 def _varint(buffer: mmap.mmap | bytes, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
+    """A number of seven bits a byte, the lowest first, and the position after it."""
     value = shift = 0
     while True:
         byte = buffer[position]
