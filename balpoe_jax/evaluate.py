@@ -81,8 +81,8 @@ class Evaluator:
             folder: for the predictions.
             interrupted: asked before every batch whether to give up, which raises `Interrupted`.
 
-        Returns `step`, `epoch`, `num_parameters`, `class_counts`, `test` and `experts` of
-        `results.json`; nothing in other processes than the first.
+        Returns `step`, `epoch`, `num_parameters`, `forward_flops`, `class_counts`, `test` and
+        `experts` of `results.json`; nothing in other processes than the first.
         """
         data = self._experiment.data
         test = self._predict(state, data.test, folder, interrupted=interrupted)
@@ -200,6 +200,7 @@ class Evaluator:
             "step": step,
             "epoch": int(self._experiment.program.epoch_at(step)),
             "num_parameters": num_parameters(state.params),
+            "forward_flops": self._experiment.program.forward_flops,
             **({"note": settings.note} if settings.note else {}),
             "settings": {name: getattr(settings.eval, name) for name in record.EVALUATION_SETTINGS},
             **scores,

@@ -24,9 +24,9 @@ class Column:
     Attributes:
         name: its heading.
         kind: "percent" of a fraction, "points" for a signed difference of fractions, "decimal"
-            with three places, "short" with two, "p" for a p-value, "number" with what it needs, or
-            "spread" of a pair of fractions, mean and standard deviation (None of a single value).
-            Text is shown as it is in any column.
+            with three places, "short" with two, "p" for a p-value, "number" with what it needs,
+            "count" in millions or billions, or "spread" of a pair of fractions, mean and standard
+            deviation (None of a single value). Text is shown as it is in any column.
         wide: shown in a terminal only if there is room.
     """
 
@@ -52,7 +52,20 @@ class Column:
             return "<0.001" if value < 0.001 else f"{value:.3f}"
         if self.kind == "number":
             return f"{value:.4g}"
+        if self.kind == "count":
+            return f"{value / 1e9:.3g}G" if value >= 999.5e6 else f"{value / 1e6:.3g}M"
         return f"{value:.{_DECIMALS[self.kind]}f}"
+
+
+# What a network costs, next to its accuracy; the keys are those of `results.json`.
+SIZE_COLUMNS = {
+    "num_parameters": Column("params", "count"),
+    "forward_flops": Column("FLOPs", "count"),
+}
+SIZE_NOTE = (
+    "FLOPs are the operations by which all experts predict one image: of convolutions and matrix "
+    "products, a multiply-add being two."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +96,8 @@ def as_text(table: Table, width: int = 80) -> str:
     for i in shown:
         column = table.columns[i]
         cells = [column.name, *(column.show(values[i]) for _, values in table.rows)]
-        cell = max(wanted, 1 + max(map(len, cells)))
+        least = 0 if column.kind == "count" else wanted
+        cell = max(least, 1 + max(map(len, cells)))
         lines = [f"{line}{text:>{cell}}" for line, text in zip(lines, cells, strict=True)]
     return "\n".join(lines)
 
