@@ -7,6 +7,33 @@ from typing import Any
 
 from balpoe_jax.methods.base import Method
 
+_TRUNKS = {
+    "resnet8": "ResNet-8",
+    "resnet20": "ResNet-20",
+    "resnet32": "ResNet-32",
+    "resnet44": "ResNet-44",
+    "resnet56": "ResNet-56",
+    "resnet32_bbn": "ResNet-32 of BBN",
+    "resnet50": "ResNet-50",
+    "resnet101": "ResNet-101",
+    "resnet152": "ResNet-152",
+    "resnext50": "ResNeXt-50",
+}
+
+
+def trained_network(dataset: str, arguments: str, experts: int) -> str:
+    """The network that a config trains, in words, such as "ResNet-32, 3 experts".
+
+    Args:
+        dataset: Name of the config file, such as "cifar100_lt".
+        arguments: What stands after the file's colon, such as "ir=100,experts=3".
+        experts: Number of experts where the arguments do not say it.
+    """
+    given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+    default = "resnet50" if dataset in ("imagenet_lt", "inaturalist2018") else "resnet32"
+    name, number = _TRUNKS[given.get("backbone", default)], int(given.get("experts", experts))
+    return f"{name}, {number} experts" if number > 1 else name
+
 
 @dataclasses.dataclass(frozen=True)
 class PublishedResult:
@@ -18,6 +45,7 @@ class PublishedResult:
         accuracy: top-1, over all classes.
         source: who reports it.
         ece: expected calibration error, where published.
+        network: Network that it was measured on, such as "ResNet-34"; None for that of the preset.
     """
 
     dataset: str
@@ -25,6 +53,15 @@ class PublishedResult:
     accuracy: float
     source: str
     ece: float | None = None
+    network: str | None = None
+
+    def measured_on(self, experts: int) -> str:
+        """The network in words, which is the preset's own where `network` says nothing else.
+
+        Args:
+            experts: Number of experts of the preset.
+        """
+        return self.network or trained_network(self.dataset, self.arguments, experts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from balpoe_jax.methods import PRESETS, PublishedResult
+from balpoe_jax.methods.preset import trained_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,23 @@ class PaperRow:
         method: as the table calls it.
         experiment: what is trained for it.
         scores: its figures.
+        network: Network that the published figures were measured on; None for that of the
+            experiment at the paper's own scale.
     """
 
     method: str
     experiment: PaperRun
     scores: tuple[PaperFigure, ...]
+    network: str | None = None
+
+    @property
+    def paper_network(self) -> str:
+        """The network of the published figures, in words."""
+        arguments = self.experiment.arguments
+        given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+        experts = PRESETS[given.get("method", "balpoe")].experts
+        dataset = self.experiment.config.removesuffix(".py")
+        return self.network or trained_network(dataset, arguments, experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +189,7 @@ def _others_in_table_1(dataset: str) -> list[PaperRow]:
             ", ".join(filter(None, [recipe.about, _DATASETS[dataset][1], published.arguments])),
             _of_method(name, dataset, published.arguments),
             (PaperFigure("ACC", _ACCURACY, published.accuracy),),
+            published.network,
         )
         for name, recipe in _OTHERS.items()
         for published in recipe.published
@@ -263,8 +277,10 @@ def _all_methods() -> tuple[PaperRow, ...]:
     rows = [PaperRow(name, run, _method_scores(scores)) for name, (run, scores) in ours.items()]
     for name, recipe in _OTHERS.items():
         known = {(p.dataset, p.arguments): p for p in recipe.published}
-        scores = _method_scores(known.get(("cifar100_lt", "ir=100")))
-        rows.append(PaperRow(recipe.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
+        published = known.get(("cifar100_lt", "ir=100"))
+        scores, network = _method_scores(published), published.network if published else None
+        run = _of_method(name, "cifar100_lt", "ir=100")
+        rows.append(PaperRow(recipe.about, run, scores, network))
     return tuple(rows)
 
 
@@ -302,7 +318,7 @@ def _published_methods() -> dict[str, PaperTable]:
             about = ", ".join(filter(None, [recipe.about, rest if ratio else first]))
             run = _of_method(name, published.dataset, published.arguments)
             rows.setdefault((published.dataset, ratio), []).append(
-                PaperRow(about, run, _method_scores(published))
+                PaperRow(about, run, _method_scores(published), published.network)
             )
     return {
         f"methods-{dataset}{f'-{ratio}' if ratio else ''}": PaperTable(
