@@ -13,9 +13,8 @@ with a power above 1. The semi-variance divides by the number of draws above the
 counts in the last fifth of the epochs.
 
 Where we differ: every step has draws of its own, a function of seed and step. The code draws one
-epoch's distributions before training and shuffles them in each epoch. Its configuration for
-iNaturalist names a kind of data that its loss refuses; we take the sizes it gives, for which
-the published figures are not known to us. Published figures are of the balanced test set.
+epoch's distributions before training and shuffles them in each epoch. Its loss refuses the kind of
+data that its configuration for iNaturalist names; we take the other values from there.
 """
 
 import dataclasses
@@ -44,8 +43,7 @@ def expert_targets(class_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.floa
     Args:
         class_counts: int `[C]`, none of them 0.
     """
-    counts = np.asarray(class_counts, np.float64)
-    rows = (counts, np.ones_like(counts), reversed_counts(counts))
+    rows = (class_counts, np.ones_like(class_counts), reversed_counts(class_counts))
     return np.stack([row / row.sum() for row in rows])
 
 
