@@ -51,10 +51,13 @@ COSTS = (
     Cost("ResNet-34", "cifar100_lt", 21.3, 2.32),
     Cost("ResNet-50", "imagenet_lt", 25.6, 8.18),
     Cost("ResNet-50, 3 experts", "imagenet_lt", 73.8, 17.3),
+    Cost("ResNet-50, 3 experts, reduced width", "imagenet_lt", 43.7, 11.5),
     Cost("ResNeXt-50", "imagenet_lt", 25, 8.46),
     Cost("ResNeXt-50, 3 experts", "imagenet_lt", 72.3, 18),
+    Cost("ResNeXt-50, 3 experts, reduced width", "imagenet_lt", 42.9, 12.1),
     Cost("ResNet-50", "inaturalist2018", 40.2, 8.21),
     Cost("ResNet-50, 3 experts", "inaturalist2018", 118, 17.4),
+    Cost("ResNet-50, 3 experts, reduced width", "inaturalist2018", 76.6, 11.6),
 )
 
 _HEAD = """# The methods
@@ -149,5 +152,5 @@ def _figure(preset: Preset, published: PublishedResult) -> str:
     arguments = f" `{published.arguments}`" if published.arguments else ""
     error = "" if published.ece is None else f", ECE {published.ece:g}"
     data = _DATASETS.get(published.dataset, published.dataset)
-    network = published.measured_on(preset.experts)
+    network = published.measured_on(preset)
     return f"{data}{arguments}, {network}: {published.accuracy:g}{error} ({published.source})"

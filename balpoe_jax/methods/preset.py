@@ -21,20 +21,6 @@ _TRUNKS = {
 }
 
 
-def trained_network(dataset: str, arguments: str, experts: int) -> str:
-    """The network that a config trains, in words, such as "ResNet-32, 3 experts".
-
-    Args:
-        dataset: Name of the config file, such as "cifar100_lt".
-        arguments: What stands after the file's colon, such as "ir=100,experts=3".
-        experts: Number of experts where the arguments do not say it.
-    """
-    given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
-    default = "resnet50" if dataset in ("imagenet_lt", "inaturalist2018") else "resnet32"
-    name, number = _TRUNKS[given.get("backbone", default)], int(given.get("experts", experts))
-    return f"{name}, {number} experts" if number > 1 else name
-
-
 @dataclasses.dataclass(frozen=True)
 class PublishedResult:
     """A published result, in percent of the balanced test set.
@@ -55,13 +41,9 @@ class PublishedResult:
     ece: float | None = None
     network: str | None = None
 
-    def measured_on(self, experts: int) -> str:
-        """The network in words, which is the preset's own where `network` says nothing else.
-
-        Args:
-            experts: Number of experts of the preset.
-        """
-        return self.network or trained_network(self.dataset, self.arguments, experts)
+    def measured_on(self, preset: "Preset") -> str:
+        """The network in words: what `network` says, or that of the preset that has this result."""
+        return self.network or preset.trained_network(self.dataset, self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,3 +89,20 @@ class Preset:
         for argument in arguments:
             fields |= self.on.get(f"{dataset}:{argument}", {})
         return fields
+
+    def trained_network(self, dataset: str, arguments: str) -> str:
+        """The network that a config trains, in words, such as "ResNet-32, 3 experts".
+
+        Args:
+            dataset: Name of the config file, such as "cifar100_lt".
+            arguments: What stands after the file's colon, such as "ir=100,experts=3".
+        """
+        given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+        default = "resnet50" if dataset in ("imagenet_lt", "inaturalist2018") else "resnet32"
+        words = [_TRUNKS[given.get("backbone", default)]]
+        experts = int(given.get("experts", self.experts))
+        if experts > 1:
+            words.append(f"{experts} experts")
+        if self.own(dataset, *arguments.split(",")).get("model.reduce_dimension"):
+            words.append("reduced width")
+        return ", ".join(words)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from balpoe_jax.methods import PRESETS, PublishedResult
-from balpoe_jax.methods.preset import trained_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +73,9 @@ class PaperRow:
         """The network of the published figures, in words."""
         arguments = self.experiment.arguments
         given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
-        experts = PRESETS[given.get("method", "balpoe")].experts
+        preset = PRESETS[given.get("method", "balpoe")]
         dataset = self.experiment.config.removesuffix(".py")
-        return self.network or trained_network(dataset, arguments, experts)
+        return self.network or preset.trained_network(dataset, arguments)
 
 
 @dataclasses.dataclass(frozen=True)

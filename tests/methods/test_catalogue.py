@@ -21,10 +21,10 @@ from balpoe_jax.methods import MODULES, PRESETS, Preset, PublishedResult, catalo
 from balpoe_jax.methods.__main__ import main, write_catalogue, write_new
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.catalogue import COSTS, Cost
-from balpoe_jax.methods.preset import trained_network
 from balpoe_jax.methods.sade import Sade
 from balpoe_jax.models import MODELS, create_model
 from tests.helpers import ROOT
+from tests.helpers.config_files import get_config
 
 pytestmark = pytest.mark.integration
 
@@ -100,7 +100,7 @@ def test_the_catalogue_has_every_preset_and_figure() -> None:
         (row,) = re.findall(rf"^\| `{name}` \|.*$", page, flags=re.MULTILINE)
         assert preset.about in row
         for published in preset.published:
-            network = published.measured_on(preset.experts)
+            network = published.measured_on(preset)
             assert f", {network}: {published.accuracy:g}" in row
             assert f"({published.source})" in row
     assert "CIFAR-100-LT `ir=100`, ResNet-32, 3 experts: 52, ECE 4.9 (BalPoE's Table 2)" in page
@@ -108,29 +108,35 @@ def test_the_catalogue_has_every_preset_and_figure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "arguments", "experts", "network"),
+    ("name", "dataset", "arguments", "network"),
     [
-        ("cifar100_lt", "ir=100", 1, "ResNet-32"),
-        ("cifar10_lt", "ir=100,recipe=long", 3, "ResNet-32, 3 experts"),
-        ("cifar100_lt", "ir=50,backbone=resnet32_bbn", 1, "ResNet-32 of BBN"),
-        ("imagenet_lt", "", 1, "ResNet-50"),
-        ("imagenet_lt", "backbone=resnext50,experts=4", 3, "ResNeXt-50, 4 experts"),
-        ("inaturalist2018", "recipe=long", 3, "ResNet-50, 3 experts"),
+        ("paco", "cifar100_lt", "ir=100", "ResNet-32"),
+        ("balpoe", "cifar10_lt", "ir=100,recipe=long", "ResNet-32, 3 experts"),
+        ("lade", "cifar100_lt", "ir=50,backbone=resnet32_bbn", "ResNet-32 of BBN"),
+        ("paco", "imagenet_lt", "", "ResNet-50"),
+        ("ride", "imagenet_lt", "backbone=resnext50", "ResNeXt-50, 3 experts, reduced width"),
+        ("ride_distill", "inaturalist2018", "experts=4", "ResNet-50, 4 experts, reduced width"),
+        ("sade", "cifar100_lt", "ir=10", "ResNet-32, 3 experts, reduced width"),
+        ("sade", "cifar10_lt", "ir=10", "ResNet-32, 3 experts"),
     ],
 )
 def test_a_figure_stands_with_the_network_of_its_preset_or_its_own(
-    dataset: str, arguments: str, experts: int, network: str
+    name: str, dataset: str, arguments: str, network: str
 ) -> None:
-    assert PublishedResult(dataset, arguments, 50.0, "").measured_on(experts) == network
+    preset = PRESETS[name]
+    assert PublishedResult(dataset, arguments, 50.0, "").measured_on(preset) == network
+    config = get_config(dataset, f"method={name},{arguments}".rstrip(","))
+    assert f"{config.model.num_experts} experts" in network or config.model.num_experts == 1
+    assert config.model.reduce_dimension == ("reduced width" in network)
+    assert config.model.name == network.split(",")[0].lower().replace("-", "").replace(" of ", "_")
     other = PublishedResult(dataset, arguments, 50.0, "", network="ResNet-34")
-    assert other.measured_on(experts) == "ResNet-34"
+    assert other.measured_on(preset) == "ResNet-34"
 
 
 def test_every_trunk_has_a_name() -> None:
     for name in MODELS:
-        assert re.fullmatch(
-            r"ResNe[Xt]t?-\d+( of BBN)?", trained_network("", f"backbone={name}", 1)
-        )
+        found = PRESETS["paco"].trained_network("cifar100_lt", f"backbone={name}")
+        assert re.fullmatch(r"ResNeX?t-\d+( of BBN)?", found)
 
 
 @pytest.mark.slow_cases(*(cost_name(cost) for cost in COSTS if cost.dataset != "cifar100_lt"))

@@ -276,7 +276,7 @@ def test_the_papers_figures_stand_with_their_networks() -> None:
     assert rows["methods", "BalPoE"] == rows["2", "BalPoE"] == "ResNet-32, 3 experts"
     assert rows["methods", "CE"] == rows["methods", "PaCo"] == "ResNet-32"
     assert rows["fig5", "7 experts"] == "ResNet-32, 7 experts"
-    assert rows["3-photos", "SADE, no prior"] == "ResNeXt-50, 3 experts"
+    assert rows["3-photos", "SADE, no prior"] == "ResNeXt-50, 3 experts, reduced width"
     assert rows["methods-inaturalist2018", "PaCo"] == "ResNet-50"
     assert rows["methods", PRESETS["los"].about] == "ResNet-34"
     assert rows["methods-cifar100_lt-10", PRESETS["ltwb"].about] == "ResNet-34"
