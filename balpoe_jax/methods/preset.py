@@ -100,9 +100,12 @@ class Preset:
         given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
         default = "resnet50" if dataset in ("imagenet_lt", "inaturalist2018") else "resnet32"
         words = [_TRUNKS[given.get("backbone", default)]]
+        own = self.own(dataset, *arguments.split(","))
         experts = int(given.get("experts", self.experts))
+        if own.get("model.width", 1) != 1:
+            words[0] += f" x{own['model.width']:g}"
         if experts > 1:
             words.append(f"{experts} experts")
-        if self.own(dataset, *arguments.split(",")).get("model.reduce_dimension"):
+        if own.get("model.reduce_dimension"):
             words.append("reduced width")
         return ", ".join(words)

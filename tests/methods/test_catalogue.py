@@ -133,6 +133,12 @@ def test_a_figure_stands_with_the_network_of_its_preset_or_its_own(
     assert other.measured_on(preset) == "ResNet-34"
 
 
+def test_a_network_of_several_times_the_width_says_so() -> None:
+    preset = Preset(BalPoE(), "wide", experts=2, on={"cifar100_lt": {"model.width": 4}})
+    assert preset.trained_network("cifar100_lt", "ir=100") == "ResNet-32 x4, 2 experts"
+    assert preset.trained_network("imagenet_lt", "") == "ResNet-50, 2 experts"
+
+
 def test_every_trunk_has_a_name() -> None:
     for name in MODELS:
         found = PRESETS["paco"].trained_network("cifar100_lt", f"backbone={name}")
