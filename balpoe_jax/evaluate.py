@@ -77,8 +77,8 @@ class Evaluator:
             interrupted: Function that is called before every batch and says whether to give up.
 
         Returns:
-            `step`, `epoch`, `num_parameters`, `class_counts`, `test` and `experts` of
-            `results.json`; nothing in other processes than the first.
+            `step`, `epoch`, `num_parameters`, `forward_flops`, `class_counts`, `test` and `experts`
+            of `results.json`; nothing in other processes than the first.
 
         Raises:
             Interrupted: `interrupted` said so.
@@ -199,6 +199,7 @@ class Evaluator:
             "step": step,
             "epoch": int(self._experiment.program.epoch_at(step)),
             "num_parameters": num_parameters(state.params),
+            "forward_flops": self._experiment.program.forward_flops,
             **({"note": settings.note} if settings.note else {}),
             "settings": {name: getattr(settings.eval, name) for name in record.EVALUATION_SETTINGS},
             **scores,

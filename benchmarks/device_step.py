@@ -22,11 +22,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from balpoe_jax import cli
-from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.config import resolve
 from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.experiment.build import Experiment, build
 from balpoe_jax.experiment.program import Program
+from balpoe_jax.flops import count_flops
 from balpoe_jax.torch_import import convert
 from benchmarks import measuring, step_cases, toy_network
 from benchmarks.sides import Job, Results, Row

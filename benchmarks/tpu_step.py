@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from balpoe_jax import cli
 from balpoe_jax.aot import examine
-from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.aot.topologies import chip_of, compile_only_devices
 from balpoe_jax.config import resolve
 from balpoe_jax.config.dataset_defaults import IMAGENET_LT, photo_config
 from balpoe_jax.errors import UserError
+from balpoe_jax.flops import count_flops
 from balpoe_jax.reporting import tables
 from benchmarks import flax_imagenet
 

@@ -114,6 +114,7 @@ def test_results_have_the_schema_of_the_contract(finished: Path) -> None:
     assert {"step", "epoch", "num_parameters", "class_counts", "test", "experts", "shift"} <= set(
         results
     )
+    assert 0 < results["num_parameters"] < results["forward_flops"] < 1e9
     scores = {"top1", "many", "medium", "few", "ece", "mce"}
     assert scores | {"balanced", "nll"} <= set(results["test"])
     assert all(scores | {"tau"} <= set(expert) for expert in results["experts"])

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from balpoe_jax.aot import gpus, hlo, kernels
-from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.aot.gpus import Gpu
 from balpoe_jax.aot.topologies import Chip, chip_of, compile_only_devices
 from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.errors import UserError
+from balpoe_jax.flops import count_flops
 from balpoe_jax.parallel import make_parallel
 
 if TYPE_CHECKING:  # it takes a second to import

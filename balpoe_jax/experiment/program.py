@@ -2,8 +2,8 @@
 """What is compiled for an experiment: network, phases, steps, and the state they begin with."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from balpoe_jax.config import PRECISIONS, Settings
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
 from balpoe_jax.experiment.phases import PhasePlan
-from balpoe_jax.methods import Context, Method, Phase
+from balpoe_jax.flops import count_flops
+from balpoe_jax.methods import Context, Method, Network, Phase
 from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble
 from balpoe_jax.run import teachers
 from balpoe_jax.step import (
@@ -193,6 +194,24 @@ class Program:
                 return step(*arguments)
 
         return precise
+
+    @cached_property
+    def forward_flops(self) -> int:
+        """Operations by which all experts predict one image; a multiply-add is two.
+
+        Those of convolutions and matrix products, see `count_flops`. What only training needs, such
+        as projections for contrast, does not count. Nothing is computed.
+        """
+
+        def predict(variables: Mapping[str, Any], images: jax.Array) -> Any:
+            network = Network(self.network, variables["params"], variables.get("batch_stats", {}))
+            outputs, _ = network(images, train=False)
+            return self.method.predict(outputs, network.params, self.phases[-1].context)
+
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
+        init = partial(self.network.init, train=False)
+        variables = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), images)
+        return count_flops(predict, variables, images, only_used=True)
 
     @property
     def eval_batch_size(self) -> int:

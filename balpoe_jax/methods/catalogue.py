@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from balpoe_jax.methods.preset import Preset, PublishedResult
 
@@ -22,6 +23,43 @@ _DATASETS = {
     "inaturalist2018": "iNaturalist 2018",
 }
 
+
+class Cost(NamedTuple):
+    """What a network costs.
+
+    Attributes:
+        network: Name of it.
+        dataset: Name of the data set, which says how large images are and how many classes there
+            are.
+        parameters: Number of parameters in millions.
+        gflop: Number of operations of one image's prediction, in billions.
+    """
+
+    network: str
+    dataset: str
+    parameters: float
+    gflop: float
+
+
+# `tests/methods/test_catalogue.py` counts them, but for ResNet-34, which is no network of ours: it
+# is that of LOS's code, counted with PyTorch.
+COSTS = (
+    Cost("ResNet-32", "cifar100_lt", 0.47, 0.138),
+    Cost("ResNet-32, 3 experts", "cifar100_lt", 1.36, 0.317),
+    Cost("ResNet-32, 3 experts, reduced width", "cifar100_lt", 0.784, 0.201),
+    Cost("ResNet-32 of BBN", "cifar100_lt", 0.55, 0.147),
+    Cost("ResNet-34", "cifar100_lt", 21.3, 2.32),
+    Cost("ResNet-50", "imagenet_lt", 25.6, 8.18),
+    Cost("ResNet-50, 3 experts", "imagenet_lt", 73.8, 17.3),
+    Cost("ResNet-50, 3 experts, reduced width", "imagenet_lt", 43.7, 11.5),
+    Cost("ResNeXt-50", "imagenet_lt", 25, 8.46),
+    Cost("ResNeXt-50, 3 experts", "imagenet_lt", 72.3, 18),
+    Cost("ResNeXt-50, 3 experts, reduced width", "imagenet_lt", 42.9, 12.1),
+    Cost("ResNet-50", "inaturalist2018", 40.2, 8.21),
+    Cost("ResNet-50, 3 experts", "inaturalist2018", 118, 17.4),
+    Cost("ResNet-50, 3 experts, reduced width", "inaturalist2018", 76.6, 11.6),
+)
+
 _HEAD = """# The methods
 
 <!-- Written by `python -m balpoe_jax.methods catalogue`. -->
@@ -29,7 +67,14 @@ _HEAD = """# The methods
 Each section is a file of `balpoe_jax/methods/` and begins with the file's own description. The
 table lists its presets, the values of `method=` of a config file. Published figures are accuracies
 in percent on the balanced test set, not ours. They come with the other arguments of the config
-file, the expected calibration error (ECE) where it is known, their source, and perhaps the network.
+file, the network that they were measured on, the expected calibration error (ECE) where it is
+known, and their source.
+
+The next table has the cost of these networks, with one linear classifier for each expert.
+Parameters are in millions. GFLOP are billions of operations by which all experts predict one
+image: convolutions and matrix products, a multiply-add being two. `reproduce`, `compare` and
+`results.json` have both figures of each run.
+
 """
 
 
@@ -39,7 +84,7 @@ def page(modules: Iterable[ModuleType]) -> str:
     Args:
         modules: Files of methods, with a docstring and `PRESETS`.
     """
-    return "\n".join([_HEAD, *(_section(module) for module in modules)])
+    return "\n".join([_HEAD + _costs(), *(_section(module) for module in modules)])
 
 
 def table(modules: Iterable[ModuleType]) -> str:
@@ -67,6 +112,15 @@ def with_table(readme: str, modules: Iterable[ModuleType]) -> str:
     return before + table(modules) + after
 
 
+def _costs() -> str:
+    head = "| network | data | parameters, M | GFLOP an image |\n| --- | --- | --- | --- |\n"
+    rows = (
+        f"| {cost.network} | {_DATASETS[cost.dataset]} | {cost.parameters:g} | {cost.gflop:g} |\n"
+        for cost in COSTS
+    )
+    return head + "".join(rows)
+
+
 def _section(module: ModuleType) -> str:
     file = f"{module.__name__.rpartition('.')[2]}.py"
     rows = [_row(name, preset) for name, preset in module.PRESETS.items()]
@@ -90,13 +144,13 @@ def _paragraphs(module: ModuleType) -> list[str]:
 
 
 def _row(name: str, preset: Preset) -> str:
-    figures = "<br>".join(_figure(published) for published in preset.published)
+    figures = "<br>".join(_figure(preset, published) for published in preset.published)
     return f"| `{name}` | {preset.about} | {figures or '-'} |"
 
 
-def _figure(published: PublishedResult) -> str:
+def _figure(preset: Preset, published: PublishedResult) -> str:
     arguments = f" `{published.arguments}`" if published.arguments else ""
     error = "" if published.ece is None else f", ECE {published.ece:g}"
     data = _DATASETS.get(published.dataset, published.dataset)
-    network = f"; network: {published.network}" if published.network else ""
-    return f"{data}{arguments}: {published.accuracy:g}{error} ({published.source}{network})"
+    network = published.measured_on(preset)
+    return f"{data}{arguments}, {network}: {published.accuracy:g}{error} ({published.source})"

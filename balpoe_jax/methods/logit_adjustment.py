@@ -78,7 +78,7 @@ PRESETS = {
                 "ir=100,recipe=long",
                 44.07,
                 "logit adjustment's repository",
-                network="not ours, a bottleneck ResNet of 0.30 million parameters",
+                network="another ResNet-32, of bottlenecks (0.30 M)",
             ),
         ),
     ),

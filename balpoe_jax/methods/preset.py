@@ -7,6 +7,19 @@ from typing import Any
 
 from balpoe_jax.methods.base import Method
 
+_TRUNKS = {
+    "resnet8": "ResNet-8",
+    "resnet20": "ResNet-20",
+    "resnet32": "ResNet-32",
+    "resnet44": "ResNet-44",
+    "resnet56": "ResNet-56",
+    "resnet32_bbn": "ResNet-32 of BBN",
+    "resnet50": "ResNet-50",
+    "resnet101": "ResNet-101",
+    "resnet152": "ResNet-152",
+    "resnext50": "ResNeXt-50",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class PublishedResult:
@@ -18,7 +31,7 @@ class PublishedResult:
         accuracy: Top-1 accuracy over all classes.
         source: Source of the figures.
         ece: Expected calibration error, where published.
-        network: Network of the figures, in words; empty where that is not said.
+        network: Network of the figures, such as "ResNet-34"; None for that of the preset.
     """
 
     dataset: str
@@ -26,7 +39,11 @@ class PublishedResult:
     accuracy: float
     source: str
     ece: float | None = None
-    network: str = ""
+    network: str | None = None
+
+    def measured_on(self, preset: "Preset") -> str:
+        """The network in words: what `network` says, or that of the preset that has this result."""
+        return self.network or preset.trained_network(self.dataset, self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +88,23 @@ class Preset:
         for argument in arguments:
             fields |= self.on.get(f"{dataset}:{argument}", {})
         return fields
+
+    def trained_network(self, dataset: str, arguments: str) -> str:
+        """The network that a config trains, in words, such as "ResNet-32, 3 experts".
+
+        Args:
+            dataset: Name of the config file, such as "cifar100_lt".
+            arguments: What stands after the file's colon, such as "ir=100,experts=3".
+        """
+        given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+        default = "resnet50" if dataset in ("imagenet_lt", "inaturalist2018") else "resnet32"
+        words = [_TRUNKS[given.get("backbone", default)]]
+        own = self.own(dataset, *arguments.split(","))
+        experts = int(given.get("experts", self.experts))
+        if own.get("model.width", 1) != 1:
+            words[0] += f" x{own['model.width']:g}"
+        if experts > 1:
+            words.append(f"{experts} experts")
+        if own.get("model.reduce_dimension"):
+            words.append("reduced width")
+        return ", ".join(words)

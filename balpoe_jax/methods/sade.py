@@ -92,7 +92,7 @@ class Sade(ExpertLosses):
 
 
 # Random views of test images, from which weights are learnt: those of contrastive learning.
-_CIFAR_VIEW = {
+CIFAR_TEST_VIEW = {
     "test_view.crop_padding": 4,
     "test_view.flip": True,
     "test_view.rotation": 0.0,
@@ -102,8 +102,8 @@ _CIFAR_VIEW = {
     "test_view.grayscale": 0.2,
     "test_view.blur": 0.2,
 }
-_PHOTO_VIEW = {
-    **_CIFAR_VIEW,
+PHOTO_TEST_VIEW = {
+    **CIFAR_TEST_VIEW,
     "test_view.crop_padding": 0,
     "test_view.blur": 0.5,
     "test_view.crop_area": 0.2,
@@ -119,16 +119,16 @@ PRESETS = {
         fields={"model.reduce_dimension": True, "eval.expert_weights_epochs": 5},
         on={
             "digits_lt": {"test_view.flip": False, "test_view.crop_padding": 1},
-            "cifar100_lt": _CIFAR_VIEW,
+            "cifar100_lt": CIFAR_TEST_VIEW,
             # From the authors' answers to users.
             "cifar10_lt": {
-                **_CIFAR_VIEW,
+                **CIFAR_TEST_VIEW,
                 "model.reduce_dimension": False,
                 "optim.learning_rate": 0.05,
             },
-            "imagenet_lt": {**_PHOTO_VIEW, "eval.expert_weights_rate": 0.025},
+            "imagenet_lt": {**PHOTO_TEST_VIEW, "eval.expert_weights_rate": 0.025},
             "inaturalist2018": {
-                **_PHOTO_VIEW,
+                **PHOTO_TEST_VIEW,
                 "test_view.crop_area": 0.08,
                 "method.strength": 1.0,
                 "optim.schedule": "step",

@@ -65,6 +65,7 @@ def write(folder: Path, groups: Sequence[RunGroup], content: Sequence[Table]) ->
             "seeds": [run.seed for run in group.runs],
             "runs": [str(run.path) for run in group.runs],
             **({"note": group.note} if group.note else {}),
+            **dict(zip(tables.SIZE_COLUMNS, group.sizes, strict=True)),
             **{name: group.values(*keys) for name, keys in _SCORES.items()},
         }
         for group in groups
@@ -96,13 +97,17 @@ def shared_note(groups: Sequence[RunGroup]) -> str:
 
 
 def _scores(groups: Sequence[RunGroup]) -> Table:
+    rows = [
+        (_label(group), [*(group.spread(*keys) for keys in _SCORES.values()), *group.sizes])
+        for group in groups
+    ]
     return Table(
         "scores",
         "Results",
-        tuple(Column(name, "spread") for name in _SCORES),
-        [(_label(group), [group.spread(*keys) for keys in _SCORES.values()]) for group in groups],
+        (*(Column(name, "spread") for name in _SCORES), *tables.SIZE_COLUMNS.values()),
+        rows,
         "Percent on the balanced test set, mean ± standard deviation over as many seeds as stand "
-        "in parentheses.",
+        f"in parentheses. {tables.SIZE_NOTE}",
     )
 
 

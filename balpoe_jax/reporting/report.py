@@ -126,9 +126,11 @@ def _headline(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> 
     experts = len(results["experts"])
     counts = np.array(results["class_counts"])
     title = f"{dataset}, {model} with {experts} expert{'s' if experts > 1 else ''}"
+    flops = results.get("forward_flops")
+    operations = "" if flops is None else f", {flops / 1e6:,.1f} MFLOP an image"
     subtitle = (
         f"{counts.sum():,} training images in {len(counts)} classes, {counts.max():,} down to "
-        f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
+        f"{counts.min():,} a class; {results['num_parameters']:,} parameters{operations}; "
         f"epoch {results['epoch']}, step {results['step']:,}"
     )
     if results.get("note"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from balpoe_jax import files
 from balpoe_jax.errors import UserError
-from balpoe_jax.reporting import schema
+from balpoe_jax.reporting import schema, tables
 from balpoe_jax.run import record
 
 
@@ -65,6 +65,11 @@ class RunGroup:
     def values(self, *keys: Any) -> list[Any]:
         """The value in `results.json` of every run under these keys; None where it is absent."""
         return [_look_up(run.results, keys) for run in self.runs]
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """The values of `tables.SIZE_COLUMNS`; None where the first run's record lacks one."""
+        return [self.values(name)[0] for name in tables.SIZE_COLUMNS] if self.runs else [None] * 2
 
     def spread(self, *keys: Any) -> "Spread":
         """Mean and standard deviation of a figure over the seeds."""

@@ -34,6 +34,7 @@ _RESULTS = {
     "step": _COUNT,
     "epoch": _COUNT,
     "num_parameters": _COUNT,
+    "forward_flops?": _COUNT,
     "class_counts": [_COUNT],
     "test": _SCORES,
     "experts": [{"tau": _FIGURE, **_SCORES}],

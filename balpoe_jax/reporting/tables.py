@@ -25,8 +25,9 @@ class Column:
         name: Heading.
         kind: Kind of the numbers: "percent" for fractions, "points" for signed differences of
             fractions, "decimal" for three places, "short" for two, "p" for p-values, "number" for
-            the places that it needs, or "spread" for pairs of fractions, mean and standard
-            deviation (None of a single value). Text is shown as it is in any column.
+            the places that it needs, "count" for millions or billions, or "spread" for pairs of
+            fractions, mean and standard deviation (None of a single value). Text is shown as it is
+            in any column.
         wide: Whether a terminal shows it only if there is room.
     """
 
@@ -52,7 +53,20 @@ class Column:
             return "<0.001" if value < 0.001 else f"{value:.3f}"
         if self.kind == "number":
             return f"{value:.4g}"
+        if self.kind == "count":
+            return f"{value / 1e9:.3g}G" if value >= 999.5e6 else f"{value / 1e6:.3g}M"
         return f"{value:.{_DECIMALS[self.kind]}f}"
+
+
+# What a network costs, next to its accuracy; the keys are those of `results.json`.
+SIZE_COLUMNS = {
+    "num_parameters": Column("params", "count"),
+    "forward_flops": Column("FLOPs", "count"),
+}
+SIZE_NOTE = (
+    "FLOPs are the operations by which all experts predict one image: of convolutions and matrix "
+    "products, a multiply-add being two."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +97,8 @@ def as_text(table: Table, width: int = 80) -> str:
     for i in shown:
         column = table.columns[i]
         cells = [column.name, *(column.show(values[i]) for _, values in table.rows)]
-        cell = max(wanted, 1 + max(map(len, cells)))
+        least = 0 if column.kind == "count" else wanted
+        cell = max(least, 1 + max(map(len, cells)))
         lines = [f"{line}{text:>{cell}}" for line, text in zip(lines, cells, strict=True)]
     return "\n".join(lines)
 

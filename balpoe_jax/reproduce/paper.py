@@ -59,11 +59,23 @@ class PaperRow:
         method: Name in the table.
         experiment: Experiment that is trained for it.
         scores: Figures of the row.
+        network: Network that the published figures were measured on; None for that of the
+            experiment at the paper's own scale.
     """
 
     method: str
     experiment: PaperRun
     scores: tuple[PaperFigure, ...]
+    network: str | None = None
+
+    @property
+    def paper_network(self) -> str:
+        """The network of the published figures, in words."""
+        arguments = self.experiment.arguments
+        given = dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+        preset = PRESETS[given.get("method", "balpoe")]
+        dataset = self.experiment.config.removesuffix(".py")
+        return self.network or preset.trained_network(dataset, arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +187,7 @@ def _others_in_table_1(dataset: str) -> list[PaperRow]:
             ", ".join(filter(None, [preset.about, _DATASETS[dataset][1], published.arguments])),
             _of_method(name, dataset, published.arguments),
             (PaperFigure("ACC", _ACCURACY, published.accuracy),),
+            published.network,
         )
         for name, preset in _OTHERS.items()
         for published in preset.published
@@ -262,8 +275,10 @@ def _all_methods() -> tuple[PaperRow, ...]:
     rows = [PaperRow(name, run, _method_scores(scores)) for name, (run, scores) in ours.items()]
     for name, preset in _OTHERS.items():
         known = {(p.dataset, p.arguments): p for p in preset.published}
-        scores = _method_scores(known.get(("cifar100_lt", "ir=100")))
-        rows.append(PaperRow(preset.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
+        published = known.get(("cifar100_lt", "ir=100"))
+        scores, network = _method_scores(published), published.network if published else None
+        run = _of_method(name, "cifar100_lt", "ir=100")
+        rows.append(PaperRow(preset.about, run, scores, network))
     return tuple(rows)
 
 
@@ -298,11 +313,10 @@ def _published_methods() -> dict[str, PaperTable]:
         for published in preset.published:
             first, _, rest = published.arguments.partition(",")
             ratio = first.removeprefix("ir=") if first.startswith("ir=") else ""
-            network = published.network and f"published network: {published.network}"
-            about = ", ".join(filter(None, [preset.about, rest if ratio else first, network]))
+            about = ", ".join(filter(None, [preset.about, rest if ratio else first]))
             run = _of_method(name, published.dataset, published.arguments)
             rows.setdefault((published.dataset, ratio), []).append(
-                PaperRow(about, run, _method_scores(published))
+                PaperRow(about, run, _method_scores(published), published.network)
             )
     return {
         f"methods-{dataset}{f'-{ratio}' if ratio else ''}": PaperTable(

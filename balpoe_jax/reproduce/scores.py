@@ -26,6 +26,7 @@ class MeasuredFigure:
         paper: Published mean and deviation; both None where the paper prints nothing.
         ours: Mean and deviation over our seeds; both None if nothing has been run.
         runs: Runs that are done.
+        network: Network that the paper's score was measured on.
     """
 
     method: str
@@ -33,6 +34,12 @@ class MeasuredFigure:
     paper: Spread
     ours: Spread
     runs: tuple[Run, ...]
+    network: str = ""
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """What our network costs, under `tables.SIZE_COLUMNS`; None when nothing has been run."""
+        return RunGroup(self.method, self.runs).sizes
 
     @property
     def difference(self) -> float | None:
@@ -64,7 +71,11 @@ def collect(table: PaperTable, jobs: Sequence[Job]) -> list[MeasuredFigure]:
                 None if value is None else value / 100 for value in (score.paper, score.paper_std)
             )
             ours = RunGroup(row.method, runs).spread(*score.keys)
-            entries.append(MeasuredFigure(row.method, score.name, Spread(*published), ours, runs))
+            entries.append(
+                MeasuredFigure(
+                    row.method, score.name, Spread(*published), ours, runs, row.paper_network
+                )
+            )
     return entries
 
 
@@ -85,25 +96,30 @@ def result_table(title: str, entries: Sequence[MeasuredFigure]) -> Table:
     """Three lines for each method: the paper's scores, ours, and the difference."""
     names = tuple(dict.fromkeys(entry.score for entry in entries))
     spread, points = Column("", "spread"), Column("", "points")
+    sizes = tuple(tables.SIZE_COLUMNS.values())
+    none = ["" for _ in sizes]
     rows: list[tuple[str, list[str]]] = []
     for method in dict.fromkeys(entry.method for entry in entries):
         own = [entry for entry in entries if entry.method == method]
-        seeds = own[0].seeds
-        rows.append((method, ["" for _ in own]))
-        rows.append(("  paper", [spread.show(entry.paper) for entry in own]))
-        if not own[0].runs:
-            rows.append(("  ours: not run", ["-" for _ in own]))
+        first = own[0]
+        rows.append((method, ["" for _ in own] + none))
+        paper = [spread.show(entry.paper) for entry in own]
+        rows.append((f"  paper, {first.network}" if first.network else "  paper", paper + none))
+        if not first.runs:
+            rows.append(("  ours: not run", ["-" for _ in own] + none))
             continue
-        rows.append((f"  ours, seeds {seeds}", [spread.show(entry.ours) for entry in own]))
+        ours = [spread.show(entry.ours) for entry in own]
+        cost = [column.show(value) for column, value in zip(sizes, first.sizes, strict=True)]
+        rows.append((f"  ours, seeds {first.seeds}", ours + cost))
         if any(entry.difference is not None for entry in own):
-            rows.append(("  difference", [points.show(entry.difference) for entry in own]))
+            rows.append(("  difference", [points.show(x.difference) for x in own] + none))
     return Table(
         "result",
         title,
-        tuple(Column(name) for name in names),
+        (*(Column(name) for name in names), *sizes),
         rows,
         "Percent; mean ± sample standard deviation over seeds, last epoch. A dash is a figure that "
-        "the paper does not print, or that has not been measured.",
+        f"the paper does not print, or that has not been measured. {tables.SIZE_NOTE}",
     )
 
 
@@ -114,6 +130,8 @@ def entries_table(title: str, entries: Sequence[MeasuredFigure], root: Path) -> 
         Column("paper", "spread"),
         Column("ours", "spread"),
         Column("difference", "points"),
+        Column("paper's network"),
+        *tables.SIZE_COLUMNS.values(),
         Column("seeds"),
         Column("logs"),
     )
@@ -125,6 +143,8 @@ def entries_table(title: str, entries: Sequence[MeasuredFigure], root: Path) -> 
                 entry.paper,
                 entry.ours,
                 entry.difference,
+                entry.network,
+                *entry.sizes,
                 entry.seeds,
                 " ".join(str(run.path.relative_to(root) / files.LOG) for run in entry.runs),
             ],

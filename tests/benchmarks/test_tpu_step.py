@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from balpoe_jax.aot import examine
-from balpoe_jax.aot.flops import count_flops
 from balpoe_jax.config import resolve
 from balpoe_jax.data.datasets import published
 from balpoe_jax.experiment.build import build_program
+from balpoe_jax.flops import count_flops
 from balpoe_jax.parallel import make_parallel
 from benchmarks import flax_imagenet, tpu_step
 from tests.helpers.compilers import needs_libtpu

@@ -35,7 +35,8 @@ def make_run(
         held_out_description="34 of the very same",
         targets=make_targets(labels, COUNTS, (2, 50)),
     )
-    results = to_json({"step": 20, "epoch": 2, "num_parameters": 1234, **scores})
+    sizes = {"num_parameters": 1_234_000, "forward_flops": 56_700_000}
+    results = to_json({"step": 20, "epoch": 2, **sizes, **scores})
     if note:
         results["note"] = note
     workdir.mkdir(parents=True, exist_ok=True)

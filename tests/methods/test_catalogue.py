@@ -6,22 +6,35 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 from balpoe_jax import methods
 from balpoe_jax.errors import UserError
-from balpoe_jax.methods import MODULES, PRESETS, Preset, catalogue, scaffold
+from balpoe_jax.flops import count_flops
+from balpoe_jax.methods import MODULES, PRESETS, Preset, PublishedResult, catalogue, scaffold
 from balpoe_jax.methods.__main__ import main, write_catalogue, write_new
 from balpoe_jax.methods.balpoe import BalPoE
+from balpoe_jax.methods.catalogue import COSTS, Cost
 from balpoe_jax.methods.sade import Sade
+from balpoe_jax.models import MODELS, create_model
 from tests.helpers import ROOT
+from tests.helpers.config_files import get_config
 
 pytestmark = pytest.mark.integration
 
 FOLDER = ROOT / "balpoe_jax" / "methods"
+
+
+def cost_name(cost: Cost) -> str:
+    return f"{cost.network} on {cost.dataset}"
+
+
 HINT = "write it again with python -m balpoe_jax.methods catalogue"
 
 
@@ -87,10 +100,76 @@ def test_the_catalogue_has_every_preset_and_figure() -> None:
         (row,) = re.findall(rf"^\| `{name}` \|.*$", page, flags=re.MULTILINE)
         assert preset.about in row
         for published in preset.published:
-            assert f": {published.accuracy:g}" in row and f"({published.source}" in row
-            assert published.network in row
-    assert "CIFAR-100-LT `ir=100`: 52, ECE 4.9 (BalPoE's Table 2)" in page
-    assert "44.07 (logit adjustment's repository; network: not ours, a bottleneck ResNet" in page
+            network = published.measured_on(preset)
+            assert f", {network}: {published.accuracy:g}" in row
+            assert f"({published.source})" in row
+    assert "CIFAR-100-LT `ir=100`, ResNet-32, 3 experts: 52, ECE 4.9 (BalPoE's Table 2)" in page
+    assert "CIFAR-100-LT `ir=100`, ResNet-34: 53.1 (the authors' notebook)" in page
+    assert "another ResNet-32, of bottlenecks (0.30 M): 44.07 (" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "arguments", "network"),
+    [
+        ("paco", "cifar100_lt", "ir=100", "ResNet-32"),
+        ("balpoe", "cifar10_lt", "ir=100,recipe=long", "ResNet-32, 3 experts"),
+        ("lade", "cifar100_lt", "ir=50,backbone=resnet32_bbn", "ResNet-32 of BBN"),
+        ("paco", "imagenet_lt", "", "ResNet-50"),
+        ("ride", "imagenet_lt", "backbone=resnext50", "ResNeXt-50, 3 experts, reduced width"),
+        ("ride_distill", "inaturalist2018", "experts=4", "ResNet-50, 4 experts, reduced width"),
+        ("sade", "cifar100_lt", "ir=10", "ResNet-32, 3 experts, reduced width"),
+        ("sade", "cifar10_lt", "ir=10", "ResNet-32, 3 experts"),
+    ],
+)
+def test_a_figure_stands_with_the_network_of_its_preset_or_its_own(
+    name: str, dataset: str, arguments: str, network: str
+) -> None:
+    preset = PRESETS[name]
+    assert PublishedResult(dataset, arguments, 50.0, "").measured_on(preset) == network
+    config = get_config(dataset, f"method={name},{arguments}".rstrip(","))
+    assert f"{config.model.num_experts} experts" in network or config.model.num_experts == 1
+    assert config.model.reduce_dimension == ("reduced width" in network)
+    assert config.model.name == network.split(",")[0].lower().replace("-", "").replace(" of ", "_")
+    other = PublishedResult(dataset, arguments, 50.0, "", network="ResNet-34")
+    assert other.measured_on(preset) == "ResNet-34"
+
+
+def test_a_network_of_several_times_the_width_says_so() -> None:
+    preset = Preset(BalPoE(), "wide", experts=2, on={"cifar100_lt": {"model.width": 4}})
+    assert preset.trained_network("cifar100_lt", "ir=100") == "ResNet-32 x4, 2 experts"
+    assert preset.trained_network("imagenet_lt", "") == "ResNet-50, 2 experts"
+
+
+def test_every_trunk_has_a_name() -> None:
+    for name in MODELS:
+        found = PRESETS["paco"].trained_network("cifar100_lt", f"backbone={name}")
+        assert re.fullmatch(r"ResNeX?t-\d+( of BBN)?", found)
+
+
+@pytest.mark.slow_cases(*(cost_name(cost) for cost in COSTS if cost.dataset != "cifar100_lt"))
+@pytest.mark.parametrize(
+    "cost", [cost for cost in COSTS if cost.network != "ResNet-34"], ids=cost_name
+)
+def test_what_a_network_costs_is_counted(cost: Cost) -> None:
+    trunk, *rest = cost.network.split(", ")
+    name = trunk.lower().replace("-", "").replace(" of ", "_")
+    classes, side = {"cifar100_lt": (100, 32), "imagenet_lt": (1000, 224)}.get(
+        cost.dataset, (8142, 224)
+    )
+    model = create_model(
+        name,
+        num_classes=classes,
+        num_experts=int(rest[0].split()[0]) if rest else 1,
+        classifier="linear",
+        reduce_dimension="reduced width" in rest,
+    )
+    images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(partial(model.init, train=False), key, images)
+    number = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    flops = count_flops(partial(model.apply, train=False), variables, images)
+    found = (number / 1e6, flops / 1e9)
+    assert tuple(float(f"{x:.3g}") for x in found) == (cost.parameters, cost.gflop)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -12,6 +12,7 @@ from balpoe_jax.methods import Context
 from balpoe_jax.methods.base import map_by_path
 from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.los import LOS
+from tests.helpers.golden import golden, max_relative
 from tests.helpers.method_steps import fresh, moved
 from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
@@ -34,6 +35,19 @@ def test_the_losses_are_their_twins(delta: float, x64) -> None:
             logs = np.array([log_probability(logits[e, i], c) for c in range(3)])
             np.testing.assert_allclose(plain[e, i], -(label * logs).sum(), rtol=1e-12)
             np.testing.assert_allclose(smoothed[e, i], -(target * logs).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["c10", "c100"])
+def test_the_smoothed_loss_is_the_one_of_the_authors_code(name: str, x64) -> None:
+    """Which is PyTorch's, with a smoothing of 0.98."""
+    case = golden(f"los/{name}")
+    labels, logits = case["labels"], jnp.asarray(case["logits"], jnp.float64)
+    batch = TrainBatch((), labels, labels, np.ones(len(labels)))
+    context = Context(np.full(logits.shape[1], 5))
+    loss = lambda z: LOS().smoothed_losses(z[None], batch, context).mean()  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(logits)
+    np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-9)
+    assert max_relative(gradient, case["grad"]) <= 1e-6
 
 
 @pytest.mark.integration

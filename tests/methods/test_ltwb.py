@@ -7,11 +7,18 @@ import numpy as np
 import optax
 import pytest
 
+from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context
-from balpoe_jax.methods.ltwb import LTWB, project_classes, radius_between
+from balpoe_jax.methods.ltwb import (
+    LTWB,
+    binary_cross_entropies,
+    project_classes,
+    radius_between,
+)
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.step import phase_optimizer
+from tests.helpers.golden import golden, max_relative
 from tests.helpers.method_steps import fresh, moved, run
 from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
@@ -29,8 +36,47 @@ def test_the_losses_are_their_twins(x64) -> None:
             shares += ((batch.other_labels[i], 1 - batch.mix_weight[i]),)
             own = [-share * log_probability(logits[e, i], label) for label, share in shares]
             np.testing.assert_allclose(plain[e, i], sum(own), rtol=1e-12)
-            weighted = sum(weights[label] * x for (label, _), x in zip(shares, own, strict=True))
+            weighted = 0.0
+            for label, share in shares:
+                for c in range(3):
+                    p = np.exp(log_probability(logits[e, i], c))
+                    weighted -= share * weights[label] * np.log(p if c == label else 1 - p) / 3
             np.testing.assert_allclose(balanced[e, i], weighted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["c10", "c100"])
+def test_the_balanced_loss_is_the_authors(name: str, x64) -> None:
+    case = golden(f"ltwb/{name}")
+    labels = case["labels"]
+    batch, context = (
+        TrainBatch((), labels, labels, np.ones(len(labels))),
+        Context(case["class_counts"]),
+    )
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return LTWB().balanced_losses(logits[None], batch, context).mean()
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(case["logits"], jnp.float64))
+    np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-9)
+    assert max_relative(gradient, case["grad"]) <= 1e-6
+
+
+def test_a_probability_that_rounds_to_one_leaves_loss_and_gradient_finite() -> None:
+    """Of the right class and of a wrong one, in single precision."""
+    logits = jnp.array([[[60.0, 0.0, 0.0], [0.0, 60.0, 0.0]]])
+    loss = lambda z: binary_cross_entropies(z, np.array([0, 0])).sum(axis=0)  # noqa: E731
+    np.testing.assert_allclose(loss(logits), [0, (120 - np.log(2)) / 3], rtol=1e-6, atol=1e-6)
+    gradient = jax.jacobian(loss)(logits)[1, 0, 1]
+    np.testing.assert_allclose(gradient, [-1 / 2, 2 / 3, -1 / 6], rtol=1e-5)
+
+
+def test_radius_and_projection_are_the_authors(x64) -> None:
+    case = golden("ltwb/maxnorm")
+    before, moved_to = (np.float64(case[name]).T[None] for name in ("before", "moved"))
+    radius = radius_between(jnp.asarray(before), 0.1)
+    np.testing.assert_allclose(radius, [case["radius"]], rtol=1e-12)
+    found = project_classes(jnp.asarray(moved_to), radius)
+    np.testing.assert_allclose(found[0].T, case["projected"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

@@ -50,6 +50,8 @@ def test_means_spreads_and_differences(folder: Path) -> None:
     content = {table.name: table for table in compare(groups)}
     label, cells = content["scores"].rows[1]
     assert label == "balpoe (3)"
+    assert cells[-2:] == [1_234_000, 56_700_000]
+    assert as_text(content["scores"]).splitlines()[1].split()[-2:] == ["1.23M", "56.7M"]
     assert cells[0] == pytest.approx((np.mean(balpoe), np.std(balpoe, ddof=1)))
     difference = content["differences"].rows[0][1]
     assert difference[0] == pytest.approx(np.mean(balpoe) - np.mean(plain))
@@ -72,7 +74,17 @@ def test_files_of_a_comparison(folder: Path, tmp_path: Path) -> None:
     assert rows[0][:3] == ["", "all", "all std"]
     written = json.loads((page.parent / "compare.json").read_text())
     assert written["plain"]["seeds"] == [1, 2, 3]
+    assert rows[0][-2:] == ["params", "FLOPs"] and rows[1][-2:] == ["1234000", "56700000"]
+    assert written["plain"]["forward_flops"] == 56_700_000
     assert float(rows[-1][1]) == pytest.approx(np.mean(written["plain"]["all"]))
+
+
+def test_a_record_of_an_older_version_is_compared_without_operations(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "old")
+    del results["forward_flops"]
+    (tmp_path / "old" / "results.json").write_text(json.dumps(results))
+    (scores, *_) = compare(group_runs(find_runs([str(tmp_path)])))
+    assert as_text(scores).splitlines()[1].split()[-2:] == ["1.23M", "-"]
 
 
 def test_a_sweep_of_experts_has_its_curve(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
-from balpoe_jax.reporting.tables import as_csv, as_text
+from balpoe_jax.methods import PRESETS
+from balpoe_jax.reporting.tables import as_csv, as_markdown, as_text
 from balpoe_jax.reproduce import jobs as reproduce
 from balpoe_jax.reproduce import scores
 from balpoe_jax.reproduce.paper import SCALES, TABLES, PaperFigure, PaperRow, PaperRun, PaperTable
@@ -96,7 +97,7 @@ def tiny_table() -> PaperTable:
         "A table",
         (
             PaperRow("first", one, (accuracy, PaperFigure("ECE", ("test", "ece")))),
-            PaperRow("second", two, (accuracy, PaperFigure("ECE", ("test", "ece")))),
+            PaperRow("second", two, (accuracy, PaperFigure("ECE", ("test", "ece"))), "ResNet-99"),
         ),
     )
 
@@ -109,7 +110,8 @@ def pretend(job: reproduce.Job, top1: float, step: int = 6) -> None:
     results = {
         "step": step,
         "epoch": 2,
-        "num_parameters": 1,
+        "num_parameters": 1_500_000,
+        "forward_flops": 21_000_000,
         "class_counts": [4, 2],
         "test": scores,
         "experts": [{"tau": 0.0, **scores}],
@@ -244,12 +246,40 @@ def test_scores_are_collected_over_the_seeds_that_are_done(tmp_path: Path) -> No
     assert first.ours.mean == pytest.approx(0.82)
     assert first.difference == pytest.approx(-0.08)
     text = as_text(scores.result_table("A table", entries))
-    assert "  ours, seeds 1,2 82.0±2.8" in text
-    assert "  paper           90.0±1.5" in text
-    assert "  ours: not run          -" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "ours, seeds 1,2 82.0±2.8 10.0±0.0 1.5M 21M" in lines
+    assert "paper, ResNet-32 90.0±1.5 -" in lines
+    assert "paper, ResNet-99 90.0±1.5 -" in lines
+    assert "ours: not run - -" in lines
     long = as_csv(scores.entries_table("A table", entries, tmp_path)).splitlines()
     assert long[1].endswith('"1,2",digits_one/seed1/train.log digits_one/seed2/train.log')
-    assert long[3] == "second,ACC,0.9,0.015,,,,not run,"
+    assert long[0].endswith(",paper's network,params,FLOPs,seeds,logs")
+    assert ",ResNet-32,1500000,21000000," in long[1]
+    assert long[3] == "second,ACC,0.9,0.015,,,,ResNet-99,,,not run,"
+
+
+def test_a_record_of_an_older_version_has_no_operations(tmp_path: Path) -> None:
+    job = reproduce.plan(tiny_table(), SCALES["full"], [1], tmp_path)[0]
+    pretend(job, 0.8)
+    results = json.loads((job.workdir / "results.json").read_text())
+    del results["forward_flops"]
+    (job.workdir / "results.json").write_text(json.dumps(results))
+    entries = scores.collect(tiny_table(), [job])
+    assert entries[0].sizes == [1_500_000, None]
+    table = scores.result_table("A table", entries)
+    assert "|   ours, seeds 1 | 80.0 | 10.0 | 1.5M | - |" in as_markdown(table)
+    assert "a multiply-add being two" in as_markdown(table)
+
+
+def test_the_papers_figures_stand_with_their_networks() -> None:
+    rows = {(name, row.method): row.paper_network for name in TABLES for row in TABLES[name].rows}
+    assert rows["methods", "BalPoE"] == rows["2", "BalPoE"] == "ResNet-32, 3 experts"
+    assert rows["methods", "CE"] == rows["methods", "PaCo"] == "ResNet-32"
+    assert rows["fig5", "7 experts"] == "ResNet-32, 7 experts"
+    assert rows["3-photos", "SADE, no prior"] == "ResNeXt-50, 3 experts, reduced width"
+    assert rows["methods-inaturalist2018", "PaCo"] == "ResNet-50"
+    assert rows["methods", PRESETS["los"].about] == "ResNet-34"
+    assert rows["methods-cifar100_lt-10", PRESETS["ltwb"].about] == "ResNet-34"
 
 
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:

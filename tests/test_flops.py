@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from balpoe_jax.aot.flops import count_flops
+from balpoe_jax.flops import count_flops
 from balpoe_jax.models import create_model
 
 
@@ -40,6 +40,17 @@ def test_loops_branches_and_compiled_functions() -> None:
     assert count_flops(jax.grad(lambda x: jax.checkpoint(function)(x).sum()), x) >= 18 * 2 * 4**3
     with pytest.raises(ValueError, match="unknown length"):
         count_flops(lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ c, x), x)
+
+
+def test_what_no_output_depends_on_may_be_left_out() -> None:
+    x = jnp.zeros((4, 4))
+
+    def function(x: jax.Array) -> jax.Array:
+        unused = jax.jit(jnp.matmul)(x, x) @ x
+        return (x @ x, unused)[0]
+
+    assert count_flops(function, x) == 3 * 2 * 4**3
+    assert count_flops(function, x, only_used=True) == 2 * 4**3
 
 
 def resnet8_by_hand(side: int, num_experts: int, num_classes: int) -> tuple[int, int]:

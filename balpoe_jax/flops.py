@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
-def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
+def count_flops(function: Callable[..., Any], *arguments: Any, only_used: bool = False) -> int:
     """Counts a multiply-add as two, over all convolutions and matrix products; the rest is free.
 
     It follows the convention of the literature. A position of a kernel that lies on padding counts;
@@ -20,8 +20,23 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     Args:
         function: Function of JAX; if it is mapped over devices, the part of one device counts.
         *arguments: Arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+        only_used: Whether to leave out what no output depends on, as a compiler does. This looks at
+            the function itself, not into loops or compiled functions within it.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    equations = _used(jaxpr) if only_used else jaxpr.eqns
+    return sum(_count_equation(equation) for equation in equations)
+
+
+def _used(jaxpr: Jaxpr) -> list[Any]:
+    """The equations that an output depends on."""
+    needed = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            needed.update(x for x in equation.invars if not isinstance(x, Literal))
+            found.append(equation)
+    return found
 
 
 def _count(jaxpr: Jaxpr) -> int:
