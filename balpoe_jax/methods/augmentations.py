@@ -2,8 +2,9 @@
 """The augmentations that recipes name, as fields of a config's section.
 
 `basic`, `rotated` and `strong` are of small images (with AutoAugment and Cutout in `strong`),
-`regular`, `rand`, `stack` and `photo_similar` of photographs; `similar` and `photo_similar` are the
-views of contrastive learning (SimCLR's). Photographs are cropped at random besides.
+`regular`, `rand`, `stack`, `photo_similar` and `photo_turned` of photographs; `similar` and the
+last two are the views of contrastive learning (SimCLR's). Of these, `photo_turned` turns the hue
+and does not blur. Photographs are cropped at random besides.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ VIEWS = {
         flip=True, color_jitter=_JITTER, policy="randaugment", grayscale=0.2, blur=0.5
     ),
     "photo_similar": AugmentSettings(flip=True, color_jitter=_JITTER, grayscale=0.2, blur=0.5),
+    "photo_turned": AugmentSettings(
+        flip=True, color_jitter=_JITTER, hue=0.1, jitter_probability=0.8, grayscale=0.2
+    ),
 }
 
 

@@ -22,8 +22,8 @@ class ProjectedOutputs(NamedTuple):
     Attributes:
         logits: float `[1, B, C]`.
         features: float `[1, B, D]`.
-        projections: float `[B, P]`, of length 1.
-        prototypes: float `[C, P]`, of length 1; without rows where a method has none.
+        projections: float `[B, P]`, of length 1 if the heads normalise.
+        prototypes: float `[C, P]`, as the projections; without rows where a method has none.
     """
 
     logits: jax.Array
@@ -33,23 +33,25 @@ class ProjectedOutputs(NamedTuple):
 
 
 class Projection(nn.Module):
-    """A perceptron onto the unit sphere.
+    """A perceptron onto the unit sphere, or into the space around it.
 
     Attributes:
         hidden: widths of the hidden layers; 0 for that of the layer before.
         width: of the result.
         norm: whether BatchNorm follows the hidden layers.
         axis_name: the mapped axis over which it takes its statistics.
+        unit: Whether the result is scaled to length 1.
     """
 
     hidden: tuple[int, ...]
     width: int
     norm: bool = True
     axis_name: str | None = None
+    unit: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, D]` -> `[B, width]`, rows of length 1."""
+        """Float `[B, D]` -> `[B, width]`."""
         for i, width in enumerate(self.hidden):
             x = nn.Dense(width or x.shape[-1], kernel_init=torch_uniform, name=f"hidden{i}")(x)
             if self.norm:
@@ -58,7 +60,8 @@ class Projection(nn.Module):
                 )
                 x = norm(x)
             x = nn.relu(x)
-        return normalize(nn.Dense(self.width, kernel_init=torch_uniform, name="out")(x), axis=-1)
+        x = nn.Dense(self.width, kernel_init=torch_uniform, name="out")(x)
+        return normalize(x, axis=-1) if self.unit else x
 
 
 class ProjectedEnsemble(nn.Module):
