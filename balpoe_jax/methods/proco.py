@@ -42,7 +42,7 @@ _FIRST_LENGTH, _LARGEST_KAPPA = 0.9, 1e5
 
 # Debye's expansion: the logarithm of its series in 1 / root is the sum over k = 1, 2, ... of these
 # polynomials in (order / root)^2, each over its divisor and over root^k.
-_DEBYE = (
+DEBYE = (
     ((3, -5), 24),
     ((1, -6, 5), 16),
     ((375, -4779, 9945, -5525), 5760),
@@ -79,7 +79,7 @@ def log_mean_exponential(kappa: jax.Array, growth: jax.Array, width: int) -> jax
 def _log_series(order: float, root: jax.Array) -> jax.Array:
     """The logarithm of Debye's series, whose argument has the root `sqrt(x^2 + order^2)`."""
     square, total = jnp.square(order / root), jnp.zeros_like(root)
-    for power, (coefficients, divisor) in enumerate(_DEBYE, start=1):
+    for power, (coefficients, divisor) in enumerate(DEBYE, start=1):
         polynomial = jnp.zeros_like(root)
         for coefficient in reversed(coefficients):
             polynomial = polynomial * square + coefficient / divisor

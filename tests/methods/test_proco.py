@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ProCo: its closed form against series of Bessel functions, its steps against the authors'."""
 
+from collections import defaultdict
+from fractions import Fraction
+from itertools import product
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +16,13 @@ from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.contrastive import ProjectedOutputs
-from balpoe_jax.methods.proco import ProCo, contrast_logits, log_mean_exponential, update_means
+from balpoe_jax.methods.proco import (
+    DEBYE,
+    ProCo,
+    contrast_logits,
+    log_mean_exponential,
+    update_means,
+)
 from tests.helpers import tiny_network
 from tests.helpers.config_files import get_config
 from tests.helpers.golden import golden, max_relative
@@ -65,6 +74,27 @@ def test_the_mean_exponential_is_its_series(width: int, bits: int, bound: float)
         assert found.dtype == dtype
     expected = [twin(float(k), float(g), width) for k, g in zip(kappa, growth, strict=True)]
     np.testing.assert_allclose(found, expected, atol=bound, rtol=0)
+
+
+def test_the_polynomials_are_debyes() -> None:
+    """By the recurrence of the series, and that of its logarithm, in fractions and powers of t."""
+    series: list[dict[int, Fraction]] = [{0: Fraction(1)}]
+    for _ in DEBYE:
+        new: defaultdict[int, Fraction] = defaultdict(Fraction)
+        for n, a in series[-1].items():
+            new[n + 1] += a * n / 2 + a / (8 * (n + 1))
+            new[n + 3] -= a * n / 2 + 5 * a / (8 * (n + 3))
+        series.append(dict(new))
+    logarithm: list[dict[int, Fraction]] = [{}]
+    for k, (coefficients, divisor) in enumerate(DEBYE, start=1):
+        total = defaultdict(Fraction, series[k])
+        for j in range(1, k):
+            for (n, a), (m, b) in product(logarithm[j].items(), series[k - j].items()):
+                total[n + m] -= a * b * j / k
+        logarithm.append(total)
+        known = [Fraction(c, divisor) for c in coefficients]
+        assert [total[k + 2 * i] for i in range(k + 1)] == known
+        assert not any(a for n, a in total.items() if n not in range(k, 3 * k + 1, 2))
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(64, 1e-9), (32, 3e-6)])
