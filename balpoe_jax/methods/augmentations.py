@@ -2,8 +2,9 @@
 """Augmentations that several presets use, by name, as fields of a config's sections.
 
 `basic`, `rotated`, `strong` (with AutoAugment and Cutout) and `similar` are for small images,
-`regular`, `rand`, `stack` and `photo_similar` for photographs. `similar` and `photo_similar` are
-SimCLR's views for contrastive learning. Photographs are also cropped at random.
+`regular`, `rand`, `stack`, `photo_similar` and `photo_turned` for photographs. `similar` and the
+last two are SimCLR's views for contrastive learning; `photo_turned` changes the hue and does not
+blur. Photographs are also cropped at random.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ VIEWS = {
         flip=True, color_jitter=_JITTER, policy="randaugment", grayscale=0.2, blur=0.5
     ),
     "photo_similar": AugmentSettings(flip=True, color_jitter=_JITTER, grayscale=0.2, blur=0.5),
+    "photo_turned": AugmentSettings(
+        flip=True, color_jitter=_JITTER, hue=0.1, jitter_probability=0.8, grayscale=0.2
+    ),
 }
 
 

@@ -63,6 +63,28 @@ def balanced_contrastive_loss(
     return log_total - (positives * similarities).sum(axis=1) / count
 
 
+def contrast_views(
+    projections: jax.Array,
+    prototypes: jax.Array,
+    batch: TrainBatch,
+    temperature: float,
+    context: Context,
+) -> jax.Array:
+    """The mean contrastive loss of the second and the third view of the whole batch, a scalar.
+
+    Args:
+        projections: float `[3 b, P]`, of length 1, of this device's views one after the other.
+        prototypes: float `[C, P]`, of length 1.
+        batch: This device's rows, of whose labels the first are meant.
+        temperature: Divisor of the similarities.
+        context: Context of the step.
+    """
+    views = [context.gather(x) for x in jnp.split(projections[len(batch.labels) :], 2)]
+    labels = jnp.tile(context.gather(batch.labels), 2)
+    losses = balanced_contrastive_loss(jnp.concatenate(views), labels, prototypes, temperature)
+    return losses.mean()
+
+
 @dataclasses.dataclass(frozen=True)
 class BCL(Method):
     """See the module.
@@ -102,10 +124,9 @@ class BCL(Method):
         classified = logit_adjusted_cross_entropy(
             context.gather(outputs.logits[0, :rows]), labels, log_prior(context.class_counts), 1.0
         ).mean()
-        views = [context.gather(x) for x in jnp.split(outputs.projections[rows:], 2)]
-        contrasted = balanced_contrastive_loss(
-            jnp.concatenate(views), jnp.tile(labels, 2), outputs.prototypes, self.temperature
-        ).mean()
+        contrasted = contrast_views(
+            outputs.projections, outputs.prototypes, batch, self.temperature, context
+        )
         total = self.classification * classified + self.contrast * contrasted
         terms = {"classification": classified, "contrast": contrasted}
         return Losses(total, classified[None], batch_stats, method_state, terms)
@@ -126,13 +147,7 @@ _PHOTOS = {
     "method.temperature": 0.07,
     "method.hidden": 2048,
     "method.width": 1024,
-    **views("rand", "photo_similar", "photo_similar"),
-    # BCL's views for contrast change the hue, too, and are not blurred.
-    **{
-        f"{view}.{field}": value
-        for view in ("view2", "view3")
-        for field, value in {"hue": 0.1, "jitter_probability": 0.8, "blur": 0.0}.items()
-    },
+    **views("rand", "photo_turned", "photo_turned"),
 }
 _PAPER = "BalPoE's Table 1"
 

@@ -22,8 +22,9 @@ class ProjectedOutputs(NamedTuple):
     Attributes:
         logits: Logits of the one expert, float `[1, B, C]`.
         features: Features of the one expert, float `[1, B, D]`.
-        projections: Projections of length 1, float `[B, P]`.
-        prototypes: Prototypes of length 1, float `[C, P]`; `[0, P]` for a method without any.
+        projections: Projections float `[B, P]`, of length 1 if the heads normalise.
+        prototypes: Prototypes float `[C, P]`, like the projections; `[0, P]` for a method without
+            any.
     """
 
     logits: jax.Array
@@ -33,7 +34,7 @@ class ProjectedOutputs(NamedTuple):
 
 
 class Projection(nn.Module):
-    """A perceptron onto the unit sphere.
+    """A perceptron onto the unit sphere, or into the space around it.
 
     Attributes:
         hidden: Widths of the hidden layers; 0 for the width of the layer's input.
@@ -41,6 +42,7 @@ class Projection(nn.Module):
         norm: Whether BatchNorm follows the hidden layers.
         axis_name: Mapped axis over which it takes its statistics.
         last_init: Initialiser of the last layer.
+        unit: Whether the result is scaled to length 1.
     """
 
     hidden: tuple[int, ...]
@@ -48,10 +50,11 @@ class Projection(nn.Module):
     norm: bool = True
     axis_name: str | None = None
     last_init: nn.initializers.Initializer = torch_uniform
+    unit: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, D]` -> `[B, width]`, rows of length 1."""
+        """Float `[B, D]` -> `[B, width]`."""
         for i, width in enumerate(self.hidden):
             x = nn.Dense(width or x.shape[-1], kernel_init=torch_uniform, name=f"hidden{i}")(x)
             if self.norm:
@@ -60,7 +63,8 @@ class Projection(nn.Module):
                 )
                 x = norm(x)
             x = nn.relu(x)
-        return normalize(nn.Dense(self.width, kernel_init=self.last_init, name="out")(x), axis=-1)
+        x = nn.Dense(self.width, kernel_init=self.last_init, name="out")(x)
+        return normalize(x, axis=-1) if self.unit else x
 
 
 class ProjectedEnsemble(nn.Module):

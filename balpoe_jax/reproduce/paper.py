@@ -313,7 +313,8 @@ def _published_methods() -> dict[str, PaperTable]:
         for published in preset.published:
             first, _, rest = published.arguments.partition(",")
             ratio = first.removeprefix("ir=") if first.startswith("ir=") else ""
-            about = ", ".join(filter(None, [preset.about, rest if ratio else first]))
+            others = rest if ratio else published.arguments
+            about = ", ".join(filter(None, [preset.about, others]))
             run = _of_method(name, published.dataset, published.arguments)
             rows.setdefault((published.dataset, ratio), []).append(
                 PaperRow(about, run, _method_scores(published), published.network)

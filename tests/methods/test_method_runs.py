@@ -55,7 +55,8 @@ def config_of(name: str):
 
 
 @pytest.mark.slow_cases(
-    *("bcl", "tlc", "balpoe_cs", "paco", "mislas", "crt", "lws", "los", "ltwb", "dirmixe")
+    *("bcl", "tlc", "balpoe_cs", "paco", "mislas", "crt", "lws", "los", "ltwb", "dirmixe"),
+    *("proco", "concutmix"),
 )
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in COVERED])

@@ -89,6 +89,12 @@ def test_the_papers_tables_are_whole() -> None:
     assert learnt.scores[0].keys == ("aggregation", "forward50", "top1", "used")
 
 
+def test_rows_of_a_table_have_names_of_their_own() -> None:
+    for name, table in TABLES.items():
+        names = [row.method for row in table.rows]
+        assert len(set(names)) == len(names), name
+
+
 def tiny_table() -> PaperTable:
     one = PaperRun("digits_one", "digits_lt.py", "method=cross_entropy,mixup=false")
     two = PaperRun("digits_two", "digits_lt.py", "experts=2")
