@@ -50,7 +50,7 @@ def stages(
     widths: Sequence[int],
     block: Callable[..., nn.Module],
     remat: bool,
-) -> jax.Array:
+) -> tuple[jax.Array, ...]:
     """Stages in a row, as layers `layer1`, ... of the module whose `__call__` calls this.
 
     All but the very first have stride 2.
@@ -62,11 +62,16 @@ def stages(
         num_blocks, widths: of each.
         block: makes a block of its width, stride and name.
         remat: see `Stage`.
+
+    Returns:
+        `x`, and then the output of each stage.
     """
+    maps = [x]
     for number, (blocks, width) in enumerate(zip(num_blocks, widths, strict=True), first):
         stride = 1 if number == 1 else 2
-        x = Stage(partial(block, width), blocks, stride, remat, name=f"layer{number}")(x, train)
-    return x
+        stage = Stage(partial(block, width), blocks, stride, remat, name=f"layer{number}")
+        maps.append(stage(maps[-1], train))
+    return tuple(maps)
 
 
 def global_average(x: jax.Array) -> jax.Array:

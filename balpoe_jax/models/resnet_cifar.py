@@ -72,6 +72,7 @@ class Trunk(nn.Module):
     Attributes:
         num_blocks, widths: of the shared stages.
         stem: whether the stem is shared; if not, the trunk hands on the images.
+        all_stages: whether to return the outputs of all stages instead of the last one's.
     """
 
     num_blocks: Sequence[int]
@@ -81,16 +82,23 @@ class Trunk(nn.Module):
     dtype: Any = None
     remat: bool = False
     norm: Any = BatchNorm
+    all_stages: bool = False
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the output of each stage."""
+        return tuple(self.widths)
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool) -> Any:
         """Float `[B, H, W, 3]` -> `[B, H, W, 16]`, if the first stage is the last one shared.
 
         `train` uses and updates batch statistics.
         """
         x = _stem(self, images, train) if self.stem else images
         block = partial(BasicBlock, axis_name=self.axis_name, dtype=self.dtype, norm=self.norm)
-        return stages(x, train, 1, self.num_blocks, self.widths, block, self.remat)
+        maps = stages(x, train, 1, self.num_blocks, self.widths, block, self.remat)
+        return maps[1:] if self.all_stages else maps[-1]
 
 
 class ExpertBody(nn.Module):
@@ -114,9 +122,18 @@ class ExpertBody(nn.Module):
     norm: Any = BatchNorm
     convolve: Any = None
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the output of each stage."""
+        ending = (2 * self.last_width,) if self.last_width else ()
+        return (*self.widths[: len(self.widths) - len(ending)], *ending)
+
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics."""
+    def __call__(self, x: jax.Array, train: bool, factor: jax.Array | None = None) -> jax.Array:
+        """Float `[B, H, W, 16]` -> `[B, D]`; `train` uses and updates batch statistics.
+
+        A factor `[B, h, w, D]` multiplies the map before it is pooled.
+        """
         if self.stem:
             x = _stem(self, x, train, self.convolve)
         block = partial(
@@ -126,11 +143,11 @@ class ExpertBody(nn.Module):
             norm=self.norm,
             convolve=self.convolve,
         )
-        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)
+        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)[-1]
         if self.last_width:
             last = partial(Stage, partial(block, self.last_width), 1, 1, self.remat)
             x = jnp.concatenate([last(name=f"branch{i}")(x, train) for i in (1, 2)], axis=-1)
-        return global_average(x)
+        return global_average(x if factor is None else x * factor)
 
 
 def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:
