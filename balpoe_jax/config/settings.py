@@ -120,6 +120,9 @@ class ModelSettings(Section):
     reduce_dimension: bool = setting(
         False, "Whether an expert's last stages have fewer channels than a plain network's."
     )
+    width: int = setting(
+        1, "Factor of the channels of all stages, 1 for the networks for photographs.", 1, 64
+    )
     shared_stages: int | None = setting(
         None,
         "Number of stages that the experts share; -1 if not even the stem is shared, None for the "

@@ -293,6 +293,7 @@ def _make_model(settings: Settings, num_classes: int, devices: parallel.Parallel
         classifier=model.classifier,
         scale=model.classifier_scale,
         reduce_dimension=model.reduce_dimension,
+        width=model.width,
         shared_stages=model.shared_stages,
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,

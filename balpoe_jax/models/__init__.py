@@ -68,6 +68,7 @@ def create_model(
     classifier: str = "cosine",
     scale: float = 30.0,
     reduce_dimension: bool = False,
+    width: int = 1,
     shared_stages: int | None = None,
     stage_sizes: Sequence[int] | None = None,
     dtype: Any = None,
@@ -92,6 +93,8 @@ def create_model(
         scale: of the cosine classifier.
         reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64; for
             `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
+        width: factor of the channels of the stem and all stages, for `CIFAR_MODELS` alone: a
+            ResNet-32 has 0.5 M parameters, and 7.4 M with a width of 4.
         shared_stages: how many stages the experts share: None for one, or two of
             `IMAGENET_MODELS`; 0 for the stem alone; -1 for nothing, E complete networks.
         stage_sizes: blocks in each stage instead of the model's own: three numbers, four for
@@ -127,12 +130,21 @@ def create_model(
             f"shared_stages of {name} must be from -1 (nothing is shared) to {len(sizes)}, got "
             f"{shared_stages}."
         )
+    if width < 1 or (width > 1 and not small):
+        raise UserError(
+            f"Expected a width of at least 1, and of 1 for {', '.join(IMAGENET_MODELS)}, got "
+            f"{width} for {name}."
+        )
     family = resnet_cifar if small else resnet_imagenet
-    widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
+    widths = tuple(
+        width * own for own in (family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS)
+    )
     norm = BatchNormInParts if norm_in_parts else BatchNorm
     options = {"axis_name": axis_name, "dtype": dtype, "remat": remat, "norm": norm}
     ending = {"last_width": widths[-1]} if architecture.branches else {}
-    if not small:
+    if small:
+        options["stem_width"] = width * family.STEM_WIDTH
+    else:
         options["block"] = partial(
             resnet_imagenet.Bottleneck,
             groups=architecture.groups,

@@ -2,8 +2,8 @@
 """ResNets for small images (He et al., CVPR 2016, Section 4.2), cut into trunk and expert.
 
 The trunk is the stem and the first stage unless more or less is shared; an expert has the other
-stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced. Stage `s` of ResNet-(6n+2) has n
-basic blocks.
+stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced, or a multiple of these. Stage `s` of
+ResNet-(6n+2) has n basic blocks.
 
 The variant of BBN (Zhou et al., CVPR 2020), on which LADE's figures are, ends in two blocks side by
 side in place of the last one, so that it has twice as many features.
@@ -72,6 +72,7 @@ class Trunk(nn.Module):
     Attributes:
         num_blocks, widths: of the shared stages.
         stem: whether the stem is shared; if not, the trunk hands on the images.
+        stem_width: of the stem.
         all_stages: whether to return the outputs of all stages instead of the last one's.
     """
 
@@ -83,6 +84,7 @@ class Trunk(nn.Module):
     remat: bool = False
     norm: Any = BatchNorm
     all_stages: bool = False
+    stem_width: int = STEM_WIDTH
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -109,6 +111,7 @@ class ExpertBody(nn.Module):
         first_stage: counted from 1.
         stem: whether the expert has a stem of its own, the trunk's output being images.
         last_width: of each of the two blocks that end BBN's variant; 0 for none.
+        stem_width: of a stem of its own.
     """
 
     num_blocks: Sequence[int]
@@ -121,6 +124,7 @@ class ExpertBody(nn.Module):
     remat: bool = False
     norm: Any = BatchNorm
     convolve: Any = None
+    stem_width: int = STEM_WIDTH
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -151,8 +155,9 @@ class ExpertBody(nn.Module):
 
 
 def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:
-    """`[B, H, W, 3]` -> `[B, H, W, 16]`, by layers of the trunk or body that calls this."""
-    x = Conv3x3(STEM_WIDTH, dtype=module.dtype, conv_general_dilated=convolve, name="conv1")(images)
+    """`[B, H, W, 3]` -> `[B, H, W, stem]`, by layers of the trunk or body that calls this."""
+    conv = partial(Conv3x3, dtype=module.dtype, conv_general_dilated=convolve, name="conv1")
+    x = conv(module.stem_width)(images)
     norm = module.norm(
         use_running_average=not train,
         axis_name=module.axis_name,
