@@ -413,6 +413,12 @@ class Settings(Section):
                 f"The method {name} knows no mixed labels: config.mix.alpha must be 0, got "
                 f"{self.mix.alpha:g}."
             )
+        if self.mix.alpha > 0 and self.mix.of_two_views != (method.mixed_views == 2):
+            raise UserError(
+                f"The method {name} mixes {method.mixed_views} of its views: config.mix.rule must "
+                f"{'' if method.mixed_views == 2 else 'not '}be mixup_and_cutmix, got "
+                f"{self.mix.rule}."
+            )
         if method.needs_global_batch and self.optim.accumulation_steps > 1:
             raise UserError(
                 f"config.optim.accumulation_steps must be 1 for the method {name}, whose loss is "

@@ -169,7 +169,10 @@ class AugmentSettings(Section):
         return rest, only
 
 
-RULES = ("mixup", "cutmix", "mixup_or_cutmix", "remix", "remix_cutmix", "unimix", "cmo")
+RULES = (
+    *("mixup", "cutmix", "mixup_or_cutmix", "mixup_and_cutmix"),
+    *("remix", "remix_cutmix", "unimix", "cmo"),
+)
 PARTNERS = ("batch", "sampler")
 
 BOX_RULES = ("cutmix", "remix_cutmix", "cmo")
@@ -185,6 +188,9 @@ class MixSettings(Section):
         cutmix: a box of the partner's pixels, one box a batch; the label's share is that of the
             pixels.
         mixup_or_cutmix: one of these two, with even odds for each batch.
+        mixup_and_cutmix: mixup of the first view and cutmix of the second one, by one coefficient
+            and with the same partners, each by its own view of that number; the label's share is
+            the coefficient in both.
         remix, remix_cutmix: mixup or cutmix, but the whole label is the rarer one's where its class
             is `remix_kappa` times as rare and the other's share of the image is less than
             `remix_tau`.
@@ -248,6 +254,11 @@ class MixSettings(Section):
         return self.alpha > 0 and (self.rule == "cmo" or self.partners == "sampler")
 
     @property
+    def of_two_views(self) -> bool:
+        """Whether the second view is mixed too."""
+        return self.alpha > 0 and self.rule == "mixup_and_cutmix"
+
+    @property
     def always(self) -> bool:
         """Whether every batch is mixed."""
         return self.probability == 1 and not self.first_epoch and self.last_epoch is None
@@ -278,7 +289,8 @@ class TrainSettings:
         other_augment: what happens to half of them, drawn one by one, instead; None for none.
         mix: how they are mixed then.
         dtype: of the images, "float32" or "bfloat16", to which they are rounded at the end.
-        views: of further views of the same images, what happens to each; they are not mixed.
+        views: of further views of the same images, what happens to each; they are not mixed, but
+            for the second view by a rule of two views.
         sampler, samples_per_class: see `samplers.batches`.
     """
 

@@ -236,6 +236,7 @@ class Method(Section):
     Attributes:
         views: how many differently augmented views of an image a batch holds.
         supports_mixing: whether its loss heeds the second label of a mixed image.
+        mixed_views: how many of the views are mixed, if any is.
         needs_global_batch: the loss is not a mean over rows, or the method keeps a state, so
             that a batch cannot be cut into microbatches.
 
@@ -252,6 +253,7 @@ class Method(Section):
 
     views: ClassVar[int] = 1
     supports_mixing: ClassVar[bool] = True
+    mixed_views: ClassVar[int] = 1
     needs_global_batch: ClassVar[bool] = False
 
     @property

@@ -40,7 +40,7 @@ class Mixer:
     @property
     def cuts(self) -> bool:
         """Whether boxes are cut out of the partners."""
-        return self._mix.rule in (*BOX_RULES, "mixup_or_cutmix")
+        return self._mix.rule in (*BOX_RULES, "mixup_or_cutmix", "mixup_and_cutmix")
 
     def draw(self, step: int, labels: npt.NDArray[np.int32]) -> tuple[Arrays, Arrays]:
         """How the batch of a step is mixed.
@@ -51,9 +51,10 @@ class Mixer:
 
         Returns:
             Of the pixels, `share` float32 `[B]` of the row's own image, `box` int16 `[B, 4]` (top,
-            bottom, left, right) that shows the partner alone, if the rule has one, and `partner`
-            int32 `[B]`: rows of the batch, or positions in the training set that a second sampler
-            drew. Of the labels, `other_labels` int32 `[B]` and `weight` float32 `[B]`.
+            bottom, left, right) that shows the partner alone, if the rule has one (`second_box` if
+            it is of the second view), and `partner` int32 `[B]`: rows of the batch, or positions in
+            the training set that a second sampler drew. Of the labels, `other_labels` int32 `[B]`
+            and `weight` float32 `[B]`.
         """
         partner, others = self._partners(step, labels)
         share, weight, box = self._shares(step, labels, others)
@@ -62,7 +63,7 @@ class Mixer:
             box = np.zeros_like(box)
         pixels = {"share": share, "partner": partner}
         if self.cuts:
-            pixels["box"] = box
+            pixels["second_box" if self._mix.of_two_views else "box"] = box
         return pixels, {"other_labels": others, "weight": weight}
 
     def _mixes(self, step: int) -> bool:
@@ -110,6 +111,8 @@ class Mixer:
             box[:], area = self._box(step, coefficient)
             share = np.ones(rows, np.float32)
             weight = np.full(rows, 1 - area, np.float32)
+        elif self._mix.of_two_views:
+            box[:], _ = self._box(step, coefficient)
         if rule in REMIX_RULES:
             weight = _relabel(
                 weight, counts, other_counts, self._mix.remix_kappa, self._mix.remix_tau

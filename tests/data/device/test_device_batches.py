@@ -176,6 +176,32 @@ def test_mixed_pixels_and_shares_belong_together(rule: str) -> None:
         np.testing.assert_allclose(batch.mix_weight, by_hand, atol=1e-6)
 
 
+@pytest.mark.parametrize("partners", ["batch", "sampler"])
+def test_two_views_are_mixed_by_one_coefficient_with_the_same_partners(partners: str) -> None:
+    """The first as a whole, the second in a box; a third one is not mixed."""
+    mix = MixSettings(alpha=1.0, rule="mixup_and_cutmix", partners=partners)
+    planner = planner_of(augment=AugmentSettings(), views=(AugmentSettings(),) * 2, mix=mix)
+    areas = []
+    for step in range(6):
+        plan, batch = planner.step(step), made(planner, step)
+        own = normalized(images()[plan["index"]])
+        partner = plan["mix"]["partner"]
+        positions = partner if partners == "sampler" else plan["index"][partner]
+        others = normalized(images()[positions])
+        share = plan["mix"]["share"][:, None, None, None]
+        np.testing.assert_allclose(batch.views[0], share * own + (1 - share) * others, atol=2e-6)
+        inside = np.zeros((BATCH, *SHAPE[:2], 1), bool)
+        for row, (top, bottom, left, right) in enumerate(plan["mix"]["second_box"]):
+            inside[row, top:bottom, left:right] = True
+        np.testing.assert_allclose(batch.views[1], np.where(inside, others, own), atol=2e-6)
+        np.testing.assert_allclose(batch.views[2], own, atol=2e-6)
+        np.testing.assert_array_equal(batch.other_labels, LABELS[positions])
+        np.testing.assert_array_equal(batch.mix_weight, plan["mix"]["share"])
+        assert (inside.mean(axis=(1, 2, 3)) <= 1 - batch.mix_weight + 1e-6).all()
+        areas.append(inside[0].mean())
+    assert len(set(areas)) > 2
+
+
 def test_mixing_begins_and_ends_at_its_epochs_and_by_its_probability() -> None:
     per_epoch = steps_per_epoch(len(LABELS), BATCH)
     mix = MixSettings(alpha=0.4, first_epoch=1, last_epoch=2)
