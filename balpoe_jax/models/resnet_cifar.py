@@ -2,8 +2,8 @@
 """ResNets for small images (He et al., CVPR 2016, Section 4.2), cut into trunk and expert.
 
 The trunk is the stem and the first stage unless more or less is shared; an expert has the other
-stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced, or a multiple of these. Stage `s` of
-ResNet-(6n+2) has n basic blocks.
+stages of its own. Widths are 16, 32, 64, or 16, 24, 48 reduced, or a multiple of these. Stage `s`
+of ResNet-(6n+2) has n basic blocks.
 
 The variant of BBN (Zhou et al., CVPR 2020), on which LADE's figures are, ends in two blocks side by
 side in place of the last one, so that it has twice as many features.
