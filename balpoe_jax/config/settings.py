@@ -126,6 +126,9 @@ class ModelSettings(Section):
     reduce_dimension: bool = setting(
         False, "Whether an expert's last stages have fewer channels than a plain network's."
     )
+    width: int = setting(
+        1, "Factor of the channels of all stages, 1 for the networks for photographs.", 1, 64
+    )
     shared_stages: int | None = setting(
         None,
         "Number of stages that the experts share; -1 if not even the stem is shared, None for the "
@@ -415,6 +418,12 @@ class Settings(Section):
             raise UserError(
                 f"The method {name} knows no mixed labels: config.mix.alpha must be 0, got "
                 f"{self.mix.alpha:g}."
+            )
+        if self.mix.alpha > 0 and self.mix.of_two_views != (method.mixed_views == 2):
+            raise UserError(
+                f"The method {name} mixes {method.mixed_views} of its views: config.mix.rule must "
+                f"{'' if method.mixed_views == 2 else 'not '}be mixup_and_cutmix, got "
+                f"{self.mix.rule}."
             )
         if method.needs_global_batch and self.optim.accumulation_steps > 1:
             raise UserError(

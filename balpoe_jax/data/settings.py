@@ -170,7 +170,10 @@ class AugmentSettings(Section):
         return rest, only
 
 
-RULES = ("mixup", "cutmix", "mixup_or_cutmix", "remix", "remix_cutmix", "unimix", "cmo")
+RULES = (
+    *("mixup", "cutmix", "mixup_or_cutmix", "mixup_and_cutmix"),
+    *("remix", "remix_cutmix", "unimix", "cmo"),
+)
 PARTNERS = ("batch", "sampler")
 
 BOX_RULES = ("cutmix", "remix_cutmix", "cmo")
@@ -186,6 +189,9 @@ class MixSettings(Section):
         cutmix: a box of the partner's pixels, one box a batch; a label's share is its image's
             share of the pixels.
         mixup_or_cutmix: one of these two, with even odds for each batch.
+        mixup_and_cutmix: mixup of the first view and cutmix of the second one, with one coefficient
+            and the same partners, whose view of the same number is used. The label's share is the
+            coefficient in both.
         remix, remix_cutmix: mixup or cutmix, but the rarer class gets the whole label where it is
             `remix_kappa` times as rare and the other's share of the image is below `remix_tau`.
         unimix: a weighted mean with a coefficient for each image that favours the rarer class.
@@ -249,6 +255,11 @@ class MixSettings(Section):
         return self.alpha > 0 and (self.rule == "cmo" or self.partners == "sampler")
 
     @property
+    def of_two_views(self) -> bool:
+        """Whether the second view is mixed too."""
+        return self.alpha > 0 and self.rule == "mixup_and_cutmix"
+
+    @property
     def always(self) -> bool:
         """Whether every batch is mixed."""
         return self.probability == 1 and not self.first_epoch and self.last_epoch is None
@@ -276,9 +287,9 @@ class TrainSettings:
         seed: Seed of order, augmentation and mixing.
         mean, std: Statistics of the normalisation by channel, for images in [0, 1].
         augment: Augmentation of the first view.
-        mix: Mixing of the first view.
+        mix: Mixing of the first view, or of the first two by a rule of two views.
         dtype: Type to which the images are rounded at the end, "float32" or "bfloat16".
-        views: Augmentations of the further views of the same images, which are not mixed.
+        views: Augmentations of the further views of the same images.
         sampler, samples_per_class: Order of the examples, see `samplers.batches`.
         other_augment: Augmentation that half of the images, drawn one by one, get in place of
             `augment`; None for none.

@@ -8,8 +8,8 @@ class TrainBatch(NamedTuple):
     """A batch to train on.
 
     Attributes:
-        views: Differently augmented views of the same images, each float `[b, H, W, 3]`; only the
-            first one is mixed.
+        views: Differently augmented views of the same images, each float `[b, H, W, 3]`; the first
+            one alone is mixed, by a rule of two views the second one too.
         labels: Classes, int32 `[b]`.
         other_labels: Classes of the partners that images are mixed with, int32 `[b]`.
         mix_weight: Share of `labels`, float32 `[b]`; 1 where an image is not mixed.

@@ -294,6 +294,7 @@ def _make_model(settings: Settings, num_classes: int, devices: parallel.Parallel
         scale=model.classifier_scale,
         classifier_init=model.classifier_init,
         reduce_dimension=model.reduce_dimension,
+        width=model.width,
         shared_stages=model.shared_stages,
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,

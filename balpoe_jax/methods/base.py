@@ -236,6 +236,7 @@ class Method(Section):
     Attributes:
         views: Number of differently augmented views of an image in a batch.
         supports_mixing: Whether its loss uses the second label of a mixed image.
+        mixed_views: Number of the views that are mixed, if any is.
         needs_global_batch: Whether the loss is no mean over rows, or the method keeps a state, so
             that a batch cannot be split into microbatches.
 
@@ -252,6 +253,7 @@ class Method(Section):
 
     views: ClassVar[int] = 1
     supports_mixing: ClassVar[bool] = True
+    mixed_views: ClassVar[int] = 1
     needs_global_batch: ClassVar[bool] = False
 
     @property

@@ -48,6 +48,7 @@ COSTS = (
     Cost("ResNet-32, 3 experts", "cifar100_lt", 1.36, 0.317),
     Cost("ResNet-32, 3 experts, reduced width", "cifar100_lt", 0.784, 0.201),
     Cost("ResNet-32 of BBN", "cifar100_lt", 0.55, 0.147),
+    Cost("ResNet-32 x4", "cifar100_lt", 7.41, 2.19),
     Cost("ResNet-34", "cifar100_lt", 21.3, 2.32),
     Cost("ResNet-50", "imagenet_lt", 25.6, 8.18),
     Cost("ResNet-50, 3 experts", "imagenet_lt", 73.8, 17.3),

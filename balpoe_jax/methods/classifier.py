@@ -13,16 +13,22 @@ from balpoe_jax.methods.base import mix_losses
 from balpoe_jax.models.heads import CosineHead, LinearHead
 
 
-def cross_entropies(logits: jax.Array, batch: TrainBatch) -> jax.Array:
+def cross_entropies(
+    logits: jax.Array, batch: TrainBatch, weights: jax.Array | None = None
+) -> jax.Array:
     """The cross-entropy of each expert and row, float `[E, b]`.
 
     Args:
         logits: Logits float `[E, b, C]`.
         batch: Rows with two labels each, whose losses count by their shares.
+        weights: Factor of the losses for each label, float `[C]`; None for none.
     """
-    return mix_losses(
-        batch, lambda labels: jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels)
-    )
+
+    def losses(labels: jax.Array) -> jax.Array:
+        plain = jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels)
+        return plain if weights is None else weights[labels][None] * plain
+
+    return mix_losses(batch, losses)
 
 
 def in_classifier(path: str) -> bool:

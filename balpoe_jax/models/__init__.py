@@ -71,6 +71,7 @@ def create_model(
     scale: float = 30.0,
     classifier_init: str | None = None,
     reduce_dimension: bool = False,
+    width: int = 1,
     shared_stages: int | None = None,
     stage_sizes: Sequence[int] | None = None,
     dtype: Any = None,
@@ -97,6 +98,8 @@ def create_model(
             None for He's in `CIFAR_MODELS` and PyTorch's in `IMAGENET_MODELS`.
         reduce_dimension: Whether the experts have reduced widths: 24 and 48 instead of 32 and 64;
             for `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
+        width: Factor of the channels of the stem and all stages, for `CIFAR_MODELS` only: a
+            ResNet-32 has 0.5 M parameters, and 7.4 M with a width of 4.
         shared_stages: Number of stages that the experts share: None for one, or two of
             `IMAGENET_MODELS`; 0 for the stem alone; -1 for nothing, E complete networks.
         stage_sizes: Blocks in each stage instead of the model's own: three numbers, four for
@@ -129,6 +132,7 @@ def create_model(
         architecture,
         _checked_shared_stages(name, shared_stages),
         reduce_dimension,
+        _checked_width(name, width),
         conv_by_expert if expert_map == "stacked" else None,
         axis_name=axis_name,
         dtype=dtype,
@@ -146,6 +150,7 @@ def _make_trunk_and_body(
     architecture: Architecture,
     shared: int,
     reduce_dimension: bool,
+    width: int,
     convolve: Any,
     *,
     remat: bool,
@@ -158,16 +163,20 @@ def _make_trunk_and_body(
         architecture: Architecture of the network.
         shared: Number of shared stages; -1 if the stem is not shared, either.
         reduce_dimension: Whether the experts have reduced widths.
+        width: Factor of the channels.
         convolve: Function that computes the expert's convolutions; None for Flax's.
         remat: Whether blocks are computed again in the backward pass.
         **options: `axis_name`, `dtype` and `norm` of all layers.
     """
     family = resnet_cifar if name in CIFAR_MODELS else resnet_imagenet
     sizes = architecture.stage_sizes
-    widths = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
+    base = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
+    widths = tuple(width * own for own in base)
     stem, cut = shared >= 0, max(0, shared)
     both = {"remat": remat, **options}
-    if family is resnet_imagenet:
+    if family is resnet_cifar:
+        both["stem_width"] = width * family.STEM_WIDTH
+    else:
         both["block"] = partial(
             resnet_imagenet.Bottleneck,
             groups=architecture.groups,
@@ -209,6 +218,15 @@ def _checked_shared_stages(name: str, shared_stages: int | None) -> int:
             f"{shared_stages}."
         )
     return shared_stages
+
+
+def _checked_width(name: str, width: int) -> int:
+    if width < 1 or (width > 1 and name in IMAGENET_MODELS):
+        raise UserError(
+            f"Expected a width of at least 1, and of 1 for {', '.join(IMAGENET_MODELS)}, got "
+            f"{width} for {name}."
+        )
+    return width
 
 
 def _checked_sizes(name: str, stage_sizes: Sequence[int]) -> tuple[int, ...]:

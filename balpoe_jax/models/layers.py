@@ -50,7 +50,7 @@ def stages(
     widths: Sequence[int],
     block: Callable[..., nn.Module],
     remat: bool,
-) -> jax.Array:
+) -> tuple[jax.Array, ...]:
     """Applies stages in a row, as submodules `layer1`, ... of the module that calls this.
 
     All stages but `layer1` have stride 2.
@@ -62,11 +62,16 @@ def stages(
         num_blocks, widths: Number of blocks and width of each stage.
         block: Function of width, `stride` and `name` that makes a block.
         remat: Whether blocks are computed again in the backward pass, see `Stage`.
+
+    Returns:
+        `x`, and then the output of each stage.
     """
+    maps = [x]
     for number, (blocks, width) in enumerate(zip(num_blocks, widths, strict=True), first):
         stride = 1 if number == 1 else 2
-        x = Stage(partial(block, width), blocks, stride, remat, name=f"layer{number}")(x, train)
-    return x
+        stage = Stage(partial(block, width), blocks, stride, remat, name=f"layer{number}")
+        maps.append(stage(maps[-1], train))
+    return tuple(maps)
 
 
 def global_average(x: jax.Array) -> jax.Array:

@@ -81,6 +81,7 @@ class Trunk(nn.Module):
         num_blocks, widths: Number of blocks and width of each shared stage.
         block: Function of width, `stride` and `name` that makes a `Bottleneck`.
         stem: Whether the stem is shared; if not, the trunk returns the images.
+        all_stages: Whether to return the outputs of all stages instead of the last one's.
     """
 
     num_blocks: Sequence[int]
@@ -91,15 +92,22 @@ class Trunk(nn.Module):
     dtype: Any = None
     remat: bool = False
     norm: Any = BatchNorm
+    all_stages: bool = False
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the output of each stage."""
+        return tuple(EXPANSION * width for width in self.widths)
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool) -> Any:
         """Float `[B, H, W, 3]` -> `[B, H / 8, W / 8, 512]`, rounded up, if two stages are shared.
 
         `train` says whether to use and update batch statistics.
         """
         x = _stem(self, images, train) if self.stem else images
-        return stages(x, train, 1, self.num_blocks, self.widths, self.block, self.remat)
+        maps = stages(x, train, 1, self.num_blocks, self.widths, self.block, self.remat)
+        return maps[1:] if self.all_stages else maps[-1]
 
 
 class ExpertBody(nn.Module):
@@ -126,14 +134,22 @@ class ExpertBody(nn.Module):
     norm: Any = BatchNorm
     convolve: Any = None
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the output of each stage."""
+        return tuple(EXPANSION * width for width in self.widths)
+
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Float `[B, H, W, 512]` -> `[B, D]`; `train` as for the trunk."""
+    def __call__(self, x: jax.Array, train: bool, factor: jax.Array | None = None) -> jax.Array:
+        """Float `[B, H, W, 512]` -> `[B, D]`; `train` uses and updates batch statistics.
+
+        A factor `[B, h, w, D]` multiplies the map before it is pooled.
+        """
         if self.stem:
             x = _stem(self, x, train, self.convolve)
         block = partial(self.block, convolve=self.convolve)
-        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)
-        return global_average(x)
+        x = stages(x, train, self.first_stage, self.num_blocks, self.widths, block, self.remat)[-1]
+        return global_average(x if factor is None else x * factor)
 
 
 def _stem(module: Any, images: jax.Array, train: bool, convolve: Any = None) -> jax.Array:

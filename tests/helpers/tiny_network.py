@@ -19,27 +19,35 @@ SHAPE = (4, 4, 3)
 
 
 class Trunk(nn.Module):
-    """A dense layer on every pixel, with BatchNorm."""
+    """A dense layer on every pixel, with BatchNorm, as its only stage."""
 
     axis_name: str | None = None
     dtype: Any = None
+    all_stages: bool = False
+    channels: tuple[int, ...] = (6,)
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool) -> Any:
         norm = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)
-        return nn.relu(norm(nn.Dense(6, dtype=self.dtype)(images)))
+        x = nn.relu(norm(nn.Dense(6, dtype=self.dtype)(images)))
+        return (x,) if self.all_stages else x
 
 
 class Body(nn.Module):
-    """Another dense layer with BatchNorm, then pooling."""
+    """Another dense layer with BatchNorm, then pooling.
+
+    With a factor its map has half the side, as a later stage's has.
+    """
 
     axis_name: str | None = None
     dtype: Any = None
+    channels: tuple[int, ...] = (8,)
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, factor: jax.Array | None = None) -> jax.Array:
         norm = BatchNorm(not train, axis_name=self.axis_name, dtype=self.dtype)
-        return global_average(nn.relu(norm(nn.Dense(8, dtype=self.dtype)(x))))
+        x = nn.relu(norm(nn.Dense(8, dtype=self.dtype)(x)))
+        return global_average(x if factor is None else x[:, ::2, ::2] * factor)
 
 
 def experts(

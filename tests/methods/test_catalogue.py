@@ -151,7 +151,8 @@ def test_every_trunk_has_a_name() -> None:
     "cost", [cost for cost in COSTS if cost.network != "ResNet-34"], ids=cost_name
 )
 def test_what_a_network_costs_is_counted(cost: Cost) -> None:
-    trunk, *rest = cost.network.split(", ")
+    network, *rest = cost.network.split(", ")
+    trunk, _, width = network.partition(" x")
     name = trunk.lower().replace("-", "").replace(" of ", "_")
     classes, side = {"cifar100_lt": (100, 32), "imagenet_lt": (1000, 224)}.get(
         cost.dataset, (8142, 224)
@@ -162,6 +163,7 @@ def test_what_a_network_costs_is_counted(cost: Cost) -> None:
         num_experts=int(rest[0].split()[0]) if rest else 1,
         classifier="linear",
         reduce_dimension="reduced width" in rest,
+        width=int(width or 1),
     )
     images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -188,6 +188,36 @@ def test_experts_share_as_much_as_they_are_asked_to(shared: int | None) -> None:
     assert parameters == sum(PARTS[:cut]) + 3 * sum(PARTS[cut:])
 
 
+@pytest.mark.parametrize("options", [{}, {"shared_stages": -1}, {"reduce_dimension": True}])
+def test_a_width_multiplies_the_channels_of_all_layers(options: dict) -> None:
+    """The stem's too, whoever has it; not the image's, nor the classes."""
+
+    def shapes(width: int) -> dict:
+        model = create_model("resnet8", num_classes=10, num_experts=2, width=width, **options)
+        images = jnp.zeros((1, 8, 8, 3))
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+    def multiplied(path, leaf) -> jax.ShapeDtypeStruct:
+        kernel, head = path[-1].key == "kernel", "head" in jax.tree_util.keystr(path)
+        axes = [-2] if head else [-2, -1] if kernel else [-1]
+        shape = list(leaf.shape)
+        for axis in axes:
+            shape[axis] *= 1 if shape[axis] == 3 else 3
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    chex.assert_trees_all_equal_shapes(
+        jax.tree_util.tree_map_with_path(multiplied, shapes(1)), shapes(3)
+    )
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet50", 2), ("resnet8", 0)])
+def test_a_width_that_a_network_cannot_have_is_refused(name: str, width: int) -> None:
+    with pytest.raises(
+        UserError, match=f"width of at least 1, and of 1 for resnet50.* got {width}"
+    ):
+        create_model(name, num_classes=3, num_experts=1, width=width)
+
+
 @pytest.mark.integration
 @pytest.mark.slow_cases("-1")
 @pytest.mark.parametrize("shared", [-1, 3])

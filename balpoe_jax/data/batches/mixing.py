@@ -24,10 +24,18 @@ class Mix(NamedTuple):
         share: Share of the image in each pixel, float32 that broadcasts to `[rows, H, W, 3]`.
         partners: Positions of the partners among this host's images, int32 `[rows]`; None if the
             partners are read by themselves.
+        second_share: The same as `share` for the second view; None where that is not mixed.
     """
 
     share: tf.Tensor
     partners: tf.Tensor | None
+    second_share: tf.Tensor | None = None
+
+    def of_view(self, number: int) -> "Mix | None":
+        """How a view is mixed, counted from 0; None for not at all."""
+        if number == 1 and self.second_share is not None:
+            return Mix(self.second_share, self.partners)
+        return None if number else self
 
 
 class MixedLabels(NamedTuple):
@@ -96,7 +104,7 @@ class Mixer:
             labels: Classes of the rows, int32 `[rows]`.
             read_labels: Classes of the partners that were read; None without the sampler.
         """
-        rule = self._settings.rule
+        rule, second_share = self._settings.rule, None
         partners = None if self._sampler else self._partners(step, labels)
         others = tf.gather(labels, partners) if partners is not None else read_labels
         counts, other_counts = tf.gather(self._counts, labels), tf.gather(self._counts, others)
@@ -107,6 +115,8 @@ class Mixer:
         else:
             coefficient = self._coefficients(step)
             share, weight = self._shares(step, coefficient)
+            if self._settings.of_two_views:
+                second_share = _outside(self._box(step, coefficient))
             if rule in REMIX_RULES:
                 weight = relabel(
                     weight,
@@ -119,8 +129,11 @@ class Mixer:
         if not self._settings.always:
             mixed = self.mixes(step)
             others = tf.where(mixed, others, labels)
-            share, weight = (tf.where(mixed, x, tf.ones_like(x)) for x in (share, weight))
-        return Mix(share, partners), MixedLabels(others, weight)
+            share, weight, second_share = (
+                x if x is None else tf.where(mixed, x, tf.ones_like(x))
+                for x in (share, weight, second_share)
+            )
+        return Mix(share, partners, second_share), MixedLabels(others, weight)
 
     def _shares(self, step: tf.Tensor, coefficient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The share of each pixel, for `Mix`, and the share of the image, a float32 scalar."""
@@ -129,10 +142,7 @@ class Mixer:
             return mean, mean
         box = self._box(step, coefficient)
         area = tf.reduce_sum(tf.cast(box, tf.float64)) / (self._height * self._width)
-        share, weight = (
-            1 - tf.cast(box, tf.float32)[None, :, :, None],
-            tf.cast(1 - area, tf.float32),
-        )
+        share, weight = _outside(box), tf.cast(1 - area, tf.float32)
         if self._settings.rule == "mixup_or_cutmix":
             cuts = tf.random.stateless_uniform([], self._stream(step, "which"), alg="philox") < 0.5
             share = tf.where(cuts, share, mean)
@@ -197,6 +207,11 @@ def box_mask(
         return (position >= center - half) & (position < center + half)
 
     return inside(row, height)[:, None] & inside(column, width)[None, :]
+
+
+def _outside(box: tf.Tensor) -> tf.Tensor:
+    """The share of an image in each pixel, float32 `[1, H, W, 1]`, whose box is the partner's."""
+    return 1 - tf.cast(box, tf.float32)[None, :, :, None]
 
 
 def relabel(

@@ -18,8 +18,8 @@ from balpoe_jax.data.types import TrainBatch
 
 Batch = dict[str, Any]  # of tensors
 
-# Key of the partners that a second sampler reads.
-_OTHERS = "others"
+# Keys of the partners that a second sampler reads, and of their second view.
+_OTHERS, _OTHERS_2 = "others", "others_2"
 
 
 class TrainBatchMaker:
@@ -56,6 +56,9 @@ class TrainBatchMaker:
             )
         if settings.mix.from_sampler:
             self._views[_OTHERS] = "augment_others", first
+            if settings.mix.of_two_views and settings.views:
+                second = View(source, settings.views[0])
+                self._views[_OTHERS_2] = "augment_others_2", second
 
     def indices(self, step: tf.Tensor, indices: tf.Tensor) -> Batch:
         """Positions in the training set of this host's rows, int32 `[rows]`."""
@@ -117,11 +120,14 @@ class TrainBatchMaker:
             mix, (other_labels, weight) = self._mixer.draw(
                 batch["step"][0], labels, batch.get("read_labels")
             )
-        others = images.pop(_OTHERS, None)
+        others = [images.pop(name, None) for name in (_OTHERS, _OTHERS_2)]
         how = self._settings.mean, self._settings.std, self._settings.dtype
-        first, *further = images.values()
-        views = (to_input(first, *how, others, mix), *(to_input(view, *how) for view in further))
-        return TrainBatch(views, labels, other_labels, weight)
+        views = []
+        for number, view in enumerate(images.values()):
+            mix_of_view = None if mix is None else mix.of_view(number)
+            partners = None if mix_of_view is None else others[number]
+            views.append(to_input(view, *how, partners, mix_of_view))
+        return TrainBatch(tuple(views), labels, other_labels, weight)
 
     def _if_needed(
         self,
@@ -131,7 +137,7 @@ class TrainBatchMaker:
         blank: Callable[[], tf.Tensor],
     ) -> tf.Tensor:
         """Makes a view; a blank one in place of partners where the batch is not mixed."""
-        if name != _OTHERS or self._settings.mix.always:
+        if name not in (_OTHERS, _OTHERS_2) or self._settings.mix.always:
             return make()
         assert self._mixer is not None
         return tf.cond(self._mixer.mixes(step), make, blank)
@@ -172,5 +178,5 @@ def to_input(
 
 
 def _stored(stored: dict[str, tf.Tensor], name: str) -> tf.Tensor:
-    """The images of a view; before decoding, views of the batch's own images share one entry."""
-    return stored.get(name, stored["images"])
+    """The images of a view; before decoding, views of the same images share one entry."""
+    return stored.get(name, stored[_OTHERS if name == _OTHERS_2 else "images"])

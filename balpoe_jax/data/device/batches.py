@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from balpoe_jax.data.device.packing import unpack
-from balpoe_jax.data.device.plans import OTHERS, Planner
+from balpoe_jax.data.device.plans import OTHERS, OTHERS_2, Planner
 from balpoe_jax.data.types import TrainBatch
 
 
@@ -35,15 +35,23 @@ def make_batch(
         drawn, tables = plan["views"][name], constants["tables"][name]
         return planner.views[name].augment_packed(constants["images"], index, drawn, tables)
 
-    views = {name: view(name, plan["index"]) for name in planner.views if name != OTHERS}
-    images = [normalize(unpack(x), settings.mean, settings.std) for x in views.values()]
-    if mix is not None:
-        if OTHERS in planner.views:
-            others = view(OTHERS, mix["partner"])
+    def partners(name: str, packed: jax.Array) -> jax.Array:
+        """The images that a view is mixed with, which are read by the first name or are its own."""
+        assert mix is not None
+        if name in planner.views:
+            others = view(name, mix["partner"])
         else:
-            others = _gather(views["images"], axis_name)[mix["partner"]]
-        others = normalize(unpack(others), settings.mean, settings.std)
-        images[0] = mix_images(images[0], others, mix)
+            others = _gather(packed, axis_name)[mix["partner"]]
+        return normalize(unpack(others), settings.mean, settings.std)
+
+    own = [name for name in planner.views if name not in (OTHERS, OTHERS_2)]
+    views = [view(name, plan["index"]) for name in own]
+    images = [normalize(unpack(x), settings.mean, settings.std) for x in views]
+    if mix is not None:
+        images[0] = mix_images(images[0], partners(OTHERS, views[0]), mix)
+    if mix is not None and "second_box" in mix and len(images) > 1:
+        cut = {"share": jnp.ones_like(mix["share"]), "box": mix["second_box"]}
+        images[1] = mix_images(images[1], partners(OTHERS_2, views[1]), cut)
     rounded = tuple(view.astype(settings.dtype) for view in images)
     return TrainBatch(rounded, plan["labels"], plan["other_labels"], plan["weight"])
 

@@ -40,7 +40,7 @@ class Mixer:
     @property
     def cuts(self) -> bool:
         """Whether boxes are cut out of the partners."""
-        return self._mix.rule in (*BOX_RULES, "mixup_or_cutmix")
+        return self._mix.rule in (*BOX_RULES, "mixup_or_cutmix", "mixup_and_cutmix")
 
     def draw(self, step: int, labels: npt.NDArray[np.int32]) -> tuple[Arrays, Arrays]:
         """Draws how the batch of a step is mixed.
@@ -53,8 +53,9 @@ class Mixer:
             Arrays for the pixels and arrays for the labels. For the pixels these are `share`
             float32 `[B]` of the row's own image; `partner` int32 `[B]`, rows of the batch or
             positions in the training set that a second sampler drew; and, if the rule has a box,
-            `box` int16 `[B, 4]` (top, bottom, left, right), which shows only the partner. For the
-            labels they are `other_labels` int32 `[B]` and `weight` float32 `[B]`.
+            `box` int16 `[B, 4]` (top, bottom, left, right), which shows only the partner. A box of
+            the second view is `second_box`. For the labels they are `other_labels` int32 `[B]` and
+            `weight` float32 `[B]`.
         """
         partner, others = self._partners(step, labels)
         share, weight, box = self._shares(step, labels, others)
@@ -63,7 +64,7 @@ class Mixer:
             box = np.zeros_like(box)
         pixels = {"share": share, "partner": partner}
         if self.cuts:
-            pixels["box"] = box
+            pixels["second_box" if self._mix.of_two_views else "box"] = box
         return pixels, {"other_labels": others, "weight": weight}
 
     def _mixes(self, step: int) -> bool:
@@ -111,6 +112,8 @@ class Mixer:
             box[:], area = self._box(step, coefficient)
             share = np.ones(rows, np.float32)
             weight = np.full(rows, 1 - area, np.float32)
+        elif self._mix.of_two_views:
+            box[:], _ = self._box(step, coefficient)
         if rule in REMIX_RULES:
             weight = _relabel(
                 weight, counts, other_counts, self._mix.remix_kappa, self._mix.remix_tau

@@ -12,8 +12,8 @@ from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.device.views import DeviceView
 from balpoe_jax.data.settings import TrainSettings
 
-# Name of the view of partners that a second sampler draws.
-OTHERS = "others"
+# Names of the view of partners that a second sampler draws, and of their second view.
+OTHERS, OTHERS_2 = "others", "others_2"
 
 
 class Planner:
@@ -39,6 +39,8 @@ class Planner:
             self.views[f"images_{number}"] = DeviceView(augment, image_shape)
         if settings.mix.from_sampler:
             self.views[OTHERS] = first
+            if settings.mix.of_two_views and settings.views:
+                self.views[OTHERS_2] = DeviceView(settings.views[0], image_shape)
         self._labels = labels.astype(np.int32)
         self._order = Order(labels, settings)
         self._mixer = Mixer(labels, image_shape, settings) if settings.mix.alpha > 0 else None

@@ -270,7 +270,8 @@ def test_a_batch_that_is_not_mixed_is_its_own(rule: str) -> None:
     mix, labels = mixer.draw(tf.constant(3, tf.int64), tf.constant(batch_labels()), read)
     np.testing.assert_array_equal(labels.weight, 1)
     np.testing.assert_array_equal(labels.other_labels, batch_labels())
-    np.testing.assert_array_equal(mix_images(images, others, mix), images)
+    for of_view in filter(None, (mix.of_view(0), mix.of_view(1))):
+        np.testing.assert_array_equal(mix_images(images, others, of_view), images)
 
 
 def test_a_tiny_alpha_draws_a_coefficient() -> None:
@@ -314,6 +315,46 @@ def test_cmo_pastes_images_of_the_second_sampler_with_draws_of_their_own() -> No
             assert {tuple(pixel) for pixel in value.astype(int)} <= pixels
         mixed += 1
     assert 4 < mixed < 18
+
+
+TWO_VIEWS = MixSettings(alpha=1.0, rule="mixup_and_cutmix", sampling_power=1.0)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("partners", ["batch", "sampler"])
+def test_two_views_are_mixed_by_one_coefficient_with_the_same_partners(partners: str) -> None:
+    """The first as a whole, the second in a box; a third one is not mixed."""
+    source, moved = imbalanced_source(), AugmentSettings(crop_padding=1, flip=True)
+    how = dataclasses.replace(TWO_VIEWS, partners=partners)
+    # The second view of a partner of the sampler is known where nothing moves it.
+    views = (moved if partners == "batch" else AugmentSettings(), moved)
+    batches = list(train_batches(source, settings(how, views=views), 0, 12))
+    unmixed = list(train_batches(source, settings(MixSettings(), views=views), 0, 12))
+    mixer = Mixer(how, source.labels, (4, 4, 3), BATCH, 3, slice(0, BATCH))
+    areas = []
+    for step, (batch, before) in enumerate(zip(batches, unmixed, strict=True)):
+        step, others = tf.constant(step, tf.int64), before.views
+        if partners == "sampler":
+            positions = mixer.partners_to_read(step).numpy()
+            pixels = source.images[positions] / 255
+            others = (None, (pixels - make_settings().mean) / make_settings().std)
+            mix, _ = mixer.draw(step, before.labels, tf.constant(LABELS[positions]))
+            np.testing.assert_array_equal(batch.other_labels, LABELS[positions])
+        else:
+            mix, _ = mixer.draw(step, before.labels)
+            others = [view[mix.partners] for view in before.views]
+            expected = mix.share * before.views[0] + (1 - mix.share) * others[0]
+            np.testing.assert_allclose(batch.views[0], expected, atol=1e-6)
+            np.testing.assert_array_equal(batch.other_labels, before.labels[mix.partners])
+        np.testing.assert_array_equal(batch.mix_weight, np.full(BATCH, mix.share))
+        box = mix.second_share == 0
+        expected = np.where(box, others[1], before.views[1])
+        np.testing.assert_allclose(batch.views[1], expected, atol=1e-5)
+        np.testing.assert_array_equal(batch.views[2], before.views[2])
+        side = 4 * np.sqrt(1 - mix.share)
+        assert np.asarray(box).sum() <= side**2
+        areas.append(np.asarray(box).mean())
+    assert len(set(areas)) > 3
 
 
 @pytest.mark.integration

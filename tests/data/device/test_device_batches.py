@@ -176,6 +176,38 @@ def test_mixed_pixels_and_shares_belong_together(rule: str) -> None:
         np.testing.assert_allclose(batch.mix_weight, by_hand, atol=1e-6)
 
 
+@pytest.mark.parametrize("partners", ["batch", "sampler"])
+def test_two_views_are_mixed_by_one_coefficient_with_the_same_partners(partners: str) -> None:
+    """The first as a whole, the second in a box; a third one is not mixed."""
+    mix = MixSettings(alpha=1.0, rule="mixup_and_cutmix", partners=partners)
+    # The views of a partner of the sampler are known where nothing moves them.
+    how = AugmentSettings() if partners == "sampler" else MOVED
+    planner = planner_of(augment=how, views=(how, how), mix=mix)
+    unmixed = planner_of(augment=how, views=(how, how))
+    areas = []
+    for step in range(4):
+        plan, batch, before = planner.step(step), made(planner, step), made(unmixed, step).views
+        partner = plan["mix"]["partner"]
+        if partners == "sampler":
+            positions, others = partner, [normalized(images()[partner])] * 2
+        else:
+            positions, others = plan["index"][partner], [view[partner] for view in before]
+        share = plan["mix"]["share"][:, None, None, None]
+        expected = share * before[0] + (1 - share) * others[0]
+        np.testing.assert_allclose(batch.views[0], expected, atol=2e-6)
+        inside = np.zeros((BATCH, *SHAPE[:2], 1), bool)
+        for row, (top, bottom, left, right) in enumerate(plan["mix"]["second_box"]):
+            inside[row, top:bottom, left:right] = True
+        expected = np.where(inside, others[1], before[1])
+        np.testing.assert_allclose(batch.views[1], expected, atol=2e-6)
+        np.testing.assert_array_equal(batch.views[2], before[2])
+        np.testing.assert_array_equal(batch.other_labels, LABELS[positions])
+        np.testing.assert_array_equal(batch.mix_weight, plan["mix"]["share"])
+        assert (inside.mean(axis=(1, 2, 3)) <= 1 - batch.mix_weight + 1e-6).all()
+        areas.append(inside[0].mean())
+    assert len(set(areas)) > 1
+
+
 def test_mixing_begins_and_ends_at_its_epochs_and_by_its_probability() -> None:
     per_epoch = steps_per_epoch(len(LABELS), BATCH)
     mix = MixSettings(alpha=0.4, first_epoch=1, last_epoch=2)
