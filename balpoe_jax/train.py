@@ -164,7 +164,7 @@ def _train(
                 dispatches = list(_dispatches(experiment, plan, start))
                 with start_up.measure("pipeline"):
                     inputs = _make_inputs(experiment, plan, dispatches, workdir)
-                progress.follow(inputs, plan.context.batch_size)
+                progress.follow(inputs, settings.phases[plan.index].batch_size)
                 compiled: set[int] = set()
                 # Each is one call of a compiled program: a step, or a loop of steps.
                 for before, step in dispatches:

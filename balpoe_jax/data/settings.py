@@ -191,6 +191,13 @@ class MixSettings(Section):
         unimix: a weighted mean with a coefficient for each image, which favours the rarer.
         cmo: cutmix with partners from the second sampler.
 
+    With `regmixup` (Pinto et al., NeurIPS 2022) every rule gives batches of twice as many rows: of
+    each image the clean row, whose first label has the whole share, and next to it the mixed one.
+    So every part of a batch, of a device or a microbatch, has as many of both. As in the authors'
+    code (FrancescoPinto/RegMixup) both go through the network together, and the loss is the mean
+    over all rows. The paper's is a sum of two means, twice as large: the rate times 2 and the
+    weight decay over 2 make SGD take the same steps.
+
     Raises:
         UserError (a `ValueError`): a value that is not valid.
     """
@@ -233,6 +240,11 @@ class MixSettings(Section):
         "CMO always has the sampler.",
         choices=PARTNERS,
     )
+    regmixup: bool = setting(
+        False,
+        "Whether a batch has each image twice, as it is and then mixed (RegMixup): the mean over "
+        "its rows is half the sum of the two losses.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,6 +258,11 @@ class MixSettings(Section):
     def from_sampler(self) -> bool:
         """Whether partners are read from the training set rather than found in the batch."""
         return self.alpha > 0 and (self.rule == "cmo" or self.partners == "sampler")
+
+    @property
+    def rows_per_image(self) -> int:
+        """How many rows of a batch an image has, the mixed one and with RegMixup a clean one."""
+        return 2 if self.regmixup and self.alpha > 0 else 1
 
     @property
     def always(self) -> bool:

@@ -48,7 +48,7 @@ class Context:
         class_counts: int64 `[C]`, training images of each class.
         taus: of the experts, for methods whose experts have any.
         scale: of the cosine classifier; 1 for a linear one.
-        batch_size: of the global batch.
+        batch_size: of the global batch, in rows.
         steps_per_epoch: in updates, of this phase.
         first_step: updates made before this phase.
         axis_name: the mapped axis over which a batch is shared; None outside of one.

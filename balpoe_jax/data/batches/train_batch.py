@@ -118,7 +118,10 @@ class TrainBatchMaker:
         how = self._settings.mean, self._settings.std, self._settings.dtype
         first, *further = images.values()
         views = (to_input(first, *how, others, mix), *(to_input(view, *how) for view in further))
-        return TrainBatch(views, labels, other_labels, weight)
+        made = TrainBatch(views, labels, other_labels, weight)
+        if self._settings.mix.rows_per_image == 1:
+            return made
+        return with_clean_rows(made, to_input(first, *how))
 
     def _if_needed(
         self,
@@ -136,6 +139,26 @@ class TrainBatchMaker:
     def _random(self, batch: Batch, stream: str) -> RowRandom:
         seed = stream_seed(self._settings.seed, stream, batch["step"][0])
         return RowRandom(seed, self._settings.batch_size, self._rows)
+
+
+def with_clean_rows(batch: TrainBatch, clean: tf.Tensor) -> TrainBatch:
+    """RegMixup's batch of `2 * rows`: of each image the clean row and then the mixed one.
+
+    Args:
+        batch: Mixed batch.
+        clean: First view before it was mixed, as the network gets it.
+    """
+
+    def pair(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.stack([first, second], axis=1), [-1, *first.shape[1:]])
+
+    mixed, *further = batch.views
+    return TrainBatch(
+        views=(pair(clean, mixed), *(pair(view, view) for view in further)),
+        labels=pair(batch.labels, batch.labels),
+        other_labels=pair(batch.labels, batch.other_labels),
+        mix_weight=pair(tf.ones_like(batch.mix_weight), batch.mix_weight),
+    )
 
 
 def to_input(
