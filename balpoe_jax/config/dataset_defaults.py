@@ -27,6 +27,8 @@ RECIPE_CHOICES = ("own", "standard", "strong", "long")
 _SCALED = (
     "mix.first_epoch",
     "mix.last_epoch",
+    "optim.swa",
+    "optim.swa_anneal_epochs",
     "phase2.epochs",
     "phase2.decay_epochs",
     "phase2.warmup_epochs",
@@ -178,7 +180,12 @@ def set_method(
 
 
 def _is_of_schedule(field: str) -> bool:
-    """Whether a field is one of those that BalPoE's recipes set for all methods."""
+    """Whether a field is one of those that BalPoE's recipes set for all methods.
+
+    What a method does to gradients and weights is its own, but not a rate that fits other rates.
+    """
+    if field in ("optim.sam", "optim.ema", "optim.swa"):
+        return False
     return field in ("total_epochs", "batch_size") or field.startswith(
         ("optim.", "augment.", "other_augment.")
     )
@@ -209,6 +216,8 @@ def _scale_epochs(
     for field in (*of_method, *(name for name in _SCALED if name in fields)):
         section, _, name = field.rpartition(".")
         config[section][name] = _scaled(config[section][name], epochs / own_epochs)
+    if config.optim.swa is not None:  # of which one epoch at least is left
+        config.optim.swa = min(config.optim.swa, epochs - 1)
 
 
 def _scaled(value: Any, scale: float) -> Any:
