@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Balanced Product of Calibrated Experts, and long-tailed recognition, in JAX.
 
-The parts for a training loop of one's own are attributes, imported when they are first asked for:
+The parts for your own training loop are attributes, which are imported on first use:
 `balpoe_jax.losses`, `balpoe_jax.models` and `balpoe_jax.metrics`. None of them needs TensorFlow.
 """
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 else:  # not for type checkers, which would believe in any attribute
 
     def __getattr__(name: str) -> ModuleType:
-        """A part of the library, imported when it is first asked for."""
+        """A part of the library, imported on first use."""
         if name in _LAZY:
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """What there is, with the parts that are not imported yet."""
+    """All names, those of parts that are not imported yet among them."""
     return sorted({*globals(), *_LAZY})

@@ -26,16 +26,16 @@ from balpoe_jax.renames import rename_overrides
 _EXIT_ERROR = 1
 _EXIT_USER_ERROR = 2
 _EXIT_PASSING_ERROR = os.EX_TEMPFAIL  # 75
-_EXIT_INTERRUPTED = 130  # as a shell reports it
-_EXIT_PREEMPTED = 143  # likewise, of SIGTERM
+_EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
+_EXIT_PREEMPTED = 143  # as a shell reports SIGTERM
 
-# What libraries read when they start, unless it is set already.
+# Variables that libraries read when they start; what the user has set stays.
 _ENVIRONMENT = {
-    # Of XLA, its plugins for GPUs and TPUs, and TensorFlow: only what ends the process. They report
-    # every attempt of the autotuner and every start of a device, as warnings and errors.
+    # XLA, its plugins for GPUs and TPUs, and TensorFlow log only what ends the process. They would
+    # report every attempt of the autotuner and every start of a device, as warnings and errors.
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "GRPC_VERBOSITY": "ERROR",  # it has a line for every process that is started
-    "TF_ENABLE_ONEDNN_OPTS": "0",  # announces itself, and rounds otherwise
+    "GRPC_VERBOSITY": "ERROR",  # otherwise a line for every process that starts
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # it announces itself, and rounds differently
     # Keeps the memory of a batch for the next: handing out fresh pages for each batch of
     # photographs would take a sixth of the time.
     "TF_CPU_ALLOCATOR_USE_BFC": "1",
@@ -45,7 +45,7 @@ _LONGEST_LINE = 3000  # of a message, in characters
 
 
 def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command: defines and parses flags, then calls `main` with what is left of them.
+    """Runs a command: defines and parses flags, then calls `main` with the remaining arguments.
 
     Wrong flags and every `UserError` end the process with one line on stderr and exit code 2, a
     `TransientError` with one and 75, an interruption from the keyboard with one and 130, a
@@ -76,7 +76,7 @@ def run(define_flags: Callable[[], None], main: Callable[[Sequence[str]], None])
 
 
 def report(error: BaseException) -> int:
-    """Prints what ended a command, in one line if it is of a known kind; returns the exit code."""
+    """Prints why a command ends, in one line if the kind is known, and returns the exit code."""
     if isinstance(error, UserError):
         _print_error(str(error))
         return _EXIT_PASSING_ERROR if isinstance(error, TransientError) else _EXIT_USER_ERROR
@@ -114,14 +114,14 @@ def define_config_flag() -> None:
 
 
 def use_compilation_cache(folder: str | None) -> None:
-    """Keeps what JAX compiles in a folder and takes from there what another process compiled.
+    """Keeps what JAX compiles in a folder, and reuses what another process compiled.
 
     Args:
-        folder: None for one of the user's, by kind of machine, unless JAX has one already (such as
-            by `JAX_COMPILATION_CACHE_DIR`); empty for JAX's own settings as they are.
+        folder: Folder of the cache. None: the user's, by kind of machine, unless JAX has one
+            already (such as by `JAX_COMPILATION_CACHE_DIR`). Empty: JAX's own settings.
 
     Raises:
-        UserError (a `ValueError`): a folder that was asked for and cannot be written to.
+        UserError (a `ValueError`): a given folder that cannot be written to.
     """
     if folder == "":
         return
@@ -150,8 +150,8 @@ def use_compilation_cache(folder: str | None) -> None:
 def _default_cache() -> Path:
     """The user's folder of compiled programs for this kind of machine.
 
-    JAX tells the programs of GPUs and TPUs apart by the device, those of CPUs by less than the
-    instructions that they consist of.
+    JAX keys the programs of GPUs and TPUs by the device. Those of CPUs it keys by less than the
+    instruction sets that they use.
     """
     home = os.environ.get("XDG_CACHE_HOME", "")
     caches = Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()
@@ -165,7 +165,7 @@ def _default_cache() -> Path:
 
 
 def _log_to_terminal() -> None:
-    """Our own lines as they are on stdout; of the libraries, warnings on stderr."""
+    """Sends our own lines to stdout as they are, and warnings of libraries to stderr."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("balpoe_jax")
@@ -183,7 +183,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         names = ", ".join(config_files.names())
         _fail(f"There is no config {file!r}; choose from {names}, or name a file, as FILE.py.")
     if os.path.exists(file) and not os.path.isfile(file):  # such as a device, which may never end
-        _fail(f"The config file {file} is no file; name an experiment's, as configs/digits_lt.py.")
+        _fail(
+            f"The config file {file} is no file; name an experiment's, like configs/digits_lt.py."
+        )
     argv = rename_overrides(argv, partial(_own_taus, argv))
     try:
         sys.argv = argv  # where ml_collections looks for overrides
@@ -192,8 +194,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         about_field = str(error).startswith("flag --config.")
         _fail((about_field and _unknown_field(argv)) or _own_sentence(error))
     except Exception as error:
-        # Of ml_collections, which names the field at best: a file that it cannot load, or an
-        # override that does not fit the config and that it expects no more than its type does.
+        # ml_collections, which names the field at best, met a file that it cannot load, or an
+        # override that does not fit the config.
         _fail(_unknown_field(argv) or _own_sentence(error))
     finally:
         sys.argv = given  # as the run's record keeps it
@@ -206,15 +208,15 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _own_taus(argv: Sequence[str]) -> tuple[float, ...]:
-    """The taus of a config file, where only one of their ends is given by its old name."""
+    """The taus that a config file has, for a command that gives one end by its old name."""
     try:
         return tuple(ConfigFileFlagParser("config").parse(_config_path(argv)).loss.taus)
-    except Exception:  # whatever a config file raises; it will be told when the flags are parsed
+    except Exception:  # whatever a config file raises; parsing the flags will report it
         return (0.0, 2.0)
 
 
 def _own_sentence(error: Exception) -> str:
-    """The message of an error; of the tracebacks that ml_collections quotes, the last line."""
+    """The message of an error; only the last line of a traceback that ml_collections quotes."""
     message = str(error)
     if "Traceback (most recent call last)" in message:
         last_line = message.strip().splitlines()[-1]
@@ -223,9 +225,9 @@ def _own_sentence(error: Exception) -> str:
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
-    """Names the first override that is of no single field of the config, with the valid ones.
+    """A sentence on the first override that names no field of the config, with the valid ones.
 
-    None if each is of one, or the config itself cannot be loaded.
+    None if each names a field, or if the config itself cannot be loaded.
     """
     try:
         config = ConfigFileFlagParser("config").parse(_config_path(argv))
@@ -249,7 +251,7 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
 
 
 def _config_path(argv: Sequence[str]) -> str:
-    """What --config was given at last, in either spelling."""
+    """The last value of --config, in either spelling."""
     path = ""
     for item, following in zip(argv, (*argv[1:], ""), strict=True):
         name, equals, value = item.lstrip("-").partition("=")
@@ -267,6 +269,6 @@ def _print_error(message: str) -> None:
     line = " ".join(message.split())
     if len(line) > _LONGEST_LINE:  # it repeats what it was given
         line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
-    # Without what a terminal takes for a command, and half characters, which no stream takes.
+    # Without characters that a terminal obeys, and without surrogates, which no stream takes.
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     print(f"Error: {line}", file=sys.stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the config files are: those of the package, and what `--config` means by a name."""
+"""The config files of the package, and the file that `--config` means."""
 
 import os
 import re
@@ -10,9 +10,9 @@ _PACKAGE = Path(__file__).parent
 
 
 def folder() -> Path:
-    """The folder of the package's config files: inside it when installed, next to it in a checkout.
+    """The folder of the package's config files.
 
-    Its files are `balpoe_jax.configs` once installed, and `configs/` at the top of the repository.
+    Once installed it is `balpoe_jax.configs`; in a checkout, `configs/` next to the package.
     """
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
@@ -26,11 +26,11 @@ def names() -> list[str]:
 def locate(given: str) -> str:
     """The file that a value of `--config` means, with the arguments that it was given.
 
-    `configs/NAME.py` is the file if it exists and the package's one of that name otherwise. `NAME`
-    is short for that. Everything else, and what nobody has, stays as it is.
+    `configs/NAME.py` is that file if it exists, and the package's file of that name otherwise.
+    `NAME` is short for it. Any other value, and a name that is unknown, stays as it is.
 
     Args:
-        given: `FILE.py[:arguments]` or `NAME[:arguments]`.
+        given: Value of the flag, `FILE.py[:arguments]` or `NAME[:arguments]`.
     """
     file, colon, arguments = given.partition(":")
     if is_name(given):

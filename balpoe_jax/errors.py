@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions that mean "the program is not wrong"."""
+"""The exceptions of a user's mistakes, of passing trouble and of preemption; not of bugs."""
 
 import errno
 import signal as signal_module
@@ -9,7 +9,7 @@ _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE, e
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a flag, a config, a data set, a workdir, a checkpoint.
+    """Something that the user can fix: a flag, a config, a data set, a workdir, a checkpoint.
 
     The message is one sentence: what was expected, what came, what to do. The command line prints
     it without a traceback and exits with code 2; library callers can catch it as a `ValueError`.
@@ -17,9 +17,9 @@ class UserError(ValueError):
 
 
 class TransientError(UserError):
-    """What may have passed when the same command is started again: a full disk, a host not there.
+    """Trouble that may have passed when the same command starts again, such as a full disk.
 
-    The command line prints it likewise and exits with code 75, so that whoever restarts can tell.
+    The command line prints it in the same way and exits with code 75, so that a scheduler can tell.
     """
 
 
@@ -27,7 +27,7 @@ class Preempted(Exception):  # noqa: N818
     """The machine is about to be taken away; what there was to save is saved.
 
     Attributes:
-        signal: by which the process was told; SIGTERM where another process was.
+        signal: Signal that told the process; SIGTERM where it told another process.
     """
 
     def __init__(self, message: str, signal: signal_module.Signals | None = None) -> None:
@@ -36,7 +36,7 @@ class Preempted(Exception):  # noqa: N818
 
 
 def is_transient(error: OSError) -> bool:
-    """Whether it is of a full disk or of storage that does not answer, and not of a wrong path."""
+    """Whether an error comes from a full disk or silent storage, and not from a wrong path."""
     return isinstance(error, TimeoutError | ConnectionError) or error.errno in _PASSING
 
 

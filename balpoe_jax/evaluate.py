@@ -33,14 +33,14 @@ def evaluate(settings: Settings, workdir: str) -> dict[str, Any]:
     """Restores the newest checkpoint of a run, evaluates it and writes results and report.
 
     Args:
-        settings: those that the run was trained with.
-        workdir: of the run.
+        settings: Settings that the run was trained with.
+        workdir: Folder of the run.
 
     Returns:
-        What `results.json` holds; of several processes, the others than the first get nothing.
+        Content of `results.json`; nothing in other processes than the first.
 
     Raises:
-        UserError (a `ValueError`): no run or no checkpoint there, or one of another config.
+        UserError (a `ValueError`): no run there, no checkpoint, or a run of another config.
     """
     there = record.locate(workdir)
     multihost.run_on_process_0(lambda: record.check_same_config(there, settings))
@@ -56,16 +56,11 @@ def evaluate(settings: Settings, workdir: str) -> dict[str, Any]:
             raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
         log.info("Evaluating the checkpoint of step %d", int(state.step))
         results, test = Evaluator(experiment).score(state, path / "predictions")
-        if results:
-            step, policy = results["step"], settings.data.on_bad_image
-            results |= non_finite.summary(settings.optim.skip_non_finite, path, step)
-            results |= bad_images.count(policy, path, step)
-            publish(results, test, path)
-    return results
+        return publish(results, test, settings, path)
 
 
 class Interrupted(Exception):  # noqa: N818
-    """An evaluation was given up, as asked."""
+    """An evaluation was abandoned on request."""
 
 
 class Evaluator:
@@ -87,12 +82,16 @@ class Evaluator:
         """Accuracy and calibration on the test set alone, for a look at a running training.
 
         Args:
-            state: of the training.
-            folder: for the predictions.
-            interrupted: asked before every batch whether to give up, which raises `Interrupted`.
+            state: State of the training.
+            folder: Folder of the predictions.
+            interrupted: Function that is called before every batch and says whether to give up.
 
-        Returns `step`, `epoch`, `num_parameters`, `class_counts`, `test` and `experts` of
-        `results.json`; nothing in other processes than the first.
+        Returns:
+            `step`, `epoch`, `num_parameters`, `class_counts`, `test` and `experts` of
+            `results.json`; nothing in other processes than the first.
+
+        Raises:
+            Interrupted: `interrupted` said so.
         """
         data = self._experiment.data
         variables = self._variables(state, interrupted)
@@ -110,7 +109,7 @@ class Evaluator:
         """Predicts every test and held-out example once, into `folder`, and scores all there is.
 
         Returns:
-            The content of `results.json`: plain values, None where undefined; and the predictions
+            The content of `results.json` (plain values, None where undefined), and the predictions
             of the test set. Nothing and None in other processes than the first.
         """
         experiment, data = self._experiment, self._experiment.data
@@ -170,11 +169,11 @@ class Evaluator:
     ) -> list[expert_weights.Aggregation]:
         """Weights learnt for each target distribution; all processes predict, the first learns."""
         experiment = self._experiment
-        evaluation = experiment.settings.eval
-        learnt = [expert_weights.start(len(experiment.program.taus)) for _ in experiment.targets]
-        for epoch in range(
-            evaluation.expert_weights_epochs if len(experiment.program.taus) > 1 else 0
-        ):
+        evaluation, num_experts = experiment.settings.eval, len(experiment.program.taus)
+        if num_experts == 1 or not evaluation.expert_weights_epochs:
+            return []
+        learnt = [expert_weights.start(num_experts) for _ in experiment.targets]
+        for epoch in range(evaluation.expert_weights_epochs):
             prefixes = [f"view{i}_" for i in range(2)]
             try:
                 views = [
@@ -200,7 +199,7 @@ class Evaluator:
             finally:
                 if multihost.is_first():
                     predictions.remove(folder, *prefixes)
-        return learnt if learnt and len(learnt[0].history) > 1 else []
+        return learnt if multihost.is_first() else []
 
     def _predict(
         self,
@@ -211,10 +210,10 @@ class Evaluator:
         interrupted: Callable[[], bool] = lambda: False,
         view: int | None = None,
     ) -> predictions.Predictions | None:
-        """Every example of `source` once; the logits go to disk as they come.
+        """Predicts every example of `source` once; the logits go to disk as they come.
 
         With `view`, a number, each is augmented at random. All processes predict, each its part of
-        every batch; the first one alone takes them down.
+        every batch, and the first one alone writes.
         """
         experiment = self._experiment
         shape = (len(experiment.program.taus), len(source), experiment.data.num_classes)
@@ -255,15 +254,30 @@ def _unless(interrupted: Callable[[], bool], batches: Iterable[_Batch]) -> Itera
         yield batch
 
 
-def publish(results: dict[str, Any], test: predictions.Predictions | None, workdir: Path) -> None:
-    """Writes `results.json` and the report, and logs the main tables.
+def publish(
+    results: dict[str, Any],
+    test: predictions.Predictions | None,
+    settings: Settings,
+    workdir: Path,
+) -> dict[str, Any]:
+    """Writes `results.json` and the report, and logs the main tables; in process 0 alone.
 
     Args:
-        results: what `results.json` is to hold.
+        results: Results that `Evaluator.score` returned; empty in other processes than the first.
         test: Predictions of the test set, which the report shows.
-        workdir: of the run.
+        settings: Settings of the experiment.
+        workdir: Folder of the run.
+
+    Returns:
+        Content of `results.json`: the results, and how many steps and images were left out.
     """
+    if not results:
+        return {}
+    step = results["step"]
+    results |= non_finite.summary(settings.optim.skip_non_finite, workdir, step)
+    results |= bad_images.count(settings.data.on_bad_image, workdir, step)
     files.write_atomically(workdir / files.RESULTS, json.dumps(results, indent=2) + "\n")
     page = report.write_report_of(workdir, results, test)
     width = shutil.get_terminal_size().columns
     log.info("\n%s\n\nReport: %s", report.result_text(results, width), page)
+    return results

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files written as a whole or not at all, JSON, and names of files that are being written."""
+"""Files that are written as a whole or not at all, JSON, and temporary names."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from balpoe_jax.errors import TransientError, UserError, is_transient
 
-# The names of what a run leaves in its workdir.
+# The names of a run's files in its workdir.
 CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
     "config.json",
     "metrics.jsonl",
@@ -26,7 +26,7 @@ CONFIG, METRICS, DISCARDED, RESULTS, LOG = (
 def reports_write_errors(path: Path) -> Iterator[None]:
     """Turns an operating system's refusal to write a file or folder into a `UserError`.
 
-    It is a `TransientError` when `is_transient` says so of the refusal.
+    The error is a `TransientError` if `is_transient` says so of the refusal.
     """
     try:
         yield
@@ -38,10 +38,10 @@ def reports_write_errors(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None when there is no readable one."""
+    """The JSON object in a file; None if there is none, or none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the last, of very many brackets
+    except (OSError, ValueError, RecursionError):  # recursion: thousands of brackets
         return None
     return content if isinstance(content, dict) else None
 
@@ -79,12 +79,12 @@ def to_json(value: Any) -> Any:
 
 
 def temporary(path: Path) -> Path:
-    """A name of this process's own beside `path`, hidden."""
+    """A hidden name next to `path`, of this process's own."""
     return path.with_name(f"{_of_this_host()}{os.getpid()}.{path.name}")
 
 
 def clear(*folders: Path) -> None:
-    """Deletes what processes of this host left that do not live any more."""
+    """Deletes temporary files of this host's processes that have ended."""
     for folder in folders:
         for path in folder.glob(f"{_of_this_host()}*"):
             pid = path.name.removeprefix(_of_this_host()).partition(".")[0]

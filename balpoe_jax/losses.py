@@ -5,7 +5,7 @@ The notation is that of the paper (Sanchez Aimar et al., Balanced Product of Cal
 Long-Tailed Recognition, CVPR 2023): `C` classes, training prior `pi`, `E` experts with biases
 `tau_e = 1 - lambda_e`. Losses come back per example; reductions are the caller's visible lines.
 
-A training loop of one's own needs three calls:
+Your own training loop needs three calls:
 
 >>> import jax.numpy as jnp
 >>> prior = log_prior([500, 50, 5])
@@ -28,7 +28,7 @@ from balpoe_jax.errors import UserError
 # Keeps the logarithm finite for a class without examples; the reference adds it for every class.
 _PRIOR_EPSILON = 1e-9
 
-# Up to which whole numbers are exact as floats.
+# The largest whole number up to which all are exact as floats.
 _LARGEST = 2**53
 
 # Below this the focal factor no longer changes: its gradient stays finite for an exponent below 1.
@@ -39,8 +39,8 @@ def log_prior(class_counts: npt.ArrayLike, allow_empty: bool = False) -> jax.Arr
     """Logarithm of the training prior, `log(n / sum(n) + 1e-9)`.
 
     Args:
-        class_counts: `[C]`, training examples of each class, not negative.
-        allow_empty: accept classes without examples; their entry is `log(1e-9)`.
+        class_counts: Numbers of training examples by class, `[C]`, not negative.
+        allow_empty: Whether to accept classes without examples; their entry is `log(1e-9)`.
 
     Returns:
         float32 `[C]`, computed in float64.
@@ -77,9 +77,9 @@ def equidistant_taus(low: float, high: float, num_experts: int) -> tuple[float, 
     One expert gets the mid-point, which for `low=0, high=2` makes it balanced softmax.
 
     Args:
-        low: tau of the first expert (0: it keeps the training prior).
-        high: tau of the last expert (2: it is biased to the inverted prior).
-        num_experts: at least 1.
+        low: Tau of the first expert (0: it keeps the training prior).
+        high: Tau of the last expert (2: it is biased to the inverted prior).
+        num_experts: Number of experts, at least 1.
 
     Returns:
         `num_experts` Python floats. The mean is `(low + high) / 2`; the ensemble is unbiased for
@@ -102,12 +102,12 @@ def logit_adjusted_cross_entropy(
     belongs to training only: predict with the raw logits.
 
     Args:
-        logits: float `[..., C]`. Computed in float32, or in float64 if given so.
-        labels: int `[...]` class indices in `[0, C)`, or float `[..., C]` distributions, such as
+        logits: Logits, float `[..., C]`. The loss is computed in float32, or in their float64.
+        labels: Class indices in `[0, C)`, int `[...]`, or distributions, float `[..., C]`, such as
             the mixed labels of mixup. An index out of range gives `nan`: it cannot be refused
             inside a compiled function.
-        log_prior: float `[C]`, see `log_prior`.
-        tau: scalar, or an array that broadcasts against `[...]`.
+        log_prior: Logarithm of the training prior, float `[C]`, see `log_prior`.
+        tau: Factor of the log prior: a scalar, or an array that broadcasts against `[...]`.
 
     Returns:
         float `[...]`, the loss of each example in nats.
@@ -164,11 +164,11 @@ def balpoe_loss(
     against weight decay. Paper, Eq. 7.
 
     Args:
-        expert_logits: float `[E, B, C]`.
-        labels: int `[B]`, or float `[B, C]` label distributions. The loss is linear in the label,
-            so a mixed label equals the mix of two losses.
-        log_prior: float `[C]`, see `log_prior`.
-        taus: `[E]`, see `equidistant_taus`.
+        expert_logits: Logits of each expert, float `[E, B, C]`.
+        labels: Class indices, int `[B]`, or distributions, float `[B, C]`. The loss is linear in
+            the label, so a mixed label equals the mix of two losses.
+        log_prior: Logarithm of the training prior, float `[C]`, see `log_prior`.
+        taus: Factor of the log prior for each expert, `[E]`, see `equidistant_taus`.
 
     Returns:
         float `[B]`, the loss of each example in nats.
@@ -203,7 +203,7 @@ def _check_shapes(logits: jax.Array, labels: jax.Array, log_prior: jax.Array) ->
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of float logits `[B, C]` and int labels `[B]`, in nats: float `[B]`."""
+    """Cross-entropy of float logits `[B, C]` and int labels `[B]`, in nats: float `[B]`."""
     return logit_adjusted_cross_entropy(logits, labels, jnp.zeros(logits.shape[-1:]), 0.0)
 
 
@@ -213,8 +213,8 @@ def focal_loss(losses: jax.Array, gamma: float) -> jax.Array:
     The focal loss of Lin et al. (ICCV 2017).
 
     Args:
-        losses: float `[B]`, cross-entropies.
-        gamma: not negative; 0 leaves them as they are.
+        losses: Cross-entropies, float `[B]`.
+        gamma: Exponent, not negative; 0 leaves the losses as they are.
     """
     if gamma == 0:
         return losses
@@ -230,8 +230,8 @@ def class_balanced_weights(
     examples they are nearly proportional to `1 / n`.
 
     Args:
-        class_counts: int `[C]`, none of them 0.
-        beta: in [0, 1); 0 gives equal weights.
+        class_counts: Numbers of training examples by class, int `[C]`, none of them 0.
+        beta: Parameter of the effective number, in [0, 1); 0 gives equal weights.
 
     Returns:
         float64 `[C]`.
@@ -246,8 +246,8 @@ def ldam_margins(
     """Margins `max_margin * (n / n_min)^(-1/4)` of cosines, the rarest class's being the largest.
 
     Args:
-        class_counts: int `[C]`, none of them 0.
-        max_margin: of the rarest class.
+        class_counts: Numbers of training examples by class, int `[C]`, none of them 0.
+        max_margin: Margin of the rarest class.
 
     Returns:
         float64 `[C]`.
@@ -264,10 +264,10 @@ def ldam_loss(
     The loss of Cao et al. (NeurIPS 2019).
 
     Args:
-        logits: float `[B, C]`, of a cosine head, its scale included.
-        labels: int `[B]`.
-        margins: float `[C]`, see `ldam_margins`.
-        scale: of the cosine head; the margin is scaled by it.
+        logits: Logits of a cosine head, float `[B, C]`, its scale included.
+        labels: Class indices, int `[B]`.
+        margins: Margin of each class, float `[C]`, see `ldam_margins`.
+        scale: Scale of the cosine head, by which the margins are multiplied.
 
     Returns:
         float `[B]`, in nats.

@@ -13,29 +13,37 @@ from balpoe_jax.run.preemption import PreemptionNotice
 
 
 def define_flags() -> None:
-    """Defines --config, --workdir, --mode, and those of a run of several processes."""
+    """Defines --config, --workdir, --mode, and the flags of a run of several processes."""
     cli.define_run_flags()
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train and evaluate, or evaluate only.")
     flags.DEFINE_bool(
         "distributed",
         False,
-        "This is one of several processes: TPU pods (GKE's too), Slurm and Open MPI tell which.",
+        "Whether this is one of several processes; TPU pods (GKE's too), Slurm and Open MPI tell "
+        "which.",
     )
     flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0, where nothing tells which it is."
+        "coordinator_address", None, "HOST:PORT of process 0, where the cluster does not tell it."
     )
-    flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "Number of processes, where the cluster does not tell it.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "Number of this process, counted from 0.", lower_bound=0
+    )
     flags.DEFINE_integer(
         "heartbeat_timeout_seconds",
         60,
-        "Without a sign of life from another process before this one ends.",
+        "Seconds without a sign of life from another process before this one ends.",
         lower_bound=1,
     )
     flags.DEFINE_integer(
         "start_timeout_seconds",
         300,
-        "For all processes to find each other before this one ends, with exit code 75.",
+        "Seconds for all processes to find each other before this one ends, with exit code 75.",
         lower_bound=1,
     )
 
@@ -49,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _processes() -> contextlib.AbstractContextManager[None]:
-    """The run's other processes, if the launcher says that there are any."""
+    """A context within which this process belongs to the run's others, if the flags name any."""
     # Here and not above: JAX reads its environment when it is imported.
     from balpoe_jax.run import multihost
 
@@ -62,7 +70,9 @@ def _processes() -> contextlib.AbstractContextManager[None]:
         )
     if not values.distributed:
         if None not in which:
-            raise UserError("--coordinator_address and what belongs to it need --distributed.")
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id need --distributed."
+            )
         return contextlib.nullcontext()
     if None not in which and values.process_id >= values.num_processes:
         raise UserError(
@@ -78,6 +88,7 @@ def _processes() -> contextlib.AbstractContextManager[None]:
 
 
 def _start(notice: PreemptionNotice) -> None:
+    """Resolves the config, and trains or evaluates."""
     # Here and not above, so that --help and wrong flags need not wait for JAX.
     from balpoe_jax.config import resolve
     from balpoe_jax.evaluate import evaluate

@@ -35,7 +35,7 @@ def over_one_vector(inner: optax.GradientTransformation) -> optax.GradientTransf
     """An optimizer whose update works on one vector; the state's tree stays `inner`'s.
 
     Args:
-        inner: optimizer that treats every number by itself, and whose state consists of scalars
+        inner: Optimizer that treats every number by itself, and whose state consists of scalars
             and of trees like the parameters.
     """
 
@@ -46,7 +46,7 @@ def over_one_vector(inner: optax.GradientTransformation) -> optax.GradientTransf
             return jax.tree.structure(node) == structure
 
         def joined(node: Any) -> Any:
-            # What fuses with the parts that it is joined of would be computed part by part.
+            # An operation that fuses with the join would be computed part by part.
             return jax.lax.optimization_barrier(join(node)) if is_tree(node) else node
 
         vectors = jax.tree.map(joined, state, is_leaf=is_tree)

@@ -37,13 +37,13 @@ def learning_rates(
     with both counted from there.
 
     Args:
-        epochs: number of epochs, at least 1.
-        base_lr: rate before any factor.
-        schedule: one of `SCHEDULES`.
-        boundaries: increasing epochs at which `step` decays; ignored by the others.
-        factor: of each decay.
-        warmup_epochs: length of the linear warm-up; 0 for none.
-        warmup_start: the factor from which it rises, that of an epoch before the first.
+        epochs: Number of epochs, at least 1.
+        base_lr: Rate before any factor.
+        schedule: Name of the schedule, one of `SCHEDULES`.
+        boundaries: Increasing epochs at which `step` decays; ignored by the others.
+        factor: Factor of each decay.
+        warmup_epochs: Length of the linear warm-up in epochs; 0 for none.
+        warmup_start: Factor from which it rises, that of an epoch before the first.
 
     Returns:
         float64 `[epochs]`.
@@ -110,8 +110,8 @@ def rate_of_step(
     """A schedule for Optax: the rate of the epoch that a step belongs to.
 
     Args:
-        rates: `[epochs]`; the last one stays in force beyond the end.
-        steps_per_epoch: at least 1.
+        rates: Rate of each epoch, `[epochs]`; the last one stays in force beyond the end.
+        steps_per_epoch: Number of steps in an epoch, at least 1.
     """
     table = jnp.asarray(rates, jnp.float32)
 
@@ -153,9 +153,9 @@ def make_optimizer(
     Every parameter means BatchNorm's scales and biases too: the reference makes no exception.
 
     Args:
-        learning_rate, momentum, nesterov: see `optax.sgd`.
-        weight_decay: factor of the parameters that are added to the gradient.
-        as_one_vector: whether all parameters are updated at once, see `one_vector`: the numbers and
+        learning_rate, momentum, nesterov: Arguments of `optax.sgd`.
+        weight_decay: Factor of the parameters that are added to the gradient.
+        as_one_vector: Whether all parameters are updated at once, see `one_vector`: the numbers and
             the state are the same.
     """
     optimizer = optax.chain(

@@ -28,8 +28,8 @@ class Parallel:
     """The devices that share a batch, and the verbs to use them.
 
     Attributes:
-        mode: "pmap" or "shard_map".
-        mesh: one-dimensional, its axis is `AXIS_NAME`; the devices of a process are neighbours.
+        mode: Way of mapping, "pmap" or "shard_map".
+        mesh: Mesh of one axis, `AXIS_NAME`; the devices of a process are neighbours.
     """
 
     mode: str
@@ -37,17 +37,17 @@ class Parallel:
 
     @property
     def num_devices(self) -> int:
-        """Devices that share a batch, in all processes."""
+        """Number of devices that share a batch, in all processes."""
         return self.mesh.size
 
     @property
     def platform(self) -> str:
-        """What the devices are: "cpu", "gpu" or "tpu"."""
+        """Kind of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def num_hosts(self) -> int:
-        """Processes that share a batch; each makes the input of its own devices."""
+        """Number of processes that share a batch; each makes the input of its own devices."""
         return len({device.process_index for device in self.mesh.devices.flat})
 
     @property
@@ -62,12 +62,12 @@ class Parallel:
 
     @property
     def _placement(self) -> Mesh:
-        """The devices that arrays are placed on: pmap takes and gives what is local."""
+        """The devices that arrays are placed on; with several hosts, pmap's are the local ones."""
         several = self.mode == "pmap" and self.num_hosts > 1
         return self.mesh.local_mesh if several else self.mesh
 
     def check_batch_size(self, batch_size: int, name: str, accumulate: int = 1) -> None:
-        """Refuses a global batch that the devices, and their microbatches, cannot share equally."""
+        """Refuses a global batch that devices and microbatches cannot share equally."""
         if batch_size < 1 or batch_size % (self.num_devices * accumulate):
             times, microbatches = "", ""
             if accumulate > 1:
@@ -90,12 +90,12 @@ class Parallel:
                 several, `[K, b, ...]`.
             axis: The axis of the rows, 0 or 1.
         """
-        if self.mode == "pmap":  # which wants the device axis as an axis of its own, the first
+        if self.mode == "pmap":  # which wants a leading axis of devices
             cut = partial(_split, parts=self._placement.size, axis=axis)
             return jax.device_put(jax.tree.map(cut, batch), self.sharded)
         placement = NamedSharding(self._placement, _rows(axis))
         if self.num_hosts > 1:
-            # Asked for, though JAX takes it for one that nobody did where rows are not first.
+            # An explicit transfer, which JAX takes for an implicit one where rows are not first.
             with jax.transfer_guard_host_to_device("allow"):
                 return jax.make_array_from_process_local_data(placement, batch)
         return jax.device_put(batch, placement)
@@ -133,7 +133,7 @@ class Parallel:
 
 
 def _rows(axis: int) -> PartitionSpec:
-    """Rows along an axis are shared between the devices."""
+    """The placement of arrays whose rows, along an axis, the devices share."""
     return PartitionSpec(*[None] * axis, AXIS_NAME)
 
 
@@ -163,7 +163,7 @@ def make_parallel(mode: str = "pmap", devices: Iterable[jax.Device] | None = Non
 
 
 def to_global_arrays(like: Any) -> Any:
-    """The abstract twin of a state, with whole copies on all devices of all processes."""
+    """The shapes and dtypes of a state that all devices of all processes have a copy of."""
 
     def convert(x: Any) -> jax.ShapeDtypeStruct:
         sharding = x.sharding
@@ -180,8 +180,8 @@ def to_local_arrays(state: Any, like: Any) -> Any:
     Turns a state of local arrays into one over the devices of all processes, and back.
 
     Args:
-        state: arrays that each of their devices has a whole copy of.
-        like: their twins, which have a `sharding` of the same kind.
+        state: Arrays that each of their devices has a whole copy of.
+        like: Tree of the same structure, whose leaves have a `sharding` of the same kind.
     """
 
     def convert(x: jax.Array, twin: Any) -> jax.Array:
@@ -204,7 +204,7 @@ class Prefetcher:
         axis: The axis of the rows, see `Parallel.shard`.
 
     Attributes:
-        waited: seconds that the caller has waited for input so far.
+        waited: Seconds that the caller has waited for input so far.
     """
 
     def __init__(

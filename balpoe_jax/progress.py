@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class _Made(NamedTuple):
-    """Steps whose metrics may still be being computed."""
+    """Steps that were dispatched, and their metrics, which may still be in the making."""
 
     steps: int
     metrics: Any
@@ -36,13 +36,13 @@ class _Mark(NamedTuple):
 class Progress:
     """Collects the metrics of steps and turns them into rows and lines.
 
-    Nothing is waited for until it is asked for: while the devices make steps, `rows` fetches the
-    metrics of those before.
+    It waits for nothing that is not asked for: while the devices make steps, `rows` fetches the
+    metrics of earlier ones.
 
     Args:
         program: Program that is run.
-        first_step: Step after which this start goes on.
-        trouble: Takes down the steps that are not finite.
+        first_step: Step after which this start continues.
+        trouble: Record of the steps that are not finite.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Progress:
         self._steps_timed, self._seconds_timed = 0, 0.0
 
     def follow(self, inputs: Prefetcher, batch_size: int) -> None:
-        """Takes the steps that come now to be made of these inputs."""
+        """Counts the time that the steps from here on wait for these inputs."""
         self._inputs, self._batch_size = inputs, batch_size
         self.restart_clock()
 
@@ -71,18 +71,18 @@ class Progress:
         jax.block_until_ready(self._all_finite(state))
 
     def add(self, before: int, step: int, metrics: Any) -> None:
-        """Takes the metrics of the steps after `before`, up to `step`.
+        """Adds the metrics of the steps after `before`, up to `step`.
 
         Args:
-            before: Step before them.
+            before: Step before the first of them.
             step: Last of them.
-            metrics: Of one step, or with a leading axis of several.
+            metrics: Metrics of one step, or of several with a leading axis.
         """
         self._step = step
         self._made.append(_Made(step - before, metrics))
 
     def mark(self, state: TrainState) -> None:
-        """Lets a row end with the steps so far.
+        """Ends a row after the steps that were added so far.
 
         Args:
             state: State to which they led, before it is given away.
@@ -94,10 +94,10 @@ class Progress:
         """The rows that are due, each logged as a line.
 
         Args:
-            wait: Whether to wait for the newest, too, whose steps may just have been begun.
+            wait: Whether to wait for the newest row, whose steps may have just begun.
 
         Raises:
-            UserError (a `ValueError`): a step that is not finite, and not to be skipped.
+            UserError (a `ValueError`): a step that is not finite and may not be skipped.
         """
         due = [mark for mark in self._marks if wait or mark.step < self._step]
         if not due:
@@ -113,10 +113,10 @@ class Progress:
         return rows
 
     def _row(self, mark: _Mark, seconds: float, waited: float) -> dict[str, Any]:
-        """A row of steps, by the seconds of each and the share of them that waited for input."""
+        """A row, from the seconds of each of its steps and the share that waited for input."""
         history = _history(mark.made)
-        # What metrics cannot tell: whether the last update overflowed. Of the ones before it, the
-        # losses since would tell.
+        # Metrics cannot tell whether the last update overflowed. An earlier one would show in the
+        # losses after it.
         history["finite"][-1] &= mark.finite
         finite = self._check_finite(history)
         steps = mark.step - self._last_step
@@ -153,7 +153,7 @@ class Progress:
         )
 
     def _check_finite(self, history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The metrics of the steps that are finite; takes down the others."""
+        """The metrics of the steps that are finite; records the others."""
         for i in np.flatnonzero(~history["finite"]):
             self._trouble.check(
                 self._last_step + 1 + int(i), {name: values[i] for name, values in history.items()}
@@ -162,12 +162,12 @@ class Progress:
 
 
 def _mean(steps: np.ndarray) -> Any:
-    """Over the first axis; not a number where every step was skipped."""
+    """The mean over the first axis; not a number where every step was skipped."""
     return steps.mean(axis=0, dtype=np.float64) if len(steps) else np.full(steps.shape[1:], np.nan)
 
 
 def _history(made: list[_Made]) -> dict[str, np.ndarray]:
-    """The metrics of all steps, with a leading axis of them."""
+    """The metrics of all steps, with a leading axis of steps."""
     each = [jax.tree.map(_with_axis(one), one.metrics) for one in made]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *each)
 

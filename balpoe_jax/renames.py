@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of a config that had another name once: records and commands with it still work."""
+"""Former names of config fields, with which records and commands still work."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ FIELDS = {
     "phase2.factor": "phase2.decay_factor",
 }
 
-# What None, the default or nothing of the kind, was written as.
+# The value that a field had, where it is None today.
 NONE_WAS: dict[str, Any] = {
     "data.data_dir": "",
     "data.eval_resize": 0,
@@ -46,14 +46,12 @@ NONE_WAS: dict[str, Any] = {
         for section in ("augment", "view2", "view3", "test_view", "other_augment")
     },
 }
-# Settings that are gone, and the value that does what is always done now.
+# Settings that are gone, and the value that stood for what is always done now.
 GONE: dict[str, Any] = {
-    "method.focal_p": "unweighted",
     "method.hard_mask": "zero",
     "method.importance": "class",
-    "method.repeat_by_experts": False,
 }
-# Ends of the range that `loss.taus` may be now.
+# Fields that held the two ends of the range that `loss.taus` may hold now.
 _TAU_ENDS = ("config.loss.tau_min", "config.loss.tau_max")
 
 
@@ -65,7 +63,7 @@ def current_name(field: str) -> str:
 
 
 def rename_fields(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded config under today's names; what is unknown stays as it is.
+    """A recorded config under today's names; unknown fields stay as they are.
 
     Args:
         recorded: Nested dictionaries, as `config.json` holds them.
@@ -83,7 +81,7 @@ def rename_fields(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config under today's names with what its values are written as today.
+    """A config under today's names, with its values as they are written today.
 
     Args:
         config: Nested dictionaries.
@@ -115,7 +113,7 @@ def rename_overrides(
 
     Args:
         arguments: Words of the command line; what follows `--` is left alone.
-        taus: Function that returns the config's own `loss.taus`, for a command that gives one end.
+        taus: Function that returns the config's own `loss.taus`, for a command with one end.
     """
     renamed = []
     ended = False
@@ -131,7 +129,7 @@ def rename_overrides(
 
 
 def _join_tau_ends(arguments: list[str], taus: Callable[[], tuple[float, ...]]) -> list[str]:
-    """The arguments, with one of `loss.taus` in place of those of its former ends."""
+    """The arguments, with `loss.taus` in place of its two former ends."""
     given: dict[str, str] = {}
     kept: list[str] = []
     for argument in arguments if "--" not in arguments else arguments[: arguments.index("--")]:

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from balpoe_jax.errors import UserError, shown
 
 _METADATA = "balpoe_jax.setting"
-# What is beyond cannot be meant, and could not be run.
+# The end of a range without one: no setting beyond it could be meant, or be run.
 MOST = 1e9
 
 
 class Setting(NamedTuple):
-    """What a field says of itself.
+    """The description of a field.
 
     Attributes:
         about: Sentence that begins with a noun.
@@ -57,7 +57,7 @@ def setting(
     """A field of a frozen dataclass.
 
     Args:
-        default: Default value. None is valid where the field's type says so.
+        default: Default value; None is valid where the field's type says so.
         about: Sentence that begins with a noun, for the reference page; with the unit if any.
         least: Least valid value of a number, or of each number of a tuple.
         most: Greatest valid value.
@@ -70,7 +70,7 @@ def setting(
 
 
 def described(section: type) -> Iterator[tuple[dataclasses.Field[Any], Setting]]:
-    """The settings of a dataclass in order, each field with what it says of itself."""
+    """The settings of a dataclass in order: each field with its description."""
     for field in dataclasses.fields(section):
         if _METADATA in field.metadata:
             yield field, field.metadata[_METADATA]
@@ -89,7 +89,7 @@ class Section:
         """Checks all settings.
 
         Raises:
-            UserError (a `ValueError`): a value that is not valid, by its name.
+            UserError (a `ValueError`): a value that is not valid, with the field's name.
         """
         for field, about in described(type(self)):
             value, (_, optional) = getattr(self, field.name), type_of(type(self), field.name)
@@ -128,7 +128,7 @@ _Section = TypeVar("_Section", bound=Section)
 
 
 def make_section(kind: type[_Section], values: Mapping[str, Any], path: str = "") -> _Section:
-    """A section of a config's values.
+    """The section that a config's values make.
 
     Args:
         kind: Class of the section.
@@ -136,7 +136,7 @@ def make_section(kind: type[_Section], values: Mapping[str, Any], path: str = ""
         path: Place in the config, with a dot at its end, if it is not the class's own.
 
     Raises:
-        UserError (a `ValueError`): a field that there is not, or a value that is not valid.
+        UserError (a `ValueError`): an unknown field, or a value that is not valid.
     """
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     path = path or kind.path

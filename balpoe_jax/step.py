@@ -28,10 +28,10 @@ class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint holds; nothing random, since randomness is indexed by step.
 
     Attributes:
-        step: int32 scalar, updates made.
-        params: parameters; those of the experts are stacked `[E, ...]`.
-        batch_stats: running averages of BatchNorm.
-        opt_state: of the optimizer.
+        step: Number of updates made, int32 scalar.
+        params: Parameters; those of the experts are stacked `[E, ...]`.
+        batch_stats: Running averages of BatchNorm.
+        opt_state: State of the optimizer.
         method_state: what a method keeps beside them, see `balpoe_jax.methods`; most keep nothing.
         averages: Averaged weights, see `balpoe_jax.averages`; None without any.
     """
@@ -116,13 +116,13 @@ def make_train_step(
     nothing but the counts of steps.
 
     Args:
-        network: what `method.network` returned.
+        network: Module that `method.network` returned.
         optimizer: Optimizer of the config, which the phase may transform, see `phase_optimizer`.
-        method: whose loss it is.
+        method: Method whose loss it is.
         context: Constants of the run and the phase.
-        phase: position in `method.phases()`.
-        accumulate: see above; 1 for a method that wants the whole batch.
-        skip_non_finite: see above.
+        phase: Position in `method.phases()`.
+        accumulate: Number of microbatches, see above; 1 for a method that wants the whole batch.
+        skip_non_finite: Whether a step that is not finite is left out, see above.
         as_one_vector: whether the gradient's norm and `finite` are taken of all numbers at once,
             see `one_vector`; the optimizer has a setting of its own.
         sam_radius: Length of SAM's way in the space of the parameters; 0 for none.

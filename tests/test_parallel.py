@@ -134,6 +134,7 @@ def test_statistics_per_device_are_those_of_the_twin() -> None:
     assert_close(run("pmap", 4, sync=False)[0], run("shard_map", 4, sync=False)[0])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_one_trace_serves_all_steps(mode: str) -> None:
     assert run(mode, 4)[2] == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's steps for a TPU slice or a GPU without one, and tells what they need.
+"""Compiles an experiment's steps for a TPU slice or a GPU without one, and says what they need.
 
     python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=v5e:4x4
     python -m balpoe_jax.aot --config=configs/cifar100_lt.py --topology=h100
@@ -8,10 +8,10 @@ The train and the eval step are those of `balpoe_jax.main`, compiled by the devi
 (the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
 The data set need not be there: class counts are the published ones.
 
-Nothing is measured. A TPU's figures of time are the compiler's model of a core, without
-communication, which runs at the same time at best. A GPU's are limits: what moving the bytes takes
-at least, and what computing the products in bfloat16 does. A GPU's compiler chooses the algorithms
-of convolutions where it runs.
+Nothing is measured. The times for a TPU are those of the compiler's model of a core, without
+communication, which overlaps at best. The times for a GPU are lower limits: of moving the bytes,
+and of computing the products in bfloat16. A GPU's compiler chooses the algorithms of convolutions
+where it runs.
 """
 
 import json
@@ -33,7 +33,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology", None, "TPU slice or GPU to compile for, such as v5e:4x4 or h100."
     )
-    flags.DEFINE_string("output", "", "File to write the figures to as JSON, beside printing them.")
+    flags.DEFINE_string(
+        "output", "", "File to write the figures to as JSON; they are printed in any case."
+    )
     flags.mark_flag_as_required("topology")
 
 

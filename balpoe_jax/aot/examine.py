@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiled steps of an experiment need: memory, operations, traffic, communication."""
+"""The needs of an experiment's compiled steps: memory, operations, traffic, communication."""
 
 import dataclasses
 import tempfile
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it takes a second to import
 # The mode that compiles for absent devices; pmap gives the same numbers, but only where they are.
 _MODE = "shard_map"
 
-# Size and unit of the figures in the text, by name.
+# Labels, places and units of the figures in the text.
 _ROWS = (
     ("compile time, s", ("compile_seconds",), 1),
     ("memory: arguments, MB", ("memory", "arguments"), 1e6),
@@ -58,7 +58,7 @@ _GPU_ROWS = (
 
 
 def examine(settings: "Settings", topology: str) -> dict[str, Any]:
-    """Compiles both steps of an experiment for a topology; what the command prints, plain.
+    """Compiles both steps of an experiment for a topology; returns the figures of the command.
 
     Raises:
         UserError (a `ValueError`): a topology that is unknown, no compiler, a config that is not
@@ -75,7 +75,14 @@ def examine(settings: "Settings", topology: str) -> dict[str, Any]:
 def examine_on(
     settings: "Settings", devices: Sequence[jax.Device], chip: Chip | Gpu, evaluation: bool = True
 ) -> dict[str, Any]:
-    """The same for given devices, each of which is such a chip; without the eval step if wanted."""
+    """Compiles the steps of an experiment for given devices, as `examine` does.
+
+    Args:
+        settings: Settings of the experiment.
+        devices: Devices, each of which is such a chip.
+        chip: Kind of the devices.
+        evaluation: Whether to compile the eval step, too.
+    """
     # Here and not above, so that wrong flags are told at once.
     from balpoe_jax.data.datasets import published
     from balpoe_jax.experiment.build import build_program
@@ -169,14 +176,14 @@ def _planned_step(
 def examine_step(
     step: Any, arguments: tuple[Any, ...], batch_size: int, needed_flops: int, chip: Chip | Gpu
 ) -> dict[str, Any]:
-    """Compiles a step and tells what it needs, as part of what `examine` returns.
+    """Compiles a step and returns what it needs, a part of the result of `examine`.
 
     Args:
-        step: what `jax.jit` returns, over devices that are such chips.
-        arguments: abstract and placed, see `jax.ShapeDtypeStruct`.
-        batch_size: of all devices.
-        needed_flops: of one device, see `flops.count_flops`.
-        chip: of each device.
+        step: Function that `jax.jit` returned, over devices that are such chips.
+        arguments: Abstract arguments with shardings, see `jax.ShapeDtypeStruct`.
+        batch_size: Size of the global batch.
+        needed_flops: Operations of one device, see `flops.count_flops`.
+        chip: Kind of the devices.
     """
     start = time.perf_counter()
     try:
@@ -228,7 +235,7 @@ def examine_step(
 
 
 def _compile(lowered: Any, chip: Chip | Gpu) -> tuple[Any, int | None]:
-    """The compiled program, and of one for a GPU its launches, which only a dump tells."""
+    """The compiled program, and for a GPU the number of its launches, which only a dump tells."""
     if not isinstance(chip, Gpu):
         return lowered.compile(), None
     with tempfile.TemporaryDirectory() as dump:
@@ -237,7 +244,7 @@ def _compile(lowered: Any, chip: Chip | Gpu) -> tuple[Any, int | None]:
 
 
 def _memory(stats: Any, chip: Chip | Gpu) -> dict[str, float]:
-    """Bytes on one device; the results' that reuse arguments' are counted once in the total."""
+    """Bytes on one device; results that reuse the memory of arguments count once in the total."""
     memory = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
@@ -250,7 +257,7 @@ def _memory(stats: Any, chip: Chip | Gpu) -> dict[str, float]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What `examine` returns, for a terminal."""
+    """The result of `examine`, for a terminal."""
     from balpoe_jax.reporting import tables
 
     steps = [found["train"], found["eval"]]

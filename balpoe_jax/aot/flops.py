@@ -12,14 +12,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Counts a multiply-add as two, over all convolutions and matrix products; the rest is free.
 
-    The convention of the literature: a position of a kernel that lies on padding counts, a zero
-    that a stride inserts in the gradient of its input does not. So a layer's two gradients count
-    as much as the layer each, and what the compiler counts is a little less (it leaves the padding
-    out) or more (it counts additions and the like).
+    It follows the convention of the literature. A position of a kernel that lies on padding counts;
+    a zero that a stride inserts in the gradient of its input does not. So each of a layer's two
+    gradients counts as much as the layer. The compiler counts a little less (without the padding)
+    or more (with additions and the like).
 
     Args:
-        function: of JAX; of one that is mapped over devices the part of one device is counted.
-        *arguments: arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+        function: Function of JAX; if it is mapped over devices, the part of one device counts.
+        *arguments: Arrays or `jax.ShapeDtypeStruct`; nothing is computed.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPUs to compile for without having one: which there are, and what they can do."""
+"""GPUs to compile for without having one, and their capabilities."""
 
 import dataclasses
 import importlib.metadata
@@ -24,17 +24,17 @@ class Gpu:
     """A card, as its maker publishes it.
 
     Attributes:
-        name: as CUDA calls it.
-        capability: compute capability, major and minor.
-        multiprocessors: on the card.
-        units: float32 units of each.
-        clock_ghz: of the boost clock.
-        hbm_bytes: memory.
-        bandwidth: bytes a second of the memory.
-        l2_bytes: second-level cache.
-        shared_bytes: shared memory of a multiprocessor; a block may have 1 KiB less.
-        peak_flops: operations a second in bfloat16 without sparsity, a multiply-add being two.
-            TF32 has half of it.
+        name: Name in CUDA.
+        capability: Compute capability, major and minor.
+        multiprocessors: Number of multiprocessors.
+        units: Number of float32 units of a multiprocessor.
+        clock_ghz: Boost clock in GHz.
+        hbm_bytes: Memory in bytes.
+        bandwidth: Bandwidth of the memory in bytes a second.
+        l2_bytes: Second-level cache in bytes.
+        shared_bytes: Shared memory of a multiprocessor in bytes; a block may have 1 KiB less.
+        peak_flops: Operations a second in bfloat16 without sparsity, a multiply-add being two; half
+            as many in TF32.
     """
 
     name: str
@@ -110,14 +110,14 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
     """Devices of a topology that programs can be compiled for, and that cannot run them.
 
     Args:
-        topology: one of `TOPOLOGIES`, such as "h100" or "h100:8".
+        topology: Name of a topology, one of `TOPOLOGIES`, such as "h100" or "h100:8".
 
     Raises:
         UserError (a `ValueError`): no CUDA compiler on this machine, or one of another version.
     """
     _check_plugin()
     _find_ptxas()
-    # Versions of CUDA's libraries, which only a program that runs needs.
+    # JAX would check the versions of CUDA's libraries, which matter only to a program that runs.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies
 
@@ -144,7 +144,7 @@ def _check_plugin() -> None:
 
 
 def _find_ptxas() -> None:
-    """Makes sure that XLA finds CUDA's assembler, be it that of the package nvidia-cuda-nvcc."""
+    """Makes sure that XLA finds CUDA's assembler, perhaps in the package nvidia-cuda-nvcc."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():  # type: ignore[union-attr]
         packaged = Path(folder) / f"cu{_CUDA}" / "bin"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program's text tells: which collectives it has, and how long it should take.
+"""The text of a compiled program, read for its collectives and its estimated time.
 
 The text is that of an optimised HLO module (`compiled.as_text()`): computations in braces, an
 instruction a line. Only what is needed here is read; nothing else is assumed of it.
@@ -37,9 +37,9 @@ class Collective:
     """Collectives of one kind in one run of a program.
 
     Attributes:
-        kind: one of `COLLECTIVES`.
-        count: how often one is run; several arrays that travel together count once.
-        bytes: of all results on one device.
+        kind: Kind, one of `COLLECTIVES`.
+        count: Number of runs; several arrays that travel together count once.
+        bytes: Bytes of all results on one device.
     """
 
     kind: str
@@ -52,10 +52,10 @@ class Instruction:
     """A line of a computation.
 
     Attributes:
-        name: without the leading "%".
-        opcode: such as "fusion".
-        result: type of the result.
-        attributes: rest of the line after the opening bracket, operands first.
+        name: Name without the leading "%".
+        opcode: Operation, such as "fusion".
+        result: Type of the result.
+        attributes: Rest of the line after the opening bracket, operands first.
     """
 
     name: str
@@ -78,8 +78,8 @@ def collectives(text: str) -> list[Collective]:
 def estimated_cycles(text: str) -> int | None:
     """The cycles that the TPU compiler expects of a program; None for a platform without estimates.
 
-    The sum over the instructions, which a core runs one after the other. Transfers that run beside
-    them, collectives among these, have no estimate and are not in it.
+    It is the sum over the instructions, which a core runs one after the other. Transfers meanwhile,
+    such as collectives, have no estimate and do not count.
     """
     computations, entry = parse(text)
     if _CYCLES.search(text) is None:
@@ -91,7 +91,7 @@ def _cycles(computations: Computations, name: str) -> int:
     total = 0
     for instruction in computations.get(name, ()):
         estimate = _CYCLES.search(instruction.attributes)
-        if estimate:  # of a fusion as a whole
+        if estimate:  # a fusion has one as a whole
             total += int(estimate[1])
         else:
             inside = sum(_cycles(computations, name) for name in called(instruction))
@@ -145,10 +145,10 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(computations: Computations, instruction: Instruction) -> int:
-    """How often a loop runs its body; 1 for one that does not tell, and for what is no loop.
+    """Number of runs of a loop's body; 1 if it is unknown, and for what is no loop.
 
-    A CPU's compiler writes it down. A TPU's does not: there it is the one constant that a counter
-    is compared with, since the loops of `lax.scan` count up from 0.
+    A CPU's compiler writes it down. In the text of a TPU's it is the one constant that a counter is
+    compared with, since the loops of `lax.scan` count up from 0.
     """
     known = _TRIP_COUNT.search(instruction.attributes)
     if known:
@@ -165,7 +165,7 @@ def trip_count(computations: Computations, instruction: Instruction) -> int:
 
 
 def _communicated(instruction: Instruction) -> str:
-    """The type of what a collective leaves on a device."""
+    """The type of a collective's result on a device."""
     if instruction.opcode not in _START_HOLDS_OPERAND:
         return instruction.result
     return _elements(instruction.result)[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program compiled for a GPU consists of: kernels, launches and memory traffic.
+"""The parts of a program compiled for a GPU: kernels, launches and memory traffic.
 
 Kernels and bytes come from the text of the optimised HLO module, launches from the sequence of
 "thunks" that XLA dumps: a CUDA graph is one thunk with thunks inside.
@@ -33,8 +33,8 @@ class Kernels:
     """Kernels of one run of a program, those inside loops as often as the loop runs.
 
     Attributes:
-        kinds: how many there are of each of `KINDS`.
-        bytes: read and written by all of them; an array that two kernels read counts twice.
+        kinds: Number of kernels of each of `KINDS`.
+        bytes: Bytes that all of them read and write; an array that two kernels read counts twice.
     """
 
     kinds: dict[str, int]
@@ -42,7 +42,7 @@ class Kernels:
 
     @property
     def count(self) -> int:
-        """All kernels."""
+        """Number of all kernels."""
         return sum(self.kinds.values())
 
 
@@ -58,9 +58,9 @@ def kernels(text: str) -> Kernels:
 
 
 def launches(dump: Path) -> int | None:
-    """How often the host starts something in a run of the one program that XLA dumped to a folder.
+    """Number of launches by the host in a run of the one program that XLA dumped to a folder.
 
-    A CUDA graph counts once, a kernel outside of all graphs, too. None where there is no dump.
+    A CUDA graph counts once, and so does a kernel outside of all graphs. None without a dump.
     """
     sequences = sorted(dump.glob(f"*{_SEQUENCE}"))
     if len(sequences) != 1:
@@ -69,7 +69,7 @@ def launches(dump: Path) -> int | None:
 
 
 def count_launches(sequence: str) -> int:
-    """The thunks of a dumped sequence that are inside no other one, which are not indented."""
+    """Number of a dumped sequence's outermost thunks, whose lines are not indented."""
     return sum(line[:1].isdigit() for line in sequence.splitlines())
 
 
@@ -116,7 +116,7 @@ def _kind(computations: hlo.Computations, instruction: hlo.Instruction) -> str:
 def _bytes_read(
     computations: hlo.Computations, instruction: hlo.Instruction, results: dict[str, str]
 ) -> int:
-    """The bytes of the operands, of one that a fusion only takes slices of those of the slices."""
+    """The bytes of the operands, or of the slices of an operand that a fusion only slices."""
     operands = _OPERAND.findall(_bracket(instruction.attributes))
     sizes = [hlo.array_bytes(results.get(name, "")) for name in operands]
     if instruction.opcode == "fusion":
@@ -128,7 +128,7 @@ def _bytes_read(
 
 
 def _sliced(computation: list[hlo.Instruction]) -> dict[int, int]:
-    """By the index of parameters that are only sliced, the bytes of all slices."""
+    """The bytes of all slices of parameters that are only sliced, by the parameter's index."""
     parameters: dict[str, int] = {}
     for instruction in computation:
         index = _PARAMETER.match(instruction.attributes)
@@ -146,7 +146,7 @@ def _sliced(computation: list[hlo.Instruction]) -> dict[int, int]:
 
 
 def _bracket(text: str) -> str:
-    """What stands before the bracket that was opened before the text is closed."""
+    """The text up to the bracket that closes one which was opened before the text."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")

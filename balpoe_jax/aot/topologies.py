@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU slices to compile for without having one: which there are, and what their chips can do."""
+"""TPU slices to compile for without having one, and the capabilities of their chips."""
 
 import dataclasses
 import importlib.metadata
@@ -18,15 +18,15 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a JAX device of one generation of TPUs is.
+    """A JAX device of one generation of TPUs.
 
     Attributes:
-        hbm_bytes: its memory, as published (programs get a little less).
-        peak_flops: published operations a second in bfloat16, a multiply-add being two. Products
-            in float32 are by default made of bfloat16 ones, too.
-        flops_per_cycle: of its matrix units. What the compiler estimates for large matrix products
-            comes within 13% of it (measured with libtpu 0.0.42).
-        slices: its topologies that are offered.
+        hbm_bytes: Published memory in bytes (programs get a little less).
+        peak_flops: Published operations a second in bfloat16, a multiply-add being two. By default
+            products in float32 are also made of bfloat16 ones.
+        flops_per_cycle: Operations of its matrix units in a cycle. The compiler's estimates for
+            large matrix products come within 13% of it (measured with libtpu 0.0.42).
+        slices: Grids of the topologies that are offered.
     """
 
     hbm_bytes: int
@@ -46,13 +46,13 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
 _NO_HOST = {
-    # What libtpu would ask the host of a TPU for, and complain when there is none. The accelerator
-    # is not that of the topology, which is asked for by name.
+    # libtpu would ask the host of a TPU for these, and complain when there is none. The accelerator
+    # is not that of the topology, which JAX asks for by name.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    # A lock lets one process at a time load libtpu, since a chip serves one. A compiler opens no
-    # chip: it need not wait for another process, which trains on one or compiles, nor stop it.
+    # A lock lets one process at a time load libtpu, since a chip serves one process. A compiler
+    # opens no chip: it need not wait for another process that trains or compiles, nor stop it.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -96,7 +96,7 @@ def compile_only_devices(topology: str) -> list[jax.Device]:
     for name, value in _NO_HOST.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
-    if topology.endswith(":1x1"):  # less than a host has
+    if topology.endswith(":1x1"):  # fewer chips than a host has
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices

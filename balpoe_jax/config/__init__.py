@@ -8,7 +8,6 @@ from balpoe_jax.config.resolve import (
     from_record,
     resolve,
     section_config,
-    to_config,
     to_record,
     with_defaults,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "parse_arguments",
     "resolve",
     "section_config",
-    "to_config",
     "to_record",
     "with_defaults",
 ]

@@ -6,16 +6,16 @@ from typing import Any
 
 from balpoe_jax.errors import UserError, shown
 
-# What a whole number in a config file's arguments may be, before `check_config` looks closer.
-_LONGEST = 2**31
+# The largest whole number in a config file's arguments; settings have narrower ranges.
+_LARGEST = 2**31
 
 
 def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
     """Parses `key=value,...` against typed defaults.
 
     Args:
-        text: what stands after the colon of `--config=FILE:text`; None or empty for nothing.
-        **specification: by key, the default, whose type the value must have; a type, for a value
+        text: Text after the colon of `--config=FILE:text`; None or empty for none.
+        **specification: Default of each key, whose type the value must have; a type, for a value
             that is None by default; or a tuple of the valid values, the default first.
 
     Returns:
@@ -24,14 +24,7 @@ def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
     Raises:
         UserError (a `ValueError`): an unknown key, a key given twice, or a value that is not valid.
     """
-    values = {
-        key: default[0]
-        if isinstance(default, tuple)
-        else None
-        if isinstance(default, type)
-        else default
-        for key, default in specification.items()
-    }
+    values = {key: _default(given) for key, given in specification.items()}
     seen: set[str] = set()
     for item in filter(None, (text or "").split(",")):
         key, equals, value = item.partition("=")
@@ -46,6 +39,12 @@ def parse_arguments(text: str | None, **specification: Any) -> SimpleNamespace:
     return SimpleNamespace(**values)
 
 
+def _default(specification: Any) -> Any:
+    if isinstance(specification, tuple):
+        return specification[0]
+    return None if isinstance(specification, type) else specification
+
+
 def _parse_value(key: str, value: str, default: Any) -> Any:
     choices = default if isinstance(default, tuple) else None
     kind = default if isinstance(default, type) else type(choices[0] if choices else default)
@@ -54,8 +53,8 @@ def _parse_value(key: str, value: str, default: Any) -> Any:
     except (ValueError, KeyError) as error:
         wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
         raise UserError(f"Config argument {key} must be {wanted}, got {shown(value)!r}.") from error
-    if kind is int and abs(parsed) > _LONGEST:
-        raise UserError(f"Config argument {key} must be at most {_LONGEST}, got {shown(value)!r}.")
+    if kind is int and abs(parsed) > _LARGEST:
+        raise UserError(f"Config argument {key} must be at most {_LARGEST}, got {shown(value)!r}.")
     if choices and parsed not in choices:
         valid = ", ".join(str(choice) for choice in choices)
         raise UserError(f"Config argument {key} must be one of {valid}; got {shown(value)!r}.")

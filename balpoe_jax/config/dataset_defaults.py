@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes as data, and the configs that they make of a config file's arguments.
+"""BalPoE's recipes for each data set, and the configs that a config file's arguments ask for.
 
-BalPoE's training is the one to start from; a method's own preset, which `balpoe_jax.methods` holds,
+A config starts from BalPoE's training. The preset of a method, which `balpoe_jax.methods` holds,
 changes it.
 """
 
@@ -12,18 +12,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from balpoe_jax import config as config_lib
+from balpoe_jax.config.arguments import parse_arguments
+from balpoe_jax.config.resolve import AUGMENTATIONS, default_config, section_config
 from balpoe_jax.config.settings import Phase2Settings
 from balpoe_jax.methods import METHODS, PRESETS, scaled_fields
 from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
 
-# Which schedule and augmentation a config file's argument asks for: the method's own, or one of
+# Values of the argument `recipe`, for schedule and augmentation: the method's own, or one of
 # BalPoE's, with which all methods can be compared.
 RECIPE_CHOICES = ("own", "standard", "strong", "long")
 
-# Of the fields that a preset may set, those that scale with the length of the training; with the
-# schedule of `optim`, and the method's own, which are marked where they stand. What a trained model
-# is evaluated with does not depend on how long it was trained.
+# The fields of a preset that scale with the length of the training. So do the schedule of `optim`
+# and a method's own fields, which are marked where they stand. How a trained model is evaluated
+# does not depend on how long it was trained.
 _SCALED = (
     "mix.first_epoch",
     "mix.last_epoch",
@@ -48,16 +49,16 @@ class DatasetDefaults:
     """How the reference trains on a data set of photographs.
 
     Attributes:
-        name: of the data set, see `balpoe_jax.data.datasets.photos.PHOTO_DATASETS`.
-        argument: what methods' recipes call it.
-        imbalance_ratio: of the published training set.
-        mean, std: of the normalisation, by channel.
-        epochs: of the standard and of the long schedule.
-        batch_size, learning_rate, weight_decay: of all recipes.
-        taus: ends of BalPoE's range of taus.
-        mixup_alpha: of all recipes.
-        color_jitter: of the standard recipe; the others have 0.4.
-        shift_ratios: of the published target distributions.
+        name: Name of the data set, see `balpoe_jax.data.datasets.photos.PHOTO_DATASETS`.
+        argument: Name of the data set in the presets of methods.
+        imbalance_ratio: Imbalance ratio of the published training set.
+        mean, std: Mean and deviation of the normalisation, by channel.
+        epochs: Numbers of epochs of the standard and of the long schedule.
+        batch_size, learning_rate, weight_decay: Settings of all recipes.
+        taus: Ends of BalPoE's range of taus.
+        mixup_alpha: Parameter of mixup in all recipes.
+        color_jitter: Strength of colour jitter in the standard recipe; the others have 0.4.
+        shift_ratios: Imbalance ratios of the published target distributions.
     """
 
     name: str
@@ -113,14 +114,14 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
     """The experiment on a long-tailed CIFAR that a config file's arguments ask for.
 
     Args:
-        name: "cifar10" or "cifar100".
-        mixup_alpha: of the data set's recipes.
-        arguments: ir, recipe, method, mixup, experts, backbone, epochs; see `configs/`.
+        name: Name of the data set, "cifar10" or "cifar100".
+        mixup_alpha: Parameter of mixup in the data set's recipes.
+        arguments: Arguments ir, recipe, method, mixup, experts, backbone, epochs; see `configs/`.
 
     Raises:
         UserError (a `ValueError`): an argument that is not valid.
     """
-    args = config_lib.parse_arguments(
+    args = parse_arguments(
         arguments,
         ir=(100, 50, 10),
         recipe=RECIPE_CHOICES,
@@ -130,7 +131,7 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
         backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
         epochs=0,
     )
-    config = config_lib.default_config()
+    config = default_config()
     config.data.name = name
     config.data.imbalance_ratio = float(args.ir)
     config.model.name = args.backbone
@@ -147,19 +148,19 @@ def set_method(
     *arguments: str,
     balpoe_taus: tuple[float, float] = (0.0, 2.0),
 ) -> None:
-    """Makes a config that holds BalPoE's training that of another method.
+    """Turns a config that holds BalPoE's training into that of another method.
 
     Args:
-        config: changed in place; with a data set, its mixup, and one of BalPoE's recipes.
-        dataset: as in `Preset.on`.
-        args: `method`, one of `PRESETS`; `recipe`, one of `RECIPE_CHOICES`; `experts`, 0 for the
-            method's own number; `mixup`, None for the method's own way; `epochs`, to which the
-            training is scaled, 0 for its own length.
-        *arguments: as in `Preset.own`.
-        balpoe_taus: ends of BalPoE's range, which depend on the data set.
+        config: Config with a data set, its mixup and one of BalPoE's recipes; changed in place.
+        dataset: Name of the data set in `Preset.on`.
+        args: Namespace of `method`, one of `PRESETS`; `recipe`, one of `RECIPE_CHOICES`; `experts`,
+            0 for the method's own number; `mixup`, None for the method's own way; `epochs`, to
+            which the training is scaled, 0 for its own length.
+        *arguments: Arguments that `Preset.own` takes after the data set.
+        balpoe_taus: Ends of BalPoE's range, which depend on the data set.
     """
     preset = PRESETS[args.method]
-    config.method = config_lib.section_config(preset.method)
+    config.method = section_config(preset.method)
     config.model.num_experts = args.experts or preset.experts
     config.loss.taus = preset.taus or balpoe_taus
     alpha = config.mix.alpha
@@ -172,7 +173,7 @@ def set_method(
         fields = {name: value for name, value in fields.items() if not _is_of_schedule(name)}
     _set_fields(config, fields)
     for number in range(2, preset.method.views + 1):
-        if f"view{number}" not in config:  # which the preset does not describe: as the first one
+        if f"view{number}" not in config:  # the preset says nothing of it: as the first view
             config[f"view{number}"] = config.augment.copy_and_resolve_references()
     if args.mixup is not None:
         config.mix.alpha = (config.mix.alpha or alpha) if args.mixup else 0.0
@@ -195,9 +196,9 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
     for field, value in fields.items():
         section, _, name = field.rpartition(".")
         if section == "phase2" and section not in config:
-            config.phase2 = config_lib.section_config(Phase2Settings())
-        if section in config_lib.AUGMENTATIONS and section not in config:
-            config[section] = config_lib.default_config().augment
+            config.phase2 = section_config(Phase2Settings())
+        if section in AUGMENTATIONS and section not in config:
+            config[section] = default_config().augment
         part = config[section] if section else config
         if name not in part:
             raise KeyError(f"The preset's field {field} is none of a config.")
@@ -207,7 +208,7 @@ def _set_fields(config: ConfigDict, fields: Mapping[str, Any]) -> None:
 def _scale_epochs(
     config: ConfigDict, fields: Mapping[str, Any], own_epochs: int, epochs: int
 ) -> None:
-    """Sets the length of the training, and what of the preset happens at an epoch with it."""
+    """Sets the length of the training, and scales the epochs that the preset sets with it."""
     scale = epochs / config.total_epochs
     config.total_epochs = epochs
     config.optim.decay_epochs = tuple(round(x * scale) for x in config.optim.decay_epochs)
@@ -241,13 +242,14 @@ def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict
     """The experiment on photographs that a config file's arguments ask for.
 
     Args:
-        defaults: of the data set.
-        arguments: backbone, recipe, method, mixup, experts, epochs, batch_size; see `configs/`.
+        defaults: Defaults of the data set.
+        arguments: Arguments backbone, recipe, method, mixup, experts, epochs, batch_size; see
+            `configs/`.
 
     Raises:
         UserError (a `ValueError`): an argument that is not valid.
     """
-    args = config_lib.parse_arguments(
+    args = parse_arguments(
         arguments,
         backbone=tuple(IMAGENET_MODELS),
         recipe=RECIPE_CHOICES,
@@ -258,7 +260,7 @@ def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict
         batch_size=0,
     )
     strong = args.recipe in ("strong", "long")
-    config = config_lib.default_config()
+    config = default_config()
     config.total_epochs = defaults.epochs[args.recipe == "long"]
     config.batch_size = defaults.batch_size
     config.log_every_steps = 100

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of all settings, `docs/configuration.md`, as their fields say."""
+"""The page of all settings, `docs/configuration.md`, made from their fields."""
 
 import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from balpoe_jax.config.resolve import AUGMENTATIONS
 from balpoe_jax.config.settings import Phase2Settings, Settings
 from balpoe_jax.data.settings import AugmentSettings
 from balpoe_jax.methods import METHODS, PRESETS
@@ -38,8 +39,8 @@ def page() -> str:
         kind, _ = type_of(Settings, field.name)
         if field.name == "method":
             parts += [_METHODS, *_methods()]
-        elif field.name in ("view2", "view3", "test_view", "other_augment"):
-            continue  # told with augment
+        elif field.name in AUGMENTATIONS:
+            continue  # described with augment
         elif issubclass(kind, Section):
             parts += [f"## {field.name}\n", _about(field.name, kind), _table(kind, field.default)]
     return "\n".join(parts)

@@ -19,22 +19,17 @@ from balpoe_jax.methods import METHODS, Method, make_method, settings
 from balpoe_jax.renames import current_values, rename_fields
 from balpoe_jax.setting import Section, make_section, type_of
 
-# Sections that a config may have, with the fields of augment.
+# Optional sections of a config, with the same fields as `augment`.
 AUGMENTATIONS = ("view2", "view3", "test_view", "other_augment")
 
 
 def default_config() -> ConfigDict:
     """Every field of an experiment with its default: the CIFAR recipe, without a data set."""
-    return to_config(Settings())
-
-
-def to_config(experiment: Settings) -> ConfigDict:
-    """The config of settings, whose fields may be changed to values of their types."""
-    return section_config(experiment)
+    return section_config(Settings())
 
 
 def section_config(section: Section) -> ConfigDict:
-    """A section as a part of a config; what is None by default takes a value of its type."""
+    """A section as a config or a part of one, whose fields take values of their types."""
     config = ConfigDict()
     if isinstance(section, Method):
         config.name = section.name
@@ -53,7 +48,7 @@ def section_config(section: Section) -> ConfigDict:
 
 def to_record(experiment: Settings) -> dict[str, Any]:
     """All fields of settings as nested dictionaries of plain values, for `config.json`."""
-    record: dict[str, Any] = to_config(experiment).to_dict()
+    record: dict[str, Any] = section_config(experiment).to_dict()
     return record
 
 
@@ -61,7 +56,7 @@ def resolve(config: ConfigDict) -> Settings:
     """The settings that a config describes, each within its range.
 
     Args:
-        config: Config as a file and flags have made it.
+        config: Config that a file and flags have made.
 
     Raises:
         UserError (a `ValueError`): naming the field, its value and what is valid.
@@ -70,7 +65,7 @@ def resolve(config: ConfigDict) -> Settings:
 
 
 def from_record(record: Mapping[str, Any]) -> Settings:
-    """The settings of a config's plain values, perhaps under older names, all of them there.
+    """The settings that a complete config describes, perhaps under older names.
 
     Args:
         record: Nested dictionaries; lists, which tuples become in JSON, become tuples again.
@@ -96,7 +91,7 @@ def _make_value(name: str, value: Any) -> Any:
 
 
 def with_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded config's values, and the defaults of the fields that it was recorded before.
+    """A recorded config, with defaults for the fields that are newer than the record.
 
     Args:
         recorded: Nested dictionaries, fields perhaps under older names; lists, which tuples become

@@ -16,7 +16,7 @@ from balpoe_jax.methods import Method
 from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.models import MODELS
 from balpoe_jax.models.ensemble import EXPERT_MAPS
-from balpoe_jax.models.heads import CLASSIFIERS
+from balpoe_jax.models.heads import CLASSIFIERS, INITIALISERS
 from balpoe_jax.optim import SCHEDULES
 from balpoe_jax.parallel import MODES
 from balpoe_jax.setting import Section, setting
@@ -81,7 +81,7 @@ class DataSettings(Section):
         None,
         "Place where batches are made: the device (the data set lies in its memory, and the "
         "compiled step makes them) or the host (tf.data). None: the device where the set fits and "
-        "the platform is an accelerator, or where TensorFlow is not installed. A run goes on in "
+        "the platform is an accelerator, or where TensorFlow is not installed. A run continues in "
         "the pipeline that it began in.",
         choices=("host", "device"),
     )
@@ -118,6 +118,12 @@ class ModelSettings(Section):
     num_experts: int = setting(3, "Number of experts.", 1, 100)
     classifier: str = setting("cosine", "Kind of the experts' classifiers.", choices=CLASSIFIERS)
     classifier_scale: float = setting(30.0, "Factor of a cosine classifier's logits.", 1e-6, 1e6)
+    classifier_init: str | None = setting(
+        None,
+        "Initial values of linear classifiers: He's or PyTorch's own. None: He's in the networks "
+        "for small images, PyTorch's in those for photographs.",
+        choices=tuple(INITIALISERS),
+    )
     reduce_dimension: bool = setting(
         False, "Whether an expert's last stages have fewer channels than a plain network's."
     )

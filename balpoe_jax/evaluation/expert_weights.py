@@ -5,9 +5,9 @@ Two random views of an image should be predicted alike; the weights that make pr
 stable favour the experts that know the classes of the target distribution. The network stays as it
 is, so its logits of the views are all that is needed, and learning is a matter of `E` numbers.
 
-The weights are learnt from the very images that are scored: what comes of them is transductive, and
-stands beside the other predictions, never in their place. It may collapse onto one expert, and it
-may do harm; the weights of every epoch are therefore kept, and a collapsed outcome is refused.
+The weights are learnt from the very images that are scored: their predictions are transductive, and
+stand next to the others, never in their place. Weights may collapse onto one expert, and may do
+harm. So those of every epoch are kept, and a collapsed outcome is refused.
 """
 
 from typing import NamedTuple
@@ -17,21 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-# As in the authors' code.
+# As in the authors' code for all data sets but iNaturalist, see `methods/sade.py`.
 BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
 LEAST_WEIGHT = 0.05
 
-_NORM_EPSILON = 1e-6  # of the product of lengths, below which a cosine is not divided further
+_NORM_EPSILON = 1e-6  # the least product of lengths that a cosine is divided by
 
 
 class Aggregation(NamedTuple):
     """How far the weights of one target distribution have been learnt.
 
     Attributes:
-        raw: float64 `[E]`, of which the weights are the softmax.
-        velocity: float64 `[E]`, of the optimizer.
-        history: the weights at the start and after each epoch.
-        collapsed: whether a weight fell below `LEAST_WEIGHT`, at which learning stopped.
+        raw: Logarithms of the weights up to a constant, float64 `[E]`: the weights are the softmax.
+        velocity: Velocity of the optimizer, float64 `[E]`.
+        history: Weights at the start and after each epoch.
+        collapsed: Whether a weight fell below `LEAST_WEIGHT`, which ended the learning.
     """
 
     raw: npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ class Aggregation(NamedTuple):
 
     @property
     def weights(self) -> npt.NDArray[np.float64]:
-        """float64 `[E]`, positive, of sum 1."""
+        """The weights, float64 `[E]`, positive, with a sum of 1."""
         return np.asarray(self.history[-1])
 
 
@@ -62,16 +62,16 @@ def learn_epoch(
     """One pass over the images of a target distribution, unless the weights have collapsed.
 
     Args:
-        state: after the epochs before.
-        first, second: float `[E, N, C]`, logits of two views of each image, drawn anew for each
+        state: State after the epochs before.
+        first, second: Logits of two views of each image, float `[E, N, C]`, drawn again for each
             epoch.
-        learning_rate: of SGD with Nesterov momentum.
-        seed: of the order of the images; another one each epoch.
-        rows: positions of the target distribution's images among the `N`; None for all.
+        learning_rate: Rate of SGD with Nesterov momentum.
+        seed: Seed of the order of the images, another one for each epoch.
+        rows: Positions of the target distribution's images among the `N`; None for all.
 
     Returns:
-        The state after it. An epoch that leaves a weight, rounded to two places, below
-        `LEAST_WEIGHT` is the last one.
+        The state after the epoch. One that leaves a weight, rounded to two places, below
+        `LEAST_WEIGHT` is the last.
     """
     if state.collapsed:
         return state
@@ -95,8 +95,8 @@ def instability(raw: jax.Array, first: jax.Array, second: jax.Array) -> jax.Arra
     """Minus the mean cosine similarity of the predictions for two views, a scalar in [-1, 0].
 
     Args:
-        raw: float `[E]`, of which the weights are the softmax.
-        first, second: float `[E, B, C]`, logits.
+        raw: Raw weights, float `[E]`: the weights are their softmax.
+        first, second: Logits of the two views, float `[E, B, C]`.
     """
     weights = jax.nn.softmax(raw)
     p, q = (jax.nn.softmax(jnp.einsum("e,ebc->bc", weights, logits)) for logits in (first, second))

@@ -17,7 +17,7 @@ from balpoe_jax.metrics import MeanLogits, Summary, summarize
 FOLDER = "predictions"
 TEST, HELD_OUT = "", "held_out_"
 
-# Of what an evaluation puts out, the names of the files.
+# File names of the outputs of an evaluation.
 _FILES = {
     "logits": "expert_logits",
     "labels": "labels",
@@ -30,11 +30,11 @@ class Predictions(NamedTuple):
     """Logits and labels of a data set, in its order.
 
     Attributes:
-        expert_logits: float32 `[E, N, C]`, memory-mapped when read from disk.
-        labels: int32 `[N]`.
-        combined: float32 `[N, C]`, logits of all experts together, of a method that does not
-            average them; likewise.
-        experts_used: float32 `[N]`, how many experts those took, if not all.
+        expert_logits: Logits of each expert, float32 `[E, N, C]`, memory-mapped if read from disk.
+        labels: Class indices, int32 `[N]`.
+        combined: Logits of all experts together, float32 `[N, C]`, memory-mapped if read from disk;
+            None for a method that averages them.
+        experts_used: Number of experts for each example, float32 `[N]`; None for all.
     """
 
     expert_logits: npt.NDArray[np.float32]
@@ -54,16 +54,16 @@ def stream(
     shape: tuple[int, int, int],
     outputs: Iterable[Mapping[str, npt.NDArray]],
 ) -> Predictions:
-    """Writes what an evaluation puts out, a batch at a time, and returns it mapped.
+    """Writes the outputs of an evaluation, a batch at a time, and returns them mapped.
 
-    The files `{prefix}expert_logits.npy`, `{prefix}labels.npy` and what else a method predicts
-    replace earlier ones as a whole.
+    The files `{prefix}expert_logits.npy`, `{prefix}labels.npy` and those of a method's further
+    outputs replace earlier ones as a whole.
 
     Args:
-        folder: created when missing.
-        prefix: `TEST` or `HELD_OUT`.
-        shape: `(E, N, C)`.
-        outputs: batches with `logits` `[E, b, C]`, `labels` `[b]` and `mask` `[b]`, False for
+        folder: Folder of the files, created when missing.
+        prefix: Start of their names, such as `TEST` or `HELD_OUT`.
+        shape: Shape of the logits, `(E, N, C)`.
+        outputs: Batches with `logits` `[E, b, C]`, `labels` `[b]` and `mask` `[b]`, False for
             padding; perhaps `ensemble` `[b, C]` and `experts_used` `[b]`.
 
     Raises:
@@ -85,7 +85,7 @@ def stream(
                 else:
                     path.unlink(missing_ok=True)  # of another method's predictions
     except BaseException:
-        # What is in the way of the folder is in the way of these, too.
+        # What keeps the folder from being made keeps these from being removed.
         with contextlib.suppress(OSError):
             for path in partial.values():
                 path.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def _fill(
     shape: tuple[int, int, int],
     outputs: Iterable[Mapping[str, npt.NDArray]],
 ) -> dict[str, np.memmap]:
-    """Puts batches one after the other into new files of the whole shape, by what they hold."""
+    """Copies batches one after the other into new files of the whole shape, a file an output."""
     _, num_examples, num_classes = shape
     shapes: dict[str, tuple[int, ...]] = {
         "logits": shape,
@@ -156,7 +156,7 @@ def load(folder: Path, prefix: str = TEST) -> Predictions:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"The predictions in {folder} cannot be read ({error}); evaluate the run anew, with "
+            f"The predictions in {folder} cannot be read ({error}); evaluate the run again, with "
             "--mode=eval."
         ) from error
     fit = logits.ndim == 3 and labels.shape == logits.shape[1:2] and labels.size
@@ -166,7 +166,7 @@ def load(folder: Path, prefix: str = TEST) -> Predictions:
     if not fit or labels.min() < 0 or labels.max() >= logits.shape[2]:
         raise UserError(
             f"The predictions in {folder} are damaged: logits {logits.shape} and labels "
-            f"{labels.shape} do not fit; evaluate the run anew, with --mode=eval."
+            f"{labels.shape} do not fit; evaluate the run again, with --mode=eval."
         )
     return Predictions(logits, labels, combined, used)
 

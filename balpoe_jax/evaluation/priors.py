@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TestDistribution priors at test time: adding a known one to logits, estimating an unknown one."""
+"""Priors of a test distribution: adding a known one to logits, estimating an unknown one."""
 
 from typing import NamedTuple
 
@@ -19,9 +19,9 @@ class PriorEstimate(NamedTuple):
     """An estimated class prior.
 
     Attributes:
-        prior: float32 `[C]`, not negative, summing to 1.
-        rounds: int32, of expectation and maximisation.
-        change: float32, L1 distance between the last two rounds' priors; above the tolerance only
+        prior: Frequency of each class, float32 `[C]`, not negative, with a sum of 1.
+        rounds: Number of rounds of expectation and maximisation, int32.
+        change: L1 distance between the last two rounds' priors, float32; above the tolerance only
             if the rounds ran out.
     """
 
@@ -31,14 +31,14 @@ class PriorEstimate(NamedTuple):
 
 
 def log_target_prior(prior: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.float64]:
-    """What to add to the mean logits when the class distribution of the test set is known.
+    """The term to add to the mean logits if the class distribution of the test set is known.
 
     The logits must be unbiased for a uniform prior, as BalPoE's mean is when the mean tau is 1
     (paper, section 3.2).
 
     Args:
-        prior: float `[C]`: frequencies, not negative, summing to 1 within 1e-3.
-        num_classes: `C`.
+        prior: Frequency of each class, float `[C]`, not negative, with a sum of 1 within 1e-3.
+        num_classes: Number of classes, `C`.
 
     Returns:
         float64 `[C]`, `log(prior + 1e-9)`.
@@ -72,18 +72,18 @@ def estimate_prior(
     Starts from the uniform prior. Each round reweights every example's probabilities by the prior
     so far and takes their mean as the next one (Saerens et al., Adjusting the Outputs of a
     Classifier to New a Priori Probabilities, Neural Computation 2002). The log-likelihood is
-    concave, so the start does not matter to where it ends. A round is two products of a matrix and
-    a vector.
+    concave, so the end does not depend on the start. A round is two products of a matrix and a
+    vector.
 
     Args:
-        probabilities: float `[N, C]` under a uniform prior, such as the softmax of BalPoE's mean
-            logits; cast to float32. Rows may have any positive sum.
-        weights: float `[N]`, not negative, how often each example counts; None for once each.
-        concentration: `a >= 1` of a symmetric Dirichlet distribution over priors. 1 gives the
-            maximum-likelihood estimate, more a maximum-a-posteriori one that leans to uniform, as
-            if each class had been seen `a - 1` more times.
-        tolerance: stop when the L1 distance between two rounds falls below.
-        max_rounds: or after so many.
+        probabilities: Probabilities under a uniform prior, float `[N, C]`, such as the softmax of
+            BalPoE's mean logits; cast to float32. Rows may have any positive sum.
+        weights: Weight of each example, float `[N]`, not negative; None for 1 each.
+        concentration: Parameter `a >= 1` of a symmetric Dirichlet distribution over priors. 1 gives
+            the maximum-likelihood estimate, more a maximum-a-posteriori one that leans to uniform,
+            as if each class had been seen `a - 1` more times.
+        tolerance: L1 distance between two rounds below which it stops.
+        max_rounds: Number of rounds after which it stops in any case.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, no example, or values out of range.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is asked of a run's predictions: arrays in, the content of results.json out."""
+"""The scores of a run's predictions: arrays in, the content of results.json out."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
 
 GROUPS = ("many", "medium", "few")
 
-# More than seven experts have too many subsets; of each size so many are scored at most.
+# More than seven experts have too many subsets; at most this many of each size are scored.
 _SUBSETS_A_SIZE = 35
 
 
@@ -37,31 +37,33 @@ def score(
     prior_strength: float = 0.3,
     shift_test_level: float = 0.01,
 ) -> dict[str, Any]:
-    """Scores the ensemble and each expert on every question at once.
+    """Makes all scores of the ensemble and of each expert.
 
-    The ensemble is the softmax of the mean of the experts' raw logits, or of what the method made
-    of them (`Predictions.combined`). On a target distribution it
-    predicts in three ways: without a prior; with the known class frequencies as a prior, added as
-    a logarithm to the mean logits; and with a prior that expectation-maximisation estimates from
-    the unlabelled examples. Before estimating, the probabilities are corrected by a temperature and
-    class biases fitted on `held_out`, where there is one; the correction serves the estimate alone.
-    The estimate is used only where the predictions show that the target's prior is not uniform, so
-    that it does no harm where there is nothing to estimate.
+    The ensemble is the softmax of the mean of the experts' raw logits, or of the logits that the
+    method made of them (`Predictions.combined`). On a target distribution it predicts in three
+    ways: without a prior; with the known class frequencies as a prior, whose logarithm is added to
+    the mean logits; and with a prior that expectation-maximisation estimates from the unlabelled
+    examples.
+
+    Before estimating, the probabilities are corrected by a temperature and class biases fitted on
+    `held_out`, where there is one; the correction serves the estimate alone. The estimate is used
+    only where the predictions show that the target's prior is not uniform, so that it does no harm
+    where there is nothing to estimate.
 
     Args:
-        test: predictions on the test set.
-        class_counts: `[C]` training counts.
-        taus: `[E]`, None for an expert whose loss has none.
-        num_bins: of the calibration errors.
-        thresholds: of the shot groups.
-        held_out: predictions on labelled examples outside training and test set; None for no
+        test: Predictions on the test set.
+        class_counts: Numbers of training examples by class, `[C]`.
+        taus: Tau of each expert, `[E]`; None for an expert whose loss has none.
+        num_bins: Number of bins of the calibration errors.
+        thresholds: Thresholds of the shot groups.
+        held_out: Predictions on labelled examples outside training and test set; None for no
             temperature scaling and no correction.
-        held_out_description: where those are from, for the record.
-        targets: the distributions.
-        prior_strength: how much the uniform prior weighs against the examples in the estimate: the
+        held_out_description: Origin of the held-out examples, for the record.
+        targets: Target distributions.
+        prior_strength: Weight of the uniform prior against the examples in the estimate: the
             concentration is `1 + strength * M / C` for `M` examples and `C` classes, 0 is maximum
             likelihood.
-        shift_test_level: level of the test (`metrics.prior_shift_p_value`) that a target must
+        shift_test_level: Level of the test (`metrics.prior_shift_p_value`) that a target must
             fail for its estimate to be used; 1 uses every estimate. Without `held_out` there is no
             test and every estimate is used.
 
@@ -114,7 +116,7 @@ def score_test(
     num_bins: int = 15,
     thresholds: tuple[int, int] = metrics.DEFAULT_THRESHOLDS,
 ) -> dict[str, Any]:
-    """`class_counts`, `test`, `experts`, `group_confusion` and `experts_used`, for a look."""
+    """`class_counts`, `test`, `experts`, `group_confusion` and `experts_used` of `score` alone."""
     return _score_test(test, class_counts, taus, num_bins, thresholds)[0]
 
 
@@ -167,7 +169,7 @@ def _calibration_by_group(
     num_bins: int,
     thresholds: tuple[int, int],
 ) -> dict[str, dict[str, float]]:
-    """Over the examples whose label is in each shot group."""
+    """Calibration over the examples whose label is in each shot group."""
     return {
         name: _calibration(summary, labels, num_bins, members[labels])
         for name, members in metrics.shot_groups(class_counts, thresholds)._asdict().items()
@@ -250,7 +252,7 @@ def _score_ensemble(
     experts: Sequence[Summary],
     thresholds: tuple[int, int],
 ) -> dict[str, Any]:
-    """What the experts are worth together: subsets of them, and how they differ."""
+    """The scores of the experts together: accuracy of their subsets, and disagreement."""
     predicted = np.stack([expert.predicted for expert in experts])
     accuracies = (predicted == test.labels).mean(axis=1)
     together = (metrics.predicted_classes(test.ensemble) == test.labels).mean()
@@ -279,13 +281,13 @@ def _score_ensemble(
 
 
 def _mean_tau(taus: Sequence[float | None]) -> float | None:
-    """None if not every expert has one."""
+    """The mean of the taus; None if not every expert has one."""
     known = [tau for tau in taus if tau is not None]
     return float(np.mean(known)) if len(known) == len(taus) else None
 
 
 def _subsets(num_experts: int) -> list[tuple[int, ...]]:
-    """By size, the complete set last; a seeded choice where a size has too many."""
+    """The subsets of the experts by size, or a seeded choice where a size has too many."""
     chosen: list[tuple[int, ...]] = []
     random = np.random.default_rng(0)
     for size in range(1, num_experts + 1):
@@ -303,7 +305,7 @@ def _subsets(num_experts: int) -> list[tuple[int, ...]]:
 def _evidence_of_priors(
     test: Predictions, held_out: Predictions | None, class_counts: npt.NDArray[np.int64]
 ) -> dict[str, jax.Array]:
-    """Probabilities of the whole test set to estimate priors from, raw and, if can be, corrected.
+    """Probabilities of the whole test set to estimate priors from: raw, and corrected if possible.
 
     Each is one array `[N, C]` in single precision, shared by all target distributions.
     """
@@ -328,17 +330,7 @@ def _score_target(
     """Accuracy, calibration and the quality of the estimated priors on one distribution."""
     logits, num_classes = test.ensemble, test.expert_logits.shape[2]
     truth = target.prior
-    concentration = 1 + prior_strength * len(target.indices) / num_classes
-    # The examples of the target count once, the others not at all: one shape for all targets.
-    members = np.zeros(len(test.labels), np.float32)
-    members[target.indices] = 1
-    best = evidence.get("corrected", evidence["raw"])
-    estimates: dict[str, PriorEstimate] = {
-        "map": estimate_prior(best, members, concentration),
-        "ml": estimate_prior(best, members),
-    }
-    if "corrected" in evidence:
-        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, concentration)
+    estimates = _estimate_priors(target, evidence, prior_strength)
     offsets = {
         "none": None,
         "prior": log_target_prior(truth, num_classes),
@@ -379,10 +371,29 @@ def _score_target(
     }
 
 
+def _estimate_priors(
+    target: TestDistribution, evidence: Mapping[str, jax.Array], prior_strength: float
+) -> dict[str, PriorEstimate]:
+    """The prior of a distribution, estimated in each way, from what `_evidence_of_priors` gives."""
+    num_examples, num_classes = evidence["raw"].shape
+    concentration = 1 + prior_strength * len(target.indices) / num_classes
+    # The examples of the target count once, the others not at all: one shape for all targets.
+    members = np.zeros(num_examples, np.float32)
+    members[target.indices] = 1
+    best = evidence.get("corrected", evidence["raw"])
+    estimates = {
+        "map": estimate_prior(best, members, concentration),
+        "ml": estimate_prior(best, members),
+    }
+    if "corrected" in evidence:
+        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, concentration)
+    return estimates
+
+
 def score_aggregations(
     test: Predictions, targets: Sequence[TestDistribution], learnt: Sequence[Aggregation]
 ) -> dict[str, Any]:
-    """What weights of the experts that were learnt on each target distribution are worth there.
+    """The accuracy on each target distribution with the expert weights that were learnt there.
 
     Weights that collapsed are refused: equal ones are used in their place.
 
@@ -416,7 +427,7 @@ def score_aggregations(
 def _shift_test(
     held_out: Predictions, class_counts: npt.NDArray[np.int64]
 ) -> Callable[[npt.NDArray[np.int64]], float]:
-    """From predicted classes to the p value of a uniform prior."""
+    """A function from predicted classes to the p-value of a uniform prior."""
     return functools.partial(
         metrics.prior_shift_p_value,
         held_out_predicted=metrics.predicted_classes(held_out.ensemble),

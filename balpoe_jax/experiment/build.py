@@ -35,10 +35,10 @@ class Experiment:
     """Everything a run works with that does not change while it runs.
 
     Attributes:
-        program: what is compiled.
-        data: the long-tailed training set and the test set.
-        targets: the class distributions that the test set is scored on.
-        inputs: where batches are made, of training and of evaluation.
+        program: Functions that are compiled.
+        data: Long-tailed training set, and test set.
+        targets: Class distributions that the test set is scored on.
+        inputs: Source of the batches of training and evaluation.
     """
 
     program: Program
@@ -52,12 +52,12 @@ class Experiment:
         return self.program.settings
 
     def batch_indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Which training examples the update that leads to `step` is made from."""
+        """Positions of the training examples of the update that leads to `step`, int64 `[B]`."""
         plan = phases.phase_of(self.program.phases, step)
         return self.inputs.positions(plan.index, step - 1 - plan.first_step)
 
     def resolved(self) -> dict[str, Any]:
-        """As of the program, and where batches are made."""
+        """What the config leaves open, as it is in use: the program's choices and the inputs'."""
         return {
             **self.program.resolved(),
             "pipeline": self.inputs.pipeline,
@@ -65,7 +65,7 @@ class Experiment:
         }
 
     def data_record(self) -> dict[str, Any]:
-        """What the data set turned out to be."""
+        """The class counts, shot groups and sizes of the data set that was loaded."""
         groups = metrics.shot_groups(self.data.class_counts, self.settings.data.shot_thresholds)
         return {
             "class_counts": self.data.class_counts,
@@ -77,7 +77,7 @@ class Experiment:
         }
 
     def shared_data(self) -> dict[str, Any]:
-        """What must be the same in all processes, each of which reads data of its own."""
+        """What must be the same in all processes, since each reads the data by itself."""
         data = self.data
         sources = {"train": data.train, "test": data.test, "held_out": data.held_out}
         return {
@@ -88,7 +88,7 @@ class Experiment:
 
 
 def _digest(source: Source) -> str:
-    """Of which examples there are, in which order, with which labels; not of their pixels."""
+    """A digest of the examples, their order and their labels; not of their pixels."""
     which = source.keys if isinstance(source, ArraySource) else source.index.names
     digest = hashlib.sha256(source.labels.tobytes())
     digest.update(which.tobytes())
@@ -99,8 +99,8 @@ def build_together(settings: Settings, pipeline: str | None = None) -> Experimen
     """Builds an experiment in every process, as `build` does.
 
     Args:
-        settings: of the experiment.
-        pipeline: as for `build`.
+        settings: Settings of the experiment.
+        pipeline: Pipeline of a run that was begun before, see `build`.
 
     Raises:
         UserError (a `ValueError`): as `build` does, or data that are not the same in all processes.
@@ -117,12 +117,12 @@ def build(settings: Settings, pipeline: str | None = None) -> Experiment:
     """Builds the parts of an experiment and announces its data.
 
     Args:
-        settings: of the experiment.
-        pipeline: The one in which a run's batches are made already, where the settings leave it
-            open; None for a new run.
+        settings: Settings of the experiment.
+        pipeline: Pipeline of a run that was begun before, for settings that leave it open; None for
+            a new run.
 
     Raises:
-        UserError (a `ValueError`): data that is not there or not as it should be, or a batch that
+        UserError (a `ValueError`): data that are missing or not as they should be, or a batch that
             the devices cannot share.
     """
     devices = parallel.make_parallel(settings.parallel.mode)
@@ -151,10 +151,10 @@ def build_program(
     """Builds what is compiled for an experiment.
 
     Args:
-        settings: of the experiment.
-        devices: that share a batch; they need not be this host's.
-        class_counts: int `[C]`, training images of each class.
-        image_shape: `(H, W, 3)` of the images that the model gets.
+        settings: Settings of the experiment.
+        devices: Devices that share a batch; they need not be this host's.
+        class_counts: Numbers of training images by class, int `[C]`.
+        image_shape: Shape of the images that the model gets, `(H, W, 3)`.
 
     Raises:
         UserError (a `ValueError`): as `check` does, or a method whose phases change the structure
@@ -293,6 +293,7 @@ def _make_model(settings: Settings, num_classes: int, devices: parallel.Parallel
         expert_map=model.expert_map or default_expert_map(model.name, devices.platform),
         classifier=model.classifier,
         scale=model.classifier_scale,
+        classifier_init=model.classifier_init,
         reduce_dimension=model.reduce_dimension,
         shared_stages=model.shared_stages,
         dtype=jnp.dtype(model.dtype),
@@ -304,11 +305,11 @@ def _make_model(settings: Settings, num_classes: int, devices: parallel.Parallel
 def default_expert_map(model: str, platform: str) -> str:
     """The faster of `models.ensemble.EXPERT_MAPS`; the numbers are the same.
 
-    Grouped convolutions, which vmap makes of the experts', fill a TPU's matrix units where one
-    expert has too few channels to (ResNet-32: 13 to 16% fewer estimated cycles on v5e). Experts of
-    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). On a CPU they are slow, and
-    on a GPU their gradients are (jax#13800, jax#26266): there "stacked" has them one by one. That
-    was not measured on a GPU, only its kernels were counted.
+    vmap turns the experts' convolutions into grouped ones. They fill a TPU's matrix units where one
+    expert has too few channels (ResNet-32: 13 to 16% fewer estimated cycles on v5e). Experts of
+    ResNet-50 fill them alone, and lose by it (`benchmarks/README.md`). Grouped convolutions are
+    slow on a CPU, and so are their gradients on a GPU (jax#13800, jax#26266): there "stacked"
+    computes them one by one. On a GPU nothing was measured; only the kernels were counted.
     """
     if saves_kernels(model, platform):
         return "stacked"

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 PIPELINES = ("host", "device")
 
-# Of a device's memory, what a data set may take; where it does not tell how much it has, in bytes.
+# The share of a device's memory that a data set may take, and the bytes where its size is unknown.
 _SHARE_OF_MEMORY, _ASSUMED_LIMIT = 0.25, 2 * 2**30
 
 Dispatches = Iterable[tuple[int, int]]
@@ -52,8 +52,8 @@ def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) ->
     """One of `PIPELINES`.
 
     Args:
-        wanted: One of them; None for the device's where the data set fits and the platform is an
-            accelerator, or where TensorFlow is not installed, and the host's otherwise.
+        wanted: Pipeline to take; None for the device's where the data set fits and the platform is
+            an accelerator, or where TensorFlow is not installed, and the host's otherwise.
         data: The data set.
         parallel: The devices.
 
@@ -93,7 +93,7 @@ def _num_bytes(source: Source) -> int:
 def _memory_for_data(device: jax.Device) -> float:
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):  # of a device that is not here
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # a device that is not here
         limit = None
     return limit * _SHARE_OF_MEMORY if limit else _ASSUMED_LIMIT
 
@@ -109,8 +109,8 @@ class HostInputs:
     Args:
         parallel: The devices.
         data: The data set.
-        settings: How training batches are made in each phase.
-        test_view: How random views of test images are augmented.
+        settings: Settings of the training batches of each phase.
+        test_view: Augmentation of the random views of test images.
         seed: Seed of the run.
         threads: Number of the pipeline's threads; None for all cores.
         on_bad_image: What `statistics_batches` makes of a training image that cannot be read, see
@@ -136,7 +136,7 @@ class HostInputs:
         extras.require_tensorflow("config.data.pipeline=host")
 
     def steps_per_dispatch(self, phase: int) -> int:
-        """Steps that one call makes."""
+        """Number of steps that one call makes in a phase."""
         return 1
 
     def map_train_step(
@@ -159,7 +159,7 @@ class HostInputs:
             phase: Position in the settings.
             dispatches: Pairs of the first step, counted from 0 in the phase, and the one after the
                 last; consecutive.
-            replacements: Images for those that cannot be read, see `data.unreadable.Replacements`.
+            replacements: Images for those that cannot be read, see `data.batches.replacements`.
         """
         from balpoe_jax.data import pipeline
 
@@ -232,11 +232,11 @@ class DeviceInputs:
     Args:
         parallel: The devices.
         train: The training set, in memory.
-        settings: How training batches are made in each phase.
-        test_view: How random views of test images are augmented.
+        settings: Settings of the training batches of each phase.
+        test_view: Augmentation of the random views of test images.
         seed: Seed of the run.
-        steps_per_dispatch: Steps that one call makes: 1 for single steps; None for an epoch on an
-            accelerator and single steps on a CPU, where loops are slow.
+        steps_per_dispatch: Number of steps that one call makes; None for an epoch on an
+            accelerator and 1 on a CPU, where loops are slow.
     """
 
     pipeline = "device"
@@ -259,7 +259,7 @@ class DeviceInputs:
         self._placed: dict[int, jax.Array] = {}
 
     def steps_per_dispatch(self, phase: int) -> int:
-        """Steps that one call makes."""
+        """Number of steps that one call makes in a phase."""
         if self._steps is not None:
             return self._steps
         if self._parallel.mesh.devices.flat[0].platform == "cpu":
@@ -271,8 +271,8 @@ class DeviceInputs:
     ) -> Callable[..., Any]:
         """The compiled updates `(state, inputs) -> (state, metrics)`, which donate the state.
 
-        Several steps are a loop in the program, and so is what is left of them, be it one: loops of
-        any length make the same bits, which a bare step need not.
+        Several steps are a loop in the program, and so is a remainder of one: loops of any length
+        make the same bits, which a bare step need not.
 
         Args:
             step: Update of one device, see `step.make_train_step`.
@@ -292,7 +292,7 @@ class DeviceInputs:
             phase: Position in the settings.
             dispatches: Pairs of the first step, counted from 0 in the phase, and the one after the
                 last.
-            replacements: None; images in memory can all be read.
+            replacements: Nothing, since all images in memory can be read.
         """
         assert replacements is None
         planner = self._planners[phase]
@@ -412,13 +412,13 @@ def map_planned_step(
 ) -> Callable[..., Any]:
     """The compiled `(state, plan, of_batches, constants)` to `(state, metrics)`.
 
-    It donates the state. What batches are made of is `images` and `tables`; the constants are those
-    of the step.
+    It donates the state. Batches are made from the `images` and `tables` of `of_batches`; the
+    constants are those of the step.
 
     Args:
         parallel: The devices.
         step: Update of one device, see `step.make_train_step`.
-        planner: What makes the plans.
+        planner: Planner that makes the plans.
         scanned: Whether plans and metrics are of several steps, with a leading axis.
     """
 
@@ -434,10 +434,10 @@ def map_planned_step(
 
 
 def _loop_once(body: Callable[..., Any], state: Any, plans: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` of length 1 as a loop in the compiled program, too.
+    """`jax.lax.scan` of length 1 that stays a loop in the compiled program.
 
-    The compiler takes away a loop that it knows to run once, and the bare step rounds otherwise. So
-    the length is computed, from a count of steps that is never negative.
+    The compiler removes a loop that it knows to run once, and the bare step rounds differently. So
+    the length is computed from the count of steps, which is never negative.
     """
     plan = jax.tree.map(lambda x: x[0], plans)
     _, metrics = jax.eval_shape(body, state, plan)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The phases of a training in time: which updates belong to each, at which rates.
 
-Most methods have one. Steps are counted through all of them; epochs too, though an epoch of another
-phase may have another number of steps.
+Most methods have one. Steps and epochs are counted through all phases, though the number of steps
+in an epoch may differ between them.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ class PhasePlan:
     """One phase as it is run.
 
     Attributes:
-        index: position in the method's phases.
-        name: for the log.
-        context: what the method is told.
-        optimizer: with its learning-rate schedule; the structure of its state is that of all
-            phases.
-        learning_rates: float64 `[epochs]`.
-        first_epoch: epochs made before this phase.
+        index: Position in the method's phases.
+        name: Name in the log.
+        context: Constants that the method is told.
+        optimizer: Optimizer with its learning-rate schedule; its state has the same structure in
+            all phases.
+        learning_rates: Rate of each epoch, float64 `[epochs]`.
+        first_epoch: Number of epochs before this phase.
     """
 
     index: int
@@ -38,17 +38,17 @@ class PhasePlan:
 
     @property
     def first_step(self) -> int:
-        """Updates made before this phase."""
+        """Number of updates before this phase."""
         return self.context.first_step
 
     @property
     def last_step(self) -> int:
-        """Updates made at its end."""
+        """Number of updates at its end."""
         return self.first_step + len(self.learning_rates) * self.context.steps_per_epoch
 
     @property
     def last_epoch(self) -> int:
-        """Epochs made at its end."""
+        """Number of epochs at its end."""
         return self.first_epoch + len(self.learning_rates)
 
     def learning_rate(self, step: int) -> float:
@@ -64,12 +64,12 @@ def phase_of(plans: Sequence[PhasePlan], step: int) -> PhasePlan:
 
 
 def epoch_at(plans: Sequence[PhasePlan], step: int) -> float:
-    """How many epochs `step` updates are."""
+    """Number of epochs that `step` updates are."""
     plan = phase_of(plans, step)
     return plan.first_epoch + (step - plan.first_step) / plan.context.steps_per_epoch
 
 
 def step_at(plans: Sequence[PhasePlan], epoch: int) -> int:
-    """How many updates `epoch` epochs are."""
+    """Number of updates that `epoch` epochs are."""
     plan = next((plan for plan in plans if epoch <= plan.last_epoch), plans[-1])
     return plan.first_step + (epoch - plan.first_epoch) * plan.context.steps_per_epoch

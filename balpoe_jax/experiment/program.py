@@ -42,15 +42,15 @@ class Program:
     """What is compiled for an experiment, which takes its data set's counts but not its images.
 
     Attributes:
-        settings: of the experiment.
-        image_shape: `(H, W, 3)`.
-        parallel: the devices.
-        method: how it is trained, and what it predicts.
-        model: the experts.
-        network: what is trained, the model or more; to be applied within `parallel`'s mapped steps.
-        phases: of the training.
-        taus: one for each expert, None where the method's loss has none.
-        teacher: of the method's `teacher_run`; None without one.
+        settings: Settings of the experiment.
+        image_shape: Shape of an image, `(H, W, 3)`.
+        parallel: Devices that share a batch.
+        method: Method by which the network is trained and predicts.
+        model: Trunk and experts.
+        network: Module that is trained, the model or more; for use within `parallel`'s steps.
+        phases: Phases of the training.
+        taus: Tau of each expert, None where the method's loss has none.
+        teacher: Program of the method's `teacher_run`; None without one.
     """
 
     settings: Settings

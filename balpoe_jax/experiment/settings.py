@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What settings say of each phase of a training, and whether the devices can share its batches."""
+"""The settings of each phase's batches and rates, and whether the devices can share the batches."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +8,7 @@ from balpoe_jax import optim, parallel
 from balpoe_jax.config import Settings
 from balpoe_jax.data.settings import TrainSettings
 
-# Beyond all seeds of configs.
+# Larger than any seed of a config, so that no phase has the seed of another run.
 _PHASE_SEED = 2**31
 
 
@@ -16,7 +16,7 @@ def check(settings: Settings, devices: parallel.Parallel) -> None:
     """Refuses what cannot be built on these devices, whatever the data.
 
     Raises:
-        UserError (a `ValueError`): a batch that the devices cannot share, or rates that cannot be.
+        UserError (a `ValueError`): a batch that the devices cannot share, or invalid rates.
     """
     for phase in settings.phases:
         devices.check_batch_size(phase.batch_size, "batch_size", phase.optim.accumulation_steps)
@@ -25,7 +25,7 @@ def check(settings: Settings, devices: parallel.Parallel) -> None:
 
 
 def train_settings(settings: Settings) -> tuple[TrainSettings, ...]:
-    """How training batches are made in each phase of an experiment."""
+    """The settings of the training batches of each phase of an experiment."""
     return tuple(_train_settings(phase, index) for index, phase in enumerate(settings.phases))
 
 
@@ -38,7 +38,7 @@ def _train_settings(phase: Settings, index: int) -> TrainSettings:
         std=phase.data.std,
         augment=phase.augment,
         mix=phase.mix,
-        # The network would round them first of all; here that halves what is copied and sent.
+        # The network would round images first of all; rounded here, half the bytes are copied.
         dtype=phase.model.dtype,
         views=phase.views,
         sampler=phase.data.sampler,
@@ -48,7 +48,7 @@ def _train_settings(phase: Settings, index: int) -> TrainSettings:
 
 
 def learning_rates(phase: Settings) -> npt.NDArray[np.float64]:
-    """float64 `[epochs]`, the rate in force during each epoch of a phase."""
+    """The rate in force during each epoch of a phase, float64 `[epochs]`."""
     sgd = phase.optim
     rates = optim.learning_rates(
         phase.total_epochs,

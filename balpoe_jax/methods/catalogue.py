@@ -29,7 +29,7 @@ _HEAD = """# The methods
 Each section is a file of `balpoe_jax/methods/`, and begins with what the file says of itself.
 A preset is what `method=` of a config file may be. Published figures are accuracies in percent on
 the balanced test set, with what else stands after the config file's colon, the expected calibration
-error (ECE) where it is known, and who reports them. They are not ours.
+error (ECE) where it is known, who reports them, and perhaps the network. They are not ours.
 """
 
 
@@ -98,4 +98,5 @@ def _figure(published: PublishedResult) -> str:
     arguments = f" `{published.arguments}`" if published.arguments else ""
     error = "" if published.ece is None else f", ECE {published.ece:g}"
     data = _DATASETS.get(published.dataset, published.dataset)
-    return f"{data}{arguments}: {published.accuracy:g}{error} ({published.source})"
+    network = f"; network: {published.network}" if published.network else ""
+    return f"{data}{arguments}: {published.accuracy:g}{error} ({published.source}{network})"

@@ -40,12 +40,14 @@ class Projection(nn.Module):
         width: of the result.
         norm: whether BatchNorm follows the hidden layers.
         axis_name: the mapped axis over which it takes its statistics.
+        last_init: Initialiser of the last layer.
     """
 
     hidden: tuple[int, ...]
     width: int
     norm: bool = True
     axis_name: str | None = None
+    last_init: nn.initializers.Initializer = torch_uniform
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -58,7 +60,7 @@ class Projection(nn.Module):
                 )
                 x = norm(x)
             x = nn.relu(x)
-        return normalize(nn.Dense(self.width, kernel_init=torch_uniform, name="out")(x), axis=-1)
+        return normalize(nn.Dense(self.width, kernel_init=self.last_init, name="out")(x), axis=-1)
 
 
 class ProjectedEnsemble(nn.Module):

@@ -150,6 +150,9 @@ class MDCS(_SelfDistilled):
         return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
 
+# The published networks are narrower than BalPoE's.
+_NARROW = {"model.reduce_dimension": True}
+
 # Views as MDCS has them: weak ones are the data set's usual, which `view2` starts from on CIFAR.
 _CIFAR_STRONG = {"rotation": 0.0, "policy": "autoaugment_cifar"}
 _PHOTO_WEAK = {"crop_padding": 0, "rotation": 0.0, "color_jitter": (0.4, 0.4, 0.4)}
@@ -172,8 +175,7 @@ _CIFAR_MDCS = {
     "batch_size": 64,
     "optim.decay_epochs": (200, 320, 380),
     "optim.warmup_epochs": 20,
-    # The published network is narrower than BalPoE's.
-    "model.reduce_dimension": True,
+    **_NARROW,
 }
 
 PRESETS = {
@@ -199,6 +201,7 @@ PRESETS = {
             "cifar10_lt": _CIFAR_MDCS,
             "imagenet_lt": {
                 **_PHOTO_VIEWS,
+                **_NARROW,
                 "total_epochs": 180,
                 "batch_size": 256,
                 "optim.learning_rate": 0.1,
@@ -206,6 +209,7 @@ PRESETS = {
             "imagenet_lt:recipe=long": {"total_epochs": 400},
             "inaturalist2018": {
                 **_PHOTO_VIEWS,
+                **_NARROW,
                 "total_epochs": 400,
                 "batch_size": 512,
                 "optim.schedule": "step",

@@ -3,7 +3,8 @@
 
 The first phase is cross-entropy with mixup. The second one tunes the classifier on batches with
 balanced classes, with label-aware smoothing and a learnable scale for each class, while the rest of
-the network keeps its parameters and only its BatchNorm statistics move on ("shifted" statistics).
+the network keeps its parameters and only its BatchNorm statistics move on ("shifted" statistics; on
+CIFAR-10 they stay).
 
 Followed is the authors' code (dvlab-research/MiSLAS), where the paper differs: the smoothed mass is
 spread over all classes, not over the others alone, and the classifier of the first phase is
@@ -103,6 +104,11 @@ class Mislas(ExpertLosses):
     classifier_rate: float = setting(
         0.2, "Factor of the classifier's learning rate in the second phase.", 0, 1e6
     )
+    shift_statistics: bool = setting(
+        True,
+        "Whether BatchNorm takes the batch's statistics in the second phase, and its averages move "
+        "on; else they stay.",
+    )
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> ScaledEnsemble:
         """The ensemble with a scale for each class."""
@@ -117,8 +123,7 @@ class Mislas(ExpertLosses):
         def second(path: str) -> bool:
             return path == "class_scale" or (in_classifier(path) and self.classifier_rate > 0)
 
-        # Statistics are those of the batch, and go on moving.
-        tuning = partial(self.loss_of, self.tuning_losses)
+        tuning = partial(self.loss_of, self.tuning_losses, train=self.shift_statistics)
         return (
             Phase("mixup training", self.loss, first),
             Phase("classifier tuning", tuning, second, self.slower_classifier),
@@ -171,6 +176,14 @@ def _recipe(about: str, cifar_decay: float, published: tuple[PublishedResult, ..
         "method.classifier_rate": 0.05,
     }
     softer = {"method.smooth_tail": 0.0, "method.classifier_rate": 0.1}
+    on_cifar10 = {
+        "mix.alpha": 1.0,
+        **decay,
+        "method.smooth_head": 0.3,
+        "method.smooth_tail": 0.0,
+        "method.classifier_rate": 0.5,
+        "method.shift_statistics": False,
+    }
     return Preset(
         Mislas(),
         about,
@@ -179,7 +192,9 @@ def _recipe(about: str, cifar_decay: float, published: tuple[PublishedResult, ..
             "cifar100_lt": {"mix.alpha": 1.0, **decay},
             "cifar100_lt:ir=50": {**softer, "method.smooth_head": 0.3},
             "cifar100_lt:ir=10": {**softer, "method.smooth_head": 0.2},
-            "cifar10_lt": {"mix.alpha": 1.0, **decay},
+            "cifar10_lt": on_cifar10,
+            "cifar10_lt:ir=50": {"method.smooth_head": 0.2, "method.classifier_rate": 0.2},
+            "cifar10_lt:ir=10": {"method.smooth_head": 0.1, "method.classifier_rate": 0.2},
             "digits_lt": {"mix.alpha": 0.4},
             "imagenet_lt": {**large, "total_epochs": 180},
             "inaturalist2018": {

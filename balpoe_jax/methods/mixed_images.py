@@ -19,7 +19,8 @@ the losses are BalPoE's for one expert, so that these need no method of their ow
   ordinary one. As in the authors' code (naver-ai/cmo) images are drawn in inverse proportion to
   their class, which makes classes uniform; the paper reads as if classes were drawn that way. In
   the long recipe each image is augmented in one of two ways, by AutoAugment (or RandAugment) or as
-  a view of contrastive learning.
+  a view of contrastive learning. Its warm-up on CIFAR ends with the tenth epoch; the code's has an
+  eleventh, at 1.1 times the rate.
 """
 
 from typing import Any
@@ -127,7 +128,7 @@ _CMO_LONG_PHOTOS = {
     **_CMO_LONG,
     "batch_size": 128,
     "optim.learning_rate": 0.02,
-    "optim.schedule": "cosine",
+    "optim.schedule": "cosine_after_warmup",
     "optim.decay_epochs": (),
     **either_of("rand", "photo_similar"),
 }
@@ -138,6 +139,7 @@ def _cmo(about: str, taus: tuple[float, float], *published: PublishedResult) -> 
         "total_epochs": 100,
         "optim.learning_rate": 0.1,
         "optim.schedule": "step",
+        "optim.warmup_epochs": 5,
         "mix.last_epoch": 97,
     }
     return Preset(
@@ -159,14 +161,13 @@ def _cmo(about: str, taus: tuple[float, float], *published: PublishedResult) -> 
             "cifar100_lt:recipe=long": {
                 **_CMO_LONG,
                 "optim.decay_factor": 0.1,
-                "optim.decay_epochs": (320, 360),
+                "optim.decay_epochs": (321, 361),
                 **either_of("strong", "similar"),
             },
             "imagenet_lt": {
                 **photos,
                 "batch_size": 128,
                 "optim.decay_epochs": (60, 80),
-                "optim.warmup_epochs": 5,
             },
             "imagenet_lt:recipe=long": {**_CMO_LONG_PHOTOS, "optim.weight_decay": 5e-4},
             "inaturalist2018": {**photos, "batch_size": 256, "optim.decay_epochs": (75,)},

@@ -18,6 +18,7 @@ class PublishedResult:
         accuracy: top-1, over all classes.
         source: who reports it.
         ece: expected calibration error, where published.
+        network: Network that it was measured on, in words; empty where that is not said.
     """
 
     dataset: str
@@ -25,6 +26,7 @@ class PublishedResult:
     accuracy: float
     source: str
     ece: float | None = None
+    network: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

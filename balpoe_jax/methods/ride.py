@@ -11,7 +11,12 @@ The total is the sum over experts. Where we deliberately differ from that code:
   mean logits instead, once for each expert.
 - Margins are scaled by the classifier's scale, whatever it is; the code's are always scaled by 30.
 - The router is a second phase of one run, in place of a run of its own: until then it is frozen.
-- A distilled run adds the teacher's term once; the code repeats the whole loss for each expert.
+- The teacher sees images as in a test, by BatchNorm's averages. In the code it stays in training
+  mode, and its predictions depend on the batch.
+
+The loss of a distilled run is multiplied by the number of experts at the same weight decay, as in
+that code and its published figures (`repeat_by_experts`). The router's sampler draws images of a
+class with replacement; the code goes through them in turn. Classes are equally likely in both.
 """
 
 import dataclasses
@@ -206,6 +211,11 @@ class RIDE(Method):
         1.0, "Weight of the divergence from the teacher, see `distillation`.", 0, 1e6
     )
     teacher_temperature: float = setting(1.5, "Temperature of that divergence.", 1e-3, 1e3)
+    repeat_by_experts: bool = setting(
+        False,
+        "Whether the loss of a distilled run is multiplied by the number of experts, as in the "
+        "released code.",
+    )
 
     needs_global_batch = True
 
@@ -266,6 +276,7 @@ class RIDE(Method):
         if self.distill:
             terms["teacher"] = self.distillation_loss(outputs.logits, batch, context)
             total += self.teacher_weight * terms["teacher"]
+            total *= len(by_expert) if self.repeat_by_experts else 1
         return Losses(total, by_expert, batch_stats, method_state, terms)
 
     def distillation_loss(
@@ -376,7 +387,7 @@ PRESETS = {
         published=(PublishedResult("cifar100_lt", "ir=100", 48.6, "RIDE's repository"),),
     ),
     "ride_distill": Preset(
-        RIDE(distill=True),
+        RIDE(distill=True, repeat_by_experts=True),
         "RIDE, distilled",
         teacher=("ride", "experts=6"),
         experts=3,

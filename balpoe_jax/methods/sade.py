@@ -11,6 +11,10 @@ and for the inverse distribution the training prior with its ranks reversed, whi
 to `1 / n` only where class sizes fall exponentially. Classes of one size are ranked in their order,
 where the authors' sort leaves it open. Their longer training is in no configuration that they
 published; `recipe=long`, which is BalPoE's, stands for it beside their figures.
+
+Where we differ: at test time on iNaturalist the code also rewards the entropy of both predictions,
+by a factor of 0.01, and has a weight decay of 2e-4. Ours is the rule of the other data sets there;
+the weights that are learnt differ by about 2e-4.
 """
 
 import dataclasses

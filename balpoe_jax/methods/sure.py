@@ -33,13 +33,13 @@ _CIFAR: dict[str, Any] = {
     "augment.rotation": 0.0,
 }
 
-_PAPER = "SURE's Table 2, ResNet-32 of 4 times the width"
+_PAPER, _NETWORK = "SURE's Table 2", "ResNet-32 of 64, 128 and 256 channels"
 
 
 def _on(dataset: str, *accuracies: float) -> tuple[PublishedResult, ...]:
     """Of ratios 100, 50 and 10."""
     return tuple(
-        PublishedResult(dataset, f"ir={ratio}", accuracy, _PAPER)
+        PublishedResult(dataset, f"ir={ratio}", accuracy, _PAPER, network=_NETWORK)
         for ratio, accuracy in zip((100, 50, 10), accuracies, strict=True)
     )
 

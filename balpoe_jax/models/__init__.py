@@ -67,6 +67,7 @@ def create_model(
     expert_map: str = "loop",
     classifier: str = "cosine",
     scale: float = 30.0,
+    classifier_init: str | None = None,
     reduce_dimension: bool = False,
     shared_stages: int | None = None,
     stage_sizes: Sequence[int] | None = None,
@@ -90,6 +91,8 @@ def create_model(
         expert_map: "loop", "vmap" or "stacked", see `ExpertEnsemble`; the parameters are the same.
         classifier: "cosine" (scaled cosine similarity, no bias), "cosine_bias" or "linear".
         scale: of the cosine classifier.
+        classifier_init: Initial values of a linear classifier, "he" or "torch" (PyTorch's own);
+            None for He's in `CIFAR_MODELS` and PyTorch's in `IMAGENET_MODELS`.
         reduce_dimension: widths 24 and 48 in the experts instead of 32 and 64; for
             `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
         shared_stages: how many stages the experts share: None for one, or two of
@@ -154,9 +157,10 @@ def create_model(
         **options,
     )
     # The reference initialises a linear layer itself only in its networks for small images.
-    linear_init = heads.he_normal if small else heads.torch_uniform
+    linear_init = classifier_init or ("he" if small else "torch")
+    _check_choice("classifier_init", linear_init, tuple(heads.INITIALISERS))
     head = (
-        heads.LinearHead(num_classes, linear_init)
+        heads.LinearHead(num_classes, heads.INITIALISERS[linear_init])
         if classifier == "linear"
         else heads.CosineHead(num_classes, scale, use_bias=classifier == "cosine_bias")
     )

@@ -14,6 +14,7 @@ CLASSIFIERS = ("cosine", "linear", "cosine_bias")
 # Initialisers of a linear head: He's, and PyTorch's own, uniform in (-1, 1) / sqrt(D).
 he_normal = initializers.variance_scaling(2.0, "fan_in", "normal")
 torch_uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+INITIALISERS = {"he": he_normal, "torch": torch_uniform}
 
 # The norm below which the reference no longer divides.
 _NORM_EPSILON = 1e-12

@@ -33,12 +33,12 @@ _SCORES = {
 
 _KINDS = {"none": "none", "prior": "known", "estimated": "est."}
 
-# The fields in which trainings of BalPoE with different numbers of experts differ.
+# The one field in which groups differ that train different numbers of experts.
 _SWEEP = ["model.num_experts"]
 
 
 def compare(groups: Sequence[RunGroup]) -> list[Table]:
-    """The tables of a comparison; one of differences only if there is something to differ from."""
+    """The tables of a comparison; several groups have a table of their differences."""
     content = [_scores(groups)]
     if len(groups) > 1:
         content += [_differences(groups), _fields(groups)]
@@ -88,7 +88,7 @@ def _label(group: RunGroup) -> str:
 
 
 def shared_note(groups: Sequence[RunGroup]) -> str:
-    """What the runs note: once if all note the same, else group by group."""
+    """The notes on the runs: once if all have the same, otherwise group by group."""
     notes = [group.note for group in groups]
     if len(set(notes)) == 1:
         return notes[0]
@@ -193,7 +193,7 @@ def _bias(groups: Sequence[RunGroup]) -> Table:
 
 
 def _mean_divergence(group: RunGroup, *keys: Any) -> float | str | None:
-    """Over the runs that have this classifier; infinite as soon as one is."""
+    """The mean divergence over the runs that have a classifier; infinite as soon as one is."""
     found = [bias for bias in group.values("bias", *keys) if bias]
     if any(bias.get("lambda", 0) is None for bias in found):
         return None  # of experts without a tau
@@ -253,8 +253,8 @@ def _shift_figures(groups: Sequence[RunGroup]) -> Markup:
 
 def _experts_curve(groups: Sequence[RunGroup]) -> Markup:
     """Accuracy against the number of experts, each a training of its own (paper, Fig. 5)."""
-    ordered = sorted(groups, key=lambda group: group.runs[0].config["model"]["num_experts"])
-    numbers = [group.runs[0].config["model"]["num_experts"] for group in ordered]
+    ordered = sorted(groups, key=lambda group: group.runs[0].recorded.num_experts)
+    numbers = [group.runs[0].recorded.num_experts for group in ordered]
     # Not-a-number where no run has the figure, as that of an empty shot group: a gap in the line.
     values = {
         label: [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures as SVG text, to stand inside a page: they take its text colour and font.
+"""Figures as SVG text for a page, whose text colour and font they take.
 
-Each is small enough to be read on a phone; a page puts several side by side. Colours are told apart
-with any colour vision (blue, vermilion, green of equal weight), and marks or dashes differ as well.
+Each is small enough to be read on a phone; a page puts several side by side. Colours can be told
+apart with any colour vision (blue, vermilion, green of equal weight); marks or dashes also differ.
 """
 
 import contextlib
@@ -62,9 +62,9 @@ def reliability_diagram(title: str, calibration: Calibration, name: str) -> str:
     """Accuracy against confidence in bins, the gap to it, and how many examples each bin has.
 
     Args:
-        title: of the diagram.
-        calibration: the bins.
-        name: distinguishes this figure's elements from those of others on the page.
+        title: Title of the diagram.
+        calibration: Bins and errors.
+        name: Prefix of the names of the figure's elements, unique on the page.
     """
     with _drawing((3.3, 3.7)) as figure:
         bins, shares = figure.subplots(2, 1, height_ratios=[3.2, 1])
@@ -84,9 +84,9 @@ def class_accuracies(
     """The accuracy of each class against its training images.
 
     Args:
-        class_counts: `[C]`.
-        per_class: `[C]` accuracies of the ensemble, nan where there are no test examples.
-        groups: which classes are many, medium and few.
+        class_counts: Numbers of training images by class, `[C]`.
+        per_class: Accuracy of the ensemble by class, `[C]`, nan where there are no test examples.
+        groups: Classes that are many, medium and few.
     """
     with _drawing(_SIZE) as figure:
         axis = figure.subplots()
@@ -113,8 +113,8 @@ def group_accuracies(names: Sequence[str], accuracies: Sequence[Mapping[str, flo
     """The accuracy of each expert and the ensemble in each shot group.
 
     Args:
-        names: of the experts and the ensemble.
-        accuracies: of each, by group.
+        names: Names of the experts and the ensemble.
+        accuracies: Accuracies of each, by group.
     """
     with _drawing(_SIZE) as figure:
         axis = figure.subplots()
@@ -137,10 +137,10 @@ def shift_accuracies(
     """Accuracy from the most forward to the most backward test set, with each kind of prior.
 
     Args:
-        shift: by distribution, the accuracy of each of `PRIOR_KINDS`.
-        targets: short names of the distributions.
-        name: distinguishes this figure's elements from those of others on the page.
-        title: of the figure.
+        shift: Accuracy with each of `PRIOR_KINDS`, by distribution.
+        targets: Short names of the distributions.
+        name: Prefix of the names of the figure's elements, unique on the page.
+        title: Title of the figure.
     """
     with _drawing(_SIZE) as figure:
         axis = figure.subplots()
@@ -172,11 +172,11 @@ def marginal(
     """An expert's expected marginal over the classes against the prior that it is meant to have.
 
     Args:
-        title: of the figure.
-        class_counts: `[C]`; classes stand from the largest to the smallest.
-        target: `[C]`.
-        expected: `[C]`.
-        name: distinguishes this figure's elements from those of others on the page.
+        title: Title of the figure.
+        class_counts: Numbers of training images by class, `[C]`; they order the classes.
+        target: Target prior, `[C]`.
+        expected: Expected marginal, `[C]`.
+        name: Prefix of the names of the figure's elements, unique on the page.
     """
     order = np.argsort(-class_counts, kind="stable")
     with _drawing((3.3, 2.7)) as figure:
@@ -194,10 +194,10 @@ def marginal(
 
 
 def group_confusion(confusion: npt.NDArray[np.float64]) -> str:
-    """Into which shot group the examples of each shot group are put.
+    """The shot groups of the classes that are predicted for the examples of each shot group.
 
     Args:
-        confusion: `[3, 3]` fractions, rows by label, nan in the row of an empty group.
+        confusion: Fractions, `[3, 3]`, rows by label, nan in the row of an empty group.
     """
     names = list(_GROUP_COLORS)
     from matplotlib import patches
@@ -232,10 +232,10 @@ def experts_curve(
     """Accuracy against the number of experts, over all classes and in each shot group.
 
     Args:
-        numbers: of experts.
-        means: by "all", "many", "medium", "few", the accuracy at each number.
-        spreads: lowest and highest likewise.
-        name: distinguishes this figure's elements from those of others on the page.
+        numbers: Numbers of experts.
+        means: Accuracies at each number, by "all", "many", "medium", "few".
+        spreads: Lowest and highest accuracies, by the same keys; None for none.
+        name: Prefix of the names of the figure's elements, unique on the page.
     """
     with _drawing(_SIZE) as figure:
         axis = figure.subplots()
@@ -256,8 +256,8 @@ def training_losses(train_rows: Sequence[Mapping[str, Any]], expert_names: Seque
     """Loss of each expert and learning rate over the epochs.
 
     Args:
-        train_rows: rows of `metrics.jsonl` with a loss.
-        expert_names: for the legend.
+        train_rows: Rows of `metrics.jsonl` with a loss.
+        expert_names: Names in the legend.
     """
     with _drawing(_SIZE) as figure:
         losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[2.5, 1])
@@ -279,7 +279,7 @@ def test_curves(test_rows: Sequence[Mapping[str, Any]]) -> str:
     """The ensemble's test accuracy over the epochs, all and by shot group.
 
     Args:
-        test_rows: rows of `metrics.jsonl` with `test_top1`.
+        test_rows: Rows of `metrics.jsonl` with `test_top1`.
     """
     with _drawing(_SIZE) as figure:
         axis = figure.subplots()
@@ -295,7 +295,7 @@ def test_curves(test_rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _draw_reliability(axis: "Axes", calibration: Calibration) -> None:
-    """Bars of accuracy, and from there to the confidence; both errors in the corner."""
+    """Draws bars of accuracy, the gaps to the confidence, and both errors in the corner."""
     num_bins = len(calibration.bin_fraction)
     centers = (np.arange(num_bins) + 0.5) / num_bins
     filled = calibration.bin_fraction > 0
@@ -328,7 +328,7 @@ def _draw_fractions(axis: "Axes", calibration: Calibration) -> None:
 
 
 def _expert_colors(count: int) -> list[str]:
-    """From magenta to orange, in the order of the experts: seen on white and on black."""
+    """Colours from magenta to orange by expert, visible on white and on black."""
     import matplotlib
 
     plasma = matplotlib.colormaps["plasma"]

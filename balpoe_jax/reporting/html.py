@@ -42,17 +42,17 @@ def table(content: Table, strong: str = "ensemble", heading: bool = True) -> Mar
 
 
 def definitions(rows: Mapping[str, object]) -> Markup:
-    """Names and what they are, one below the other."""
+    """Names and their values, one below the other."""
     return _part("definitions", rows)
 
 
 def figures(*content: Markup, broad: bool = False) -> Markup:
-    """Figures side by side as far as the page is wide."""
+    """Figures side by side, as many as the page has room for."""
     return _part("figures", content, broad)
 
 
 def figure(svg: str, alternative: str, caption: str = "") -> Markup:
-    """A figure with a text that says what it shows to those who do not see it.
+    """A figure with a text for those who do not see it.
 
     Args:
         svg: Element of a drawing of ours, which is not escaped.
@@ -64,7 +64,7 @@ def figure(svg: str, alternative: str, caption: str = "") -> Markup:
 
 
 def absent(sentence: str) -> Markup:
-    """Says what is not there."""
+    """A sentence in place of something that is missing."""
     return _part("absent", sentence)
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a run for people: tables for the terminal and files, a page with figures.
+"""The report of a run: tables for the terminal and files, and a page with figures.
 
-Everything is read from the plain files of the workdir, so a report can be written again at any
-time.
+All it needs is in the plain files of the workdir, so it can be written again at any time.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions
 from balpoe_jax.reporting import figures, html, result_tables, schema, tables
 
-# Those that fit the terminal's attention; the page and the files have all.
+# The tables that a terminal shows; the page and the files have all.
 _PRINTED = (
     "result", "calibration", "shift", "prior_estimates", "aggregation", "bias", "experts",
 )  # fmt: skip
@@ -30,8 +29,8 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
     """The note on the run, if any, and the main tables, for a terminal of `width` characters.
 
     Args:
-        results: what `results.json` holds.
-        width: 80 or more.
+        results: Content of `results.json`.
+        width: Number of characters in a line, 80 or more.
     """
     printed = [table for table in result_tables.result_tables(results) if table.name in _PRINTED]
     parts = [f"{table.title}\n{tables.as_text(table, width)}" for table in printed]
@@ -43,9 +42,8 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
 def write_report(workdir: str) -> Path:
     """Writes `report/` from the files of a run and returns the path of its page.
 
-    Beside `index.html` there are `tables.md` with all tables and a CSV file for each.
-    `results.json` must be there; what else is missing (predictions, metrics.jsonl, config.json) is
-    left out of the page, which says so.
+    It has `index.html`, `tables.md` with all tables, and a CSV file for each table. `results.json`
+    must be there. The page says what else is missing (predictions, metrics.jsonl, config.json).
 
     Raises:
         UserError (a `ValueError`): no results, or results or a config that are damaged.
@@ -65,8 +63,8 @@ def write_report_of(
     """Writes `report/` of an evaluation that has just been made; returns the path of its page.
 
     Args:
-        workdir: of the run, with its `config.json` and `metrics.jsonl`.
-        results: what its `results.json` holds.
+        workdir: Folder of the run, with its `config.json` and `metrics.jsonl`.
+        results: Content of its `results.json`.
         test: Predictions of the test set; None for those in the workdir.
 
     Raises:
@@ -78,9 +76,9 @@ def write_report_of(
 
 
 def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str") -> Path:
-    run = schema.load_config(path) or {}
+    recorded = schema.load_config(path)
     content = {table.name: table for table in result_tables.result_tables(results)}
-    title, subtitle = _headline(results, run)
+    title, subtitle = _headline(results, recorded)
     folder = path / "report"
     tables.write_files(
         folder,
@@ -91,17 +89,17 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
     sections = [
         html.section("Result", html.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),
-        _classes_section(results, run, summaries),
+        _classes_section(results, recorded, summaries),
         *(_shift_section(content, results) if "shift" in content else ()),
         *(_experts_section(content, results, summaries) if "bias" in content else ()),
         html.section("Training", _curves(path, results)),
-        html.section("The run", _facts(results, run)),
+        html.section("The run", _facts(results, recorded)),
     ]
     return html.write(folder / "index.html", title, subtitle, sections)
 
 
 class _Summaries:
-    """What the page needs of the predictions: each classifier's summary, the ensemble last."""
+    """The labels and the summaries of all classifiers, which the page needs of predictions."""
 
     def __init__(self, test: predictions.Predictions) -> None:
         self.labels = test.labels
@@ -110,7 +108,7 @@ class _Summaries:
 
 
 def _load_summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
-    """Those of the run's predictions, or a sentence that says why there are none."""
+    """The summaries of the run's predictions, or a sentence that says why there are none."""
     try:
         test = predictions.load(path / predictions.FOLDER)
         experts, _, classes = test.expert_logits.shape
@@ -123,15 +121,11 @@ def _load_summaries(path: Path, results: Mapping[str, Any]) -> _Summaries | str:
         return str(error)
 
 
-def _headline(results: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
-    config = run.get("config", {})
-    data, model = config.get("data", {}), config.get("model", {})
+def _headline(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> tuple[str, str]:
+    dataset, model = (recorded.dataset, recorded.model) if recorded else ("Run", "model")
     experts = len(results["experts"])
     counts = np.array(results["class_counts"])
-    title = (
-        f"{data.get('name', 'Run')}, {model.get('name', 'model')} with {experts} "
-        f"expert{'s' if experts > 1 else ''}"
-    )
+    title = f"{dataset}, {model} with {experts} expert{'s' if experts > 1 else ''}"
     subtitle = (
         f"{counts.sum():,} training images in {len(counts)} classes, {counts.max():,} down to "
         f"{counts.min():,} a class; {results['num_parameters']:,} parameters; "
@@ -188,10 +182,11 @@ def _reliability(results: Mapping[str, Any], summaries: _Summaries | str) -> Mar
 
 
 def _classes_section(
-    results: Mapping[str, Any], run: Mapping[str, Any], summaries: _Summaries | str
+    results: Mapping[str, Any], recorded: schema.RunRecord | None, summaries: _Summaries | str
 ) -> Markup:
     counts, test = np.array(results["class_counts"]), results["test"]
-    low, high = thresholds = _thresholds(run)
+    thresholds = recorded.shot_thresholds if recorded else metrics.DEFAULT_THRESHOLDS
+    low, high = thresholds
     names = [f"expert {i}" for i in range(1, len(results["experts"]) + 1)]
     accuracies = [*results["experts"], test]
     means = ", ".join(f"{group} {_percent(test[group])}%" for group in metrics.ShotGroups._fields)
@@ -351,32 +346,29 @@ def _curves(path: Path, results: Mapping[str, Any]) -> Markup:
     return html.figures(*drawn, broad=True)
 
 
-def _facts(results: Mapping[str, Any], run: Mapping[str, Any]) -> Markup:
-    config, environment = run.get("config", {}), run.get("environment") or {}
-    if not config:
+def _facts(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> Markup:
+    if recorded is None:
         return html.absent("There is no config.json in this folder.")
-    data, optim = config["data"], config["optim"]
-    versions = environment.get("versions") or {}
     return html.definitions(
         {
-            "data": f"{data['name']}, imbalance ratio {data['imbalance_ratio']:g}",
+            "data": f"{recorded.dataset}, imbalance ratio {recorded.imbalance_ratio:g}",
             "class counts": "as they should be for this data set"
-            if (run.get("data") or {}).get("counts_as_published")
+            if recorded.counts_as_published
             else "not as they should be for this data set",
             "taus": ", ".join(_tau(expert) for expert in results["experts"]),
-            "method": config.get("method", {}).get("name", "balpoe"),
-            "mixing": f"{config['mix'].get('rule', 'mixup')}, alpha {config['mix']['alpha']:g}"
-            if config["mix"]["alpha"]
+            "method": recorded.method,
+            "mixing": f"{recorded.mix_rule}, alpha {recorded.mix_alpha:g}"
+            if recorded.mix_alpha
             else "none",
-            "schedule": f"{config['total_epochs']} epochs, batch {config['batch_size']}, learning "
-            f"rate {optim['learning_rate']:g} ({optim['schedule']}), weight decay "
-            f"{optim['weight_decay']:g}",
-            "seed": config["seed"],
-            "devices": f"{environment.get('device_count')} x {environment.get('device_kind')}",
-            "started": environment.get("started"),
-            "source": environment.get("git_commit") or "not from a git repository",
-            "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
-            "command": " ".join(environment.get("command") or []),
+            "schedule": f"{recorded.total_epochs} epochs, batch {recorded.batch_size}, learning "
+            f"rate {recorded.learning_rate:g} ({recorded.schedule}), weight decay "
+            f"{recorded.weight_decay:g}",
+            "seed": recorded.seed,
+            "devices": f"{recorded.device_count} x {recorded.device_kind}",
+            "started": recorded.started,
+            "source": recorded.git_commit or "not from a git repository",
+            "versions": ", ".join(f"{name} {v}" for name, v in recorded.versions.items() if v),
+            "command": " ".join(recorded.command),
         }
     )
 
@@ -392,14 +384,8 @@ def _tau(expert: Mapping[str, Any]) -> str:
     return "-" if expert["tau"] is None else f"{expert['tau']:.4g}"
 
 
-def _thresholds(run: Mapping[str, Any]) -> tuple[int, int]:
-    data = run.get("config", {}).get("data", {})
-    low, high = data.get("shot_thresholds") or metrics.DEFAULT_THRESHOLDS
-    return low, high
-
-
 def _read_rows(path: Path) -> Sequence[dict[str, Any]]:
-    """The rows of a file of one object a line, without those that an interruption tore."""
+    """The rows of a file with one JSON object a line, without lines that were cut short."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

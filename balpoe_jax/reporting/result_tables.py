@@ -10,10 +10,10 @@ from balpoe_jax.reporting.tables import Column, Table
 
 
 def result_tables(results: Mapping[str, Any]) -> list[Table]:
-    """The tables of one run, those that its `results.json` has the figures of.
+    """The tables of one run, as far as its `results.json` has the figures.
 
     Args:
-        results: what `results.json` holds.
+        results: Content of `results.json`.
     """
     tables = [_result(results), _calibration(results)]
     if results.get("calibration_groups"):
@@ -147,7 +147,7 @@ def _shift(results: Mapping[str, Any]) -> Table:
 
 
 def _cost_of_estimating(results: Mapping[str, Any]) -> str:
-    """What an estimate does where there is nothing to estimate, and where it was not used."""
+    """Sentences on where no estimate was used, and on its effect on the uniform set."""
     sentences = ""
     unused = [
         short_name(name)
@@ -183,7 +183,7 @@ def _prior_estimates(results: Mapping[str, Any]) -> Table:
 
 
 def _unfinished(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which estimates still changed when their rounds ran out, where results say so."""
+    """Sentences on estimates that still changed when their rounds ran out."""
     sentences = ""
     for kind, label in _ESTIMATES.items():
         names = [
@@ -303,8 +303,8 @@ def _experts(results: Mapping[str, Any]) -> Table:
         scores = [results["test"][key] for key in ("top1", *_GROUPS)]
         rows.append((f"{results['experts_used']:.2f} asked", [*scores, None, ""]))
         routed = (
-            " The last row is the ensemble that the method asks: as many experts for each image as "
-            "it needs, so many on average."
+            " The last row is the method's own ensemble: as many experts for each image as it "
+            "needs, this number on average."
         )
     return Table(
         "experts",
@@ -316,7 +316,7 @@ def _experts(results: Mapping[str, Any]) -> Table:
             Column("which"),
         ),
         rows,
-        "Means over all subsets of that many of this run's experts, without training anew; a "
+        "Means over all subsets of that many of this run's experts, without further training; a "
         "subset whose mean tau is not 1 is biased. Best: the subset of the highest accuracy."
         f"{routed}",
     )
@@ -334,22 +334,22 @@ def divergence(kl: float | None) -> float | str:
     """A KL divergence as a cell: infinite where a class is never predicted, which JSON cannot say.
 
     Args:
-        kl: of `results.json`, in nats; None for an infinite one.
+        kl: Divergence in `results.json`, in nats; None for an infinite one.
     """
     return "infinite" if kl is None else kl
 
 
 def expert_divergence(bias: Mapping[str, Any]) -> float | str | None:
-    """The same of an expert; None where it has no tau, and so no prior to be apart from.
+    """The KL divergence of an expert as a cell; None if it has no tau, and so no target prior.
 
     Args:
-        bias: of an expert in `results.json`, `lambda` and `kl`.
+        bias: Entry of an expert in `results.json`, with `lambda` and `kl`.
     """
     return None if bias["lambda"] is None else divergence(bias["kl"])
 
 
 def short_name(target: str) -> str:
-    """F50, uni, B50 and the like."""
+    """A short name of a target distribution, such as F50, uni or B50."""
     return target.replace("forward", "F").replace("backward", "B").replace("uniform", "uni")
 
 

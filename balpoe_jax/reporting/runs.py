@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs as their files tell them: found, grouped over seeds, averaged."""
+"""Finished runs, read from their files: found, grouped over seeds, averaged."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,28 +19,28 @@ class Run:
     """One evaluated run.
 
     Attributes:
-        path: its workdir.
-        config: all fields of its config.
-        results: what its `results.json` holds.
+        path: Workdir of the run.
+        recorded: Record of the run, from its `config.json`.
+        results: Content of its `results.json`.
     """
 
     path: Path
-    config: Mapping[str, Any]
+    recorded: schema.RunRecord
     results: Mapping[str, Any]
 
     @property
     def seed(self) -> int:
-        """Of initialisation, order, augmentation and mixup."""
-        return self.config["seed"]
+        """Seed of initialisation, order, augmentation and mixing."""
+        return self.recorded.seed
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What its figures depend on by dotted names: what is trained and how it is evaluated.
+        """The fields on which its figures depend, of training and of evaluation, by dotted names.
 
         Of an older evaluation that did not record its settings, only the number of bins is known.
         """
         settings = self.results.get("settings") or {"num_bins": self.results.get("num_bins")}
-        return record.experiment_fields(self.config) | {
+        return record.experiment_fields(self.recorded.config) | {
             f"eval.{name}": settings.get(name) for name in record.EVALUATION_SETTINGS
         }
 
@@ -50,8 +50,8 @@ class RunGroup:
     """Runs of one experiment, evaluated alike, that differ in their seed.
 
     Attributes:
-        name: short, for tables.
-        runs: by seed, at least one.
+        name: Short name for tables.
+        runs: Runs in the order of their seeds, at least one.
     """
 
     name: str
@@ -63,7 +63,7 @@ class RunGroup:
         return "; ".join(dict.fromkeys(filter(None, self.values("note"))))
 
     def values(self, *keys: Any) -> list[Any]:
-        """What stands in `results.json` of every run under these keys; None where it is absent."""
+        """The value in `results.json` of every run under these keys; None where it is absent."""
         return [_look_up(run.results, keys) for run in self.runs]
 
     def spread(self, *keys: Any) -> "Spread":
@@ -79,7 +79,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float | None]) -> Spread:
-    """Of the values that are defined; a standard deviation needs two (and divides by n - 1)."""
+    """Mean and standard deviation (by n - 1) of the values that are defined."""
     defined = [value for value in values if value is not None]
     mean = float(np.mean(defined)) if defined else None
     return Spread(mean, float(np.std(defined, ddof=1)) if len(defined) > 1 else None)
@@ -88,7 +88,7 @@ def spread(values: Sequence[float | None]) -> Spread:
 def significance(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
     """Two-sided p-value of Welch's t-test that two means are equal; None with fewer than two each.
 
-    A few seeds make a weak test: a large value does not say that there is no difference.
+    With a few seeds the test is weak: a large value does not show that there is no difference.
     """
     one, two = ([value for value in values if value is not None] for values in (first, second))
     if min(len(one), len(two)) < 2 or not (np.ptp(one) or np.ptp(two)):
@@ -105,13 +105,13 @@ def load_run(path: Path) -> Run:
     Raises:
         UserError (a `ValueError`): a folder without them, or files that are damaged.
     """
-    results, written = schema.load_results(path), schema.load_config(path)
-    if results is None or written is None:
+    results, recorded = schema.load_results(path), schema.load_config(path)
+    if results is None or recorded is None:
         raise UserError(
             f"{path} holds no evaluated run (a {files.RESULTS} and a {files.CONFIG}); "
             "train or evaluate it first, with --workdir."
         )
-    return Run(path, written["config"], results)
+    return Run(path, recorded, results)
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -130,12 +130,12 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
-    """Puts runs together that differ in nothing but the seed, in the order of their first.
+    """Groups runs that differ in nothing but the seed, in the order of their first run.
 
     Raises:
-        UserError (a `ValueError`): one experiment twice with one seed, or another data set.
+        UserError (a `ValueError`): two runs of an experiment with one seed, or two data sets.
     """
-    names = {run.config["data"]["name"] for run in runs}
+    names = {run.recorded.dataset for run in runs}
     if len(names) > 1:
         raise UserError(
             f"Runs on different data sets cannot be compared ({', '.join(sorted(names))}); name "
@@ -171,9 +171,9 @@ def differing_fields(groups: Sequence[RunGroup]) -> dict[str, list[Any]]:
 
 
 def _name_groups(grouped: Sequence[Sequence[Run]]) -> list[str]:
-    """By the folder above the seeds where that tells groups apart, else by the first run's own.
+    """Names by the folder above the seeds if these differ, otherwise by the first run's folder.
 
-    What all names begin with, up to an underscore or the like, is left out.
+    A start that all names share, up to an underscore or the like, is left out.
     """
     above = [members[0].path.parent.name for members in grouped]
     own = [members[0].path.name for members in grouped]
@@ -187,7 +187,7 @@ def _name_groups(grouped: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _common_words(names: Sequence[str]) -> int:
-    """Length of what all names begin with, up to a separator."""
+    """Length of the start that all names share, up to a separator."""
     length = 0
     for position, characters in enumerate(zip(*names, strict=False), start=1):
         if len(set(characters)) > 1:

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`results.json` and `config.json` of a run, read and checked.
 
-Both may come from another version, from an interruption or from an editor. Whoever reads them
-through here can rely on what stands below, and gets one sentence where it does not hold.
+Both may come from another version, from an interruption or from an editor. A reader can rely on the
+shapes below; a file of another shape is refused with one sentence.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from balpoe_jax import files
+from balpoe_jax import files, metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.renames import current_name, current_values, rename_fields
 
-# A shape of plain values: a kind by its name; a list of one shape for lists of it; an object's keys
-# with their shapes. A key that ends in "?" may be missing or null, "*" stands for any other key,
-# and keys that are not listed are free.
+# A shape of plain values is the name of a kind, a list of one shape for lists of it, or an object's
+# keys with their shapes. A key that ends in "?" may be missing or null, "*" stands for any key, and
+# keys that are not listed may hold anything.
 _COUNT, _NUMBER, _TEXT = "a whole number", "a number", "text"
 _FIGURE = "a number or null"
 
@@ -75,7 +76,8 @@ _CONFIG = {
         "batch_size": _COUNT,
         "data": {"name": _TEXT, "imbalance_ratio": _NUMBER, "shot_thresholds?": [_NUMBER]},
         "model": {"name": _TEXT, "num_experts": _COUNT},
-        "mix": {"alpha": _NUMBER},
+        "mix": {"alpha": _NUMBER, "rule?": _TEXT},
+        "method?": {"name?": _TEXT},
         "optim": {"learning_rate": _NUMBER, "schedule": _TEXT, "weight_decay": _NUMBER},
     },
     "resolved?": {"total_steps?": _COUNT},
@@ -84,23 +86,113 @@ _CONFIG = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What `config.json` says of a run, by today's names.
+
+    Attributes:
+        config: All fields of the config as nested dictionaries; those that came later may be
+            missing.
+        seed: Seed of initialisation, order, augmentation and mixing.
+        total_epochs: Number of epochs of the first phase.
+        batch_size: Number of images in a batch.
+        dataset: Name of the data set.
+        imbalance_ratio: Count of the largest class over the smallest's.
+        shot_thresholds: Class counts below which a class is few-shot, and above which many-shot.
+        counts_as_published: Whether the class counts were found to be the published ones.
+        model: Name of the trunk.
+        num_experts: Number of experts.
+        method: Name of the method's class.
+        mix_rule, mix_alpha: Rule by which images are mixed, and its parameter; 0 for no mixing.
+        learning_rate, schedule, weight_decay: Settings of the optimizer.
+        total_steps: Number of updates of the whole training; None in older records.
+        device_count, device_kind: Devices on which the run began.
+        started: Date and time at which it began.
+        git_commit: Commit of the source; None outside of a repository.
+        versions: Versions of packages by their names.
+        command: Words of the command line.
+    """
+
+    config: Mapping[str, Any]
+    seed: int
+    total_epochs: int
+    batch_size: int
+    dataset: str
+    imbalance_ratio: float
+    shot_thresholds: tuple[int, int]
+    counts_as_published: bool
+    model: str
+    num_experts: int
+    method: str
+    mix_rule: str
+    mix_alpha: float
+    learning_rate: float
+    schedule: str
+    weight_decay: float
+    total_steps: int | None
+    device_count: int | None
+    device_kind: str | None
+    started: str | None
+    git_commit: str | None
+    versions: Mapping[str, Any]
+    command: tuple[str, ...]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "RunRecord":
+        """The record that a file's content is.
+
+        Args:
+            content: Content of the shape `_CONFIG`.
+        """
+        config = content["config"]
+        data, model, mix, optim = (config[name] for name in ("data", "model", "mix", "optim"))
+        environment = content.get("environment") or {}
+        low, high = data.get("shot_thresholds") or metrics.DEFAULT_THRESHOLDS
+        return cls(
+            config=config,
+            seed=config["seed"],
+            total_epochs=config["total_epochs"],
+            batch_size=config["batch_size"],
+            dataset=data["name"],
+            imbalance_ratio=data["imbalance_ratio"],
+            shot_thresholds=(low, high),
+            counts_as_published=bool((content.get("data") or {}).get("counts_as_published")),
+            model=model["name"],
+            num_experts=model["num_experts"],
+            method=(config.get("method") or {}).get("name") or "balpoe",
+            mix_rule=mix.get("rule") or "mixup",
+            mix_alpha=mix["alpha"],
+            learning_rate=optim["learning_rate"],
+            schedule=optim["schedule"],
+            weight_decay=optim["weight_decay"],
+            total_steps=(content.get("resolved") or {}).get("total_steps"),
+            device_count=environment.get("device_count"),
+            device_kind=environment.get("device_kind"),
+            started=environment.get("started"),
+            git_commit=environment.get("git_commit"),
+            versions=environment.get("versions") or {},
+            command=tuple(environment.get("command") or ()),
+        )
+
+
 def load_results(workdir: Path) -> dict[str, Any] | None:
-    """What `results.json` of a workdir holds; None if there is no such file.
+    """The content of `results.json` in a workdir; None if there is no such file.
 
     Raises:
-        UserError (a `ValueError`): a file that cannot be read, or that is not what an evaluation
-            writes: naming the first part that is wrong.
+        UserError (a `ValueError`): a file that cannot be read, or the first part of it that is not
+            as an evaluation writes it.
     """
     return _load(workdir / files.RESULTS, _RESULTS, _check_results, _rename_results)
 
 
-def load_config(workdir: Path) -> dict[str, Any] | None:
-    """What `config.json` of a workdir holds, the fields under "config"; None if there is no file.
+def load_config(workdir: Path) -> RunRecord | None:
+    """The record in `config.json` of a workdir; None if there is no such file.
 
     Raises:
-        UserError (a `ValueError`): as for `load_results`. Fields that came later may be missing.
+        UserError (a `ValueError`): as for `load_results`.
     """
-    return _load(workdir / files.CONFIG, _CONFIG, _check_config, _rename_config)
+    content = _load(workdir / files.CONFIG, _CONFIG, _check_config, _rename_config)
+    return None if content is None else RunRecord.of(content)
 
 
 def _load(
@@ -134,16 +226,16 @@ def _rename_results(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    # An evaluation writes results anew, but never a config.
+    # An evaluation writes results again, but never a config.
     results = path.name == files.RESULTS
-    remedy = "evaluate the run anew, with --mode=eval" if results else "mend it"
+    remedy = "evaluate the run again, with --mode=eval" if results else "fix it"
     return UserError(
         f"{path} is damaged or of another version: {problem}; {remedy}, or leave the run out."
     )
 
 
 def _mismatch(value: Any, shape: Any, name: str) -> str | None:
-    """The first part of a value that has not its shape, as a clause; None if all have."""
+    """A clause on the first part of a value that is not of its shape; None if all are."""
     if isinstance(shape, str):
         return None if _is_kind(value, shape) else f"{name} should be {shape}, not {_shown(value)}"
     if isinstance(shape, list):
@@ -190,7 +282,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_results(results: Mapping[str, Any]) -> str | None:
-    """The first section whose size does not fit the others', as a clause; None if all do."""
+    """A clause on the first section whose size does not fit the others'; None if all do."""
     experts = len(results["experts"])
     if not experts or not sum(results["class_counts"]):
         return f"{'class_counts' if experts else 'experts'} is empty"

@@ -22,12 +22,12 @@ class Column:
     """A column of numbers.
 
     Attributes:
-        name: its heading.
-        kind: "percent" of a fraction, "points" for a signed difference of fractions, "decimal"
-            with three places, "short" with two, "p" for a p-value, "number" with what it needs, or
-            "spread" of a pair of fractions, mean and standard deviation (None of a single value).
-            Text is shown as it is in any column.
-        wide: shown in a terminal only if there is room.
+        name: Heading.
+        kind: Kind of the numbers: "percent" for fractions, "points" for signed differences of
+            fractions, "decimal" for three places, "short" for two, "p" for p-values, "number" for
+            the places that it needs, or "spread" for pairs of fractions, mean and standard
+            deviation (None of a single value). Text is shown as it is in any column.
+        wide: Whether a terminal shows it only if there is room.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Table:
     """Rows of values under columns.
 
     Attributes:
-        name: of its files.
-        title: what it shows, in a line.
-        columns: without that of the row labels.
-        rows: a label and the values of each row; fractions, None where undefined.
-        note: how to read it.
+        name: Name of its files.
+        title: Title, one line.
+        columns: Columns, without that of the row labels.
+        rows: Label and values of each row; fractions, None where undefined.
+        note: Help to read it.
     """
 
     name: str
@@ -100,7 +100,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table, note: str = "") -> str:
-    """All columns, values as they are: fractions, and nothing where undefined.
+    """The table with all columns: values are fractions, and empty where undefined.
 
     A column of means and spreads becomes two. A note is a last column, the same in every row.
     """
@@ -128,11 +128,11 @@ def write_files(
     """Writes `NAME.md` with all tables under a heading, and a CSV file for each.
 
     Args:
-        folder: created when missing.
-        content: the tables.
-        heading: Markdown.
-        name: of the Markdown file.
-        note: on the runs, for the CSV files; the heading must say it by itself.
+        folder: Folder of the files, created when missing.
+        content: Tables.
+        heading: Heading in Markdown.
+        name: Name of the Markdown file.
+        note: Note on the runs for the CSV files; the heading must repeat it.
 
     Raises:
         UserError (a `ValueError`): the folder or a file cannot be written.

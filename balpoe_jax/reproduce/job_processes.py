@@ -20,7 +20,7 @@ OUTPUT = "terminal.log"
 
 log = logging.getLogger(__name__)
 
-# Of a GPU's memory, what all jobs take together; contexts and libraries need the rest.
+# The share of a GPU's memory that all jobs take together; contexts and libraries need the rest.
 _SHARE_OF_MEMORY = 0.9
 _MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
 # JAX refuses the two together, so that either counts as the user's choice.
@@ -28,7 +28,7 @@ _OLD_MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 _POLL_SECONDS = 0.1
 
-# What each signal to this process becomes for the jobs. A terminal that closes preempts them.
+# The signal that the jobs get for each one to this process. A terminal that closes preempts them.
 _PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -38,14 +38,14 @@ _PASSED_ON = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What one job runs.
+    """The command of one job.
 
     Attributes:
         name: Name in the lines about it.
         arguments: Arguments of `python`.
         workdir: Folder of the job, whose `OUTPUT` gets all that it prints.
-        after: Workdir of the job that has to be done before; None without one. A workdir that no
-            job has counts as done.
+        after: Workdir of the job that must be done before; None for none. A workdir that no job has
+            counts as done.
     """
 
     name: str
@@ -69,7 +69,7 @@ def run_together(
     Args:
         commands: Commands in the order in which they begin.
         at_once: Number of jobs that run at once.
-        outcome: What the last line says of a job that is done.
+        outcome: Function that returns the end of the last line about a job that is done.
 
     Returns:
         The commands that failed, or whose `after` did, in the order of `commands`.
@@ -95,7 +95,7 @@ def run_together(
 
 
 def environment(at_once: int, ours: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a job, which gives each its part of a GPU's memory.
+    """The environment of a job, which assigns it its part of a GPU's memory.
 
     Args:
         at_once: Number of jobs that share the device.
@@ -135,7 +135,7 @@ class _Crew:
             running.process.send_signal(number)
 
     def begin(self) -> None:
-        """Begins the jobs that may and for which there is room."""
+        """Begins the jobs that need not wait, as many as there is room for."""
         self._drop_orphans()
         unfinished = {command.workdir for command in (*self._waiting, *self._running)}
         for command in list(self._waiting):
@@ -147,7 +147,7 @@ class _Crew:
                 self._running[command] = _start(command, self._environment)
 
     def _drop_orphans(self) -> None:
-        """Takes what waits for a job that failed off the list, as failed."""
+        """Counts jobs as failed that wait for a job that failed."""
         failed = {command.workdir for command in self.failed}
         for command in [command for command in self._waiting if command.after in failed]:
             self._waiting.remove(command)
@@ -160,7 +160,7 @@ class _Crew:
             self.failed.append(command)
 
     def end(self) -> None:
-        """Takes note of the jobs that have ended."""
+        """Logs the jobs that have ended."""
         for command, running in list(self._running.items()):
             code = running.process.poll()
             if code is None:
@@ -178,7 +178,7 @@ class _Crew:
             log.info("%s %s: %s, %.0f s%s", number, how, command.name, seconds, more)
 
     def abandon(self) -> None:
-        """Tells jobs that still run, since this process cannot go on, to save and end."""
+        """Tells jobs that still run to save and end, since this process cannot continue."""
         for running in self._running.values():
             running.process.terminate()
 
@@ -210,7 +210,7 @@ def _start(command: Command, env: dict[str, str]) -> _Running:
 
 @contextlib.contextmanager
 def _noticed_signals() -> Iterator[collections.deque[signal.Signals]]:
-    """The signals that come, as they are to be passed on, instead of what they do otherwise."""
+    """Collects signals, as they are to be passed on, in place of their usual effect."""
     noticed: collections.deque[signal.Signals] = collections.deque()
     before = {}
     for number, passed_on in _PASSED_ON.items():

@@ -28,12 +28,12 @@ class Job:
     """One training: an experiment at a scale with a seed.
 
     Attributes:
-        experiment: what is trained.
-        seed: of the run.
-        workdir: of the run.
-        config: `FILE:arguments` for `--config`.
-        options: further ones.
-        teacher: workdir of the run that it learns from.
+        experiment: Experiment that is trained.
+        seed: Seed of the run.
+        workdir: Folder of the run.
+        config: Value of `--config`, `FILE:arguments`.
+        options: Further options.
+        teacher: Workdir of the run that it learns from; None for none.
     """
 
     experiment: PaperRun
@@ -44,7 +44,7 @@ class Job:
     teacher: Path | None = None
 
     def command(self) -> list[str]:
-        """What `python` is to be called with."""
+        """The arguments of `python`."""
         teacher = [f"--config.method.teacher={self.teacher}"] if self.teacher else []
         return [
             "-m",
@@ -57,7 +57,7 @@ class Job:
         ]
 
     def state(self) -> str:
-        """Whether it is "done", "begun" or "to do".
+        """The state of the run: "done", "begun" or "to do".
 
         Raises:
             UserError (a `ValueError`): a run of another config in the folder, or a damaged one.
@@ -65,8 +65,8 @@ class Job:
         if not record.has_config(self.workdir):
             return "to do"
         record.check_same_config(self.workdir, self._settings())
-        claimed = schema.load_config(self.workdir) or {}
-        last = (claimed.get("resolved") or {}).get("total_steps")
+        recorded = schema.load_config(self.workdir)
+        last = recorded.total_steps if recorded else None
         # The step alone, so that results which are damaged can be written again.
         step = (files.read_json(self.workdir / files.RESULTS) or {}).get("step")
         return "done" if last is not None and step == last else "begun"
@@ -86,11 +86,11 @@ def plan(
     """Every training that a table needs, each once, seed by seed, teachers before their students.
 
     Args:
-        table: of the paper.
-        scale: at which to run it.
-        seeds: of each row.
-        root: folder of the runs.
-        data_dir: TFDS folder, or empty.
+        table: Table of the paper.
+        scale: Size at which to run it.
+        seeds: Seeds of each row.
+        root: Folder of the runs.
+        data_dir: TFDS folder; empty for TFDS's own.
 
     Raises:
         UserError (a `ValueError`): the scale has no version of an experiment.
@@ -135,7 +135,7 @@ def _arguments(experiment: PaperRun, scale: Scale) -> str:
 
 
 def only(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
-    """Those of the experiments that are named, with their teachers, or all if none is."""
+    """The jobs of the experiments that are named, and of their teachers; all if none is named."""
     known = {job.experiment.name: job.experiment for job in jobs}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -145,13 +145,13 @@ def only(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
 
 def run(jobs: Sequence[Job], again: bool = False, at_once: int = 1) -> list[Job]:
-    """Runs what is not done and returns what failed.
+    """Runs the jobs that are not done, and returns those that failed.
 
     Args:
-        jobs: of a table.
-        again: evaluate again what is done, instead.
-        at_once: Number of runs at once. With 1 they write to the terminal; with several each writes
-            to a file in its workdir, and a teacher that fails fails its students.
+        jobs: Jobs of a table.
+        again: Whether to evaluate the jobs that are done again, in place of running the others.
+        at_once: Number of runs at once. With 1 they write to the terminal. With several each writes
+            to a file in its workdir, and the students of a teacher that fails count as failed.
 
     Raises:
         Preempted: a signal came while several ran, and all have ended.

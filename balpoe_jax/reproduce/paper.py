@@ -2,8 +2,8 @@
 """The published rows that this code can run, as data.
 
 Figures are those of Sanchez Aimar et al., Balanced Product of Calibrated Experts for Long-Tailed
-Recognition, CVPR 2023, in percent; those of other methods are of `balpoe_jax.methods`, whose
-recipes make the tables `methods...` by themselves.
+Recognition, CVPR 2023, in percent. Those of other methods stand in their presets, in
+`balpoe_jax.methods`, from which the tables `methods...` are made.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from balpoe_jax.methods import PRESETS, PublishedResult
 
 @dataclasses.dataclass(frozen=True)
 class PaperRun:
-    """What is trained, for any number of seeds.
+    """An experiment of the paper, for any number of seeds.
 
     Attributes:
-        name: of its folder.
-        config: file in `configs/`.
-        arguments: what stands after the colon.
-        teacher: whose run of the same seed it learns from.
+        name: Name of its folder.
+        config: File in `configs/`.
+        arguments: Arguments after the colon.
+        teacher: Experiment whose run of the same seed it learns from; None for none.
     """
 
     name: str
@@ -30,19 +30,19 @@ class PaperRun:
     teacher: "PaperRun | None" = None
 
     def with_teacher(self) -> tuple["PaperRun", ...]:
-        """What is to be trained for it, in this order."""
+        """The experiments to train for it, in this order."""
         return (*self.teacher.with_teacher(), self) if self.teacher else (self,)
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperFigure:
-    """A published figure and where ours stands.
+    """A published figure, and the place of ours.
 
     Attributes:
-        name: the column in the paper.
-        keys: of `results.json`.
-        paper: mean in percent; None if none is published.
-        paper_std: standard deviation, where the paper prints one.
+        name: Column in the paper.
+        keys: Keys of ours in `results.json`.
+        paper: Mean in percent; None if none is published.
+        paper_std: Standard deviation in percent, where the paper prints one.
     """
 
     name: str
@@ -56,9 +56,9 @@ class PaperRow:
     """A row of a table of the paper.
 
     Attributes:
-        method: as the table calls it.
-        experiment: what is trained for it.
-        scores: its figures.
+        method: Name in the table.
+        experiment: Experiment that is trained for it.
+        scores: Figures of the row.
     """
 
     method: str
@@ -79,10 +79,9 @@ class Scale:
     """A size at which experiments are run.
 
     Attributes:
-        arguments: added to those of an experiment, or in their place, by config file; None leaves
-            all as they are.
-            Experiments of other files have no such size.
-        note: marks every output; empty for the paper's own setting.
+        arguments: Arguments that are added to an experiment's, or replace them, by config file;
+            None leaves all as they are. Experiments of other files have no such size.
+        note: Note on every output; empty for the paper's own setting.
     """
 
     arguments: dict[str, str] | None
@@ -170,15 +169,15 @@ def _table_1_photos() -> tuple[PaperRow, ...]:
 
 
 def _others_in_table_1(dataset: str) -> list[PaperRow]:
-    """The rows of other methods, whose figures their recipes hold."""
+    """The rows of other methods, whose figures are in their presets."""
     return [
         PaperRow(
-            ", ".join(filter(None, [recipe.about, _DATASETS[dataset][1], published.arguments])),
+            ", ".join(filter(None, [preset.about, _DATASETS[dataset][1], published.arguments])),
             _of_method(name, dataset, published.arguments),
             (PaperFigure("ACC", _ACCURACY, published.accuracy),),
         )
-        for name, recipe in _OTHERS.items()
-        for published in recipe.published
+        for name, preset in _OTHERS.items()
+        for published in preset.published
         if published.dataset == dataset and published.source == "BalPoE's Table 1"
     ]
 
@@ -217,10 +216,10 @@ def _by_group() -> tuple[PaperFigure, ...]:
     return tuple(PaperFigure(name, ("test", key)) for name, key in groups.items())
 
 
-# Those that the paper's tables have no rows for already.
+# The presets that have no rows of their own in the paper's tables.
 _OTHERS = {
-    name: recipe
-    for name, recipe in PRESETS.items()
+    name: preset
+    for name, preset in PRESETS.items()
     if name not in ("balpoe", "balanced_softmax", "cross_entropy")
 }
 
@@ -233,12 +232,12 @@ _DATASETS = {
 
 
 def _of_method(name: str, dataset: str, arguments: str) -> PaperRun:
-    """The training of a recipe on a data set, after that of its teacher."""
+    """The experiment of a preset on a data set, with that of its teacher."""
     parts = [part for part in arguments.split(",") if part]
     label = "_".join([dataset, *(part.replace("=", "") for part in parts), name])
-    recipe, teacher = PRESETS[name], None
-    if recipe.teacher:
-        other, own = recipe.teacher
+    preset, teacher = PRESETS[name], None
+    if preset.teacher:
+        other, own = preset.teacher
         shared = [part for part in parts if not part.startswith("experts=")]
         teacher = _of_method(other, dataset, ",".join([*shared, own]))
     return PaperRun(label, _DATASETS[dataset][0], ",".join([*parts, f"method={name}"]), teacher)
@@ -261,10 +260,10 @@ def _all_methods() -> tuple[PaperRow, ...]:
         "BalPoE": (_BALPOE, PublishedResult("", "", 52.0, "", 4.9)),
     }
     rows = [PaperRow(name, run, _method_scores(scores)) for name, (run, scores) in ours.items()]
-    for name, recipe in _OTHERS.items():
-        known = {(p.dataset, p.arguments): p for p in recipe.published}
+    for name, preset in _OTHERS.items():
+        known = {(p.dataset, p.arguments): p for p in preset.published}
         scores = _method_scores(known.get(("cifar100_lt", "ir=100")))
-        rows.append(PaperRow(recipe.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
+        rows.append(PaperRow(preset.about, _of_method(name, "cifar100_lt", "ir=100"), scores))
     return tuple(rows)
 
 
@@ -295,11 +294,12 @@ def _others_in_table_3(
 def _published_methods() -> dict[str, PaperTable]:
     """A table for each data set, and each ratio, of what is published there."""
     rows: dict[tuple[str, str], list[PaperRow]] = {}
-    for name, recipe in _OTHERS.items():
-        for published in recipe.published:
+    for name, preset in _OTHERS.items():
+        for published in preset.published:
             first, _, rest = published.arguments.partition(",")
             ratio = first.removeprefix("ir=") if first.startswith("ir=") else ""
-            about = ", ".join(filter(None, [recipe.about, rest if ratio else first]))
+            network = published.network and f"published network: {published.network}"
+            about = ", ".join(filter(None, [preset.about, rest if ratio else first, network]))
             run = _of_method(name, published.dataset, published.arguments)
             rows.setdefault((published.dataset, ratio), []).append(
                 PaperRow(about, run, _method_scores(published))

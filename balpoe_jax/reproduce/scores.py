@@ -21,11 +21,11 @@ class MeasuredFigure:
     """A score of a row: the paper's and ours, as fractions.
 
     Attributes:
-        method: the row.
-        score: which one.
-        paper: as published; both None where the paper prints nothing.
-        ours: over the seeds; both None when nothing has been run.
-        runs: those that are done.
+        method: Name of the row.
+        score: Name of the column.
+        paper: Published mean and deviation; both None where the paper prints nothing.
+        ours: Mean and deviation over our seeds; both None if nothing has been run.
+        runs: Runs that are done.
     """
 
     method: str
@@ -43,7 +43,7 @@ class MeasuredFigure:
 
     @property
     def seeds(self) -> str:
-        """Those that are done, or that none is."""
+        """The seeds that are done, separated by commas, or "not run"."""
         return ",".join(str(run.seed) for run in self.runs) or "not run"
 
 
@@ -108,7 +108,7 @@ def result_table(title: str, entries: Sequence[MeasuredFigure]) -> Table:
 
 
 def entries_table(title: str, entries: Sequence[MeasuredFigure], root: Path) -> Table:
-    """A line for each score, with the logs of its runs below `root`."""
+    """A line for each score, with the paths of its runs' logs below `root`."""
     columns = (
         Column("score"),
         Column("paper", "spread"),
@@ -140,11 +140,11 @@ def write(
     """Writes `NAME.md` for people; `NAME.csv` and `NAME.json` with a line for each score.
 
     Args:
-        root: folder of all runs, created when missing.
-        name: of the files.
-        content: the table, as `result_table` makes it.
-        entries: what it was made of.
-        note: on the runs, for the CSV and the JSON file.
+        root: Folder of all runs, created when missing.
+        name: Name of the files.
+        content: Table that `result_table` made.
+        entries: Scores in the table.
+        note: Note on the runs, for the CSV and the JSON file.
 
     Raises:
         UserError (a `ValueError`): a folder or a file that cannot be written.

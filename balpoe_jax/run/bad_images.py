@@ -2,8 +2,8 @@
 """The record of training photographs that could not be read and were replaced.
 
 `bad_images.jsonl` in the workdir has a line for each: `{"step", "index", "id", "where", "reason"}`.
-Of several processes, each writes those that it met in its part of the batches, the others than the
-first into `bad_images.1.jsonl` and so on.
+With several processes, each writes what it met in its part of the batches, the second one into
+`bad_images.1.jsonl` and so on.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ _FILE = "bad_images{}.jsonl"
 def make_replacements(
     policy: str, source: Source, workdir: Path, first_step: int
 ) -> Replacements | None:
-    """What replaces the images of a training set that cannot be read.
+    """The replacements for images of a training set that cannot be read.
 
     Args:
-        policy: "fail" or "skip", as `config.data.on_bad_image` is.
-        source: the training set.
-        workdir: where what is found is recorded.
-        first_step: after which this start goes on; what is recorded of later steps is discarded,
-            since they will be made again.
+        policy: Value of `config.data.on_bad_image`, "fail" or "skip".
+        source: Training set.
+        workdir: Folder of the run, where they are recorded.
+        first_step: Step after which this start continues. Records of later steps are discarded,
+            since the steps will be made again.
 
     Returns:
-        None for the policy "fail", or images that are in memory.
+        None for the policy "fail", and for images in memory.
     """
     if policy == "fail" or not isinstance(source, RecordSource):
         return None
@@ -48,7 +48,7 @@ def make_replacements(
 
 
 def count(policy: str, workdir: Path, step: int) -> dict[str, int]:
-    """What metrics and results say: `bad_images` met up to a step, if any is or was let pass."""
+    """The entry `bad_images` of metrics and results up to a step, if any may or did pass."""
     found = [bad for path in sorted(workdir.glob(_FILE.format("*"))) for bad in _read(path)]
     met = {bad.index for bad in found if bad.step <= step}
     return {"bad_images": len(met)} if met or policy == "skip" else {}
@@ -69,4 +69,4 @@ def _read(path: Path) -> list[BadImage]:
         return []
     except (OSError, ValueError, TypeError):
         pass
-    raise UserError(f"{path} is damaged; remove it, so that bad images are found anew.")
+    raise UserError(f"{path} is damaged; remove it, so that bad images are found again.")

@@ -2,8 +2,8 @@
 """Orbax behind a few verbs: save, restore the latest, wait, close.
 
 A checkpoint is written in the background and appears under its final name only when complete, with
-the checksums of its files. Every process takes part in it, and it holds nothing of how many devices
-and processes there were: another layout restores it.
+the checksums of its files. Every process takes part. A checkpoint does not depend on the number of
+devices and processes: another layout restores it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from balpoe_jax.step import TrainState
 
 log = logging.getLogger(__name__)
 
-# The name on disk of a method's state: that of the first version, so that older runs go on.
+# The name of a method's state on disk, which the first version chose: older runs can be resumed.
 _METHOD_STATE = "extra"
 _IN_MEMORY = {_METHOD_STATE: "method_state"}
 
@@ -34,9 +34,9 @@ class Checkpoints:
     """The checkpoints of one run, in one folder, named by step.
 
     Args:
-        directory: absolute path; created when missing, unless it is only read.
-        keep: how many of the latest to keep.
-        read_only: leave everything there as it is, such as what a running training is writing.
+        directory: Absolute path of the folder, which is created unless it is only read.
+        keep: Number of newest checkpoints that are kept.
+        read_only: Whether to leave all files as they are, such as those that a training is writing.
     """
 
     def __init__(self, directory: str, keep: int = 2, read_only: bool = False) -> None:
@@ -73,7 +73,7 @@ class Checkpoints:
 
         Raises:
             TransientError (a `UserError`): this or the save before it could not be written.
-            UserError (a `ValueError`): a later checkpoint is there, which is not of this run.
+            UserError (a `ValueError`): there is a later checkpoint, which is not of this run.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest_step():
@@ -95,11 +95,11 @@ class Checkpoints:
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest intact checkpoint, in the shapes, dtypes and placement of `like`.
 
-        One that this object is still writing is waited for. Damaged ones that are newer are moved
-        to `damaged-STEP`, unless the folder is only read; nothing is deleted.
+        It waits for a checkpoint that this object is still writing. Newer ones that are damaged
+        move to `damaged-STEP`, unless the folder is only read; nothing is deleted.
 
         Args:
-            like: a state, or its abstract twin of `jax.ShapeDtypeStruct` with shardings.
+            like: State, or a tree of `jax.ShapeDtypeStruct` with shardings.
 
         Returns:
             The restored state, or None when there is no checkpoint.
@@ -115,13 +115,13 @@ class Checkpoints:
         multihost.check_same(
             self._steps()[:1],
             "newest checkpoint",
-            "start again, and mend the storage if it stays so",
+            "start again, and fix the storage if it stays so",
             TransientError,
         )
         if not found:
             return None
         step = int(found)
-        self._manager.reload()  # it may have seen what is moved away now
+        self._manager.reload()  # it may know a checkpoint that has just moved away
         where = f"{self.directory}/{step}"
         fields = _fields(like)
         abstract = parallel.to_global_arrays(fields)
@@ -157,7 +157,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name))[::-1]
 
     def _newest_intact(self) -> str:
-        """Its step, or nothing without any checkpoint; moves away what is newer and damaged."""
+        """The step of the newest intact checkpoint, or nothing; moves newer damaged ones away."""
         damaged: dict[int, str] = {}
         for step in self._steps():
             folder = Path(self.directory, str(step))
@@ -173,7 +173,7 @@ class Checkpoints:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise UserError(
                 f"No checkpoint in {self.directory} is intact ({reasons[:300]}); put a copy of an "
-                "intact one there, or start anew in another workdir."
+                "intact one there, or start again in another workdir."
             )
         return ""
 
@@ -208,12 +208,12 @@ class Checkpoints:
     def _unwritable(self, error: Exception) -> TransientError:
         return TransientError(
             f"A checkpoint could not be written to {self.directory} ({_reason(error)}); make room "
-            "or mend its permissions, and start again to go on from the checkpoint before it."
+            "or fix its permissions, and start again to go on from the checkpoint before it."
         )
 
 
 def _raise_if_of_jax(error: Exception) -> None:
-    """Leaves alone what is not of the storage: another process died, or memory is short."""
+    """Raises an error of JAX again: not storage, but another process or memory is its cause."""
     if multihost.is_of_jax(error):
         raise error
 
@@ -237,7 +237,7 @@ def _reason(error: Exception) -> str:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """What is saved of a state, by its names on disk; without a state that is empty."""
+    """The fields of a state by their names on disk, without a method's state that is empty."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     kept = fields.pop("method_state")
     if fields["averages"] is None:
@@ -246,7 +246,7 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 
 def _former_teacher(saved: Any, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher that a student's checkpoint held once, which is read and not kept."""
+    """The teacher in a student's checkpoint of an older version, which is read and dropped."""
     there = saved.get(_METHOD_STATE)
     if _METHOD_STATE in expected or not isinstance(there, Mapping) or set(there) != {"teacher"}:
         return {}
@@ -259,7 +259,7 @@ def _former_teacher(saved: Any, expected: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_shapes(where: str, saved: Any, expected: Any) -> None:
-    """Names every leaf that differs before Orbax would stop at the first."""
+    """Raises UserError with all leaves that differ, where Orbax would stop at the first."""
     there, here = _shapes(saved), _shapes(expected)
     differing = [
         f"{name} {there.get(name, 'absent')} instead of {here.get(name, 'absent')}"
@@ -275,7 +275,7 @@ def _check_shapes(where: str, saved: Any, expected: Any) -> None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every array by its path; containers count alike as names or as positions."""
+    """The shape of every array by its path, whether containers use names or positions."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {"/".join(_key_name(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of a checkpoint's files, in a file beside them that `sha256sum -c` can read, too."""
+"""Checksums of a checkpoint's files, in a file next to them that `sha256sum -c` also reads."""
 
 import asyncio
 import hashlib
@@ -30,7 +30,7 @@ class SummedPath(atomicity.AtomicRenameTemporaryPath):
         self, temporary_path: epath.Path | None, final_path: epath.Path, **options: Any
     ) -> None:
         self._ours = final_path
-        # A checkpoint, not a part of one: what Orbax takes for its end is one name before it.
+        # Whether it is a checkpoint, not a part of one. Orbax then stops one name short of the end.
         self._is_summed = final_path.name.isdecimal()
         self._theirs = (
             final_path.with_name(f"{final_path.name}.summing{atomicity.TMP_DIR_SUFFIX}")
@@ -65,12 +65,12 @@ def write_sums(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder's files; None when they are as they were written.
+    """What is wrong with a folder's files; None if they are as they were written.
 
-    Files that came later are no damage.
+    Files that were added later are no damage.
 
     Raises:
-        OSError: storage that does not answer, or does not let us read.
+        OSError: storage that does not answer, or that refuses to be read.
     """
     try:
         written = (folder / SUMS).read_bytes()
@@ -94,7 +94,7 @@ def _listing(folder: Path, names: list[str]) -> str:
 
 
 def _ended(lines: list[str]) -> str:
-    """The lines and a last one, by which a file that was cut short is noticed."""
+    """The lines, and a last one that reveals a file which was cut short."""
     text = "".join(f"{line}\n" for line in lines)
     return f"{text}# {len(lines)} files {hashlib.sha256(text.encode()).hexdigest()}\n"
 

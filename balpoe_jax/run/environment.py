@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run takes place: versions, devices, source, command."""
+"""The surroundings of a run: versions, devices, source, command."""
 
 import datetime
 import importlib.metadata
@@ -18,7 +18,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ten
 
 
 def environment() -> dict[str, Any]:
-    """Versions and source of this process, devices of all."""
+    """Versions and source of this process, and the devices of all processes."""
     devices = jax.devices()
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The version of the NVIDIA driver, as it tells it; None without one."""
+    """The NVIDIA driver's own line about its version; None without a driver."""
     try:
         return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
     except (OSError, IndexError):

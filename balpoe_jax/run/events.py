@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves for TensorBoard: one event file a start, written without TensorFlow.
 
-The curves repeat what is in `metrics.jsonl`. So nothing that goes wrong here ends a run: where the
-package `tensorboard` is missing, or the file cannot be written, one log line says so.
+The curves repeat `metrics.jsonl`, so no trouble with them ends a run: where the package
+`tensorboard` is missing, or the file cannot be written, one log line says so.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class EventFile:
     in a thread, whose errors come late or never.
 
     Args:
-        folder: of the files of all starts; made if absent.
+        folder: Folder of the files of all starts, created when missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ class EventFile:
 
     @contextlib.contextmanager
     def _giving_up(self) -> Iterator[None]:
-        """Turns an error into the last line about this file: what follows a torn record is lost."""
+        """Logs an error and closes the file, since readers lose what follows a torn record."""
         try:
             yield
         except OSError as error:

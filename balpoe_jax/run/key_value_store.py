@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run tell each other without their devices: strings by key, a barrier.
+"""A store of strings and a barrier that the processes of a run share without their devices.
 
 This is the one private import of another library. JAX starts such a store for its own use and has
 no public name for it: up to JAX 0.12.0.1, `jax.distributed` offers `initialize`, `is_initialized`
-and `shutdown`. The public `jax.experimental.multihost_utils` computes on the devices, which wait
-for a process that failed, so that it cannot bring the others the reason. When JAX has a public
-store, a test of the imports fails and names this file: it goes then.
+and `shutdown`. The public `jax.experimental.multihost_utils` computes on the devices. They wait for
+a process that failed, so it cannot tell the others why. When JAX has a public store, a test of the
+imports fails and names this file, which can then go.
 
 The processes must have joined, and every function raises `jax.errors.JaxRuntimeError` where the
 store does not answer.
@@ -31,7 +31,7 @@ def get(key: str) -> str | None:
 
 
 def count(folder: str) -> int:
-    """How many keys begin with `folder/`."""
+    """Number of keys that begin with `folder/`."""
     return len(_client().key_value_dir_get(folder))
 
 

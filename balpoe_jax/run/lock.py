@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run at a time in a workdir: `run.lock` says whose it is.
 
-It needs nothing of the file system but that a name is given once, so it holds between the hosts of
-shared storage. Whether its owner lives is asked of the kernel where that is the owner's, too. Of
-another host, or another container, the file is watched: its owner touches it every few seconds. No
-clock is compared with another, so that none has to be right.
+It relies on one thing, that a file of a name can be created only once, so it also holds between
+hosts that share storage. Whether its owner lives, the kernel says, if both have the same one. The
+file of an owner on another host, or in another container, is watched: its owner touches it every
+few seconds. No clock is compared with another, so none has to be right.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ class Owner:
     """Who holds a lock.
 
     Attributes:
-        host: its name, for people.
-        machine: the boot of a kernel and the container on it within which `pid` means something.
-        pid, started: a process, and when it began in its kernel's ticks, since numbers come again.
-        since: date and time at which it took the lock, for people.
-        token: of this lock alone.
+        host: Name of the host, for people.
+        machine: Boot of a kernel, and container on it, within which `pid` means something.
+        pid, started: Number of a process, which its kernel uses again, and the tick of its start.
+        since: Date and time at which it took the lock, for people.
+        token: Text that no other lock has.
     """
 
     host: str
@@ -64,9 +64,9 @@ class WorkdirLock:
     """The right to write a run into a workdir, as a context.
 
     Args:
-        workdir: of the run; it must exist.
-        silent_seconds: for how long an owner on another host must not have given a sign of life.
-        beat_seconds: between the signs of life of this one.
+        workdir: Folder of the run; it must exist.
+        silent_seconds: Seconds without a sign of life until an owner elsewhere counts as dead.
+        beat_seconds: Seconds between this owner's signs of life.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class WorkdirLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock, from a dead owner too; every process must call this, the first takes it.
+        """Takes the lock, even from a dead owner. Every process must call this; the first takes it.
 
         Raises:
             UserError (a `ValueError`): its owner lives, or the file cannot be written.
@@ -115,7 +115,7 @@ class WorkdirLock:
         return True
 
     def check(self) -> None:
-        """Raises UserError when the lock, or the whole workdir, is not this run's any more."""
+        """Raises UserError if this run no longer has the lock, or the workdir is gone."""
         if not self._held.is_set():
             return
         owner = _read(self._path)
@@ -132,7 +132,7 @@ class WorkdirLock:
         )
 
     def release(self) -> None:
-        """Gives the lock back; does nothing when it is not held."""
+        """Gives the lock back; does nothing if it is not held."""
         self._released.set()
         if not self._held.is_set():
             return
@@ -204,7 +204,7 @@ class WorkdirLock:
         return json.dumps(dataclasses.asdict(self._owner)) + "\n"
 
     def _lives(self, path: Path, owner: Owner | None) -> bool:
-        """Whether an owner must be left alone: for now, or for good, which is a UserError."""
+        """Whether an owner must be left alone for now; raises UserError if it lives."""
         if owner is not None and owner.machine and owner.machine == _machine():
             if _started(owner.pid) != owner.started:
                 return False
@@ -233,13 +233,13 @@ class WorkdirLock:
         )
 
     def _clear_away(self) -> None:
-        """What is left of runs that were killed as they took the lock."""
+        """Removes what is left of runs that were killed while they took the lock."""
         for path in self._path.parent.glob(f".{LOCK}.*"):
             if path.name != f".{LOCK}.after-{self._owner.token}":
                 path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        """Touches the lock, as long as it is this process's."""
+        """Touches the lock, as long as this process has it."""
         while not self._released.wait(self._beat_seconds):
             owner = _read(self._path)
             if owner is not None and owner.token == self._owner.token:
@@ -248,7 +248,7 @@ class WorkdirLock:
 
 
 def _read(path: Path) -> Owner | None:
-    """Whose a lock is; None when there is none that can be read."""
+    """The owner of a lock; None if there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         owner = Owner(**content)
@@ -270,7 +270,7 @@ def _touched(path: Path) -> int | None:
 
 
 def _machine() -> str:
-    """What tells one boot of one kernel, and one container on it, from any other."""
+    """A text that no other boot of a kernel, and no other container on it, has."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -279,7 +279,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since its kernel did; empty when there is none that lives."""
+    """The start of a process, in ticks since its kernel's; empty if no such process lives."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes while it goes on: rows of metrics, curves, lines of the log.
+"""The files that a run writes as it goes: rows of metrics, curves, lines of the log.
 
 `metrics.jsonl` grows by a line at a time, `train.log` repeats the terminal, and `tensorboard/`
 holds the curves of `metrics.jsonl` as events.
@@ -31,8 +31,8 @@ class MetricWriter:
     Of several processes only the first writes.
 
     Args:
-        workdir: of the run.
-        from_step: rows of later steps are left over from before an interruption. They move to
+        workdir: Folder of the run.
+        from_step: Step after which this start continues. Rows of later steps move to
             `metrics.discarded.jsonl`, since the steps will be made again.
     """
 
@@ -78,7 +78,7 @@ class MetricWriter:
 def log_to_file(workdir: Path) -> Iterator[None]:
     """Repeats the package's log lines in `train.log`, whether or not the caller shows them.
 
-    Of several processes only the first logs; the others keep to warnings, and write no file.
+    Of several processes only the first logs; the others log warnings alone, and write no file.
     """
     package = logging.getLogger("balpoe_jax")
     level = package.level
@@ -103,7 +103,7 @@ def log_to_file(workdir: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """Of which a line that cannot be written is lost, instead of a traceback for each."""
+    """A log file that drops a line it cannot write, without a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Does nothing; the terminal has the line."""

@@ -47,17 +47,17 @@ def process_group(
 ) -> Iterator[None]:
     """Joins this process to the others, before any use of JAX, until all have left the context.
 
-    An error in one process ends all of them: they print whose error it was and exit at once. One
-    that vanishes without a word ends the others as soon as the network says so, after
+    An error in one process ends all of them: they print whose error it was and exit at once. If one
+    vanishes without a word, the others end as soon as the network says so, after
     `heartbeat_timeout_seconds` at the latest.
 
     Args:
-        coordinator_address: `HOST:PORT` of process 0. When this and the next two are None, JAX
-            asks the cluster: TPU pods, those of GKE too, Slurm, Open MPI.
-        num_processes, process_id: how many there are, and which this is.
-        heartbeat_timeout_seconds: without a sign of life before a process counts as dead.
-        start_timeout_seconds: for all processes to come.
-        report: prints an error and returns the exit code that it calls for.
+        coordinator_address: Address `HOST:PORT` of process 0. If this and the next two are None,
+            JAX asks the cluster: TPU pods, those of GKE too, Slurm, Open MPI.
+        num_processes, process_id: Number of processes, and the number of this one.
+        heartbeat_timeout_seconds: Seconds without a sign of life until a process counts as dead.
+        start_timeout_seconds: Seconds in which all processes must join.
+        report: Function that prints an error and returns the exit code that it calls for.
 
     Raises:
         UserError (a `ValueError`): an address that cannot be used, or a cluster that JAX does not
@@ -91,7 +91,7 @@ def process_group(
 
 
 def count() -> int:
-    """How many processes there are. Of one, JAX is not asked, which would occupy its devices."""
+    """Number of processes. A lone process does not ask JAX, which would occupy its devices."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -117,13 +117,13 @@ def run_on_process_0(function: Callable[[], Any]) -> None:
 
 
 def broadcast_bool(question: Callable[[], bool]) -> bool:
-    """What process 0 answers, in all processes, such as whether a file is there."""
+    """The answer of process 0, in all processes, such as whether a file is there."""
     answer = is_first() and question()
     return bool(_broadcast("yes" if answer else ""))
 
 
 def broadcast_text(question: Callable[[], str]) -> str:
-    """What process 0 answers, in all processes; a `UserError` of it is raised in all of them."""
+    """The answer of process 0, in all processes; a `UserError` of it is raised in all of them."""
     answers: list[str] = []
     run_on_process_0(lambda: answers.append(question()))
     return _broadcast(answers[0] if answers else "")
@@ -133,10 +133,10 @@ def check_same(value: Any, what: str, remedy: str, error: type[UserError] = User
     """Refuses processes that have different values.
 
     Args:
-        value: what JSON can hold.
-        what: its name in the message.
-        remedy: what the message says to do.
-        error: the kind to raise.
+        value: Value that JSON can hold.
+        what: Name of the value in the message.
+        remedy: Advice in the message.
+        error: Class of the error that is raised.
 
     Raises:
         UserError (a `ValueError`), or `error`: in all processes.
@@ -178,9 +178,9 @@ def check_shared(folder: Path) -> None:
 
 
 def is_of_jax(error: BaseException | None) -> bool:
-    """Whether an error, or one that it follows from, is of a computation or a connection of JAX.
+    """Whether an error, or one of its causes, is of a computation or a connection of JAX.
 
-    It then tells nothing of its own place: another process may have died.
+    Such an error says nothing about this process: another one may have died.
     """
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) or _is_bare_status(error):
@@ -190,9 +190,9 @@ def is_of_jax(error: BaseException | None) -> bool:
 
 
 def _is_bare_status(error: BaseException) -> bool:
-    """Whether it is a failed call of JAX as its fast path raises it, such as `UNKNOWN: Gloo ...`.
+    """Whether an error is a failed call of JAX's fast path, such as `UNKNOWN: Gloo ...`.
 
-    TensorStore words its errors so too; but those do not come from a frame of JAX, or of ours.
+    TensorStore words its errors in the same way, but they come from no frame of JAX or of ours.
     """
     if not isinstance(error, ValueError) or not re.match(r"[A-Z_]+: ", str(error)):
         return False
@@ -212,7 +212,7 @@ def _initialize(
     explicit = coordinator_address is not None
     if coordinator_address is not None:
         _check_address(coordinator_address, process_id == 0)
-    # JAX ends the process itself when time is up, with a page of its inner state.
+    # JAX itself would end the process when time is up, with a page of its internal state.
     too_late = threading.Timer(start_timeout_seconds, _give_up, (start_timeout_seconds, report))
     too_late.daemon = True
     too_late.start()
@@ -240,7 +240,7 @@ def _initialize(
 
 
 def _check_address(coordinator_address: str, here: bool) -> None:
-    """Refuses what is no address and, in process 0, a port that is taken: JAX would die of it."""
+    """Refuses an invalid address and, in process 0, a port in use, which would crash JAX."""
     host, _, port = coordinator_address.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"--coordinator_address must be HOST:PORT, got {coordinator_address!r}.")
@@ -269,15 +269,15 @@ def _give_up(seconds: float, report: Callable[[BaseException], int]) -> None:
 
 
 def _wait_for_all() -> None:
-    """Until the last is done: process 0 writes results long after the others had their last step.
+    """Waits for the last process: process 0 writes results long after the others' last step.
 
-    JAX would wait too, but give up after some minutes.
+    JAX would also wait, but it gives up after some minutes.
     """
     key_value_store.wait_for_all(_END, _YEAR_SECONDS)
 
 
 def _watch(finished: threading.Event) -> None:
-    """Ends this process when another one says that it failed."""
+    """Ends this process once another one says that it failed."""
     while not finished.wait(_POLL_SECONDS):
         failure = _read_failure()
         if failure and not finished.is_set():
@@ -285,7 +285,7 @@ def _watch(finished: threading.Event) -> None:
 
 
 def stop_all(error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
-    """Reports this process's error, or the one elsewhere that it follows from, and exits."""
+    """Reports this process's error, or the error elsewhere that caused it, and exits."""
     failure = _read_failure()
     computing = is_of_jax(error)
     if failure and computing:
@@ -305,7 +305,7 @@ def stop_all(error: BaseException, report: Callable[[BaseException], int]) -> No
 
 
 def _read_failure() -> dict[str, Any] | None:
-    """What another process says that it failed of; None when none does."""
+    """The failure that another process has reported; None if none has."""
     text = key_value_store.get(_FAILURE)
     failure = json.loads(text) if text else None
     return failure if failure and failure["process"] != jax.process_index() else None
@@ -321,12 +321,12 @@ def _leave(failure: dict[str, Any]) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends this process without JAX's farewell, which waits minutes for those that are gone."""
+    """Ends this process without JAX's shutdown, which waits minutes for processes that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         key_value_store.put(f"{_LEFT}/{jax.process_index()}", "")
-        # The others lose what was said when process 0 goes first: it holds the store.
+        # Process 0 holds the store: when it goes first, the others lose the message.
         deadline = time.monotonic() + (_LINGER_SECONDS if is_first() else 0)
         while time.monotonic() < deadline:
             if key_value_store.count(_LEFT) == count():
@@ -336,7 +336,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _broadcast(text: str) -> str:
-    """Process 0's text, in all processes; cut to a size that all know beforehand."""
+    """The text of process 0, in all processes, cut to a size that all know beforehand."""
     if count() == 1:
         return text
     padded = text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")

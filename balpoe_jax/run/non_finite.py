@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteSteps:
-    """Those of a run so far, of which the config lets so many pass without an update.
+    """The steps of a run that were not finite, some of which the config lets pass.
 
     Args:
         workdir: Folder of the run.
-        first_step: Step after which this start goes on; what is recorded of later steps is
-            discarded, since they will be made again.
-        limit: Number of steps that the config lets pass.
+        first_step: Step after which this start continues. Records of later steps are discarded,
+            since the steps will be made again.
+        limit: Number of steps that the config lets pass without an update.
         batch_indices: Positions of the training examples of the update that leads to a step.
         learning_rate: Learning rate of that update.
         ids: Names of training examples at given positions.
 
     Attributes:
-        skipped: how many there were.
+        skipped: Number of steps that passed so far.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class NonFiniteSteps:
         multihost.run_on_process_0(self._write)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes down a step that is not finite.
+        """Records a step that is not finite.
 
         Args:
-            step: to which the update leads.
-            metrics: of the step.
+            step: Step to which the update leads.
+            metrics: Metrics of the step.
 
         Raises:
-            UserError (a `ValueError`): it is one too many.
+            UserError (a `ValueError`): the limit was reached before.
         """
         batch = self._batch_before(step)
         skip = self.skipped < self._limit
@@ -110,7 +110,7 @@ class NonFiniteSteps:
 
 
 def summary(limit: int, workdir: Path, step: int) -> dict[str, int]:
-    """What `results.json` says: `skipped_steps` up to a step, if any may or did pass."""
+    """The entry `skipped_steps` of `results.json` up to a step, if any may or did pass."""
     skipped = sum(row["skipped"] and row["step"] <= step for row in _read(workdir / NON_FINITE))
     return {"skipped_steps": skipped} if skipped or limit else {}
 
@@ -125,6 +125,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"{path} is damaged: it should hold an object with step and skipped on each line; mend it, "
-        "or remove it to count anew."
+        f"{path} is damaged: it should hold an object with step and skipped on each line; fix it, "
+        "or remove it to count from 0."
     )

@@ -18,24 +18,24 @@ from typing import Any
 
 from balpoe_jax.errors import Preempted
 
-_HANDLED = 128  # beside the number of a signal
+_HANDLED = 128  # a bit that is added to the number of a signal
 
 log = logging.getLogger(__name__)
 
 
 class PreemptionNotice:
-    """Whether the process was told to end; entered as a context by a command that owns its process.
+    """Whether the process was told to end. A command that owns its process enters it as a context.
 
     As long as there is nothing to save, a signal ends the process at once. Once there is, the first
     one is noticed, for the training to save and stop, and a second one ends the process at once.
 
-    Of several processes, JAX takes SIGTERM from when they joined on, and lets all of them stop at
-    the same place, whichever of them got it. SIGINT is handed on to it.
+    Once several processes have joined, JAX takes SIGTERM and lets all of them stop at the same
+    place, whichever of them got it. SIGINT is handed on to it.
 
-    One that is not entered never notices anything of its own process.
+    A notice that is not entered never notices a signal to its own process.
 
     Args:
-        report: prints an error and returns the exit code that it calls for.
+        report: Function that prints an error and returns the exit code that it calls for.
     """
 
     def __init__(self, report: Callable[[BaseException], int] | None = None) -> None:
@@ -80,7 +80,7 @@ class PreemptionNotice:
         """From now on there is nothing more to save; every process must call this.
 
         Args:
-            where: a clause that says so.
+            where: Clause that says where all is saved.
 
         Raises:
             Preempted: a signal came before.
@@ -109,7 +109,7 @@ class PreemptionNotice:
         return self._agreed
 
     def preempted(self, what_is_saved: str) -> Preempted:
-        """What to raise once all is saved."""
+        """The exception to raise once all is saved."""
         return Preempted(f"{what_is_saved}; start again to go on from there.", self._first)
 
     def _take_from_jax(self) -> None:
@@ -118,7 +118,7 @@ class PreemptionNotice:
             signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Says it a second time: an event loop of a library may have had the first."""
+        """Tells the thread again, since an event loop of a library may have read the first."""
         with contextlib.suppress(OSError):
             self._writing.send(bytes([number | _HANDLED]))
 
@@ -128,7 +128,7 @@ class PreemptionNotice:
             while read := reading.recv(1):
                 (said,) = read
                 seen[said] += 1
-                if seen[said] > seen[said ^ _HANDLED]:  # and not the same one again
+                if seen[said] > seen[said ^ _HANDLED]:  # not the second report of one signal
                     self._notice(said & ~_HANDLED)
 
     def _notice(self, number: int) -> None:
@@ -145,7 +145,7 @@ class PreemptionNotice:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX awaits
 
     def _leave(self) -> None:
-        """Ends this process, whatever it is at; what is on disk is complete at any moment."""
+        """Ends this process, whatever it is doing; files on disk are complete at any moment."""
         for function in self._at_exit:
             with contextlib.suppress(Exception):
                 function()

@@ -20,9 +20,9 @@ class StepProfiler:
     View it with TensorBoard's profile plugin or with `xprof`.
 
     Args:
-        workdir: of the run.
-        steps: `(first, last)`, counted from 1; empty to trace none. A run that starts after the
-            first traces what is left, one that ends before the last what there is.
+        workdir: Folder of the run.
+        steps: First and last step, counted from 1; empty for no trace. A run that starts between
+            them traces the rest, and one that ends between them what it made.
     """
 
     def __init__(self, workdir: Path, steps: Sequence[int]) -> None:
@@ -37,7 +37,7 @@ class StepProfiler:
         self._stop()
 
     def annotate(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """The context to make `step` in, which shows there as one unit."""
+        """The context in which to make `step`, which the trace shows as one unit."""
         if not self._running and self._first <= step <= self._last:
             jax.profiler.start_trace(self._folder)
             self._running = True

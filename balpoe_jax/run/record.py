@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The claim of a workdir: `config.json` says which configuration the run there is of."""
+"""The claim of a workdir: its `config.json` says which config the run there has."""
 
 import json
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from typing import Any
 from balpoe_jax import files
 from balpoe_jax.config import Settings, to_record, with_defaults
 from balpoe_jax.errors import TransientError, UserError, is_transient
-from balpoe_jax.files import CONFIG, read_json, to_json, write_atomically
+from balpoe_jax.files import CONFIG, to_json
 from balpoe_jax.run import multihost
 from balpoe_jax.run.environment import environment
 
-# Where, how often and in what order things are read, written, computed and scored, and what to let
-# pass: may differ between starts of one run.
+# Fields that may differ between starts of one run: where, how often and in what order things are
+# read, written, computed and scored, and which trouble is let pass.
 _OPERATIONAL = (
     "data.data_dir",
     "data.check_archive",
@@ -34,7 +34,7 @@ _OPERATIONAL = (
     "profile.",
 )
 
-# Of the fields of "eval.", those on which the figures of results.json depend, which repeats them.
+# The fields of "eval." on which figures depend; results.json repeats them.
 EVALUATION_SETTINGS = (
     "num_bins",
     "held_out_per_class",
@@ -47,7 +47,7 @@ EVALUATION_SETTINGS = (
 
 
 def locate(workdir: str) -> Path:
-    """The absolute path of a workdir, `~` expanded; refuses what is not a local folder's name."""
+    """The absolute path of a workdir, `~` expanded; refuses anything but a local folder's name."""
     if not workdir or "://" in workdir:
         raise UserError(f"--workdir must name a local folder so far, got {workdir!r}.")
     return Path(workdir).expanduser().absolute()
@@ -56,7 +56,7 @@ def locate(workdir: str) -> Path:
 def open_workdir(workdir: str) -> Path:
     """Creates the workdir if needed; refuses one that cannot be written to.
 
-    Every process must call this, and sees what process 0 made of it.
+    Every process must call this; all get the result of process 0.
     """
     path = locate(workdir)
     multihost.run_on_process_0(lambda: _make_writable(path))
@@ -89,10 +89,10 @@ def write_config(
     """Writes `config.json`: from then on the workdir belongs to this configuration.
 
     Args:
-        workdir: of the run.
-        settings: of the experiment.
-        resolved: what the fields that are left open turned out to be.
-        data: what the data set turned out to be.
+        workdir: Folder of the run.
+        settings: Settings of the experiment.
+        resolved: Values in use of what the config leaves open.
+        data: Class counts and sizes of the data set.
     """
     content = {
         "config": to_record(settings),
@@ -100,31 +100,43 @@ def write_config(
         "data": data,
         "environment": environment(),
     }
-    write_atomically(workdir / CONFIG, json.dumps(to_json(content), indent=2) + "\n")
+    files.write_atomically(workdir / CONFIG, json.dumps(to_json(content), indent=2) + "\n")
 
 
 def recorded_pipeline(workdir: Path) -> str | None:
-    """Where the batches of the run in a workdir are made; None when it holds no run."""
+    """The place where the batches of the run in a workdir are made; None if it holds no run."""
     if not has_config(workdir):
         return None
-    resolved = (read_json(workdir / CONFIG) or {}).get("resolved")
-    # Older runs knew no other.
+    resolved = (files.read_json(workdir / CONFIG) or {}).get("resolved")
+    # Older runs had the host's pipeline alone.
     return str(resolved.get("pipeline", "host")) if isinstance(resolved, dict) else "host"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config in a `config.json`, perhaps under older names.
+
+    Raises:
+        OSError: a file that is not there (`FileNotFoundError`), or that cannot be read.
+        ValueError: a file without a config.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(f"its config is {config!r}")
+    return config
 
 
 def check_same_config(workdir: Path, settings: Settings) -> None:
     """Raises UserError unless `workdir` holds a run of these settings."""
     path = workdir / CONFIG
     try:
-        before = json.loads(path.read_text())["config"]
-        if not isinstance(before, dict):
-            raise TypeError(f"its config is {before!r}")
+        before = read_config(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} holds no run (there is no {CONFIG}); train first, or name the workdir of a "
             "run with --workdir=DIR."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); choose another workdir.") from error
     there, here = experiment_fields(before), experiment_fields(to_record(settings))
     differing = [
@@ -140,9 +152,9 @@ def check_same_config(workdir: Path, settings: Settings) -> None:
 
 
 def experiment_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields on which what is trained depends, by their dotted names, as plain values.
+    """The fields that determine what is trained, by their dotted names, as plain values.
 
-    A field that `config` lacks, since it was recorded before there was the field, has its default.
+    A field that is newer than the record has its default.
     """
     fields = _flatten(to_json(with_defaults(config)))
     return {name: value for name, value in fields.items() if not name.startswith(_OPERATIONAL)}

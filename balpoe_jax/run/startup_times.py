@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time between the command and the first step goes."""
+"""The time between the command and the first step, part by part."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ class StartUp:
     """A stopwatch for the parts of one start.
 
     Attributes:
-        began: when the start began, in seconds since the epoch.
-        seconds: of each part that was measured, in order; what no part covers is in none.
+        began: Time at which the start began, in seconds since 1970.
+        seconds: Seconds of each part that was measured, in order.
     """
 
     began: float = dataclasses.field(default_factory=time.time)
@@ -39,8 +39,8 @@ class StartUp:
         """Logs the parts and appends them to the workdir's `start_up.jsonl`, a line a start.
 
         Args:
-            workdir: of the run.
-            step: the one that has just been made, the first of this start.
+            workdir: Folder of the run.
+            step: Last step of the dispatch that has just been made, the first of this start.
         """
         total = time.time() - self.began
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
@@ -57,9 +57,9 @@ class StartUp:
 
 
 def of_this_process() -> StartUp:
-    """A stopwatch that runs since this process was started, with its imports until now as a part.
+    """A stopwatch that has run since this process started; its imports until now are a part.
 
-    Where the system does not tell when that was (it does on Linux), it runs from now on.
+    Linux tells when the process started. On another system the stopwatch starts now.
     """
     now = time.time()
     try:
@@ -68,5 +68,5 @@ def of_this_process() -> StartUp:
         began = now - (since_boot - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError):
         began = now
-    began = min(began, now)  # a container may count from another moment
+    began = min(began, now)  # a container may count from a later boot
     return StartUp(began, {"imports": now - began})

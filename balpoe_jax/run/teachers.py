@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained runs that another one learns from: what they were, and their variables."""
+"""Trained runs that another run learns from: their settings and their variables."""
 
 import dataclasses
-import json
 import logging
 from typing import Any
 
@@ -20,15 +19,15 @@ def read_settings(workdir: str, student: Settings) -> Settings:
     """The settings of a teacher's run, with batches that the student's devices can share.
 
     Args:
-        workdir: of the teacher.
-        student: the settings of the run that learns from it.
+        workdir: Folder of the teacher's run.
+        student: Settings of the run that learns from it.
 
     Raises:
         UserError (a `ValueError`): no run there, one that cannot be read, or one on other data.
     """
     path = record.locate(workdir) / files.CONFIG
     try:
-        settings = from_record(with_defaults(json.loads(path.read_text())["config"]))
+        settings = from_record(with_defaults(record.read_config(path)))
     except FileNotFoundError as error:
         raise UserError(
             f"The teacher's workdir {path.parent} holds no run (there is no {files.CONFIG}); "
@@ -64,8 +63,8 @@ def load(workdir: str, like: TrainState) -> dict[str, Any]:
     """`params` and `batch_stats` of a teacher's newest checkpoint, as a program would hold them.
 
     Args:
-        workdir: of the teacher.
-        like: the abstract state of its program.
+        workdir: Folder of the teacher's run.
+        like: Abstract state of its program.
 
     Raises:
         UserError (a `ValueError`): no checkpoint there, or one that does not fit.

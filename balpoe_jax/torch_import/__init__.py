@@ -3,7 +3,8 @@
 
     python -m balpoe_jax.torch_import FILE --config=configs/NAME.py[:args] --workdir=DIR
 
-then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir.
+makes the workdir. `python -m balpoe_jax.main --mode=eval` evaluates it, with the same config and
+workdir.
 """
 
 from balpoe_jax.torch_import.conversion import check_against, convert

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a workdir to evaluate of a checkpoint of the reference's PyTorch code.
+"""Turns a checkpoint of the reference's PyTorch code into a workdir to evaluate.
 
     python -m balpoe_jax.torch_import FILE --config=configs/NAME.py[:args] --workdir=DIR
 
-then evaluates with `python -m balpoe_jax.main --mode=eval` and the same config and workdir. FILE is
-a checkpoint of the reference (.pth), or its state dict as .npz or .safetensors.
+FILE is a checkpoint of the reference (.pth), or its state dict as .npz or .safetensors.
+`python -m balpoe_jax.main --mode=eval` then evaluates it, with the same config and workdir.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     """Imports the file that is named on the command line as the flags say."""
     if len(arguments) != 2:
         raise UserError(
-            f"Expected one FILE beside --config and --workdir, got {len(arguments) - 1}: "
+            f"Expected one FILE next to --config and --workdir, got {len(arguments) - 1}: "
             f"{', '.join(arguments[1:]) or 'nothing'}."
         )
     # Here and not above, so that wrong flags are told at once.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names and layouts of the reference's PyTorch code, as those of our parameters.
+"""The names and layouts of the reference's PyTorch code, converted to those of our parameters.
 
 The table of names below is one-to-one, so that what does not fit is reported by the names in the
 checkpoint.
@@ -77,11 +77,11 @@ def convert(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
 
 
 def check_against(variables: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuses converted variables that another model than theirs is to use.
+    """Refuses converted variables that do not fit a model.
 
     Args:
-        variables: see `convert`.
-        expected: of the model; anything with shapes.
+        variables: Variables that `convert` returned.
+        expected: Variables of the model, or anything with their shapes.
 
     Raises:
         UserError (a `ValueError`): listing, by the reference's names, those that are missing,
@@ -105,14 +105,14 @@ def refuse_non_finite(state_dict: Mapping[str, npt.ArrayLike]) -> None:
 
 
 class _Leaf(NamedTuple):
-    """One of our arrays, and where the checkpoint has it.
+    """One of our arrays, and its place in the checkpoint.
 
     Attributes:
-        path: in our variables.
-        names: the reference's; one for each expert if stacked.
-        axes: of the reference's arrays, in our order.
-        shape: of each of the reference's arrays.
-        stacked: whether ours has a leading axis of experts.
+        path: Path in our variables.
+        names: Names in the reference; one for each expert if stacked.
+        axes: Axes of the reference's arrays, in our order.
+        shape: Shape of each of the reference's arrays.
+        stacked: Whether ours has a leading axis of experts.
     """
 
     path: tuple[str, ...]
@@ -157,7 +157,7 @@ def _torch_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _arrays(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, np.ndarray]:
-    """Arrays by name without what PyTorch wraps around a model and what we have no use for."""
+    """Arrays by name, without the prefix of a wrapped model and without counters."""
     prefix = "module." if all(str(name).startswith("module.") for name in state_dict) else ""
     arrays = {
         str(name)[len(prefix) :]: np.asarray(value)
@@ -177,7 +177,7 @@ def _arrays(state_dict: Mapping[str, npt.ArrayLike]) -> dict[str, np.ndarray]:
 
 
 def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The abstract variables of the model whose names these seem to be."""
+    """The abstract variables of the model that these names and shapes suggest."""
     name = _infer_name(shapes)
     stages, last_norm = ((1, 2, 3, 4), "bn3") if name in IMAGENET_MODELS else ((1, 2, 3), "bn2")
     features = _size(shapes, rf"backbone\.layer{stages[-1]}(?:s\.\d+)?\.0\.{last_norm}\.weight", 0)
@@ -201,7 +201,7 @@ def _infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _infer_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The model but for its numbers of blocks, from the widths of the stem and the first block."""
+    """The model's name from the widths of the stem and the first block; blocks are not counted."""
     if _size(shapes, r"backbone\.(?:conv1|bn1)\.weight", 0) != 64:
         return "resnet32"
     inner = _size(shapes, r"backbone\.layer1\.0\.(?:conv1|bn1)\.weight", 0)
@@ -209,13 +209,13 @@ def _infer_name(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _indices(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> list[int]:
-    """The numbers that a pattern captures at the start of names."""
+    """The numbers that a pattern captures at the start of names, where it matches."""
     matches = (re.match(pattern, name) for name in shapes)
     return [int(match[1]) for match in matches if match]
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int) -> int:
-    """The length of an axis of the first array whose name is the pattern's; 1 if there is none."""
+    """The length of an axis of the first array whose name matches; 1 if there is none."""
     found = [shape for name, shape in shapes.items() if re.fullmatch(pattern, name)]
     return next((shape[axis] for shape in found if axis < len(shape)), 1)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts from files of PyTorch, NumPy and safetensors, without running what a file says.
+"""State dicts from files of PyTorch, NumPy and safetensors, without running code in a file.
 
-Nothing here knows a network: see `balpoe_jax.torch_import` for what the names mean.
+Nothing here knows a network: `balpoe_jax.torch_import` gives the names a meaning.
 """
 
 import os
@@ -17,8 +17,8 @@ from balpoe_jax.errors import UserError
 
 StateDict = dict[str, np.ndarray]
 
-# What a genuine checkpoint pickles beside tensors and plain containers: its configuration, with
-# paths, and NumPy scalars among the scores. None of it is needed, so none of it is ever called.
+# The classes that a genuine checkpoint pickles, apart from tensors and plain containers: its
+# config, with paths, and NumPy scalars among the scores. None is needed, so none is ever called.
 _INERT_GLOBALS = (
     "parse_config.ConfigParser",
     *(
@@ -45,11 +45,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[StateDict, int | None
     """The state dict of a file, and the epoch after which it was saved.
 
     Args:
-        path: of a `.npz` or `.safetensors` file, or a PyTorch file (`.pth`, `.pt`, `.tar`, `.bin`)
-            of a state dict, or of a dict with one under "state_dict" and perhaps an "epoch".
-            PyTorch files need torch, which loads them with `weights_only`: of what they pickle
-            beside tensors and plain containers, the few classes of a genuine checkpoint are
-            replaced by objects that do nothing, and all else is refused.
+        path: Path of a `.npz` or `.safetensors` file, or of a PyTorch file (`.pth`, `.pt`, `.tar`,
+            `.bin`) with a state dict, by itself or under "state_dict" and perhaps with an "epoch".
+            PyTorch files need torch, which loads them with `weights_only`. Tensors and plain
+            containers are read, objects that do nothing stand in for the few classes of a genuine
+            checkpoint, and all else is refused.
 
     Returns:
         Arrays by name, and the number of epochs trained, None if the file does not tell.
@@ -152,7 +152,7 @@ def _load_weights_only(path: Path) -> Any:
 
 
 class _Inert:
-    """Stands in for an object of a pickle: takes what it would be made of, and forgets it."""
+    """Stands in for an object of a pickle: it takes the arguments and forgets them."""
 
     def __new__(cls, *_: Any) -> "_Inert":
         return super().__new__(cls)
@@ -165,7 +165,7 @@ class _Inert:
 
 
 def _stand_in(name: str) -> type[_Inert]:
-    """A class that does nothing, and that PyTorch takes for the one of this full name."""
+    """A class that does nothing, and that PyTorch takes for the class of this full name."""
     module, _, short = name.rpartition(".")
     return type(short, (_Inert,), {"__module__": module, "__qualname__": short})
 

@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 
 
 def import_checkpoint(path: str | os.PathLike[str], settings: Settings, workdir: str) -> None:
-    """Makes a workdir that `--mode=eval` evaluates, with a checkpoint of the reference as its own.
+    """Makes a workdir that `--mode=eval` evaluates from a checkpoint of the reference.
 
     The imported state has the step at which the checkpoint's epoch ended (the last step of the
     config if the file tells no epoch), and an optimizer without momentum.
 
     Args:
-        path: see `balpoe_jax.torch_import.files.load_checkpoint`.
-        settings: of the experiment; its model must be the checkpoint's.
-        workdir: without a run; created if needed.
+        path: Path of the file, see `balpoe_jax.torch_import.files.load_checkpoint`.
+        settings: Settings of the experiment; its model must be the checkpoint's.
+        workdir: Folder without a run, created when missing.
 
     Raises:
         UserError (a `ValueError`): a file that cannot be read, parameters that do not fit the

@@ -45,6 +45,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_toy_run_measures_everything(tmp_path: Path) -> None:
     """All parts write their results, and both tables are written and printed."""
     output = tmp_path / "out"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from balpoe_jax.config import default_config, with_defaults
+from balpoe_jax.config import default_config, from_record, with_defaults
 from balpoe_jax.config.settings import Phase2Settings
+from balpoe_jax.errors import UserError
 from balpoe_jax.renames import (
     FIELDS,
     NONE_WAS,
@@ -96,6 +97,44 @@ def test_what_none_was_written_as() -> None:
     assert set(NONE_WAS) - views <= known
 
 
+@pytest.mark.parametrize(
+    ("preset", "recorded", "expected"),
+    [
+        ("ride_distill", {"repeat_by_experts": True}, {"repeat_by_experts": True}),
+        ("ride_distill", {"repeat_by_experts": False}, {"repeat_by_experts": False}),
+        # Of the time without the field, when a distilled run never repeated its loss.
+        ("ride_distill", {}, {"repeat_by_experts": False}),
+        ("focal_cb", {"focal_p": "weighted"}, {"focal_p": "weighted"}),
+        ("focal_cb", {"focal_p": "unweighted"}, {"focal_p": "unweighted"}),
+        ("focal_cb", {}, {"focal_p": "unweighted"}),
+        ("gpaco", {}, {"queue_without_momentum": False, "passes_by_view": False}),
+        ("mislas", {}, {"shift_statistics": True}),
+        ("paco", {}, {"projection_init": "torch"}),
+    ],
+)
+def test_an_older_run_keeps_what_its_method_did(
+    preset: str, recorded: dict, expected: dict
+) -> None:
+    """Whatever the recipe of today sets."""
+    record = get_config("cifar10_lt", f"method={preset}").to_dict()
+    for field in expected:
+        del record["method"][field]
+    del record["model"]["classifier_init"]
+    record["method"] |= recorded
+    settings = from_record(with_defaults(record))
+    assert {field: getattr(settings.method, field) for field in expected} == expected
+    assert settings.model.classifier_init is None
+
+
+def test_a_value_that_is_gone_is_refused() -> None:
+    record = get_config("cifar10_lt", "method=ncl").to_dict()
+    record["method"]["hard_mask"] = "inf"
+    with pytest.raises(UserError, match=r"config.method.hard_mask does not fit the method ncl"):
+        from_record(with_defaults(record))
+    record["method"]["hard_mask"] = "zero"
+    from_record(with_defaults(record))
+
+
 def test_ends_of_the_range_of_taus_in_a_command() -> None:
     low, high = "--config.loss.tau_min=0.5", "--config.loss.tau_max=3"
     assert rename_overrides(["main", low, "-x", high]) == [
@@ -113,7 +152,8 @@ def test_results_of_an_older_version_are_read_by_todays_names(tmp_path: Path) ->
     read = schema.load_results(tmp_path)
     assert read is not None and read["note"] == "a small version"
     assert read["settings"]["expert_weights_epochs"] == results["settings"]["aggregation_epochs"]
-    assert schema.load_config(RUNS / "finished")["config"]["mix"]["alpha"] == 0.4
+    recorded = schema.load_config(RUNS / "finished")
+    assert recorded is not None and recorded.mix_alpha == 0.4
 
 
 def test_overrides_of_older_names_are_renamed() -> None:
@@ -123,6 +163,7 @@ def test_overrides_of_older_names_are_renamed() -> None:
     assert rename_overrides(["main", "--", "--config.mixup.alpha=1"])[2] == "--config.mixup.alpha=1"
 
 
+@pytest.mark.integration
 def test_a_command_takes_older_names(tmp_path: Path) -> None:
     """Up to the check of the value, which says the name of today."""
     result = commands.run(

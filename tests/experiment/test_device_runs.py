@@ -72,7 +72,7 @@ def test_a_row_a_dispatch_is_written_and_the_pipeline_recorded(finished: Path) -
     assert start["step"] == 3
 
 
-@pytest.mark.slow_cases("100")
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 100])
 def test_where_dispatches_are_cut_changes_no_bit(
     finished: Path, tmp_path: Path, steps: int

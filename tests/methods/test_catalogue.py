@@ -87,8 +87,10 @@ def test_the_catalogue_has_every_preset_and_figure() -> None:
         (row,) = re.findall(rf"^\| `{name}` \|.*$", page, flags=re.MULTILINE)
         assert preset.about in row
         for published in preset.published:
-            assert f": {published.accuracy:g}" in row and f"({published.source})" in row
+            assert f": {published.accuracy:g}" in row and f"({published.source}" in row
+            assert published.network in row
     assert "CIFAR-100-LT `ir=100`: 52, ECE 4.9 (BalPoE's Table 2)" in page
+    assert "44.07 (logit adjustment's repository; network: not ours, a bottleneck ResNet" in page
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -4,22 +4,25 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from balpoe_jax.config import default_config, resolve
+from balpoe_jax.data.long_tail import exponential_counts
 from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.settings import check
 from balpoe_jax.losses import log_prior, logit_adjusted_cross_entropy
-from balpoe_jax.methods import Context, Network
+from balpoe_jax.methods import Context, Network, make_method
 from balpoe_jax.methods.bcl import BCL, balanced_contrastive_loss
 from balpoe_jax.methods.contrastive import ProjectedOutputs
 from balpoe_jax.methods.paco import PaCo, paco_loss
 from balpoe_jax.parallel import make_parallel
 from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
 from tests.helpers.method_steps import fresh, parts, run
 from tests.helpers.tiny_network import COUNTS, numeric_gradient
 
@@ -133,6 +136,105 @@ def test_the_whole_loss_of_gpaco_contrasts_both_views(x64) -> None:
     labels, similarities = np.tile(LABELS, 2), both[:, 5:] @ both[:, 5:].T / 0.5
     expected = paco_twin(both[:, :5], similarities, labels, labels, 0.3)
     np.testing.assert_allclose(found.total, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("by_view", [True, False])
+def test_gpaco_contrasts_its_own_queue_too(by_view: bool, x64) -> None:
+    """Both views are contrasted with both and the queue, which second views enter."""
+    method = PaCo(
+        alpha=0.3, temperature=0.5, width=4, queue_size=8, momentum=0.0,
+        queue_without_momentum=True, passes_by_view=by_view,
+    )  # fmt: skip
+    queue, queue_labels = unit(8, 4), np.array([0, 1, 2, -1, -1, 4, 0, 3])
+    found = method.loss(
+        Network(Linear(), 1.0, 0.0),
+        {"queue": jnp.asarray(queue), "labels": jnp.asarray(queue_labels)},
+        jax.tree.map(jnp.asarray, TWO_VIEWS),
+        Context(COUNTS),
+    )
+    both = np.concatenate([TWO_VIEWS.images, TWO_VIEWS.views[1]])
+    others = np.concatenate([LABELS, LABELS, queue_labels])
+    similarities = both[:, 5:] @ np.concatenate([both[:, 5:], queue]).T / 0.5
+    labels = np.tile(LABELS, 2)
+    expected = paco_twin(both[:, :5], similarities, labels, others, 0.3)
+    np.testing.assert_allclose(found.total, expected, rtol=1e-6)
+    without = paco_twin(both[:, :5], similarities[:, :12], labels, labels, 0.3)
+    assert abs(found.total - without) > 0.1
+    keys = TWO_VIEWS.views[1][:, 5:]
+    assert found.method_state.keys() == {"queue", "labels"}
+    np.testing.assert_allclose(found.method_state["queue"], np.concatenate([keys, queue[:2]]))
+    np.testing.assert_array_equal(found.method_state["labels"], [*LABELS, *queue_labels[:2]])
+
+
+@pytest.mark.integration
+def test_gpaco_has_ten_times_the_positives_with_its_queue() -> None:
+    """At the recipe's size on ImageNet-LT, of labels as often as a long tail has them.
+
+    All projections are equal, of similarity 1, so that the loss tells the number of positives.
+    """
+    method = make_method(get_config("imagenet_lt", "method=gpaco").method.to_dict())
+    method = dataclasses.replace(method, width=2)
+    assert (method.queue_size, method.temperature, method.alpha) == (8192, 0.2, 0.045)
+    counts, batch = exponential_counts(1000, 1280, 256), 128
+    labels = np.random.default_rng(0).choice(1000, (65, batch), p=counts / counts.sum())
+    images = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (batch, 2))
+
+    class Constant:
+        @staticmethod
+        def apply(variables, images, train: bool, mutable: list[str]):
+            logits = jnp.zeros((1, len(images), 1000))
+            return ProjectedOutputs(logits, logits, images, images[:0]), {"batch_stats": 0.0}
+
+    net = Network(Constant(), 0.0, 0.0)
+    last = TrainBatch((images, images), jnp.asarray(labels[64]), None, None)
+    state = method.init_state(net, Context(counts), jax.random.key(0))
+    full = {
+        "queue": jnp.broadcast_to(jnp.asarray([1.0, 0.0]), state["queue"].shape),
+        "labels": jnp.asarray(labels[:64].ravel()).astype(state["labels"].dtype),
+    }
+    total = method.loss(net, full, last, Context(counts)).total
+    own = np.array([2 * np.sum(labels[64] == y) - 1 for y in labels[64]])
+    queued = np.array([np.sum(labels[:64] == y) for y in labels[64]])
+    sharp = np.exp(1 / method.temperature)
+    prior = np.log(counts / counts.sum() + 1e-9)[labels[64]]
+
+    def expected(positives: np.ndarray, others: int) -> float:
+        log_d = np.log(1 + others * sharp)
+        images = method.alpha * positives * (1 / method.temperature - log_d)
+        return float(-np.mean((prior - log_d + images) / (1 + method.alpha * positives)))
+
+    np.testing.assert_allclose(total, expected(own + queued, 2 * batch - 1 + 8192), rtol=1e-4)
+    assert own.mean() < 2 and (own + queued).mean() > 10 * own.mean()
+    plain = dataclasses.replace(method, queue_without_momentum=False)
+    assert plain.init_state(net, Context(counts), jax.random.key(0)) == {}
+    found = plain.loss(net, {}, last, Context(counts))
+    np.testing.assert_allclose(found.total, expected(own, 2 * batch - 1), rtol=1e-4)
+
+
+@pytest.mark.integration
+def test_gpaco_normalises_each_view_by_itself() -> None:
+    """The statistics move by the first view's and then by the second's."""
+    method, context, network = parts("gpaco", None)
+    variables = tiny_network.init(network)
+    net = Network(network, variables["params"], variables["batch_stats"])
+    drawn = tiny_network.batch(8, views=2)
+    batch = jax.tree.map(jnp.asarray, drawn._replace(views=(drawn.images, 3 * drawn.images + 1)))
+    state = method.init_state(net, context, jax.random.key(1))
+
+    @jax.jit
+    def statistics():
+        together = dataclasses.replace(method, passes_by_view=False)
+        found = [each.loss(net, state, batch, context) for each in (method, together)]
+        expected = net
+        for view in batch.views:
+            expected = dataclasses.replace(expected, batch_stats=expected(view)[1])
+        return [each.batch_stats for each in found], expected.batch_stats, [x.total for x in found]
+
+    (apart, together), expected, totals = statistics()
+    chex.assert_trees_all_close(apart, expected, rtol=1e-6)
+    means = [x["ensemble"]["trunk"]["BatchNorm_0"]["mean"] for x in (apart, together)]
+    assert np.abs(means[0] - means[1]).max() > 0.01
+    assert abs(totals[0] - totals[1]) > 1e-3
 
 
 def test_without_contrast_paco_is_balanced_softmax(x64) -> None:
@@ -320,8 +422,6 @@ def test_one_expert_it_is(method) -> None:
 
 
 def test_mixed_images_are_refused() -> None:
-    from tests.helpers.config_files import get_config
-
     config = get_config("digits_lt", "method=paco,mixup=true")
     with pytest.raises(UserError, match=r"paco knows no mixed labels: config.mix.alpha must be 0"):
         check(resolve(config), make_parallel())

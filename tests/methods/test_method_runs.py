@@ -54,7 +54,7 @@ def config_of(name: str):
     return config
 
 
-@pytest.mark.slow_cases("bcl", "tlc", "balpoe_cs", "paco", "mislas", "crt", "lws", "los")
+@pytest.mark.slow_cases("bcl", "tlc", "balpoe_cs", "paco", "mislas", "crt", "lws", "los", "ltwb")
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in COVERED])
 def test_a_run(name: str, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import optax
 import pytest
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.methods import Context, Network
 from balpoe_jax.methods.mislas import SHAPES, Mislas, label_aware_smoothing, label_smoothing
 from balpoe_jax.optim import make_optimizer
 from balpoe_jax.step import phase_optimizer
 from tests.helpers import tiny_network
+from tests.helpers.config_files import get_config
 from tests.helpers.method_steps import fresh, run
 
 COUNTS = np.array([500, 7, 120, 30, 7])
@@ -48,6 +50,50 @@ def test_label_aware_smoothing_is_cross_entropy_with_smoothed_labels(x64) -> Non
         jnp.asarray(logits), jnp.asarray(labels)
     )
     np.testing.assert_allclose(plain, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "head", "tail", "rate", "shifts"),
+    [
+        ("cifar10_lt:ir=100", 0.3, 0.0, 0.5, False),
+        ("cifar10_lt:ir=50", 0.2, 0.0, 0.2, False),
+        ("cifar10_lt:ir=10", 0.1, 0.0, 0.2, False),
+        ("cifar100_lt:ir=100", 0.4, 0.1, 0.2, True),
+        ("cifar100_lt:ir=50", 0.3, 0.0, 0.1, True),
+        ("cifar100_lt:ir=10", 0.2, 0.0, 0.1, True),
+        ("imagenet_lt:", 0.3, 0.0, 0.05, True),
+        ("inaturalist2018:", 0.3, 0.0, 0.05, True),
+    ],
+)
+def test_the_second_stage_is_the_authors(arguments, head, tail, rate, shifts) -> None:
+    """Their configuration files, one for each ratio."""
+    name, _, arguments = arguments.partition(":")
+    config = get_config(name, ",".join(filter(None, [arguments, "method=mislas"])))
+    method = config.method
+    assert (method.smooth_head, method.smooth_tail, method.classifier_rate) == (head, tail, rate)
+    assert method.shift_statistics == shifts
+    assert (config.phase2.epochs, config.phase2.learning_rate) == (10, 0.1)
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+def test_statistics_shift_or_stay(shifts: bool) -> None:
+    """Where they stay, the network sees images as in a test, too."""
+    method = Mislas(shift_statistics=shifts)
+    network = method.network(tiny_network.experts(1), None)
+    variables = tiny_network.init(network)
+    net = Network(network, **variables)
+    batch = jax.tree.map(jnp.asarray, tiny_network.batch(8, views=1))
+
+    @jax.jit
+    def tune():
+        found = method.phases()[1].loss(net, {}, batch, Context(tiny_network.COUNTS, scale=30.0))
+        return found, net(batch.images, train=shifts)[0].logits
+
+    found, logits = tune()
+    same = jax.tree.map(np.array_equal, found.batch_stats, variables["batch_stats"])
+    assert not any(jax.tree.leaves(same)) if shifts else all(jax.tree.leaves(same))
+    losses = method.tuning_losses(logits, batch, Context(tiny_network.COUNTS))
+    np.testing.assert_allclose(found.total, losses.mean(), rtol=1e-5)
 
 
 def changed(phase: int) -> dict[str, bool]:

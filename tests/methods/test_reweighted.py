@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class weights, focal loss, margins: the reference's numbers, the switch, mixed rows."""
 
+import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+from balpoe_jax.data.long_tail import exponential_counts
 from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import class_balanced_weights, focal_loss, ldam_margins
-from balpoe_jax.methods import Context
-from balpoe_jax.methods.reweighting import Reweighted
+from balpoe_jax.methods import PRESETS, Context
+from balpoe_jax.methods.reweighting import FOCAL_PROBABILITIES, Reweighted
 from tests.helpers.config_files import get_config
 from tests.helpers.golden import cases, golden, max_relative
 
@@ -52,7 +55,7 @@ METHODS = {
         for loss in ("reweighted_ce", "focal", "ldam")
         for name in cases(loss)
         if name != "c10_g2_weighted"
-    ],  # which weighs before it forms a probability
+    ],  # whose weights are its own, see below
 )
 def test_losses_are_the_references(loss: str, name: str, x64) -> None:
     case = golden(f"{loss}/{name}")
@@ -60,6 +63,17 @@ def test_losses_are_the_references(loss: str, name: str, x64) -> None:
     # Epochs of the reference count from 1.
     epoch = json.loads(str(case["hyper"])).get("epoch", 1) - 1
     value, gradient = loss_and_gradient(method, case, epoch, scale)
+    np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-6)
+    assert max_relative(gradient, case["grad"]) <= 2e-5
+
+
+def test_the_weighted_focal_loss_is_the_references(monkeypatch: pytest.MonkeyPatch, x64) -> None:
+    """By the recipe's method, with weights that are of no class counts."""
+    case = golden("focal/c10_g2_weighted")
+    weights = jnp.asarray(case["per_class_weights"], jnp.float64)
+    monkeypatch.setattr(Reweighted, "class_weights", lambda method, context: weights)
+    method = dataclasses.replace(PRESETS["focal_cb"].method, gamma=2.0)
+    value, gradient = loss_and_gradient(method, case, 0)
     np.testing.assert_allclose(value, case["loss_f64"], rtol=1e-6)
     assert max_relative(gradient, case["grad"]) <= 2e-5
 
@@ -123,6 +137,37 @@ def test_a_weighted_mean_divides_by_the_weights_or_by_the_rows(x64) -> None:
         for norm in ("sum_w", "batch")
     ]
     np.testing.assert_allclose(means[0] * weights.mean(), means[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("focal_p", FOCAL_PROBABILITIES)
+def test_the_class_balanced_focal_loss_divides_by_the_rows(focal_p: str, x64) -> None:
+    """A row at a time, with labels as they come; by the weights it would be four times as much."""
+    counts = exponential_counts(100, 500, 100)
+    random = np.random.default_rng(143)
+    logits = 4 * random.normal(size=(128, 100))
+    labels = random.choice(100, 128, p=counts / counts.sum())
+    weights = class_balanced_weights(counts, 0.9999)
+    expected = 0.0
+    for z, label in zip(logits, labels, strict=True):
+        loss = math.log(sum(math.exp(x - z[label]) for x in z))
+        if focal_p == "weighted":
+            loss *= weights[label]
+            expected += (1 - math.exp(-loss)) * loss / 128
+        else:
+            expected += weights[label] * (1 - math.exp(-loss)) * loss / 128
+    method = PRESETS["focal_cb"].method
+    assert isinstance(method, Reweighted) and method.focal_p == "weighted"
+    method = dataclasses.replace(method, focal_p=focal_p)
+    by_rows, by_weights = (
+        dataclasses.replace(method, weight_norm=norm).weighted_means(
+            jnp.asarray(logits)[None], whole(labels), Context(counts)
+        )
+        for norm in (method.weight_norm, "sum_w")
+    )
+    np.testing.assert_allclose(by_rows, [expected], rtol=1e-10)
+    assert by_rows[0] == pytest.approx(2.15 if focal_p == "weighted" else 2.41, abs=0.005)
+    assert by_weights[0] / by_rows[0] == pytest.approx(1 / weights[labels].mean(), rel=1e-9)
+    assert by_weights[0] > 8
 
 
 @pytest.mark.integration

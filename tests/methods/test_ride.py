@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RIDE's loss against the reference, its divergence, and the router."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -31,6 +32,7 @@ from tests.helpers.golden import cases, golden, max_relative
 from tests.helpers.method_steps import fresh, run
 
 COUNTS = tiny_network.COUNTS
+PRESETS_OF_RIDE = ("ride", "ride_router", "ride_distill")
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -199,20 +201,29 @@ def test_a_distilled_run_adds_the_teachers_term() -> None:
     student, trained = (Network(module, **tiny_network.init(module, seed)) for seed in (0, 1))
     context = Context(COUNTS, scale=30.0, teacher=trained)
 
-    methods = RIDE(), RIDE(distill=True, teacher_weight=0.5)
+    once = RIDE(distill=True, teacher_weight=0.5)
+    methods = RIDE(), once, dataclasses.replace(once, repeat_by_experts=True)
 
     @jax.jit
     def losses():
         found = [method.loss(student, {}, batch, context) for method in methods]
         return [loss.total for loss in found], found[1].terms["teacher"]
 
-    (plain, distilled), term = losses()
+    (plain, distilled, repeated), term = losses()
     expected = distillation(
         mean_logits(trained, batch, False), mean_logits(student, batch, True), 1.5
     ).mean()
     np.testing.assert_allclose(term, expected, rtol=1e-4)
     np.testing.assert_allclose(distilled, plain + 0.5 * expected, rtol=1e-4)
+    # The code adds the whole, with the teacher's term, in a loop over the three experts.
+    np.testing.assert_allclose(repeated, distilled + distilled + distilled, rtol=1e-6)
     assert RIDE(teacher="x").teacher_run == "" and RIDE(distill=True, teacher="x").teacher_run
+
+
+def test_the_distilled_recipe_repeats_its_loss() -> None:
+    fields = {name: get_config("cifar100_lt", f"method={name}").method for name in PRESETS_OF_RIDE}
+    repeats = {name: method.repeat_by_experts for name, method in fields.items()}
+    assert repeats == {"ride": False, "ride_router": False, "ride_distill": True}
 
 
 def test_distillation_needs_a_teacher() -> None:

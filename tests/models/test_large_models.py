@@ -60,7 +60,11 @@ def abstract_variables(name: str, **options: Any) -> Any:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("resnet50/nonsquare-loop-options2", "resnet50/nonorm-vmap-options1")
+@pytest.mark.slow_cases(
+    "resnet50/nonsquare-loop-options2",
+    "resnet50/nonorm-vmap-options1",
+    "resnext50/experts1-vmap-options3",
+)
 @pytest.mark.parametrize(
     ("case", "expert_map", "options"),
     [
@@ -176,6 +180,7 @@ def test_shapes(name: str) -> None:
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(expert))
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_initial_values_have_the_references_distributions() -> None:
     model = create_model(
@@ -235,6 +240,7 @@ def test_expert_map_and_rematerialisation_change_nothing(expert_map: str, x64) -
     assert_same(loss_and_gradients(model, variables, images), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_expert_map_changes_nothing_in_grouped_convolutions(x64) -> None:
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3), jnp.float64)

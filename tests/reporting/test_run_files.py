@@ -2,6 +2,7 @@
 """Files of runs as they may be found: whole, older, by the contract alone, damaged."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from balpoe_jax.reporting.comparison import compare, write
 from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.runs import find_runs, group_runs
 from balpoe_jax.reporting.schema import load_config, load_results
-from tests.helpers import ROOT
+from tests.helpers import FIXTURES, ROOT
 from tests.helpers.fake_runs import make_run
 
+FINISHED = FIXTURES / "runs" / "finished"
 COMMITTED = sorted((ROOT / "results").rglob("results.json"))
 
 
@@ -44,9 +46,60 @@ def write_changed(run: Path, workdir: Path, name: str, keys: str, value: Any) ->
 
 
 def test_what_an_evaluation_writes_is_valid(run: Path) -> None:
-    results, config = load_results(run), load_config(run)
-    assert results == json.loads((run / "results.json").read_text())
-    assert config == json.loads((run / "config.json").read_text())
+    assert load_results(run) == json.loads((run / "results.json").read_text())
+    recorded = load_config(run)
+    assert recorded is not None
+    assert recorded.config == json.loads((run / "config.json").read_text())["config"]
+
+
+def test_a_record_tells_what_it_holds(tmp_path: Path) -> None:
+    content = json.loads((FINISHED / "config.json").read_text())
+    content["config"]["mixup"]["rule"] = "remix"
+    content["config"]["method"]["name"] = "ride"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    recorded = load_config(tmp_path)
+    assert recorded is not None
+    told = dataclasses.asdict(recorded)
+    assert told.pop("config").keys() >= {"data", "mix", "compilation_cache_dir"}
+    assert told.pop("versions") == content["environment"]["versions"]
+    assert told.pop("command") == tuple(content["environment"]["command"])
+    assert told == {
+        "seed": 1,
+        "total_epochs": 2,
+        "batch_size": 32,
+        "dataset": "digits",
+        "imbalance_ratio": 26.0,
+        "shot_thresholds": (20, 60),
+        "counts_as_published": True,
+        "model": "resnet8",
+        "num_experts": 3,
+        "method": "ride",
+        "mix_rule": "remix",
+        "mix_alpha": 0.4,
+        "learning_rate": 0.1,
+        "schedule": "step",
+        "weight_decay": 5e-4,
+        "total_steps": 26,
+        "device_count": 1,
+        "device_kind": "cpu",
+        "started": "2026-11-28T04:14:03+00:00",
+        "git_commit": "4eb25ba9fb5bf7b773ae900f1a30f515c5e9a52d",
+    }
+
+
+def test_a_record_without_what_came_later_is_read(tmp_path: Path) -> None:
+    content = json.loads((FINISHED / "config.json").read_text())
+    for name in ("resolved", "data", "environment"):
+        del content[name]
+    del content["config"]["method"], content["config"]["mixup"]["rule"]
+    del content["config"]["data"]["shot_thresholds"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    recorded = load_config(tmp_path)
+    assert recorded is not None
+    assert (recorded.method, recorded.mix_rule) == ("balpoe", "mixup")
+    assert recorded.shot_thresholds == (20, 100)
+    assert (recorded.total_steps, recorded.counts_as_published) == (None, False)
+    assert (recorded.device_kind, recorded.versions, recorded.command) == (None, {}, ())
 
 
 def test_files_that_are_not_there_are_none(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
 def test_damage_to_any_file_is_noticed(folder: Path, damage: Callable[[Path], None]) -> None:
     checkpoint = folder / "9"
@@ -92,6 +93,7 @@ def test_checksums_are_read_by_the_usual_tool(folder: Path) -> None:
     subprocess.run(["sha256sum", "--quiet", "-c", checksums.SUMS], cwd=folder / "9", check=True)
 
 
+@pytest.mark.integration
 def test_a_damaged_checkpoint_is_moved_aside_and_the_next_one_taken(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -126,6 +126,7 @@ def test_the_holder_gives_signs_of_life(tmp_path: Path) -> None:
             time.sleep(0.01)
 
 
+@pytest.mark.integration
 def test_of_many_that_take_over_one_wins(tmp_path: Path) -> None:
     for attempt in range(20):
         put(tmp_path, dead_owner(token=f"dead{attempt}"))

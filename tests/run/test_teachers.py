@@ -74,6 +74,7 @@ def test_a_teachers_variables_are_those_of_its_newest_checkpoint(tmp_path: Path)
     chex.assert_trees_all_equal(teachers.load(str(tmp_path), blank), state.variables)
 
 
+@pytest.mark.integration
 def test_the_teacher_is_a_constant_of_the_step_and_not_part_of_the_state(tmp_path: Path) -> None:
     write_config(tmp_path)
     devices = make_parallel("pmap", jax.devices()[:1])

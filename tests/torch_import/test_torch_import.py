@@ -515,6 +515,7 @@ def test_the_epoch_of_a_checkpoint_becomes_the_step(
     chex.assert_trees_all_equal(jax.device_get(state.variables), convert(small_state()))
 
 
+@pytest.mark.integration
 def test_refuses_a_workdir_with_a_run(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
     import_checkpoint(digits_file, resolve(digits_config()), str(workdir))
@@ -532,6 +533,7 @@ def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.integration
 def test_refuses_a_config_of_another_model(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"the model of the config: unexpected .*layer2s\.2\.0\."):
@@ -560,10 +562,11 @@ def test_the_command_makes_a_workdir(tmp_path: Path, digits_file: Path) -> None:
     assert {"config.json", "checkpoints"} <= {path.name for path in workdir.iterdir()}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{config}", "{workdir}"], "Expected one FILE beside --config and --workdir"),
+        (["{config}", "{workdir}"], "Expected one FILE next to --config and --workdir"),
         (["a.npz", "b.npz", "{config}", "{workdir}"], "got 2: a.npz, b.npz"),
         (["a.npz", "{config}"], "--workdir must have a value"),
         (["a.npz", "{config}", "{workdir}"], "There is no file a.npz"),

@@ -69,6 +69,7 @@ def evaluate(source: RecordSource) -> list[EvalBatch]:
     return list(eval_batches(source, BATCH, (0.5,) * 3, (0.25,) * 3))
 
 
+@pytest.mark.slow_cases("cut off")
 @pytest.mark.parametrize("kind", ["cut off", "checksum"])
 def test_a_damaged_record_is_named(tmp_path: Path, kind: str) -> None:
     source = write_photos(tmp_path)
@@ -244,14 +245,19 @@ def test_a_class_without_any_image_is_refused(tmp_path: Path) -> None:
         list(train_batches(source, SETTINGS, 0, 5, replacements=make_skipping(source)[0]))
 
 
-def test_a_batch_without_a_bad_image_is_not_tried_for_ever(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.slow_cases("fail")
+@pytest.mark.parametrize("on_bad_image", ["fail", "skip"])
+def test_a_batch_without_a_bad_image_is_not_tried_for_ever(
+    tmp_path: Path, monkeypatch, on_bad_image: str
+) -> None:
     source = write_photos(tmp_path, {4: b""})
     monkeypatch.setattr(unreadable, "examine", lambda *_: None)
-    for replacements in (None, make_skipping(source)[0]):
-        with pytest.raises(UserError, match="none of its images is to blame"):
-            list(train_batches(source, SETTINGS, 0, 5, replacements=replacements))
+    replacements = make_skipping(source)[0] if on_bad_image == "skip" else None
+    with pytest.raises(UserError, match="none of its images is to blame"):
+        list(train_batches(source, SETTINGS, 0, 5, replacements=replacements))
 
 
+@pytest.mark.slow
 def test_what_was_replaced_is_recorded(tmp_path: Path) -> None:
     source = bad_source(tmp_path)
     assert bad_images.make_replacements("fail", source, tmp_path, 0) is None

@@ -44,7 +44,9 @@ GREY = packed_colour((128, 128, 128))
 @cache
 def tables() -> dict[str, jax.Array]:
     made = {"autocontrast": tones.autocontrast_table(), **hue.hue_tables()}
-    return {name: jnp.asarray(table) for name, table in made.items()}
+    # The first call may come from a traced function, and what is kept must not be its tracers.
+    with jax.ensure_compile_time_eval():
+        return {name: jnp.asarray(table) for name, table in made.items()}
 
 
 def over_images(function: Any) -> Any:
