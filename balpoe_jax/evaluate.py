@@ -5,10 +5,12 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from balpoe_jax import files
 from balpoe_jax.config import Settings
@@ -45,7 +47,9 @@ def evaluate(settings: Settings, workdir: str) -> dict[str, Any]:
     path = record.open_workdir(workdir)
     record.check_config_everywhere(settings)
     with metric_writer.log_to_file(path):
-        experiment = build_together(settings)
+        # Statistics for averaged weights come from the images as the training saw them.
+        begun_in = record.recorded_pipeline(path) if settings.optim.swa is not None else None
+        experiment = build_together(settings, begun_in)
         with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
             state = checkpoints.restore_latest(experiment.program.abstract_state())
         if state is None:
@@ -66,6 +70,12 @@ class Evaluator:
         self._experiment = experiment
         self._step = experiment.inputs.map_eval_step(experiment.program.eval_step())
 
+    @cached_property
+    def _statistics_step(self) -> Callable[..., Any]:
+        return self._experiment.inputs.map_statistics_step(
+            self._experiment.program.statistics_step()
+        )
+
     def score_test(
         self, state: TrainState, folder: Path, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, Any]:
@@ -84,7 +94,8 @@ class Evaluator:
             Interrupted: `interrupted` said so.
         """
         data = self._experiment.data
-        test = self._predict(state, data.test, folder, interrupted=interrupted)
+        variables = self._variables(state, interrupted)
+        test = self._predict(variables, data.test, folder, interrupted=interrupted)
         if test is None:
             return {}
         scores = scoring.score_test(
@@ -103,11 +114,12 @@ class Evaluator:
         """
         experiment, data = self._experiment, self._experiment.data
         evaluation = experiment.settings.eval
-        test = self._predict(state, data.test, folder)
-        aggregations = self._aggregate(state, folder)
+        variables = self._variables(state)
+        test = self._predict(variables, data.test, folder)
+        aggregations = self._aggregate(variables, folder)
         held_out = None
         if data.held_out is not None:
-            held_out = self._predict(state, data.held_out, folder, predictions.HELD_OUT)
+            held_out = self._predict(variables, data.held_out, folder, predictions.HELD_OUT)
         if test is None:
             return {}, None
         scores = scoring.score(
@@ -127,7 +139,34 @@ class Evaluator:
             )
         return self._results(state, scores), test
 
-    def _aggregate(self, state: TrainState, folder: Path) -> list[expert_weights.Aggregation]:
+    def _variables(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """The weights that are evaluated, with statistics of BatchNorm that fit them."""
+        about = self._weights(state)
+        if about is None or about["average"] == "none":
+            return state.variables
+        log.info("Evaluating averaged weights: %s", about)
+        if "batch_stats" in state.averages:
+            return dict(state.averages)
+        inputs = self._experiment.inputs
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.batch_stats)
+        zeros = self._experiment.program.parallel.replicate(zeros)
+        carried = {**state.averages, "batch_stats": zeros}
+        for batch in _unless(interrupted, inputs.statistics_batches()):
+            carried = self._statistics_step(carried, batch)
+        return carried
+
+    def _weights(self, state: TrainState) -> dict[str, Any] | None:
+        """What `results.json` says of the evaluated weights; None where nothing is averaged."""
+        program = self._experiment.program
+        if program.average is None:
+            return None
+        return program.average.describe(int(state.step), program.context.steps_per_epoch)
+
+    def _aggregate(
+        self, variables: dict[str, Any], folder: Path
+    ) -> list[expert_weights.Aggregation]:
         """Weights learnt for each target distribution; all processes predict, the first learns."""
         experiment = self._experiment
         evaluation, num_experts = experiment.settings.eval, len(experiment.program.taus)
@@ -138,7 +177,9 @@ class Evaluator:
             prefixes = [f"view{i}_" for i in range(2)]
             try:
                 views = [
-                    self._predict(state, experiment.data.test, folder, prefix, view=2 * epoch + i)
+                    self._predict(
+                        variables, experiment.data.test, folder, prefix, view=2 * epoch + i
+                    )
                     for i, prefix in enumerate(prefixes)
                 ]
                 if not multihost.is_first():
@@ -162,7 +203,7 @@ class Evaluator:
 
     def _predict(
         self,
-        state: TrainState,
+        variables: dict[str, Any],
         source: Source,
         folder: Path,
         prefix: str = predictions.TEST,
@@ -177,9 +218,7 @@ class Evaluator:
         experiment = self._experiment
         shape = (len(experiment.program.taus), len(source), experiment.data.num_classes)
         batches = experiment.inputs.predict(source, experiment.program.eval_batch_size, view)
-        outputs = (
-            self._step(state.variables, batch, source) for batch in _unless(interrupted, batches)
-        )
+        outputs = (self._step(variables, batch, source) for batch in _unless(interrupted, batches))
         if not multihost.is_first():
             for output in outputs:
                 jax.block_until_ready(output)  # so that it does not run ahead of the first
@@ -195,12 +234,14 @@ class Evaluator:
 
     def _results(self, state: TrainState, scores: dict[str, Any]) -> dict[str, Any]:
         step, settings = int(state.step), self._experiment.settings
+        weights = self._weights(state)
         results = {
             "step": step,
             "epoch": int(self._experiment.program.epoch_at(step)),
             "num_parameters": num_parameters(state.params),
             "forward_flops": self._experiment.program.forward_flops,
             **({"note": settings.note} if settings.note else {}),
+            **({"weights": weights} if weights else {}),
             "settings": {name: getattr(settings.eval, name) for name in record.EVALUATION_SETTINGS},
             **scores,
         }

@@ -80,6 +80,30 @@ def learning_rates(
     return rates
 
 
+def swa_rates(
+    rates: npt.NDArray[np.float64], first_epoch: int, swa_rate: float, anneal_epochs: int
+) -> npt.NDArray[np.float64]:
+    """Rates that go over to a constant one for stochastic weight averaging, as PyTorch's `SWALR`.
+
+    The first epoch whose weights are averaged still has its own rate. From there a half cosine
+    leads to the constant rate, whether it is higher or lower.
+
+    Args:
+        rates: Rate in force during each epoch before the change, `[epochs]`.
+        first_epoch: Number of epochs before the first one whose weights are averaged.
+        swa_rate: Constant rate.
+        anneal_epochs: Number of epochs that the change takes; 0 for none.
+
+    Returns:
+        float64 `[epochs]`.
+    """
+    done = np.arange(len(rates)) - first_epoch
+    share = np.clip(done / max(1, anneal_epochs), 0, 1)
+    share = (1 - np.cos(np.pi * share)) / 2
+    start = rates[min(first_epoch, len(rates) - 1)]
+    return np.where(done > 0, swa_rate * share + start * (1 - share), rates)
+
+
 def rate_of_step(
     rates: npt.ArrayLike, steps_per_epoch: int
 ) -> Callable[[jax.Array | int], jax.Array]:

@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from balpoe_jax.averages import WeightAverage
 from balpoe_jax.data.types import EvalBatch, TrainBatch
 from balpoe_jax.methods.base import Context, Losses, Method, Network, Phase, map_by_path
+from balpoe_jax.models.layers import BATCH_NORM_MOMENTUM
 from balpoe_jax.one_vector import join
 from balpoe_jax.optim import followed_by
 
 Metrics = dict[str, Any]
+
+# Keeps a gradient of zeros from becoming none, as SAM's implementations do.
+_TINY = 1e-12
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -28,6 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
         batch_stats: Running averages of BatchNorm.
         opt_state: State of the optimizer.
         method_state: what a method keeps beside them, see `balpoe_jax.methods`; most keep nothing.
+        averages: Averaged weights, see `balpoe_jax.averages`; None without any.
     """
 
     step: jax.Array
@@ -35,6 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     method_state: Any = flax.struct.field(default_factory=dict)
+    averages: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -48,8 +55,12 @@ def create_state(
     key: jax.Array,
     image_shape: Any,
     init_method_state: Callable[[Network, jax.Array], Any] | None = None,
+    average: WeightAverage | None = None,
 ) -> TrainState:
-    """A fresh state; `image_shape` is `(H, W, 3)` and `init_method_state` a method's."""
+    """A fresh state; `image_shape` is `(H, W, 3)` and `init_method_state` a method's.
+
+    With an `average` of the weights it holds one, which begins with them.
+    """
     variables = network.init(key, jnp.zeros((1, *image_shape)), train=False)
     params, batch_stats = variables["params"], variables["batch_stats"]
     method_state = {}
@@ -63,6 +74,7 @@ def create_state(
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
         method_state=method_state,
+        averages=None if average is None else average.start(params, batch_stats),
     )
 
 
@@ -75,6 +87,8 @@ def make_train_step(
     accumulate: int = 1,
     skip_non_finite: bool = False,
     as_one_vector: bool = False,
+    sam_radius: float = 0.0,
+    average: WeightAverage | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of one device, which must run mapped over the axis `context.axis_name`.
 
@@ -88,6 +102,13 @@ def make_train_step(
     batch's, and crosses the network once. BatchNorm alone sees a difference: it normalises by the
     statistics of a microbatch (of all devices, or of this one), and the running averages take the
     mean over the k microbatches as one update, so that they forget at the same pace for any k.
+
+    With a `sam_radius` the gradient is SAM's (Foret et al., ICLR 2021): that of the same batch, but
+    at the weights which lie that far from the current ones in the direction of the gradient there.
+    Both gradients are the global batch's, over all devices and microbatches (no "m-sharpness"), and
+    weight decay is in neither. As in the authors' code (google-research/sam) the first pass alone
+    changes BatchNorm's running averages, and the method state; what is shown is its loss, too, and
+    the norm of the second gradient.
 
     The metric `finite` tells whether the loss, the gradient and the new statistics are; of the rest
     of the new state, which an update may make overflow, `all_finite` tells, for it has to read all
@@ -104,6 +125,9 @@ def make_train_step(
         skip_non_finite: Whether a step that is not finite is left out, see above.
         as_one_vector: whether the gradient's norm and `finite` are taken of all numbers at once,
             see `one_vector`; the optimizer has a setting of its own.
+        sam_radius: Length of SAM's way in the space of the parameters; 0 for none.
+        average: Average of the weights that the state keeps; it takes those after each step,
+            whether the step was left out or not. None for none.
     """
     gathered = join if as_one_vector else lambda tree: tree
     described = method.phases()[phase]
@@ -118,7 +142,7 @@ def make_train_step(
         now = context.at(state.step, (constants or {}).get("teacher"))
         method_state = method.on_step_start(state.method_state, state.params, now)
 
-        def gradients(batch: TrainBatch) -> tuple[Any, Losses]:
+        def gradients(params: Any, batch: TrainBatch) -> tuple[Any, Losses]:
             """Of a batch's loss, and beside them the rest of what the loss function returns."""
 
             def loss_fn(params: Any) -> tuple[jax.Array, Losses]:
@@ -128,16 +152,24 @@ def make_train_step(
                 )
                 return losses.total, losses
 
-            return jax.grad(loss_fn, has_aux=True)(vary(state.params))
+            return jax.grad(loss_fn, has_aux=True)(vary(params))
 
-        zeros = vary(optax.tree.zeros_like(state.params))
-        grads, losses = _mean_over_microbatches(gradients, zeros, batch, accumulate)
+        def gradients_at(params: Any) -> tuple[Any, Losses]:
+            """Of this device's rows."""
+            zeros = vary(optax.tree.zeros_like(params))
+            return _mean_over_microbatches(partial(gradients, params), zeros, batch, accumulate)
+
+        grads, losses = gradients_at(state.params)
         grads, shown = jax.lax.pmean(
             (grads, (losses.total, losses.by_expert, losses.terms)), axis_name
         )
         batch_stats = losses.batch_stats
         if not context.sync_batch_norm:
             batch_stats = jax.lax.pmean(batch_stats, axis_name)
+        if sam_radius:
+            length = sam_radius / (optax.tree.norm(gathered(grads)) + _TINY)
+            perturbed = optax.tree.add_scale(state.params, length, grads)
+            grads = jax.lax.pmean(gradients_at(perturbed)[0], axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
@@ -145,12 +177,22 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
             method_state=losses.method_state,
+            averages=state.averages,
         )
         grad_norm = optax.tree.norm(gathered(grads))
         finite = jnp.isfinite(grad_norm) & all_finite(gathered((shown, batch_stats)))
         if skip_non_finite:
             finite &= all_finite(gathered(new_state))
             new_state = _only_if(finite, new_state, state)
+        if average is not None:
+            averages = average.update(
+                state.averages,
+                new_state.params,
+                new_state.batch_stats,
+                new_state.step - context.first_step,
+                context.steps_per_epoch,
+            )
+            new_state = new_state.replace(averages=averages)
         total, by_expert, terms = shown
         metrics = {
             "loss": total,
@@ -267,3 +309,31 @@ def make_eval_step(
         }
 
     return eval_step
+
+
+def make_statistics_step(
+    network: nn.Module, context: Context, batches: int
+) -> Callable[[dict[str, Any], TrainBatch], dict[str, Any]]:
+    """One batch's share in the statistics of BatchNorm that fit given parameters.
+
+    The returned function must run mapped over the axis `context.axis_name`. It takes and returns
+    `params` and the `batch_stats` so far, which begin with zeros: the mean over all batches of the
+    statistics that BatchNorm normalises by in training.
+
+    Args:
+        network: what `method.network` returned.
+        context: Constants of the run.
+        batches: Number of batches.
+    """
+
+    def statistics_step(carried: dict[str, Any], batch: TrainBatch) -> dict[str, Any]:
+        params, so_far = carried["params"], carried["batch_stats"]
+        zeros = optax.tree.zeros_like(so_far)
+        _, moved = Network(network, params, zeros)(batch.images)
+        if not context.sync_batch_norm:
+            moved = jax.lax.pmean(moved, str(context.axis_name))
+        # From zeros a running average takes this share of the batch's own statistics.
+        share = 1 / ((1 - BATCH_NORM_MOMENTUM) * batches)
+        return {"params": params, "batch_stats": optax.tree.add_scale(so_far, share, moved)}
+
+    return statistics_step

@@ -219,7 +219,8 @@ class _Training:
         dispatches = list(_dispatches(experiment, plan, start))
         with self.start_up.measure("pipeline"):
             inputs = _make_inputs(experiment, plan, dispatches, self.workdir)
-        progress.follow(inputs, plan.context.batch_size)
+        batch_size = experiment.settings.phases[plan.index].batch_size  # of images, not of rows
+        progress.follow(inputs, batch_size)
         compiled: set[int] = set()
         # Each is one call of a compiled program: a step, or a loop of steps.
         for before, step in dispatches:

@@ -6,6 +6,7 @@
 Arguments: ir=100|50|10; method=balpoe or another one of the README's table; recipe=own (the
 method's training), or standard|strong|long (BalPoE's trainings, for any method); mixup=true|false
 (default: as the method does); experts=E (0: the method's own number); backbone=resnet32|...;
+width=N (0: the method's own factor of the channels, mostly 1);
 epochs=N (0: the recipe's own number; otherwise its schedule is scaled).
 
 One GPU is enough: ResNet-32 with 3 experts at batch 128. The paper's tables have no figure for

@@ -93,7 +93,18 @@ RULE = (
     ("errors", "one_vector", "renames", "config_files"),
     # A setting checks itself, and says so by an error.
     ("setting",),
-    ("files", "cli", "flops", "losses", "optim", "parallel", "metrics", "models", "data"),
+    (
+        "files",
+        "cli",
+        "flops",
+        "losses",
+        "averages",
+        "optim",
+        "parallel",
+        "metrics",
+        "models",
+        "data",
+    ),
     ("methods", "evaluation"),
     ("config", "step"),
     ("run",),
@@ -122,7 +133,11 @@ _COMMANDS = ("absl", "ml_collections")
 
 # Libraries that a module or package must not name, and whether it may inside a function.
 WALLS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
-    (("flops", "losses", "optim", "parallel", "one_vector"), (*_TENSORFLOW, *_COMMANDS), False),
+    (
+        ("flops", "losses", "averages", "optim", "parallel", "one_vector"),
+        (*_TENSORFLOW, *_COMMANDS),
+        False,
+    ),
     (("models", "methods", "step"), (*_TENSORFLOW, *_COMMANDS), False),
     (("errors", "files", "metrics", "reporting"), (*_JAX, *_TENSORFLOW, *_COMMANDS), False),
     (("data",), (*_JAX, *_COMMANDS), False),

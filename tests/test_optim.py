@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.optim import learning_rates, make_optimizer, rate_of_step
+from balpoe_jax.optim import learning_rates, make_optimizer, rate_of_step, swa_rates
 from tests.helpers.golden import golden
 
 PRESETS = {
@@ -97,3 +97,18 @@ def test_sgd_is_pytorchs(x64) -> None:
 def test_refuses_what_is_not_valid(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         learning_rates(**{"epochs": 10, "base_lr": 0.1, **options})
+
+
+def test_rates_of_weight_averaging_go_over_to_a_constant() -> None:
+    """PyTorch's SWALR as it computes: from the rate of the step before, anneal and go on."""
+    cosine = learning_rates(200, 0.1, "cosine")
+    found = swa_rates(cosine, 120, 0.05, 10)
+    rate, expected = cosine[120], list(cosine[:121])
+    for step in range(1, 80):
+        before, now = ((1 - np.cos(np.pi * min(1, max(0, t) / 10))) / 2 for t in (step - 1, step))
+        start = 0.05 if before == 1 else (rate - before * 0.05) / (1 - before)
+        rate = 0.05 * now + start * (1 - now)
+        expected.append(rate)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert cosine[120] < 0.035 and found[130:].tolist() == [0.05] * 70
+    assert swa_rates(cosine, 120, 0.05, 0)[120:123].tolist() == [cosine[120], 0.05, 0.05]

@@ -137,7 +137,8 @@ def abstract_batches(program: "Program") -> tuple[TrainBatch, EvalBatch]:
     def rows(size: int, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=placement)
 
-    size, shape = program.settings.batch_size, program.image_shape
+    settings, shape = program.settings, program.image_shape
+    size = settings.batch_size * settings.mix.rows_per_image
     views = tuple(rows(size, dtype, *shape) for _ in range(program.method.views))
     labels, weight = rows(size, jnp.int32), rows(size, jnp.float32)
     size = program.eval_batch_size

@@ -28,6 +28,8 @@ RECIPE_CHOICES = ("own", "standard", "strong", "long")
 _SCALED = (
     "mix.first_epoch",
     "mix.last_epoch",
+    "optim.swa",
+    "optim.swa_anneal_epochs",
     "phase2.epochs",
     "phase2.decay_epochs",
     "phase2.warmup_epochs",
@@ -114,7 +116,8 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
     Args:
         name: Name of the data set, "cifar10" or "cifar100".
         mixup_alpha: Parameter of mixup in the data set's recipes.
-        arguments: Arguments ir, recipe, method, mixup, experts, backbone, epochs; see `configs/`.
+        arguments: Arguments ir, recipe, method, mixup, experts, backbone, width, epochs; see
+            `configs/`.
 
     Raises:
         UserError (a `ValueError`): an argument that is not valid.
@@ -127,6 +130,7 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
         mixup=bool,
         experts=0,
         backbone=("resnet32", *(model for model in CIFAR_MODELS if model != "resnet32")),
+        width=0,
         epochs=0,
     )
     config = default_config()
@@ -136,6 +140,8 @@ def cifar_config(name: str, mixup_alpha: float, arguments: str | None) -> Config
     config.mix.alpha = mixup_alpha
     _set_cifar_schedule(config, "standard" if args.recipe == "own" else args.recipe)
     set_method(config, f"{name}_lt", args, f"ir={args.ir}")
+    if args.width:
+        config.model.width = args.width
     return config
 
 
@@ -179,7 +185,12 @@ def set_method(
 
 
 def _is_of_schedule(field: str) -> bool:
-    """Whether a field is one of those that BalPoE's recipes set for all methods."""
+    """Whether a field is one of those that BalPoE's recipes set for all methods.
+
+    What a method does to gradients and weights is its own, but not a rate that fits other rates.
+    """
+    if field in ("optim.sam", "optim.ema", "optim.swa"):
+        return False
     return field in ("total_epochs", "batch_size") or field.startswith(
         ("optim.", "augment.", "other_augment.")
     )
@@ -210,6 +221,8 @@ def _scale_epochs(
     for field in (*of_method, *(name for name in _SCALED if name in fields)):
         section, _, name = field.rpartition(".")
         config[section][name] = _scaled(config[section][name], epochs / own_epochs)
+    if config.optim.swa is not None:  # of which one epoch at least is left
+        config.optim.swa = min(config.optim.swa, epochs - 1)
 
 
 def _scaled(value: Any, scale: float) -> Any:

@@ -8,6 +8,7 @@ run, which lacks it, is read as if it had the default.
 
 import dataclasses
 
+from balpoe_jax.averages import EpochAverage, MovingAverage, WeightAverage
 from balpoe_jax.data.settings import SAMPLERS, AugmentSettings, MixSettings
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import equidistant_taus
@@ -238,6 +239,51 @@ class OptimSettings(SgdSettings):
         0,
         _COUNT,
     )
+    sam: float | None = setting(
+        None,
+        "Radius of sharpness-aware minimisation (SAM): the gradient is that at the weights this "
+        "far up the gradient of the same batch, which takes twice the time. None or 0 for none.",
+        0,
+        1e3,
+    )
+    ema: float | None = setting(
+        None,
+        "Decay, a step, of an exponential moving average of the weights, which is evaluated in "
+        "their place; None for none.",
+        1e-6,
+        1 - 1e-9,
+    )
+    swa: int | None = setting(
+        None,
+        "Number of epochs after which stochastic weight averaging (SWA) begins: what is evaluated "
+        "is the mean of the weights at the end of each later epoch. None for none.",
+        0,
+        _COUNT,
+    )
+    swa_learning_rate: float | None = setting(
+        None,
+        "Learning rate that the first averaged epochs lead to; None for the schedule's.",
+        0,
+        1e30,
+    )
+    swa_anneal_epochs: int = setting(
+        10, "Number of epochs in which a half cosine leads to that rate.", 0, _COUNT
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema is not None and self.swa is not None:
+            raise UserError(
+                "config.optim.ema and config.optim.swa each say which average of the weights is "
+                f"evaluated, got {self.ema:g} and {self.swa}; set one of them to None."
+            )
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The average of the weights that is evaluated in their place; None for none."""
+        if self.ema is not None:
+            return MovingAverage(self.ema)
+        return None if self.swa is None else EpochAverage(self.swa)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,6 +453,7 @@ class Settings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_swa()
         name, method = self.method.name, self.method
         views = 1 + len(self.views)
         if views != method.views:
@@ -436,6 +483,20 @@ class Settings(Section):
                 "have as it is set; set it to 0 or choose another method."
             )
         self.taus  # noqa: B018  whose number it checks
+
+    def _check_swa(self) -> None:
+        swa = self.optim.swa
+        if swa is not None and swa >= self.total_epochs:
+            raise UserError(
+                "config.optim.swa must be less than config.total_epochs, so that there are weights "
+                f"to average, got {swa} of {self.total_epochs}."
+            )
+        if swa is not None and self.phase2 is not None and self.phase2.epochs:
+            raise UserError(
+                "config.optim.swa averages the end of a training of one phase, and "
+                f"config.phase2.epochs asks for a second one, got {self.phase2.epochs}; set "
+                "config.optim.swa to None, or use config.optim.ema."
+            )
 
     @property
     def views(self) -> tuple[AugmentSettings, ...]:

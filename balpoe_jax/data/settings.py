@@ -197,6 +197,13 @@ class MixSettings(Section):
         unimix: a weighted mean with a coefficient for each image that favours the rarer class.
         cmo: cutmix with partners from the second sampler.
 
+    With `regmixup` (Pinto et al., NeurIPS 2022) every rule gives batches of twice as many rows: of
+    each image the clean row, whose first label has the whole share, and next to it the mixed one.
+    So every part of a batch, of a device or a microbatch, has as many of both. As in the authors'
+    code (FrancescoPinto/RegMixup) both go through the network together, and the loss is the mean
+    over all rows. The paper's is a sum of two means, twice as large: the rate times 2 and the
+    weight decay over 2 make SGD take the same steps.
+
     Raises:
         UserError (a `ValueError`): a value that is not valid.
     """
@@ -240,6 +247,11 @@ class MixSettings(Section):
         "CMO always uses the sampler.",
         choices=PARTNERS,
     )
+    regmixup: bool = setting(
+        False,
+        "Whether a batch has each image twice, as it is and then mixed (RegMixup): the mean over "
+        "its rows is half the sum of the two losses.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,6 +259,11 @@ class MixSettings(Section):
             raise UserError(
                 "config.mix.last_epoch must be later than config.mix.first_epoch, or None for the "
                 f"end; got {self.last_epoch} and {self.first_epoch}."
+            )
+        if self.regmixup and self.of_two_views:
+            raise UserError(
+                "config.mix.regmixup must be False for the rule mixup_and_cutmix, which leaves no "
+                "view clean; got True."
             )
 
     @property
@@ -258,6 +275,11 @@ class MixSettings(Section):
     def of_two_views(self) -> bool:
         """Whether the second view is mixed too."""
         return self.alpha > 0 and self.rule == "mixup_and_cutmix"
+
+    @property
+    def rows_per_image(self) -> int:
+        """Number of rows of an image in a batch: the mixed one, and with RegMixup a clean one."""
+        return 2 if self.regmixup and self.alpha > 0 else 1
 
     @property
     def always(self) -> bool:

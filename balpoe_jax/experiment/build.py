@@ -202,7 +202,7 @@ def _plan_phases(
             class_counts=class_counts,
             taus=settings.taus,
             scale=1.0 if phase.model.classifier == "linear" else phase.model.classifier_scale,
-            batch_size=phase.batch_size,
+            batch_size=phase.batch_size * phase.mix.rows_per_image,
             steps_per_epoch=per_epoch,
             first_step=first_step,
             axis_name=parallel.AXIS_NAME,
@@ -238,7 +238,8 @@ def _make_inputs(
             f"config.data.steps_per_dispatch={steps} needs the device pipeline, and batches are "
             "made on the host; set config.data.pipeline=device or leave it out."
         )
-    return HostInputs(devices, data, *arguments, settings.data.threads)
+    policy = settings.data.on_bad_image
+    return HostInputs(devices, data, *arguments, settings.data.threads, policy)
 
 
 def _load_data(settings: Settings) -> LongTailed:

@@ -6,10 +6,11 @@ They are two streams of one distribution: batch k is a function of (seed, k) in 
 are not the same.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,14 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from balpoe_jax.data import extras
+from balpoe_jax.data.batches.replacements import Replacements
 from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.data.device.batches import make_batch, normalize
 from balpoe_jax.data.device.packing import pack_on_host, unpack
 from balpoe_jax.data.device.plans import Planner
 from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.device.views import DeviceView
-from balpoe_jax.data.records.sources import ArraySource, Source
-from balpoe_jax.data.settings import AugmentSettings, Host, TrainSettings
+from balpoe_jax.data.records.sources import ArraySource, RecordSource, Source
+from balpoe_jax.data.settings import (
+    NO_MIXING,
+    AugmentSettings,
+    Host,
+    TrainSettings,
+    steps_per_epoch,
+)
 from balpoe_jax.data.types import EvalBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.parallel import AXIS_NAME, Parallel, Prefetcher
@@ -90,6 +98,11 @@ def _memory_for_data(device: jax.Device) -> float:
     return limit * _SHARE_OF_MEMORY if limit else _ASSUMED_LIMIT
 
 
+def unmixed(settings: TrainSettings) -> TrainSettings:
+    """Settings of the same images in the same order, augmented alike, in one view and not mixed."""
+    return dataclasses.replace(settings, mix=NO_MIXING, views=())
+
+
 class HostInputs:
     """Batches of a tf.data pipeline, placed on the devices before they are asked for.
 
@@ -100,6 +113,8 @@ class HostInputs:
         test_view: Augmentation of the random views of test images.
         seed: Seed of the run.
         threads: Number of the pipeline's threads; None for all cores.
+        on_bad_image: What `statistics_batches` makes of a training image that cannot be read, see
+            `config.data.on_bad_image`.
     """
 
     pipeline = "host"
@@ -112,8 +127,10 @@ class HostInputs:
         test_view: AugmentSettings,
         seed: int,
         threads: int | None = None,
+        on_bad_image: str = "fail",
     ) -> None:
         self._parallel, self._data, self._settings = parallel, data, settings
+        self._skips_bad_images = on_bad_image == "skip"
         self._test_view, self._seed = test_view, seed
         self._host = Host(jax.process_index(), parallel.num_hosts, threads)
         extras.require_tensorflow("config.data.pipeline=host")
@@ -158,6 +175,26 @@ class HostInputs:
         from balpoe_jax.data import pipeline
 
         return pipeline.batch_indices(self._data.train.labels, self._settings[phase], step)
+
+    def map_statistics_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled `(carried, inputs) -> carried` of statistics.
+
+        Args:
+            step: Function of one device, see `step.make_statistics_step`.
+        """
+        return self._parallel.map_step(step)
+
+    def statistics_batches(self) -> Prefetcher:
+        """What `map_statistics_step`'s function takes: an epoch of the last phase, unmixed."""
+        from balpoe_jax.data import pipeline
+
+        train, settings = self._data.train, unmixed(self._settings[-1])
+        last_step = steps_per_epoch(len(train), settings.batch_size)
+        replacements = None
+        if self._skips_bad_images and isinstance(train, RecordSource):
+            replacements = Replacements(train)  # a function of the data, whatever the run met
+        batches = pipeline.train_batches(train, settings, 0, last_step, self._host, replacements)
+        return Prefetcher(batches, self._parallel)
 
     def map_eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled prediction `(variables, inputs, source) -> outputs`.
@@ -272,6 +309,38 @@ class DeviceInputs:
     def positions(self, phase: int, step: int) -> npt.NDArray[np.int64]:
         """Training examples that a step's batch is made of, int64 `[B]`; steps count from 0."""
         return self._planners[phase].positions(step).astype(np.int64)
+
+    def map_statistics_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled `(carried, inputs) -> carried` of statistics.
+
+        Args:
+            step: Function of one device, see `step.make_statistics_step`.
+        """
+        planner = self._statistics_planner
+
+        def planned(carried: Any, plan: Any, of_batches: Any) -> Any:
+            return step(carried, make_batch(of_batches, plan, planner, AXIS_NAME))
+
+        mapped = self._parallel.map_step(planned, constants=1)
+        tables = self._parallel.replicate(planner.tables())
+        of_batches = {"images": self._images(self._train), "tables": tables}
+        return lambda carried, inputs: mapped(carried, inputs, of_batches)
+
+    def statistics_batches(self) -> Prefetcher:
+        """What `map_statistics_step`'s function takes: an epoch of the last phase, unmixed."""
+        planner = self._statistics_planner
+        rows = self._host.rows(planner.settings.batch_size)
+        last_step = steps_per_epoch(len(self._train), planner.settings.batch_size)
+
+        def plan(step: int) -> Any:
+            return jax.tree.map(lambda x: x[rows], planner.step(step))
+
+        return Prefetcher(_made_ahead(plan, range(last_step)), self._parallel)
+
+    @cached_property
+    def _statistics_planner(self) -> Planner:
+        settings = unmixed(self._settings[-1])
+        return Planner(self._train.labels, self._train.image_shape, settings)
 
     def map_eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled prediction `(variables, inputs, source) -> outputs`.

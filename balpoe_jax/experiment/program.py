@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 
 from balpoe_jax import parallel
+from balpoe_jax.averages import WeightAverage
 from balpoe_jax.config import PRECISIONS, Settings
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
@@ -24,6 +25,7 @@ from balpoe_jax.step import (
     TrainState,
     create_state,
     make_eval_step,
+    make_statistics_step,
     make_train_step,
     phase_optimizer,
 )
@@ -72,6 +74,11 @@ class Program:
         """Updates of the whole training."""
         return self.phases[-1].last_step
 
+    @property
+    def average(self) -> WeightAverage | None:
+        """The average of the weights that a state holds; None for none."""
+        return self.settings.optim.average
+
     def init_state(self) -> TrainState:
         """A fresh state, a function of the seed alone, on every device."""
         create = jax.jit(
@@ -108,23 +115,28 @@ class Program:
             key,
             self.image_shape,
             lambda network, key: self.method.init_state(network, self.context, key),
+            self.average,
         )
 
     def begin_phase(self, phase: int, state: TrainState) -> TrainState:
         """The state in which a later phase begins, of that in which the phase before ended.
 
-        The optimizer starts afresh, with the parameters that the method's phase begins with.
+        The optimizer starts afresh, with the parameters that the method's phase begins with; so
+        does an average of the weights.
         """
-        context = self.phases[phase].context
+        context, average = self.phases[phase].context, self.average
 
-        def begin(params: Any, seed: jax.Array) -> tuple[Any, Any]:
+        def begin(params: Any, batch_stats: Any, seed: jax.Array) -> tuple[Any, Any, Any]:
             key = jax.random.fold_in(jax.random.key(seed), _PHASE_KEYS + phase)
             params = _begin(self.method.phases()[phase], context, params, key)
-            return params, self._optimizer(phase).init(params)
+            averages = None if average is None else average.start(params, batch_stats)
+            return params, self._optimizer(phase).init(params), averages
 
         begin = jax.jit(begin, out_shardings=self.parallel.replicated, compiler_options=_quick())
-        params, opt_state = begin(state.params, np.int32(self.settings.seed))
-        return state.replace(params=params, opt_state=opt_state)
+        params, opt_state, averages = begin(
+            state.params, state.batch_stats, np.int32(self.settings.seed)
+        )
+        return state.replace(params=params, opt_state=opt_state, averages=averages)
 
     def _optimizer(self, phase: int) -> optax.GradientTransformation:
         return phase_optimizer(self.phases[phase].optimizer, self.method.phases()[phase])
@@ -163,12 +175,20 @@ class Program:
             self.settings.optim.accumulation_steps,
             self.settings.optim.skip_non_finite > 0,
             saves_kernels(self.settings.model.name, self.parallel.platform),
+            self.settings.optim.sam or 0.0,
+            self.average,
         )
         return self._with_precision(step)
 
     def eval_step(self) -> Callable[..., Any]:
         """The prediction of one device, which takes the network's variables."""
         step = make_eval_step(self.network, self.method, self.phases[-1].context)
+        return self._with_precision(step)
+
+    def statistics_step(self) -> Callable[..., Any]:
+        """One batch's share in BatchNorm's statistics, see `step.make_statistics_step`."""
+        context = self.phases[-1].context
+        step = make_statistics_step(self.network, context, context.steps_per_epoch)
         return self._with_precision(step)
 
     def map_train_step(self, phase: int = 0) -> Callable[..., Any]:

@@ -50,7 +50,7 @@ def _train_settings(phase: Settings, index: int) -> TrainSettings:
 def learning_rates(phase: Settings) -> npt.NDArray[np.float64]:
     """The rate in force during each epoch of a phase, float64 `[epochs]`."""
     sgd = phase.optim
-    return optim.learning_rates(
+    rates = optim.learning_rates(
         phase.total_epochs,
         sgd.learning_rate,
         sgd.schedule,
@@ -59,3 +59,6 @@ def learning_rates(phase: Settings) -> npt.NDArray[np.float64]:
         sgd.warmup_epochs,
         sgd.warmup_start,
     )
+    if sgd.swa is None or sgd.swa_learning_rate is None:
+        return rates
+    return optim.swa_rates(rates, sgd.swa, sgd.swa_learning_rate, sgd.swa_anneal_epochs)

@@ -48,7 +48,7 @@ class Context:
         class_counts: Training images of each class, int64 `[C]`.
         taus: Taus of the experts, for methods whose experts have any.
         scale: Scale of the cosine classifier; 1 for a linear one.
-        batch_size: Size of the global batch.
+        batch_size: Size of the global batch, in rows.
         steps_per_epoch: Number of updates in an epoch of this phase.
         first_step: Number of updates made before this phase.
         axis_name: Mapped axis over which a batch is shared; None outside of one.

@@ -101,8 +101,9 @@ class Preset:
         words = [_TRUNKS[given.get("backbone", default)]]
         own = self.own(dataset, *arguments.split(","))
         experts = int(given.get("experts", self.experts))
-        if own.get("model.width", 1) != 1:
-            words[0] += f" x{own['model.width']:g}"
+        width = int(given.get("width", own.get("model.width", 1)))
+        if width != 1:
+            words[0] += f" x{width}"
         if experts > 1:
             words.append(f"{experts} experts")
         if own.get("model.reduce_dimension"):

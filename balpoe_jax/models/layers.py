@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 # PyTorch's momentum of 0.1 is 0.9 here; Flax's own default is 0.99.
-BatchNorm = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+BATCH_NORM_MOMENTUM = 0.9
+BatchNorm = partial(nn.BatchNorm, momentum=BATCH_NORM_MOMENTUM, epsilon=1e-5)
 
 
 class Stage(nn.Module):

@@ -133,9 +133,20 @@ def _headline(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> 
         f"{counts.min():,} a class; {results['num_parameters']:,} parameters{operations}; "
         f"epoch {results['epoch']}, step {results['step']:,}"
     )
+    if results.get("weights"):
+        subtitle += f"; {_weights(results['weights'])}"
     if results.get("note"):
         subtitle += f"; {results['note']}"
     return title, subtitle
+
+
+def _weights(weights: Mapping[str, Any]) -> str:
+    """Which weights were evaluated, in words."""
+    if weights["average"] == "ema" and weights.get("decay") is not None:
+        return f"moving average of the weights, decay {weights['decay']:g}"
+    if weights["average"] == "swa" and weights.get("epochs") is not None:
+        return f"mean of the weights after {weights['epochs']} epochs"
+    return "the newest weights"
 
 
 def _calibration_section(

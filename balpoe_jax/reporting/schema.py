@@ -39,6 +39,7 @@ _RESULTS = {
     "test": _SCORES,
     "experts": [{"tau": _FIGURE, **_SCORES}],
     "note?": _TEXT,
+    "weights?": {"average": _TEXT, "epochs?": _COUNT, "decay?": _NUMBER},
     "num_bins?": _COUNT,
     "experts_used?": _NUMBER,
     "settings?": {},

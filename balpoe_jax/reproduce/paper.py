@@ -103,7 +103,7 @@ class Scale:
 SCALES = {
     "full": Scale(None, ""),
     "cpu": Scale(
-        {"cifar100_lt.py": "backbone=resnet8,epochs=15"},
+        {"cifar100_lt.py": "backbone=resnet8,width=1,epochs=15"},
         "scale cpu: ResNet-8 for 15 epochs with the schedule scaled, not the paper's setting",
     ),
 }

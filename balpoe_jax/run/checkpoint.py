@@ -240,6 +240,8 @@ def _fields(state: TrainState) -> dict[str, Any]:
     """The fields of a state by their names on disk, without a method's state that is empty."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     kept = fields.pop("method_state")
+    if fields["averages"] is None:
+        del fields["averages"]
     return fields | ({_METHOD_STATE: kept} if jax.tree.leaves(kept) else {})
 
 

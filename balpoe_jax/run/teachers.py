@@ -43,6 +43,12 @@ def read_settings(workdir: str, student: Settings) -> Settings:
             f"The teacher in {path.parent} was trained on {settings.data.name}, not on "
             f"{student.data.name}; name another one with --config.method.teacher=DIR."
         )
+    if settings.optim.swa is not None:
+        raise UserError(
+            f"The teacher in {path.parent} was trained with config.optim.swa={settings.optim.swa}, "
+            "whose average has no statistics of BatchNorm before an evaluation; train one without "
+            "it, or with config.optim.ema."
+        )
     second = settings.phase2 and dataclasses.replace(settings.phase2, batch_size=None)
     return dataclasses.replace(
         settings,
@@ -72,4 +78,5 @@ def load(workdir: str, like: TrainState) -> dict[str, Any]:
             "with --config.method.teacher=DIR."
         )
     log.info("The teacher is the checkpoint of step %d in %s", int(state.step), path)
-    return state.variables
+    # Read above: no average but one that has statistics of its own.
+    return state.variables if state.averages is None else state.averages

@@ -81,10 +81,12 @@ def _make_state(program: Program, expected: Any, variables: dict[str, Any], step
     """The state of a run at `step` with these variables, on every device."""
     cast = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), variables, expected.variables)
     opt_state = program.phases[0].optimizer.init(cast["params"])
+    average = program.average
     state = expected.replace(
         step=jnp.asarray(step, expected.step.dtype),
         params=cast["params"],
         batch_stats=cast["batch_stats"],
+        averages=None if average is None else average.start(cast["params"], cast["batch_stats"]),
         # The schedule's counter, so that the learning rate would be that of the step.
         opt_state=optax.tree_utils.tree_set(opt_state, count=jnp.asarray(step, jnp.int32)),
     )

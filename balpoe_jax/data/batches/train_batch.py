@@ -127,7 +127,10 @@ class TrainBatchMaker:
             mix_of_view = None if mix is None else mix.of_view(number)
             partners = None if mix_of_view is None else others[number]
             views.append(to_input(view, *how, partners, mix_of_view))
-        return TrainBatch(tuple(views), labels, other_labels, weight)
+        made = TrainBatch(tuple(views), labels, other_labels, weight)
+        if self._settings.mix.rows_per_image == 1:
+            return made
+        return with_clean_rows(made, to_input(images["images"], *how))
 
     def _if_needed(
         self,
@@ -145,6 +148,26 @@ class TrainBatchMaker:
     def _random(self, batch: Batch, stream: str) -> RowRandom:
         seed = stream_seed(self._settings.seed, stream, batch["step"][0])
         return RowRandom(seed, self._settings.batch_size, self._rows)
+
+
+def with_clean_rows(batch: TrainBatch, clean: tf.Tensor) -> TrainBatch:
+    """RegMixup's batch of `2 * rows`: of each image the clean row and then the mixed one.
+
+    Args:
+        batch: Mixed batch.
+        clean: First view before it was mixed, as the network gets it.
+    """
+
+    def pair(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.stack([first, second], axis=1), [-1, *first.shape[1:]])
+
+    mixed, *further = batch.views
+    return TrainBatch(
+        views=(pair(clean, mixed), *(pair(view, view) for view in further)),
+        labels=pair(batch.labels, batch.labels),
+        other_labels=pair(batch.labels, batch.other_labels),
+        mix_weight=pair(tf.ones_like(batch.mix_weight), batch.mix_weight),
+    )
 
 
 def to_input(

@@ -47,13 +47,37 @@ def make_batch(
     own = [name for name in planner.views if name not in (OTHERS, OTHERS_2)]
     views = [view(name, plan["index"]) for name in own]
     images = [normalize(unpack(x), settings.mean, settings.std) for x in views]
+    clean = images[0]
     if mix is not None:
         images[0] = mix_images(images[0], partners(OTHERS, views[0]), mix)
     if mix is not None and "second_box" in mix and len(images) > 1:
         cut = {"share": jnp.ones_like(mix["share"]), "box": mix["second_box"]}
         images[1] = mix_images(images[1], partners(OTHERS_2, views[1]), cut)
     rounded = tuple(view.astype(settings.dtype) for view in images)
-    return TrainBatch(rounded, plan["labels"], plan["other_labels"], plan["weight"])
+    batch = TrainBatch(rounded, plan["labels"], plan["other_labels"], plan["weight"])
+    if settings.mix.rows_per_image == 1:
+        return batch
+    return with_clean_rows(batch, clean.astype(settings.dtype))
+
+
+def with_clean_rows(batch: TrainBatch, clean: jax.Array) -> TrainBatch:
+    """RegMixup's batch of `2 * b` rows: of each image the clean row and then the mixed one.
+
+    Args:
+        batch: Mixed batch of `b` rows.
+        clean: First view before it was mixed, `[b, H, W, 3]`.
+    """
+
+    def pair(first: jax.Array, second: jax.Array) -> jax.Array:
+        return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+    mixed, *further = batch.views
+    return TrainBatch(
+        views=(pair(clean, mixed), *(pair(view, view) for view in further)),
+        labels=pair(batch.labels, batch.labels),
+        other_labels=pair(batch.labels, batch.other_labels),
+        mix_weight=pair(jnp.ones_like(batch.mix_weight), batch.mix_weight),
+    )
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
