@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BalPoE+: BalPoE with consistency, a spread of taus by class, and heads trained once more; ours.
+
+Each part can be turned off, and keeps what makes the ensemble unbiased, a mean bias of `log prior`:
+
+- Consistency (`mu`) compares an expert with itself, both with the same bias. It adds no bias.
+- The spread (`tail_spread`) moves an expert's tau away from the mean tau by a factor of the class.
+  The mean over experts is that of the config for every class, whatever the factors.
+- The heads' second phase minimises the same losses on the features of a trained trunk.
+
+What else BalPoE+ takes is of the config and works with every method: the weights' moving average,
+stronger augmentation, the number of experts.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from balpoe_jax.data.types import TrainBatch
+from balpoe_jax.losses import expert_losses, log_prior
+from balpoe_jax.methods.base import Context, Losses, Network, Phase, soft_labels
+from balpoe_jax.methods.classifier import in_classifier
+from balpoe_jax.methods.mdcs import PRESETS as CONSISTENCY_PRESETS
+from balpoe_jax.methods.mdcs import BalPoECS, consistency
+from balpoe_jax.methods.preset import Preset
+from balpoe_jax.setting import setting
+
+
+def class_factors(log_prior: jax.Array, tail_spread: float) -> jax.Array:
+    """Factors float `[C]`: 1 for the most frequent class, `tail_spread` for the rarest.
+
+    Between them they are linear in the logarithm of the count. Classes of one size have factor 1.
+
+    Args:
+        log_prior: float `[C]`, see `losses.log_prior`.
+        tail_spread: Factor of the rarest class.
+    """
+    most, least = log_prior.max(), log_prior.min()
+    rarity = (most - log_prior) / jnp.where(most > least, most - least, 1.0)
+    return 1 + (tail_spread - 1) * rarity
+
+
+def expert_biases(taus: jax.Array, log_prior: jax.Array, tail_spread: float) -> jax.Array:
+    """What each expert's logits get in training, float `[E, C]`.
+
+    With the mean tau `m`, expert `e` and class `c` have the tau `m + (tau_e - m) * factor_c`. The
+    mean over experts is `m * log_prior`, so the factors cancel in the ensemble.
+
+    Args:
+        taus: float `[E]`.
+        log_prior: float `[C]`, see `losses.log_prior`.
+        tail_spread: Factor of the rarest class, see `class_factors`.
+    """
+    mean = taus.mean()
+    factors = class_factors(log_prior, tail_spread)
+    return (mean + (taus - mean)[:, None] * factors[None]) * log_prior[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BalPoEPlus(BalPoECS):
+    """See the module; views are those of `BalPoECS`."""
+
+    tail_spread: float = setting(
+        1.0,
+        "Factor of the experts' distance from the mean tau for the rarest class; 1 for the most "
+        "frequent one.",
+        0,
+        10,
+    )
+
+    def phases(self) -> tuple[Phase, ...]:
+        """All parameters, then the heads alone."""
+        return (
+            Phase("training", self.loss),
+            Phase("head training", self.head_loss, in_classifier),
+        )
+
+    def loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
+        """The mean over experts and rows, plus the weighted consistency."""
+        if self.mu == 0:
+            return self._of_first_view(network, method_state, batch, context, train=True)
+        outputs, batch_stats = network(jnp.concatenate(batch.views))
+        logits = outputs.logits + self._biases(context)[:, None]
+        mixed, weak, strong = jnp.split(logits, len(batch.views), axis=1)
+        by_expert = _cross_entropies(mixed, batch, context)
+        rows = context.gather(jnp.moveaxis(jnp.stack([weak, strong]), 2, 0))  # [B, 2, E, C]
+        weak, strong = jnp.moveaxis(rows, 0, 2)
+        added = consistency(weak, strong, context.gather(batch.labels)).mean()
+        total = by_expert.mean() + self.weight(context.epoch) * added
+        return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
+
+    def head_loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
+        """The losses on features as in a test, without consistency."""
+        return self._of_first_view(network, method_state, batch, context, train=False)
+
+    def _of_first_view(
+        self,
+        network: Network,
+        method_state: dict,
+        batch: TrainBatch,
+        context: Context,
+        train: bool,
+    ) -> Losses:
+        outputs, batch_stats = network(batch.images, train)
+        logits = outputs.logits + self._biases(context)[:, None]
+        by_expert = _cross_entropies(logits, batch, context)
+        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
+
+    def _biases(self, context: Context) -> jax.Array:
+        taus = jnp.asarray(context.taus)
+        return expert_biases(taus, log_prior(context.class_counts), self.tail_spread)
+
+
+def _cross_entropies(adjusted: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
+    """Means over rows, float `[E]`, of logits `[E, b, C]` that hold their bias already."""
+    targets = soft_labels(batch, context.num_classes)
+    none, taus = jnp.zeros(context.num_classes), jnp.zeros(len(adjusted))
+    return expert_losses(adjusted, targets, none, taus).mean(axis=1)
+
+
+PRESETS = {
+    "balpoe_plus": Preset(
+        BalPoEPlus(),
+        "BalPoE + consistency, spread, head training",
+        experts=3,
+        mixup=True,
+        fields={
+            "phase2.epochs": 20,
+            "phase2.learning_rate": 0.1,
+        },
+        on=CONSISTENCY_PRESETS["balpoe_cs"].on,
+    ),
+}
