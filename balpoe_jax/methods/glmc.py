@@ -16,9 +16,10 @@ sides of a box are rounded down, the code's up. Rates on photographs are PaCo's,
 an epoch later. MaxNorm in a second phase is left out.
 
 Published figures on CIFAR are of a ResNet-32 with 64, 128 and 256 channels, which has 7.4 million
-parameters. So is the preset's (`width=1` gives it the channels of the other methods). They are those of the repository's update, whose
-images are not the field's selection, and its code keeps the best epoch on the test images. The
-paper's own are of images drawn with replacement: 70.74, 61.08 and 55.88 on CIFAR-100-LT.
+parameters. So has the preset's; `width=1` gives it the channels of the other methods. The figures
+are those of the repository's update, whose images are not the field's selection. Its code keeps the
+best epoch on the test images. The paper's own are of images drawn with replacement: 70.74, 61.08
+and 55.88 on CIFAR-100-LT.
 """
 
 import dataclasses
