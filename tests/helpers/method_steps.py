@@ -114,6 +114,7 @@ COVERED = {
     "remix_drw",  # by any mean over rows
     *("logit_adjustment", "pc_softmax"),  # by cross_entropy
     "ride",  # by ride_distill
+    "los_new",  # by los, but for what its second phase begins with
 }
 
 

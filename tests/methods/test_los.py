@@ -64,11 +64,11 @@ def test_a_label_of_a_hundred_classes_is_a_little_above_the_others(x64) -> None:
 
 def test_the_second_phase_begins_with_a_new_classifier_or_goes_on() -> None:
     params, key = fresh("los").params, jax.random.key(3)
-    new = LOS().phases()[1].begin(params, key, Context(COUNTS))
+    new = LOS(new_classifier=True).phases()[1].begin(params, key, Context(COUNTS))
     same = map_by_path(lambda path, _: path, params)
     for path, old, now in zip(*map(jax.tree.leaves, (same, params, new)), strict=True):
         assert np.array_equal(old, now) != in_classifier(path), path
-    assert LOS(new_classifier=False).phases()[1].begin(params, key, Context(COUNTS)) is params
+    assert LOS().phases()[1].begin(params, key, Context(COUNTS)) is params
 
 
 def test_the_second_phase_moves_the_classifier_and_the_statistics_alone() -> None:

@@ -110,7 +110,7 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> 
 @pytest.mark.slow_cases("mislas-classifier tuning")
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize(
-    ("name", "phase"), [("mislas", "classifier tuning"), ("los", "classifier re-training")]
+    ("name", "phase"), [("mislas", "classifier tuning"), ("los_new", "classifier re-training")]
 )
 def test_a_phase_that_begins_starts_the_optimizer_again(
     name: str, phase: str, tmp_path: Path
