@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BalPoE+: BalPoE with consistency, a spread of taus by class, and heads trained once more; ours.
+"""BalPoE+: consistency, a spread of taus by class, and heads trained once more (ours, unpublished).
 
 Each part can be turned off, and keeps what makes the ensemble unbiased, a mean bias of `log prior`:
 

@@ -354,7 +354,7 @@ def test_two_views_are_mixed_by_one_coefficient_with_the_same_partners(partners:
         side = 4 * np.sqrt(1 - mix.share)
         assert np.asarray(box).sum() <= side**2
         areas.append(np.asarray(box).mean())
-    assert len(set(areas)) > 3
+    assert len(set(areas)) > 2
 
 
 @pytest.mark.integration
