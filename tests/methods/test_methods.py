@@ -258,6 +258,7 @@ def test_twice_the_length_doubles_what_is_marked_and_the_schedule(name: str) -> 
         *{"total_epochs", "optim.decay_epochs", "optim.warmup_epochs"},
         *(f"method.{field}" for field in scaled_fields(type(PRESETS[name].method))),
         *{"mix.first_epoch", "mix.last_epoch", "phase2.epochs", "phase2.warmup_epochs"},
+        *{"optim.swa", "optim.swa_anneal_epochs"}.intersection(PRESETS[name].fields),
     }
     assert changed == {x for x in scaled if x in flat[0] and positive(flat[0][x])}
     for field in changed:
