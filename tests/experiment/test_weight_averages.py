@@ -44,7 +44,7 @@ def config_of(name: str, **changes):
     return tiny_config(**{**fields, **AVERAGES[name], **changes})
 
 
-@pytest.mark.slow_cases("ema", "device", "bfloat16")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AVERAGES)
 def test_a_run(name: str, tmp_path: Path) -> None:
     """Resumed it has the same bits; restored it gives the same results, which name the weights."""

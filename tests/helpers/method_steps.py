@@ -76,6 +76,7 @@ def batch_of(name: str, seed: int, dtype=np.float32) -> TrainBatch:
 @cache
 def run(name: str, mode: str, num_devices: int, phase: int = 0, dtype=np.float32):
     """State and metrics after each step of a phase that begins with the fresh state."""
+    assert dtype == np.float32 or jax.config.jax_enable_x64  # what is kept would be of another type
     devices, step = mapped_step(name, mode, num_devices, phase)
     start = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, fresh(name))
     state, history = devices.replicate(start), []

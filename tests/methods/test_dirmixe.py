@@ -130,7 +130,7 @@ def test_draws_belong_to_seed_and_step_alone() -> None:
     assert not np.allclose(one, drawn(method, states[0], 4, COUNTS)[1])
 
 
-def test_the_key_is_in_every_checkpoint_and_stays() -> None:
+def test_the_key_is_in_every_checkpoint_and_stays(x64) -> None:
     key = fresh("dirmixe").method_state["key"]
     assert key.dtype == np.uint32
     for state, metrics in run("dirmixe", "pmap", 1, 0, np.float64):

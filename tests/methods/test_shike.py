@@ -157,7 +157,7 @@ def network_images() -> np.ndarray:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("vmap", "stacked")
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_map", ["loop", "vmap", "stacked"])
 def test_logits_and_gradients_of_the_network_are_the_codes(expert_map: str, x64) -> None:
     """But for its shortcuts, which have no parameters in the fixture either."""

@@ -163,6 +163,7 @@ def test_any_elementwise_optimizer_keeps_its_state() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("False")
 @pytest.mark.parametrize("skip_non_finite", [False, True])
 def test_a_step_of_one_vector_is_that_of_the_tree(skip_non_finite: bool) -> None:
     model = tiny_network.create_model(

@@ -262,7 +262,7 @@ def assert_same(result: Any, expected: Any) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("vmap")
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
 def test_rematerialisation_convolves_again_in_the_backward_pass(expert_map: str) -> None:
     images = jnp.zeros((2, 32, 32, 3))

@@ -306,7 +306,7 @@ def test_randaugment_draws_as_the_hosts() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("either", "randaugment")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
