@@ -43,7 +43,7 @@ def test_a_resumed_run_reads_the_same_batches() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("2")
+@pytest.mark.slow_cases("1", "2")
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_threads_change_nothing(threads: int) -> None:
     assert_equal(collect(0, 5, Host(threads=threads)), collect(0, 5))

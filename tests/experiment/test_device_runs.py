@@ -126,6 +126,7 @@ def test_a_step_that_is_not_finite_is_named_within_its_dispatch(tmp_path: Path) 
     np.testing.assert_array_equal(row["indices"], experiment.batch_indices(row["step"]))
 
 
+@pytest.mark.slow
 def test_both_pipelines_evaluate_alike(finished: Path, tmp_path: Path) -> None:
     on_device = evaluate(resolve(config_of()), str(shutil.copytree(finished, tmp_path / "device")))
     on_host = evaluate(

@@ -259,6 +259,7 @@ def test_paco_bears_its_sharpest_similarities() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("ncl_contrast")
 @pytest.mark.parametrize("name", ["paco", "ncl_contrast"])
 def test_the_queue_and_the_slow_network_move_as_they_should(name: str, x64) -> None:
     """Keys of a step are those of the network after its own move, and enter at the front.

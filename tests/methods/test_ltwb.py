@@ -44,6 +44,7 @@ def test_the_losses_are_their_twins(x64) -> None:
             np.testing.assert_allclose(balanced[e, i], weighted, rtol=1e-12)
 
 
+@pytest.mark.slow_cases("c100")
 @pytest.mark.parametrize("name", ["c10", "c100"])
 def test_the_balanced_loss_is_the_authors(name: str, x64) -> None:
     case = golden(f"ltwb/{name}")

@@ -70,6 +70,7 @@ def test_logits_are_the_references(variant: str, x64) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("vmap")
 @pytest.mark.parametrize("expert_map", ["loop", "vmap"])
 def test_single_precision_is_the_references(expert_map: str) -> None:
     case, images = golden("resnet32/main"), reference_images("main").astype(np.float32)
@@ -219,7 +220,7 @@ def test_a_width_that_a_network_cannot_have_is_refused(name: str, width: int) ->
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("-1")
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [-1, 3])
 def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
     """With the same weights: one function, and the same statistics after it."""

@@ -81,6 +81,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, kind: str) -> None:
         list(train_batches(source, SETTINGS, 0, 5))
 
 
+@pytest.mark.slow_cases("content1-Invalid JPEG data, size 300")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -154,6 +155,7 @@ def test_an_empty_record_and_a_wrong_length_are_named(tmp_path: Path) -> None:
         tfrecords.scan([path], "file_name")
 
 
+@pytest.mark.slow
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     source = write_photos(tmp_path)
     os.unlink(source.paths[1])
@@ -283,6 +285,7 @@ def test_what_was_replaced_is_recorded(tmp_path: Path) -> None:
         bad_images.count("skip", tmp_path, 5)
 
 
+@pytest.mark.slow
 def test_pipelines_without_damage_examine_nothing(tmp_path: Path, monkeypatch) -> None:
     source = write_photos(tmp_path)
     monkeypatch.setattr(unreadable, "examine", None)

@@ -268,6 +268,7 @@ def view_of(source, encoded, options: TrainSettings, augment, stream: str, step:
     return normalize(images, options.mean, options.std).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_views_and_partners_of_the_sampler_have_windows_of_their_own(data_dir: Path) -> None:
     source = load(data_dir).train

@@ -323,6 +323,7 @@ def test_any_number_of_steps_and_devices_makes_the_same_batches(mix: MixSettings
     assert (first.images != second.images).any()
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_every_recipe_of_images_in_memory_has_its_batches() -> None:
     """Of all methods on CIFAR and digits; of the views the shapes alone, which tracing tells."""

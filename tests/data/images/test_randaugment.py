@@ -76,6 +76,7 @@ def test_draws() -> None:
     assert set(np.unique(sign)) == {-1.0, 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_number_and_strength_of_the_operations_may_be_others() -> None:
     draws = 20_000

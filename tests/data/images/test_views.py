@@ -117,6 +117,7 @@ def test_a_window_of_a_small_image_follows_the_rule_of_the_random_resized_crop()
     np.testing.assert_array_equal(output, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_the_stages_of_a_view_come_in_their_order() -> None:
     """Window, flip, jitter, grey, blur, and then a policy."""
@@ -203,6 +204,7 @@ def test_each_image_is_augmented_in_one_of_two_ways() -> None:
     assert isinstance(make_view(array, one), View)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_batches_of_two_ways_are_the_same_on_any_hosts() -> None:
     """And only the first view has two."""
