@@ -146,7 +146,8 @@ class Evaluator:
         about = self._weights(state)
         if about is None or about["average"] == "none":
             return state.variables
-        log.info("Evaluating averaged weights: %s", about)
+        (_, kind), (what, amount) = about.items()
+        log.info("Evaluating averaged weights: %s, %s %s", kind, what, amount)
         if "batch_stats" in state.averages:
             return dict(state.averages)
         inputs = self._experiment.inputs
