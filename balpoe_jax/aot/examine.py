@@ -79,7 +79,7 @@ def examine_on(
 
     Args:
         settings: Settings of the experiment.
-        devices: Devices, each of which is such a chip.
+        devices: Devices, all of that chip.
         chip: Kind of the devices.
         evaluation: Whether to compile the eval step, too.
     """

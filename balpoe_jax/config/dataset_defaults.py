@@ -221,7 +221,7 @@ def _scale_epochs(
     for field in (*of_method, *(name for name in _SCALED if name in fields)):
         section, _, name = field.rpartition(".")
         config[section][name] = _scaled(config[section][name], epochs / own_epochs)
-    if config.optim.swa is not None:  # of which one epoch at least is left
+    if config.optim.swa is not None:  # and at least one epoch is left for it
         config.optim.swa = min(config.optim.swa, epochs - 1)
 
 

@@ -51,7 +51,7 @@ def correct_labels(
     correction: float,
     nearest: int,
 ) -> jax.Array:
-    """Label distributions a part of which follows from distances to prototypes.
+    """Label distributions that partly follow from distances to prototypes.
 
     Args:
         labels: float `[B, C]`, distributions by shares of the images.

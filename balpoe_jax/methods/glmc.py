@@ -127,7 +127,7 @@ class GLMC(Method):
     )
 
     def network(self, ensemble: ExpertEnsemble, context: Context) -> GLMCEnsemble:
-        """The expert with what is beside it."""
+        """The expert with its projections and second classifier."""
         check_single(ensemble, "GLMC")
         head = ensemble.expert.head
         init = head.kernel_init if isinstance(head, LinearHead) else he_normal

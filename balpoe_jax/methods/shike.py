@@ -22,7 +22,7 @@ stay as they are. In the code they decay, which its cosine classifiers do not se
 
 For photographs neither paths nor training were published. Experts share three stages there, and are
 trained as those of the other methods. The abstract has 60.3% on ImageNet-LT and 75.4% on
-iNaturalist 2018, and does not say of which network.
+iNaturalist 2018, and does not name the network.
 """
 
 import dataclasses

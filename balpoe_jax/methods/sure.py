@@ -16,7 +16,7 @@ weight decay is half as high, which makes SGD take the same steps.
 What differs on purpose: clean and mixed images go through the network together, as in RegMixup's
 own code, and not one after the other. Both passes of SAM have the same mixture, and the first alone
 moves BatchNorm's running averages. The training has 200 epochs where the code's loop makes 201.
-For photographs, of which there are no figures, rates and decay are those of the data set.
+No figures are published for photographs; rates and decay there are those of the data set.
 """
 
 from typing import Any

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteSteps:
-    """The steps of a run that were not finite, some of which the config lets pass.
+    """The steps of a run that were not finite; the config lets some of them pass.
 
     Args:
         workdir: Folder of the run.

@@ -73,7 +73,7 @@ def test_what_is_predicted_is_of_the_averaged_weights(tmp_path: Path) -> None:
     config = config_of("swa", mix__regmixup=False)
     experiment = build(resolve(config))
     evaluator, state = Evaluator(experiment), experiment.program.init_state()
-    state = state.replace(step=state.step + 6)  # two epochs, the second of which counts
+    state = state.replace(step=state.step + 6)  # two epochs; the second one counts
     first = predicted(evaluator, state, tmp_path / "a")
     newest = jax.tree.map(lambda x: 2 * x + 1, (state.params, state.batch_stats))
     moved = state.replace(params=newest[0], batch_stats=newest[1])

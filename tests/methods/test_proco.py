@@ -247,7 +247,7 @@ def test_the_classifier_is_balanced_softmax_and_weights_count() -> None:
 
 @pytest.mark.integration
 def test_an_epoch_begins_with_the_means_of_the_one_before() -> None:
-    """The state of steps 0 to 3, of which two make an epoch: two views a row are counted."""
+    """The state of steps 0 to 3, two an epoch: two views a row are counted."""
     states = [state.method_state for state, _ in run("proco", "pmap", 1)]
     rows = 2 * 16
     assert [state["counts"].sum() for state in states[:4]] == [rows, 2 * rows, 3 * rows, 4 * rows]
