@@ -42,6 +42,14 @@ class DataSettings(Section):
     )
     imbalance_ratio: float = setting(100.0, "Count of the largest class over the smallest's.", 1)
     selection_seed: int = setting(0, "Seed of the images that are kept.", 0, _SEED)
+    held_out_share: float = setting(
+        0.0,
+        "Share of each class's training images that training does without: temperatures are fitted "
+        "and choices made on them, in place of unused images (`eval.held_out_per_class`); 0 for "
+        "none.",
+        0,
+        0.9,
+    )
     verify_counts: bool = setting(
         True, "Whether a data set is refused whose class counts are not the published ones."
     )

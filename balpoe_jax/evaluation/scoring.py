@@ -70,8 +70,8 @@ def score(
     Returns:
         All of `results.json` but the run's own numbers: `class_counts`, `num_bins`, `test`,
         `experts`, `experts_used` (their mean number, where a method does not always take all),
-        `group_confusion`, `calibration_groups`, `ensemble`, `bias`, `temperature`,
-        `shift` and `shift_sets`; fractions in [0, 1], nan where undefined.
+        `group_confusion`, `calibration_groups`, `ensemble`, `bias`, `held_out`,
+        `temperature`, `shift` and `shift_sets`; fractions in [0, 1], nan where undefined.
 
     Raises:
         UserError (a `ValueError`): logits that are not finite.
@@ -103,6 +103,7 @@ def score(
         },
         "ensemble": _score_ensemble(test, class_counts, taus, experts, thresholds),
         "bias": _score_bias(class_counts, taus, ensemble, experts),
+        "held_out": _score_held_out(held_out, *options[1:]),
         "temperature": _score_temperature(test, held_out, held_out_description, *options[1:]),
         "shift": {name: scores.pop("top1") for name, scores in sets.items()},
         "shift_sets": sets,
@@ -214,6 +215,20 @@ def _score_bias(
         ],
         "ensemble": {"kl": metrics.kl_divergence(uniform, ensemble.marginal)},
     }
+
+
+def _score_held_out(
+    held_out: Predictions | None,
+    class_counts: npt.NDArray[np.int64],
+    num_bins: int,
+    thresholds: tuple[int, int],
+) -> dict[str, Any] | None:
+    """The ensemble's scores on the held-out examples, by which settings can be chosen."""
+    if held_out is None:
+        return None
+    summary = summarize(held_out.ensemble, held_out.labels)
+    scores = _score_classifier(summary, held_out.labels, class_counts, num_bins, thresholds)
+    return {"num_examples": len(held_out.labels), **scores}
 
 
 def _score_temperature(

@@ -14,6 +14,7 @@ from balpoe_jax import metrics, optim, parallel
 from balpoe_jax.config import Settings
 from balpoe_jax.data import datasets
 from balpoe_jax.data.datasets import test_distributions
+from balpoe_jax.data.datasets.held_out import hold_out_of_training
 from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.data.records.sources import ArraySource, Source
 from balpoe_jax.data.settings import steps_per_epoch
@@ -256,6 +257,8 @@ def _load_data(settings: Settings) -> LongTailed:
         section.eval_resize or round(size * 256 / 224),
         check_archive=section.check_archive,
     )
+    if section.held_out_share:
+        data = hold_out_of_training(data, section.held_out_share)
     counts = data.class_counts
     low, high = section.shot_thresholds
     groups = metrics.shot_groups(counts, (low, high))

@@ -55,6 +55,7 @@ _RESULTS = {
         "experts": [{"lambda": _FIGURE, "kl": _FIGURE}],
         "ensemble": {"kl": _FIGURE},
     },
+    "held_out?": {"num_examples": _COUNT, **_SCORES},
     "temperature?": {"fitted_on": _TEXT, "ensemble": _TEMPERATURE, "experts": [_TEMPERATURE]},
     "shift?": {"*": _BY_PRIOR},
     "aggregation?": {

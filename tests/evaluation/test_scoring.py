@@ -230,10 +230,16 @@ def test_temperatures_improve_the_likelihood_where_they_are_fitted(test_set: Pre
 def test_without_held_out_examples_nothing_is_fitted(test_set: Predictions) -> None:
     targets = make_targets(test_set.labels, COUNTS, (2,))
     found = scoring.score(test_set, COUNTS, TAUS, targets=targets)
-    assert found["temperature"] is None
+    assert found["temperature"] is None and found["held_out"] is None
     assert found["shift_sets"]["forward2"]["shift_p_value"] is None
     assert found["shift_sets"]["forward2"]["estimate_used"]
     assert set(found["shift_sets"]["forward2"]["estimates"]) == {"map", "ml"}
+
+
+def test_held_out_examples_are_scored_as_the_test_set_is(scores: dict) -> None:
+    held_out = draw(per_class=20, seed=1)
+    expected = scoring.score_test(held_out, COUNTS, TAUS)["test"]
+    assert scores["held_out"] == {"num_examples": len(held_out.labels), **expected}
 
 
 def test_subsets_of_experts(scores: dict, test_set: Predictions) -> None:

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from balpoe_jax.config import resolve
 from balpoe_jax.data import datasets, long_tail
 from balpoe_jax.data.datasets import balanced, cifar_tfds
+from balpoe_jax.data.datasets.held_out import held_out_counts, hold_out_of_training
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build
 from tests.helpers.config_files import get_config
@@ -85,6 +86,28 @@ def test_held_out_images_are_neither_trained_on_nor_tested_on(monkeypatch) -> No
     np.testing.assert_array_equal(data.train.keys, load().train.keys)
 
 
+def test_a_share_of_the_training_images_is_held_out_in_place_of_unused_ones() -> None:
+    whole = datasets.load("digits", 26.0, held_out_per_class=20)
+    data = hold_out_of_training(whole, 0.2)
+    np.testing.assert_array_equal(whole.class_counts, [130, 90, 63, 43, 30, 21, 14, 10, 7, 5])
+    np.testing.assert_array_equal(data.class_counts, [104, 72, 51, 35, 24, 17, 12, 8, 6, 4])
+    assert data.held_out is not None and not data.counts_as_published
+    for source, counts in (
+        (data.train, data.class_counts),
+        (data.held_out, whole.class_counts - data.class_counts),
+    ):
+        np.testing.assert_array_equal(np.bincount(source.labels), counts)
+    assert sorted([*data.train.keys, *data.held_out.keys]) == sorted(whole.train.keys)
+    assert "80 of the 413 training images, 20% of each class" in data.held_out_description
+    assert data.test is whole.test
+
+
+def test_of_a_class_at_least_one_image_is_held_out_but_never_the_last() -> None:
+    counts = [1000, 10, 9, 2, 1, 0]
+    np.testing.assert_array_equal(held_out_counts(counts, 0.1), [100, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(held_out_counts(counts, 0.9), [900, 9, 8, 1, 0, 0])
+
+
 def test_a_balanced_set_holds_nothing_out() -> None:
     assert datasets.load("digits", 1.0, held_out_per_class=20).held_out is None
     assert datasets.load("digits", 26.0).held_out is None
@@ -96,6 +119,7 @@ def test_test_examples_have_names(monkeypatch) -> None:
     assert (names[0], names[-1], len(names)) == ("test_00000", "test_00999", 1000)
 
 
+@pytest.mark.integration
 def test_an_incomplete_set_is_refused_unless_told_otherwise(monkeypatch) -> None:
     use(monkeypatch, Builder(FEW_PER_CLASS))
     with pytest.raises(UserError, match=r"should have 500 training and 100 test .* has 40 to 40"):
