@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BalPoE+: consistency, a spread of taus by class, and heads trained once more (ours, unpublished).
+"""BalPoE+: heads trained once more, a spread of taus by class, consistency (ours, unpublished).
 
 Each part can be turned off, and keeps what makes the ensemble unbiased, a mean bias of `log prior`:
 
-- Consistency (`mu`) compares an expert with itself, both with the same bias. It adds no bias.
+- The heads' second phase (`phase2.epochs`) minimises the same losses on a trained trunk's features.
 - The spread (`tail_spread`) moves an expert's tau away from the mean tau by a factor of the class.
   The mean over experts is that of the config for every class, whatever the factors.
-- The heads' second phase minimises the same losses on the features of a trained trunk.
+- Consistency (`mu`, in `BalPoEPlusCS`) compares an expert with itself, both with the same bias.
 
-What else BalPoE+ takes is of the config and works with every method: the weights' moving average,
-stronger augmentation, the number of experts.
+Other parts are fields of the config and work with every method: an average of the weights
+(`optim.ema`, `optim.swa`), stronger augmentation, and more experts of reduced widths. They change
+neither losses nor taus. `balpoe_jax.reproduce.ablation` has a row for each part.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.losses import expert_losses, log_prior
+from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.methods.base import Context, Losses, Network, Phase, soft_labels
 from balpoe_jax.methods.classifier import in_classifier
 from balpoe_jax.methods.mdcs import PRESETS as CONSISTENCY_PRESETS
@@ -58,8 +60,8 @@ def expert_biases(taus: jax.Array, log_prior: jax.Array, tail_spread: float) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class BalPoEPlus(BalPoECS):
-    """See the module; views are those of `BalPoECS`."""
+class BalPoEPlus(BalPoE):
+    """BalPoE with a spread of taus by class, and a second phase of the heads; see the module."""
 
     tail_spread: float = setting(
         1.0,
@@ -76,63 +78,62 @@ class BalPoEPlus(BalPoECS):
             Phase("head training", self.head_loss, in_classifier),
         )
 
+    def expert_losses(self, logits: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
+        """Cross-entropies, adjusted by each expert's tau of each class."""
+        targets = soft_labels(batch, context.num_classes)
+        none, taus = jnp.zeros(context.num_classes), jnp.zeros(len(logits))
+        return expert_losses(logits + self.biases(context)[:, None], targets, none, taus)
+
+    def head_loss(
+        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
+    ) -> Losses:
+        """The same losses of the first view, on features as in a test."""
+        losses = self.expert_losses
+        return self.loss_of(losses, network, method_state, batch, context, train=False)
+
+    def biases(self, context: Context) -> jax.Array:
+        """What each expert's logits get, float `[E, C]`, see `expert_biases`."""
+        taus = jnp.asarray(context.taus)
+        return expert_biases(taus, log_prior(context.class_counts), self.tail_spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class BalPoEPlusCS(BalPoEPlus, BalPoECS):
+    """BalPoE+ with consistency in its first phase; views are those of `BalPoECS`."""
+
     def loss(
         self, network: Network, method_state: dict, batch: TrainBatch, context: Context
     ) -> Losses:
         """The mean over experts and rows, plus the weighted consistency."""
         if self.mu == 0:
-            return self._of_first_view(network, method_state, batch, context, train=True)
+            return super().loss(network, method_state, batch, context)
         outputs, batch_stats = network(jnp.concatenate(batch.views))
-        logits = outputs.logits + self._biases(context)[:, None]
-        mixed, weak, strong = jnp.split(logits, len(batch.views), axis=1)
-        by_expert = _cross_entropies(mixed, batch, context)
-        rows = context.gather(jnp.moveaxis(jnp.stack([weak, strong]), 2, 0))  # [B, 2, E, C]
+        mixed, weak, strong = jnp.split(outputs.logits, len(batch.views), axis=1)
+        by_expert = self.expert_losses(mixed, batch, context).mean(axis=1)
+        views = jnp.stack([weak, strong]) + self.biases(context)[None, :, None]
+        rows = context.gather(jnp.moveaxis(views, 2, 0))  # [B, 2, E, C]
         weak, strong = jnp.moveaxis(rows, 0, 2)
         added = consistency(weak, strong, context.gather(batch.labels)).mean()
         total = by_expert.mean() + self.weight(context.epoch) * added
         return Losses(total, by_expert, batch_stats, method_state, {"consistency": added})
 
-    def head_loss(
-        self, network: Network, method_state: dict, batch: TrainBatch, context: Context
-    ) -> Losses:
-        """The losses on features as in a test, without consistency."""
-        return self._of_first_view(network, method_state, batch, context, train=False)
 
-    def _of_first_view(
-        self,
-        network: Network,
-        method_state: dict,
-        batch: TrainBatch,
-        context: Context,
-        train: bool,
-    ) -> Losses:
-        outputs, batch_stats = network(batch.images, train)
-        logits = outputs.logits + self._biases(context)[:, None]
-        by_expert = _cross_entropies(logits, batch, context)
-        return Losses(by_expert.mean(), by_expert, batch_stats, method_state)
-
-    def _biases(self, context: Context) -> jax.Array:
-        taus = jnp.asarray(context.taus)
-        return expert_biases(taus, log_prior(context.class_counts), self.tail_spread)
-
-
-def _cross_entropies(adjusted: jax.Array, batch: TrainBatch, context: Context) -> jax.Array:
-    """Means over rows, float `[E]`, of logits `[E, b, C]` that hold their bias already."""
-    targets = soft_labels(batch, context.num_classes)
-    none, taus = jnp.zeros(context.num_classes), jnp.zeros(len(adjusted))
-    return expert_losses(adjusted, targets, none, taus).mean(axis=1)
-
+_HEADS = {"phase2.epochs": 20, "phase2.learning_rate": 0.1}
 
 PRESETS = {
     "balpoe_plus": Preset(
         BalPoEPlus(),
-        "BalPoE + consistency, spread, head training",
+        "BalPoE + head training",
         experts=3,
         mixup=True,
-        fields={
-            "phase2.epochs": 20,
-            "phase2.learning_rate": 0.1,
-        },
+        fields=_HEADS,
+    ),
+    "balpoe_plus_cs": Preset(
+        BalPoEPlusCS(),
+        "BalPoE + head training, consistency",
+        experts=3,
+        mixup=True,
+        fields=_HEADS,
         on=CONSISTENCY_PRESETS["balpoe_cs"].on,
     ),
 }

@@ -9,7 +9,8 @@ import pytest
 from balpoe_jax.data.types import TrainBatch
 from balpoe_jax.errors import UserError
 from balpoe_jax.losses import log_prior
-from balpoe_jax.methods.balpoe_plus import BalPoEPlus, class_factors, expert_biases
+from balpoe_jax.methods.balpoe import BalPoE
+from balpoe_jax.methods.balpoe_plus import BalPoEPlus, BalPoEPlusCS, class_factors, expert_biases
 from balpoe_jax.methods.base import Context
 from balpoe_jax.methods.mdcs import BalPoECS
 from tests.helpers import tiny_network
@@ -40,17 +41,18 @@ def slow_bias(expert: int, label: int, tail_spread: float) -> float:
     return (mean + (TAUS[expert] - mean) * factor) * prior[label]
 
 
-def slow_loss(method: BalPoEPlus, batch: TrainBatch, epoch: int) -> float:
+def slow_loss(method: BalPoEPlusCS, batch: TrainBatch, epoch: int) -> float:
     classes = range(len(COUNTS))
     total = 0.0
     for e in range(len(TAUS)):
         bias = np.array([slow_bias(e, c, method.tail_spread) for c in classes])
         losses, divergences = [], []
         for i, (label, other) in enumerate(zip(batch.labels, batch.other_labels, strict=True)):
-            mixed, weak, strong = (softmax(view[i, e] + bias) for view in batch.views)
+            mixed, *others = (softmax(view[i, e] + bias) for view in batch.views)
             share = batch.mix_weight[i]
             losses.append(-share * np.log(mixed[label]) - (1 - share) * np.log(mixed[other]))
-            if weak.argmax() == label:
+            if others and others[0].argmax() == label:
+                weak, strong = others
                 divergences.append(sum(weak * np.log(weak / strong)))
         weight = method.mu * min((epoch + 1) / method.warmup_epochs, 1)
         total += np.mean(losses) + weight * np.mean(divergences or [0.0])
@@ -74,7 +76,7 @@ def test_factors_go_from_the_most_frequent_class_to_the_rarest() -> None:
 
 @pytest.mark.parametrize("tail_spread", [1.0, 1.7])
 def test_the_loss_is_the_twins(tail_spread: float, x64) -> None:
-    method, batch = BalPoEPlus(0.6, 4, tail_spread), logits_batch()
+    method, batch = BalPoEPlusCS(0.6, 4, tail_spread), logits_batch()
     context = CONTEXT.at(jnp.asarray(2))
     actual = jax.jit(
         lambda views: method.loss(logits_as_images, {}, batch._replace(views=views), context).total
@@ -82,12 +84,13 @@ def test_the_loss_is_the_twins(tail_spread: float, x64) -> None:
     np.testing.assert_allclose(actual, slow_loss(method, batch, 2), rtol=1e-6)
 
 
+@pytest.mark.integration
 def test_without_spread_it_is_balpoe_with_consistency(x64) -> None:
     batch, context = logits_batch(), CONTEXT.at(jnp.asarray(2))
     for mu in (0.0, 0.6):
         plus, plain = (
             method.loss(logits_as_images, {}, batch, context)
-            for method in (BalPoEPlus(mu, 4), BalPoECS(mu, 4))
+            for method in (BalPoEPlusCS(mu, 4), BalPoECS(mu, 4))
         )
         np.testing.assert_allclose(plus.total, plain.total, rtol=1e-7)
         np.testing.assert_allclose(plus.by_expert, plain.by_expert, rtol=1e-7)
@@ -95,10 +98,21 @@ def test_without_spread_it_is_balpoe_with_consistency(x64) -> None:
 
 def test_heads_are_trained_without_consistency(x64) -> None:
     batch = logits_batch()
-    actual = BalPoEPlus(0.6, 4, 1.7).head_loss(logits_as_images, {}, batch, CONTEXT)
-    expected = slow_loss(BalPoEPlus(0.0, 4, 1.7), batch, 0)
+    actual = BalPoEPlusCS(0.6, 4, 1.7).head_loss(logits_as_images, {}, batch, CONTEXT)
+    expected = slow_loss(BalPoEPlusCS(0.0, 4, 1.7), batch, 0)
     np.testing.assert_allclose(actual.total, expected, rtol=1e-6)
     assert actual.terms == {}
+
+
+def test_without_its_parts_it_is_balpoe(x64) -> None:
+    batch = logits_batch(views=1)
+    plus, plain, spread = (
+        method.loss(logits_as_images, {}, batch, CONTEXT)
+        for method in (BalPoEPlus(), BalPoE(), BalPoEPlus(1.7))
+    )
+    np.testing.assert_allclose(plus.by_expert, plain.by_expert, rtol=1e-7)
+    expected = slow_loss(BalPoEPlusCS(0.0, 4, 1.7), batch, 0)
+    np.testing.assert_allclose(spread.total, expected, rtol=1e-6)
 
 
 @pytest.mark.integration

@@ -352,6 +352,7 @@ def test_bcl_is_its_twin(x64) -> None:
     np.testing.assert_allclose(gradients[1], expected, atol=1e-7)
 
 
+@pytest.mark.integration
 def test_the_whole_loss_of_bcl_classifies_one_view_and_contrasts_two(x64) -> None:
     method = BCL(classification=1.5, contrast=0.4, temperature=0.5)
     batch = TWO_VIEWS._replace(views=(*TWO_VIEWS.views, view()))
@@ -378,6 +379,7 @@ def test_copies_of_another_class_with_its_prototype_change_nothing(x64) -> None:
     np.testing.assert_allclose(again, first, rtol=1e-9)
 
 
+@pytest.mark.integration
 def test_an_absent_class_enters_by_its_prototype_alone(x64) -> None:
     features, prototypes = unit(3, 4), unit(2, 4)
     labels = np.zeros(3, int)

@@ -35,6 +35,7 @@ def drawn(method: DirMixE, state: dict, step: int, counts: np.ndarray):
     return tuple(np.asarray(x) for x in found)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_the_loss_is_its_twin(epoch: int, x64) -> None:
     """Row by row, draw by draw, with mixed labels; the semi-variance from the second epoch on."""
@@ -71,6 +72,7 @@ def test_the_loss_is_its_twin(epoch: int, x64) -> None:
         np.testing.assert_allclose(found.by_expert[e], np.mean(own) if own else 0, rtol=1e-6)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["c10", "c100"])
 @pytest.mark.parametrize("when", ["early", "late"])
 def test_the_loss_of_given_draws_is_the_authors(name: str, when: str, x64) -> None:
@@ -98,6 +100,7 @@ def test_equal_losses_have_no_semi_variance_and_a_gradient() -> None:
     np.testing.assert_allclose(semi_variance(jnp.array([-4.0, 1.0, 3.0, 0.0])), 10.0)
 
 
+@pytest.mark.integration
 def test_draws_are_of_the_dirichlets() -> None:
     """Experts as often as each other; means and variances are the distributions' own."""
     means = expert_targets(np.array([60, 30, 10]))
@@ -112,6 +115,7 @@ def test_draws_are_of_the_dirichlets() -> None:
         np.testing.assert_allclose(own.var(axis=0), means[e] * (1 - means[e]) / 51, rtol=0.12)
 
 
+@pytest.mark.integration
 def test_tiny_parameters_give_finite_adjustments() -> None:
     counts = np.array([100_000, 1000, 2])
     means = expert_targets(counts)
@@ -130,6 +134,7 @@ def test_draws_belong_to_seed_and_step_alone() -> None:
     assert not np.allclose(one, drawn(method, states[0], 4, COUNTS)[1])
 
 
+@pytest.mark.integration
 def test_the_key_is_in_every_checkpoint_and_stays(x64) -> None:
     key = fresh("dirmixe").method_state["key"]
     assert key.dtype == np.uint32

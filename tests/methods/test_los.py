@@ -37,6 +37,7 @@ def test_the_losses_are_their_twins(delta: float, x64) -> None:
             np.testing.assert_allclose(smoothed[e, i], -(target * logs).sum(), rtol=1e-12)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["c10", "c100"])
 def test_the_smoothed_loss_is_the_one_of_the_authors_code(name: str, x64) -> None:
     """Which is PyTorch's, with a smoothing of 0.98."""

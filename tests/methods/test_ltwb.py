@@ -23,6 +23,7 @@ from tests.helpers.method_steps import fresh, moved, run
 from tests.helpers.mixed_rows import COUNTS, log_probability, mixed_batch
 
 
+@pytest.mark.integration
 def test_the_losses_are_their_twins(x64) -> None:
     logits, batch = mixed_batch()
     method, context = LTWB(beta=0.99), Context(COUNTS)
@@ -44,6 +45,7 @@ def test_the_losses_are_their_twins(x64) -> None:
             np.testing.assert_allclose(balanced[e, i], weighted, rtol=1e-12)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("c100")
 @pytest.mark.parametrize("name", ["c10", "c100"])
 def test_the_balanced_loss_is_the_authors(name: str, x64) -> None:
@@ -62,6 +64,7 @@ def test_the_balanced_loss_is_the_authors(name: str, x64) -> None:
     assert max_relative(gradient, case["grad"]) <= 1e-6
 
 
+@pytest.mark.integration
 def test_a_probability_that_rounds_to_one_leaves_loss_and_gradient_finite() -> None:
     """Of the right class and of a wrong one, in single precision."""
     logits = jnp.array([[[60.0, 0.0, 0.0], [0.0, 60.0, 0.0]]])

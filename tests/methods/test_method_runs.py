@@ -56,7 +56,7 @@ def config_of(name: str):
 
 @pytest.mark.slow_cases(
     *("bcl", "tlc", "balpoe_cs", "paco", "mislas", "crt", "lws", "los", "ltwb", "dirmixe"),
-    *("proco", "concutmix", "shike", "glmc", "balpoe_plus", "ride_router"),
+    *("proco", "concutmix", "shike", "glmc", "balpoe_plus", "balpoe_plus_cs", "ride_router"),
 )
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("name", [name for name in DISTINCT if name not in COVERED])

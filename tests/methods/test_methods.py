@@ -63,8 +63,13 @@ CASES = [(name, phase) for name in DISTINCT for phase in phases(name)]
     # A loss of rows for one layer, as that of others is.
     "shike-1",
     "balpoe_plus-1",
+    "balpoe_plus_cs-1",
     # What devices share is what others share: paco, bcl, balpoe_cs, ride_distill.
     "ncl_contrast-0",
+    "ncl-0",
+    "glmc-0",
+    "dirmixe-0",
+    "balpoe_plus_cs-0",
     "concutmix-0",
     "balpoe_plus-0",
     "tlc-0",
@@ -86,7 +91,17 @@ def test_devices_and_modes_change_nothing(name: str, phase: int, x64) -> None:
 @pytest.mark.integration
 @pytest.mark.slow_cases(
     *("mdcs", "sade", "gpaco", "ride_router", "ldam_drw", "los", "crt", "lws", "shike", "glmc"),
-    *("concutmix", "balpoe_plus", "balpoe_cs", "lade", "focal_cb", "ncl", "tlc"),
+    *(
+        "concutmix",
+        "balpoe_plus",
+        "balpoe_cs",
+        "lade",
+        "focal_cb",
+        "ncl",
+        "tlc",
+        "ncl_contrast",
+        "balpoe_plus_cs",
+    ),
 )
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_restored_state_goes_on_bit_for_bit(name: str, tmp_path: Path, x64) -> None:

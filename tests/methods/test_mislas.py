@@ -75,6 +75,7 @@ def test_the_second_stage_is_the_authors(arguments, head, tail, rate, shifts) ->
     assert (config.phase2.epochs, config.phase2.learning_rate) == (10, 0.1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shifts", [True, False])
 def test_statistics_shift_or_stay(shifts: bool) -> None:
     """Where they stay, the network sees images as in a test, too."""

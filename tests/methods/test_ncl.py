@@ -184,6 +184,7 @@ def test_the_whole_loss_with_contrast(x64) -> None:
     assert found.method_state["batch_stats"] == pytest.approx(second.mean())
 
 
+@pytest.mark.integration
 def test_contrast_takes_a_view_and_keeps_state() -> None:
     """A queue with a projection of each network; NCL without it has none of this."""
     method, plain = parts("ncl_contrast")[0], parts("ncl")[0]

@@ -136,6 +136,7 @@ def loss_twin(projections, means, temperature, labels) -> float:
     return float((logsumexp(adjusted, axis=1) - adjusted[rows, labels]).mean())
 
 
+@pytest.mark.integration
 def test_logits_and_their_gradient_are_their_twins(x64) -> None:
     raw, labels = RANDOM.normal(size=(3, 16)), np.array([4, 0, 2])
     means = unit(RANDOM.normal(size=(5, 16))) * np.array([0.8, 0.9, 0.5, 0.1, 0.95])[:, None]
@@ -228,6 +229,7 @@ def test_steps_are_those_of_the_authors_code(width: int, x64) -> None:
         np.testing.assert_allclose(logits, known.logits[2 * i + 1], atol=1e-6)
 
 
+@pytest.mark.integration
 def test_the_classifier_is_balanced_softmax_and_weights_count() -> None:
     logits, projections = RANDOM.normal(size=(6, 5)), unit(RANDOM.normal(size=(3, 6, 16)))
     labels = np.array([0, 0, 1, 2, 3, 4])

@@ -139,6 +139,7 @@ def test_a_weighted_mean_divides_by_the_weights_or_by_the_rows(x64) -> None:
     np.testing.assert_allclose(means[0] * weights.mean(), means[1], rtol=1e-12)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("focal_p", FOCAL_PROBABILITIES)
 def test_the_class_balanced_focal_loss_divides_by_the_rows(focal_p: str, x64) -> None:
     """A row at a time, with labels as they come; by the weights it would be four times as much."""

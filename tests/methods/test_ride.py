@@ -104,6 +104,7 @@ def test_the_total_is_the_sum_over_experts() -> None:
     np.testing.assert_allclose(found.total, expected, rtol=1e-5)
 
 
+@pytest.mark.integration
 def test_experts_that_agree_have_no_divergence_and_the_mean_no_gradient(x64) -> None:
     temperatures = jnp.asarray(class_temperatures(COUNTS, 0.3))
     logits, _ = random_logits()
@@ -118,6 +119,7 @@ def test_experts_that_agree_have_no_divergence_and_the_mean_no_gradient(x64) -> 
         np.testing.assert_array_equal(np.delete(jacobian[e], e, axis=0), 0)
 
 
+@pytest.mark.integration
 def test_prefixes_and_what_a_router_learns_in_loops() -> None:
     logits, labels = random_logits(experts=4, rows=40)
     prefixes = prefix_means(logits)
@@ -132,6 +134,7 @@ def test_prefixes_and_what_a_router_learns_in_loops() -> None:
     assert seen == {False, True}
 
 
+@pytest.mark.integration
 def test_prediction_takes_the_experts_up_to_the_first_closed_gate() -> None:
     logits, _ = random_logits(experts=3, rows=4)
     gates = jnp.array([[-1.0, 1.0, 1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])
@@ -144,6 +147,7 @@ def test_prediction_takes_the_experts_up_to_the_first_closed_gate() -> None:
     np.testing.assert_array_equal(predicted.logits, logits)
 
 
+@pytest.mark.integration
 def test_the_routers_loss_in_loops() -> None:
     logits, labels = random_logits(experts=3, rows=30)
     gates = np.random.default_rng(4).normal(size=(2, 30))

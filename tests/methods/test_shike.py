@@ -55,6 +55,7 @@ def twin_of_the_first_phase(logits, label: int, distillation: float, suppression
     return losses
 
 
+@pytest.mark.integration
 def test_the_losses_are_their_twins(x64) -> None:
     random, counts = np.random.default_rng(0), np.array([50, 20, 10, 2])
     logits, labels = random.normal(size=(3, 8, 4)) * 3, np.arange(8) % 4
@@ -68,6 +69,7 @@ def test_the_losses_are_their_twins(x64) -> None:
         np.testing.assert_allclose(second[:, i], balanced, rtol=1e-6)  # by a prior in float32
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("phase", "name", "rtol"), [(0, "plain", 1e-12), (1, "balanced", 1e-6)])
 def test_losses_and_gradients_are_the_codes(phase: int, name: str, rtol: float, x64) -> None:
     case = golden("shike")
