@@ -2,15 +2,18 @@
 """Measures what a few minutes on a borrowed accelerator allow, in order of value.
 
     python -m benchmarks.accelerator --minutes=8 --output=DIR [--data_dir=PLACE]
+    python -m benchmarks.accelerator --rows=NAME,... --minutes=8 --output=DIR --data_dir=PLACE
     python -m benchmarks.accelerator --pack=FOLDER --data_dir=PLACE
     python -m benchmarks.accelerator --toy --output=DIR
 
-It needs neither TensorFlow nor a network. The second command packs CIFAR-100-LT into 38 MiB, which
-the first one takes as `--data_dir`; without data nothing is trained. Each result is a line of
-`DIR/results.jsonl` once it is known. `DIR/benchmarks.md` and `DIR/results.md` follow at the end,
-also after SIGTERM. `benchmarks/README.md` explains the figures.
+It needs neither TensorFlow nor a network. `--rows` trains seeds of these rows and nothing else; a
+row's name is that of its folder in `python -m balpoe_jax.reproduce`. `--pack` packs CIFAR-100-LT
+into 43 MiB, which the other commands take as `--data_dir`; without data nothing is trained. Each
+result is a line of `DIR/results.jsonl` once it is known. `DIR/benchmarks.md` and `DIR/results.md`
+follow at the end, also after SIGTERM. `benchmarks/README.md` explains the figures.
 """
 
+import difflib
 import importlib.metadata
 import importlib.util
 import math
@@ -24,6 +27,8 @@ from absl import flags
 from balpoe_jax import cli
 from balpoe_jax.errors import UserError
 from balpoe_jax.files import reports_write_errors
+from balpoe_jax.reproduce.paper import PaperRow
+from balpoe_jax.reproduce.tables import TABLES
 from benchmarks import sides, step_cases
 from benchmarks.sides import Clock, Job, Row
 
@@ -54,6 +59,14 @@ _SAME_LOSSES = 1e-3
 
 _SEEDS = 5
 
+# Rows of Table 2 in the order of training.
+TABLE_2 = tuple(
+    row
+    for method in ("BalPoE", "BalPoE, no mixup", "CE", "Mixup", "balanced softmax")
+    for row in TABLES["2"].rows
+    if row.method == method
+)
+
 
 class Bench:
     """One run of the command.
@@ -63,17 +76,25 @@ class Bench:
         minutes: Time for everything.
         data_dir: Place of CIFAR-100, or a folder of mosaics; empty for none.
         toy: Whether everything is tiny.
+        rows_to_train: Rows of CIFAR-100-LT that are trained.
 
     Attributes:
-        output, toy: Arguments of the same names.
+        output, toy, rows_to_train: Arguments of the same names.
         clock: Clock that tells the time left.
         data: Path of the file with images for trainings; empty for none.
         sizes: Sizes of networks, images and measurements.
         check: Path of the file with PyTorch's first losses.
     """
 
-    def __init__(self, output: Path, minutes: float, data_dir: str, toy: bool) -> None:
-        self.output, self.toy = output, toy
+    def __init__(
+        self,
+        output: Path,
+        minutes: float,
+        data_dir: str,
+        toy: bool,
+        rows_to_train: Sequence[PaperRow] = (),
+    ) -> None:
+        self.output, self.toy, self.rows_to_train = output, toy, rows_to_train
         self.clock = Clock(time.time() + 60 * minutes - _TABLES)
         self.data = ""
         self._data_dir, self._results = data_dir, output / "results.jsonl"
@@ -209,7 +230,7 @@ def _cache(bench: Bench) -> Row:
 def first_seed(bench: Bench) -> None:
     """One seed of BalPoE's row of Table 2, at full scale."""
     bench.find_data()
-    _train(bench, "table2", [("BalPoE", 1)])
+    _train(bench, "table2", [(bench.rows_to_train[0], 1)])
 
 
 def photo_steps(bench: Bench) -> None:
@@ -241,21 +262,24 @@ def same_bits(bench: Bench) -> None:
 
 def more_seeds(bench: Bench) -> None:
     """More seeds of BalPoE, then the other rows, seed by seed."""
-    from benchmarks.accelerator_tables import ROWS
-
-    more = [("BalPoE", seed) for seed in range(2, _SEEDS + 1)]
-    others = [(row, seed) for seed in range(1, _SEEDS + 1) for row in ROWS[1:]]
+    first, *rest = bench.rows_to_train
+    more = [(first, seed) for seed in range(2, _SEEDS + 1)]
+    others = [(row, seed) for seed in range(1, _SEEDS + 1) for row in rest]
     _train(bench, "seeds", more[:1] if bench.toy else [*more, *others])
 
 
-def _train(bench: Bench, part: str, runs: Sequence[tuple[str, int]]) -> None:
-    """Trains seeds of rows, one after the other, as long as there is time for another."""
-    from balpoe_jax.reproduce.paper import TABLES
+def named_rows(bench: Bench) -> None:
+    """Seeds of the rows that `--rows` names, seed by seed."""
+    bench.find_data()
+    seeds = range(1, 2 if bench.toy else _SEEDS + 1)
+    _train(bench, "seeds", [(row, seed) for seed in seeds for row in bench.rows_to_train])
 
+
+def _train(bench: Bench, part: str, runs: Sequence[tuple[PaperRow, int]]) -> None:
+    """Trains seeds of rows, one after the other, as long as there is time for another."""
     if not bench.data:
         bench.write(part, "jax", skipped="there are no data")
         return
-    experiments = {row.method: row.experiment for row in TABLES["2"].rows}
     estimate = 5.0 if bench.toy else seed_seconds(bench.rows)
     fused = fusion_helps(bench.rows)
     fields: Row = {
@@ -266,13 +290,13 @@ def _train(bench: Bench, part: str, runs: Sequence[tuple[str, int]]) -> None:
         fields |= {"batch_size": 64, "data.verify_counts": False, "eval.shift_ratios": ()}
     rows = []
     for row, seed in runs:
-        experiment = experiments[row]
-        arguments = experiment.arguments
+        experiment = row.experiment
+        arguments, own = experiment.arguments, dict(experiment.fields)
         if bench.toy:
             arguments = arguments.replace("ir=100", f"ir={bench.sizes.ratio}")
             arguments += f",backbone={bench.sizes.small},epochs=1"
-        asked = {"row": row, "name": experiment.name, "arguments": arguments, "seed": seed}
-        rows.append({**asked, "estimate": estimate})
+        asked = {"row": row.method, "name": experiment.name, "arguments": arguments, "seed": seed}
+        rows.append({**asked, "fields": own, "estimate": estimate})
     options = {"rows": rows, "fields": fields, "runs": str(bench.output / "runs")}
     options["cache"] = str(bench.output / "cache")
     xla_flags = [CONV_FUSION] if fused else []
@@ -326,6 +350,32 @@ PARTS: tuple[Callable[[Bench], None], ...] = (
     same_bits,
     more_seeds,
 )
+PARTS_OF_NAMED_ROWS = (device, named_rows)
+
+
+def find_rows(names: Sequence[str]) -> list[PaperRow]:
+    """The rows of CIFAR-100-LT whose folders have these names.
+
+    Args:
+        names: Names of folders of `python -m balpoe_jax.reproduce`, for any table.
+
+    Raises:
+        UserError (a `ValueError`): a row that there is not, that is of another data set, or that
+            learns from the run of another row.
+    """
+    known = {row.experiment.name: row for table in TABLES.values() for row in table.rows}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(close)}" if close else ""
+            raise UserError(f"No table has a row {name!r}{hint}?")
+        experiment = known[name].experiment
+        if experiment.config != "cifar100_lt.py" or experiment.teacher:
+            raise UserError(
+                f"The row {name!r} should be of CIFAR-100-LT and without a teacher; run it with "
+                "python -m balpoe_jax.reproduce."
+            )
+    return [known[name] for name in names]
 
 
 def write_tables(bench: Bench) -> None:
@@ -334,7 +384,7 @@ def write_tables(bench: Bench) -> None:
 
     texts = {
         "benchmarks.md": accelerator_tables.benchmarks(bench.rows),
-        "results.md": accelerator_tables.results(bench.rows),
+        "results.md": accelerator_tables.results(bench.rows, bench.rows_to_train),
     }
     for name, text in texts.items():
         with reports_write_errors(bench.output / name):
@@ -343,10 +393,11 @@ def write_tables(bench: Bench) -> None:
 
 
 def define_flags() -> None:
-    """Defines --minutes, --output, --data_dir, --pack and --toy."""
+    """Defines --minutes, --output, --data_dir, --rows, --pack and --toy."""
     flags.DEFINE_float("minutes", 8.0, "Minutes for everything.", lower_bound=0.5)
     flags.DEFINE_string("output", "", "New folder that everything is written to.")
     flags.DEFINE_string("data_dir", "", "Place of CIFAR-100, or a folder that --pack wrote.")
+    flags.DEFINE_list("rows", [], "Rows to train, by their folders' names, and nothing else.")
     flags.DEFINE_string("pack", "", "Folder to pack the data into; nothing is measured.")
     flags.DEFINE_bool("toy", False, "Everything tiny, to try the command on a CPU.")
 
@@ -364,15 +415,16 @@ def main(arguments: Sequence[str]) -> None:
         return
     if not values.output:
         raise UserError("Expected a folder for the results; give one with --output=DIR.")
+    rows_to_train = find_rows(values.rows) if values.rows else TABLE_2
     output = Path(values.output).expanduser().absolute()
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; choose another --output.")
     with reports_write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    bench = Bench(output, values.minutes, values.data_dir, values.toy)
+    bench = Bench(output, values.minutes, values.data_dir, values.toy, rows_to_train)
     with sides.preemptible():
         try:
-            for part in PARTS:
+            for part in PARTS_OF_NAMED_ROWS if values.rows else PARTS:
                 part(bench)
         finally:
             write_tables(bench)

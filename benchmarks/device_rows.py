@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains rows of Table 2 with the package's own `train`, in a process of its own.
+"""Trains rows of CIFAR-100-LT with the package's own `train`, in a process of its own.
 
 `benchmarks.accelerator` runs this. Each seed gets a workdir with a report, like a run of
 `python -m balpoe_jax.main`, and a line of results once it is evaluated.
@@ -15,6 +15,7 @@ import jax
 
 from balpoe_jax import cli, files
 from balpoe_jax.config import resolve
+from balpoe_jax.reporting import tables
 from balpoe_jax.run.startup_times import of_this_process
 from balpoe_jax.train import train
 from benchmarks import toy_network
@@ -39,7 +40,8 @@ def train_row(
         began: Start of the row, in seconds since the epoch.
 
     Returns:
-        Scores as fractions, seconds in all and in training, steps and images a second.
+        Scores as fractions, the balanced accuracy on held-out images, parameters, operations of a
+        prediction, seconds in all, steps and images a second.
     """
     config = runpy.run_path(str(CONFIG))["get_config"](arguments)
     config.update_from_flattened_dict({"seed": seed, "data.pipeline": "device", **fields})
@@ -50,6 +52,8 @@ def train_row(
     speed = speeds[len(speeds) // 2] if speeds else None
     return {
         **{name: results["test"][name] for name in SCORES},
+        "held_out": (results.get("held_out") or {}).get("balanced"),
+        **{name: results.get(name) for name in tables.SIZE_COLUMNS},
         "steps": max(row["step"] for row in rows),
         "images_per_second": speed,
         "seconds": time.time() - began,
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     results, options = Results(job), job.options
     cli.use_compilation_cache(options["cache"])
     for row in options["rows"]:
-        label = {name: row[name] for name in ("row", "seed", "arguments")}
+        label = {name: row[name] for name in ("row", "name", "seed", "arguments")}
         workdir = Path(options["runs"]) / f"{row['name']}_seed{row['seed']}"
 
         def one(row: Row = row, workdir: Path = workdir, began: float = began) -> Row:

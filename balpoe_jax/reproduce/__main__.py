@@ -17,8 +17,9 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import tables
 from balpoe_jax.reproduce import job_processes
 from balpoe_jax.reproduce.jobs import only, plan, run
-from balpoe_jax.reproduce.paper import SCALES, TABLES
+from balpoe_jax.reproduce.paper import SCALES
 from balpoe_jax.reproduce.scores import collect, result_table, write
+from balpoe_jax.reproduce.tables import TABLES
 from balpoe_jax.run import record
 
 log = logging.getLogger("balpoe_jax.reproduce")  # not __main__, as which it is started

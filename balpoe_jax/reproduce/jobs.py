@@ -17,7 +17,7 @@ from balpoe_jax.config import Settings, resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.reporting import schema
 from balpoe_jax.reproduce import job_processes
-from balpoe_jax.reproduce.paper import PaperRun, PaperTable, Scale
+from balpoe_jax.reproduce.paper import Fields, PaperRun, PaperTable, Scale
 from balpoe_jax.run import record
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Job:
         seed: Seed of the run.
         workdir: Folder of the run.
         config: Value of `--config`, `FILE:arguments`.
+        fields: Fields of the config that are set after the arguments, by dotted name.
         options: Further options.
         teacher: Workdir of the run that it learns from; None for none.
     """
@@ -40,6 +41,7 @@ class Job:
     seed: int
     workdir: Path
     config: str
+    fields: Fields = ()
     options: tuple[str, ...] = ()
     teacher: Path | None = None
 
@@ -53,6 +55,7 @@ class Job:
             f"--config.seed={self.seed}",
             f"--workdir={self.workdir}",
             *teacher,
+            *(f"--config.{name}={value}" for name, value in self.fields),
             *self.options,
         ]
 
@@ -74,7 +77,7 @@ class Job:
     def _settings(self) -> Settings:
         file, _, arguments = self.config.partition(":")
         config = runpy.run_path(file)["get_config"](arguments)
-        config.seed = self.seed
+        config.update_from_flattened_dict({"seed": self.seed, **dict(self.fields)})
         if self.teacher:
             config.method.teacher = str(self.teacher)
         return resolve(config)
@@ -108,6 +111,7 @@ def plan(
             seed,
             workdir(experiment, seed),
             f"{configs / experiment.config}:{_arguments(experiment, scale)}",
+            experiment.fields_at(scale),
             tuple(f"--config.{field}={value}" for field, value in options.items() if value),
             workdir(experiment.teacher, seed) if experiment.teacher else None,
         )

@@ -12,6 +12,9 @@ from typing import Any
 
 from balpoe_jax.methods import PRESETS, PublishedResult
 
+# Values of fields of the config, by dotted name.
+Fields = tuple[tuple[str, Any], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class PaperRun:
@@ -22,16 +25,25 @@ class PaperRun:
         config: File in `configs/`.
         arguments: Arguments after the colon.
         teacher: Experiment whose run of the same seed it learns from; None for none.
+        fields: Fields of the config that are set after the arguments, by dotted name.
+        short_fields: Fields that are set after those in a training of fewer epochs.
     """
 
     name: str
     config: str
     arguments: str
     teacher: "PaperRun | None" = None
+    fields: Fields = ()
+    short_fields: Fields = ()
 
     def with_teacher(self) -> tuple["PaperRun", ...]:
         """The experiments to train for it, in this order."""
         return (*self.teacher.with_teacher(), self) if self.teacher else (self,)
+
+    def fields_at(self, scale: "Scale") -> Fields:
+        """The fields to set at a scale, each once."""
+        short = self.short_fields if scale.arguments else ()
+        return tuple({**dict(self.fields), **dict(short)}.items())
 
 
 @dataclasses.dataclass(frozen=True)

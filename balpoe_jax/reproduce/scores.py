@@ -93,7 +93,7 @@ def _refuse_mixed_settings(runs: Sequence[Run]) -> None:
 
 
 def result_table(title: str, entries: Sequence[MeasuredFigure]) -> Table:
-    """Three lines for each method: the paper's scores, ours, and the difference."""
+    """Lines for each method: the paper's scores if there are any, ours, and the difference."""
     names = tuple(dict.fromkeys(entry.score for entry in entries))
     spread, points = Column("", "spread"), Column("", "points")
     sizes = tuple(tables.SIZE_COLUMNS.values())
@@ -103,8 +103,9 @@ def result_table(title: str, entries: Sequence[MeasuredFigure]) -> Table:
         own = [entry for entry in entries if entry.method == method]
         first = own[0]
         rows.append((method, ["" for _ in own] + none))
-        paper = [spread.show(entry.paper) for entry in own]
-        rows.append((f"  paper, {first.network}" if first.network else "  paper", paper + none))
+        if any(entry.paper.mean is not None for entry in own):
+            paper = [spread.show(entry.paper) for entry in own]
+            rows.append((f"  paper, {first.network}" if first.network else "  paper", paper + none))
         if not first.runs:
             rows.append(("  ours: not run", ["-" for _ in own] + none))
             continue

@@ -2,6 +2,7 @@
 """The command for a borrowed accelerator, tried out on a CPU; its figures mean nothing here."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from balpoe_jax.data import datasets
 from balpoe_jax.data.datasets import cifar
 from balpoe_jax.errors import UserError
-from balpoe_jax.reproduce.paper import TABLES
+from balpoe_jax.reporting.tables import SIZE_COLUMNS
 from benchmarks import accelerator, accelerator_tables, packed_data, sides
 from benchmarks.sides import Clock, Job, Results
 from tests.helpers import ROOT
@@ -71,7 +72,7 @@ def test_a_toy_run_measures_everything(tmp_path: Path) -> None:
     assert set(trained) == {("table2", "BalPoE", 1), ("seeds", "BalPoE", 2)}
     for row in trained.values():
         assert (output / "runs" / row["workdir"] / "report" / "index.html").exists()
-    for name, title in {"benchmarks": "Training step on", "results": "Table 2 on"}.items():
+    for name, title in {"benchmarks": "Training step on", "results": "CIFAR-100-LT on"}.items():
         text = (output / f"{name}.md").read_text()
         assert text.startswith(f"## {title} an accelerator") and text in said
         assert "toy run" in text and "cpu" in text
@@ -101,7 +102,9 @@ def test_without_complete_data_nothing_is_trained(tmp_path: Path, generated: boo
     if generated:
         packed_data.generate(tmp_path / "data" / "cifar100.npz", 10, 2)
         place = str(tmp_path / "data")
-    bench = accelerator.Bench(tmp_path, minutes=1, data_dir=place, toy=False)
+    bench = accelerator.Bench(
+        tmp_path, minutes=1, data_dir=place, toy=False, rows_to_train=accelerator.TABLE_2
+    )
     accelerator.first_seed(bench)
     data, trained = bench.rows
     reason = "cifar100 should have 500 training" if generated else "no --data_dir was given"
@@ -225,19 +228,47 @@ def test_flags_are_chosen_and_time_is_estimated_by_measurement() -> None:
 
 
 def test_tables_say_which_images_they_are_of() -> None:
-    known = [*accelerator_tables.results([]).splitlines()]
+    known = [*accelerator_tables.results([], accelerator.TABLE_2).splitlines()]
     assert any(line.startswith("| BalPoE | 0 | - |") for line in known)
     for order, sentence in (
         (True, accelerator_tables.BELIEVED),
         (False, accelerator_tables.OTHER_DRAW),
     ):
         data = {"part": "data", "side": "-", "archive_order": order, "generated": False}
-        assert sentence in accelerator_tables.results([data])
+        assert sentence in accelerator_tables.results([data], accelerator.TABLE_2)
 
 
-def test_every_row_is_one_of_table_2() -> None:
-    """A toy run trains the first only."""
-    assert set(accelerator_tables.ROWS) <= {row.method for row in TABLES["2"].rows}
+def test_rows_are_found_by_their_folders() -> None:
+    names = ["ablation_swa", "cifar100_lt_ir100_balpoe"]
+    assert [row.experiment.name for row in accelerator.find_rows(names)] == names
+    assert [row.method for row in accelerator.TABLE_2] == [
+        *("BalPoE", "BalPoE, no mixup", "CE", "Mixup", "balanced softmax"),
+    ]
+    for name, reason in (
+        ("ablation_sva", "No table has a row 'ablation_sva'; did you mean ablation_swa"),
+        ("cifar100_lt_ir100_ride_distill", "should be of CIFAR-100-LT and without a teacher"),
+        ("imagenet_lt_resnext50_balpoe", "should be of CIFAR-100-LT and without a teacher"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            accelerator.find_rows([name])
+
+
+@pytest.mark.slow
+def test_a_row_that_is_named_is_trained_with_its_fields(tmp_path: Path) -> None:
+    """Alone, and shown with its parameters and the accuracy on held-out images."""
+    output = tmp_path / "out"
+    process = start(tmp_path, "--toy", "--rows=ablation_5_experts", f"--output={output}")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    rows = sides.read(output / "results.jsonl")
+    assert {row["part"] for row in rows} == {"device", "data", "seeds"}
+    (trained,) = (row for row in rows if "top1" in row)
+    assert trained["name"] == "ablation_5_experts" and trained["held_out"] >= 0
+    workdir = output / "runs" / trained["workdir"]
+    config = json.loads((workdir / "config.json").read_text())["config"]
+    assert config["model"]["num_experts"] == 5 and config["model"]["reduce_dimension"]
+    size = SIZE_COLUMNS["num_parameters"].show(trained["num_parameters"])
+    assert f"| {size} |" in (output / "results.md").read_text()
 
 
 def test_the_order_of_the_archive_is_recognised() -> None:

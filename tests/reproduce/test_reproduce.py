@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of the paper: every one a valid config, planned once, run, resumed and collected."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -17,6 +18,7 @@ from balpoe_jax.reporting.tables import as_csv, as_markdown, as_text
 from balpoe_jax.reproduce import jobs as reproduce
 from balpoe_jax.reproduce import scores
 from balpoe_jax.reproduce.paper import SCALES, TABLES, PaperFigure, PaperRow, PaperRun, PaperTable
+from balpoe_jax.reproduce.tables import TABLES as ALL_TABLES
 from balpoe_jax.run import record
 from tests.helpers import commands
 from tests.helpers.config_files import get_config
@@ -24,14 +26,17 @@ from tests.helpers.config_files import get_config
 pytestmark = pytest.mark.integration
 
 EXPERIMENTS = {
-    one for table in TABLES.values() for row in table.rows for one in row.experiment.with_teacher()
+    one
+    for table in ALL_TABLES.values()
+    for row in table.rows
+    for one in row.experiment.with_teacher()
 }
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", ALL_TABLES)
 def test_every_row_is_a_valid_config(table: str, scale: str) -> None:
-    runs = {one for row in TABLES[table].rows for one in row.experiment.with_teacher()}
+    runs = {one for row in ALL_TABLES[table].rows for one in row.experiment.with_teacher()}
     for experiment in sorted(runs, key=lambda e: e.name):
         if scale == "cpu" and experiment.config != "cifar100_lt.py":
             with pytest.raises(UserError, match=f"no small version of {experiment.config}"):
@@ -39,6 +44,7 @@ def test_every_row_is_a_valid_config(table: str, scale: str) -> None:
             continue
         arguments = reproduce._arguments(experiment, SCALES[scale])
         config = get_config(experiment.config.removesuffix(".py"), arguments)
+        config.update_from_flattened_dict(dict(experiment.fields_at(SCALES[scale])))
         resolve(config)
         assert config.model.name == "resnet8" or scale == "full", experiment.name
         assert config.total_epochs == 15 or scale == "full", experiment.name
@@ -46,7 +52,7 @@ def test_every_row_is_a_valid_config(table: str, scale: str) -> None:
 
 def test_experiments_have_one_name_each() -> None:
     assert len({experiment.name for experiment in EXPERIMENTS}) == len(EXPERIMENTS)
-    assert len({(e.config, e.arguments) for e in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert len({(e.config, e.arguments, e.fields) for e in EXPERIMENTS}) == len(EXPERIMENTS)
 
 
 def test_rows_are_what_their_names_say() -> None:
@@ -93,6 +99,32 @@ def test_rows_of_a_table_have_names_of_their_own() -> None:
     for name, table in TABLES.items():
         names = [row.method for row in table.rows]
         assert len(set(names)) == len(names), name
+
+
+@pytest.mark.parametrize(("scale", "decay"), [("full", 0.999), ("cpu", 0.99)])
+def test_fields_are_part_of_the_command_and_of_the_settings(
+    tmp_path: Path, scale: str, decay: float
+) -> None:
+    jobs = reproduce.plan(ALL_TABLES["ablation"], SCALES[scale], [1], tmp_path)
+    (job,) = reproduce.only(jobs, ["ablation_ema"])
+    assert f"--config.optim.ema={decay}" in job.command()
+    assert "--config.eval.held_out_per_class=50" in job.command()
+    settings = job._settings()
+    assert (settings.optim.ema, settings.eval.held_out_per_class) == (decay, 50)
+
+
+def test_both_ablations_have_the_same_parts_and_other_held_out_images(tmp_path: Path) -> None:
+    def settings(table: str, name: str) -> dict:
+        jobs = reproduce.plan(ALL_TABLES[table], SCALES["cpu"], [1], tmp_path)
+        return {job.experiment.name.removeprefix(name): job._settings() for job in jobs}
+
+    unused, alone = settings("ablation", "ablation"), settings("ablation-alone", "ablation_alone")
+    assert list(unused) == list(alone) and len(unused) == 9
+    for part, found in alone.items():
+        assert found.data.held_out_share == 0.2
+        data = dataclasses.replace(found.data, held_out_share=0.0)
+        held_out = dataclasses.replace(found.eval, held_out_per_class=50)
+        assert dataclasses.replace(found, data=data, eval=held_out) == unused[part]
 
 
 def tiny_table() -> PaperTable:
@@ -324,7 +356,7 @@ def test_commands_for_a_cluster_and_a_table_of_what_is_not_run(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--table=9"], "|1|1-photos|2|3|3-photos|fig5>"),
+        (["--table=9"], "|1|1-photos|2|3|3-photos|fig5|ablation|ablation-alone>"),
         ([], "--table must have a value"),
         (["--table=2", "--jobs=0"], "--jobs=0"),
         (["--table=2", "--seeds=one"], "--seeds must be numbers"),
