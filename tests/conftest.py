@@ -90,14 +90,23 @@ def _set_flags_of_jax(flags: str) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation(request: pytest.FixtureRequest) -> None:
-    """Compiles with few optimisations: programs of a few steps take longer to compile than to run.
+def quick_compilation(request: pytest.FixtureRequest) -> bool:
+    """Whether few optimisations are made: short programs take longer to compile than to run.
 
     `make test-all` compiles everything as users do.
     """
     marked = request.node.get_closest_marker("optimised") is not None
-    optimised = marked or request.config.getoption("--all")
-    jax.config.update("jax_disable_most_optimizations", not optimised)
+    quick = not (marked or request.config.getoption("--all"))
+    jax.config.update("jax_disable_most_optimizations", quick)
+    return quick
+
+
+@pytest.fixture
+def optimised_programs(quick_compilation: bool) -> Iterator[None]:
+    """Compiles one test's programs as users do: convolutions of doubles are slow otherwise."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick_compilation)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -124,9 +124,12 @@ def test_refuses_with_one_sentence(tmp_path: Path, arguments: list[str], expecte
 
 
 def test_an_interruption_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
-    # A process that was started in the background ignores interruptions unless told otherwise.
+    # A process that was started in the background ignores interruptions unless told otherwise. The
+    # tiny network compiles in a second.
     code = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tests.helpers import tiny_network; from balpoe_jax.experiment import build; "
+        "build.create_model = tiny_network.create_model; "
         "runpy.run_module('balpoe_jax.main', run_name='__main__', alter_sys=True)"
     )
     options = ["--config.checkpoint.every_epochs=1", "--config.log_every_steps=5"]

@@ -86,6 +86,7 @@ def private_names(text: str) -> list[str]:
     return sorted({name for name in found if re.search(r"(^|\.)_(?!_)", name)})
 
 
+@pytest.mark.integration
 def test_nothing_private_of_another_library_is_used() -> None:
     found = {
         str(path.relative_to(ROOT)): names

@@ -177,6 +177,7 @@ def test_the_products_of_experts_is_unbiased_where_the_taus_average_to_one():
     np.testing.assert_allclose(ensemble, likelihood[0], atol=1e-6)
 
 
+@pytest.mark.integration
 @pytest.mark.slow_cases("False")
 @pytest.mark.parametrize("soft", [False, True])
 def test_gradients(soft, x64):

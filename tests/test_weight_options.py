@@ -95,6 +95,7 @@ def gradient_by_hand(kernel: np.ndarray, batch: TrainBatch) -> np.ndarray:
     return x.T @ (odds / odds.sum(axis=1, keepdims=True) - targets) / BATCH
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("mode", "number", "accumulate"), [("pmap", 1, 1), ("shard_map", 4, 1), ("pmap", 4, 2)]
 )
@@ -116,6 +117,7 @@ def test_sam_takes_the_gradient_at_the_perturbed_weights(mode, number, accumulat
         assert np.abs(second - first).max() > 1e-3
 
 
+@pytest.mark.integration
 def test_sams_second_pass_leaves_no_statistics_and_no_loss() -> None:
     """What BatchNorm keeps, and the loss that is shown, are those of the first pass."""
     model = tiny_network.experts(2, AXIS_NAME)
@@ -137,6 +139,7 @@ def test_sam_without_a_gradient_stays_where_it_is() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("average0")
 @pytest.mark.parametrize("average", [MovingAverage(0.8), EpochAverage(1)])
 def test_devices_and_ways_of_mapping_agree(average) -> None:
     """With SAM and an average, four devices make what one makes; their copies do not drift."""
@@ -200,6 +203,7 @@ def test_a_step_that_is_left_out_counts_with_the_weights_that_stay(average) -> N
     np.testing.assert_allclose(kept, expected, rtol=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sync", [True, False])
 def test_statistics_are_the_mean_over_batches(sync: bool) -> None:
     """Of the global batch's means and variances, or of each device's own; by hand in NumPy."""

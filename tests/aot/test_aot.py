@@ -77,6 +77,7 @@ def test_text_and_json_of_the_figures(found: dict) -> None:
     assert rows["all-gather"][0] == "0"
 
 
+@pytest.mark.slow_cases("balpoe-float32")
 @pytest.mark.parametrize(
     ("method", "dtype"), [("balpoe", "float32"), ("balpoe", "bfloat16"), ("bcl", "float32")]
 )

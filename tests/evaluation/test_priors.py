@@ -131,6 +131,7 @@ def test_an_example_that_does_not_count_may_be_of_a_class_of_its_own() -> None:
     np.testing.assert_allclose(estimate.prior, [2 / 3, 1 / 3, 0], atol=1e-6)
 
 
+@pytest.mark.integration
 def test_many_classes_with_few_examples_each_converge() -> None:
     """As many classes as iNaturalist 2018, fewer examples than classes."""
     num_classes, num_examples = 8142, 3000

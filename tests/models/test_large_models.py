@@ -129,6 +129,7 @@ def test_gradients_are_the_references(x64) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("resnet101-44549160", "resnet152-60192808")
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -157,6 +158,7 @@ def test_experts_share_as_much_as_they_are_asked_to(shared: int, own: int) -> No
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032 + 2 * own
 
 
+@pytest.mark.slow_cases("resnet101", "resnet152")
 @pytest.mark.parametrize("name", IMAGENET_MODELS)
 def test_shapes(name: str) -> None:
     model = create_model(name, num_experts=3, **SMALL)

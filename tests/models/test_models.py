@@ -53,16 +53,16 @@ def reference_images(name: str) -> np.ndarray:
 
 @pytest.mark.integration
 @pytest.mark.slow_cases("experts7", "experts2", "nonorm", "reduce", "experts1")
+@pytest.mark.usefixtures("optimised_programs")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_the_references(variant: str, x64) -> None:
     case, images = golden(f"resnet32/{variant}"), jnp.asarray(reference_images(variant))
     model = create_model("resnet32", num_classes=100, **VARIANTS[variant])
     variables = as_double(reference_variables(**VARIANTS[variant]))
     every = 1 if variant == "main" else 5  # classes that the fixture keeps
-    evaluated = jax.jit(partial(model.apply, train=False))(variables, images)
-    trained, _ = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))(
-        variables, images
-    )
+    # Not jitted: layers share their compiled operations, and the whole takes longer to compile.
+    evaluated = model.apply(variables, images, train=False)
+    trained, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
     assert max_relative(evaluated.logits[..., ::every], case["logits_eval_f64"]) < 1e-9
     assert max_relative(trained.logits[..., ::every], case["logits_train_f64"]) < 1e-9
     if "feat_train_f64" in case:
@@ -131,6 +131,7 @@ def test_running_statistics_are_the_references() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("resnet44-3", "resnet56-3")
 @pytest.mark.parametrize(
     ("name", "num_experts"),
     [
@@ -318,6 +319,7 @@ def test_initial_values_have_the_references_distributions() -> None:
     np.testing.assert_allclose(np.linalg.norm(head, axis=1), np.ones((3, 100)), rtol=1e-5)
 
 
+@pytest.mark.integration
 def test_the_cosine_head_ignores_lengths_and_is_bounded_by_its_scale() -> None:
     model = create_model("resnet8", num_classes=5, num_experts=2, scale=7.0)
     images = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
@@ -333,6 +335,7 @@ def test_the_cosine_head_ignores_lengths_and_is_bounded_by_its_scale() -> None:
     )
 
 
+@pytest.mark.integration
 def test_a_feature_of_zero_has_a_finite_gradient() -> None:
     model = create_model("resnet8", num_classes=5, num_experts=1)
     images = jnp.zeros((2, 8, 8, 3))

@@ -238,7 +238,7 @@ def test_an_error_of_one_process_ends_all(
         assert line in pair.error(0), pair.everything()
 
 
-@pytest.mark.slow_cases("1-19")
+@pytest.mark.slow_cases("1-9", "1-19")
 @pytest.mark.parametrize(
     ("lost", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
@@ -254,6 +254,7 @@ def test_a_process_that_is_lost_ends_the_other(
         assert pair.error(1 - lost), "it said nothing"
 
 
+@pytest.mark.slow_cases("1")
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_stays_alone_gives_up(tmp_path: Path, process: int) -> None:
     command = process_runs.task_commands("alone")[process]

@@ -25,6 +25,7 @@ def test_parts_and_total_are_appended_to_the_record(tmp_path: Path) -> None:
     assert 5 <= first["total_seconds"] < 10
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells")
 def test_the_time_before_python_ran_any_of_our_code_counts() -> None:
     """Of a process that sleeps before it asks."""

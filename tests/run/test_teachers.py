@@ -94,6 +94,7 @@ def test_the_teacher_is_a_constant_of_the_step_and_not_part_of_the_state(tmp_pat
     assert dataclasses.replace(program, teacher=None).load_constants() == {}
 
 
+@pytest.mark.integration
 def test_a_students_checkpoint_that_held_its_teacher_is_read_without_it(tmp_path: Path) -> None:
     network, optimizer = tiny_network.experts(2), make_optimizer(0.1)
     create = jax.jit(partial(create_state, network, optimizer, image_shape=tiny_network.SHAPE))

@@ -49,6 +49,7 @@ def abstract_variables(**options: Any) -> Any:
 # Names and layouts.
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 7])
 @pytest.mark.parametrize("classifier", ["cosine", "linear"])
 def test_gives_the_tree_of_the_model(num_experts: int, classifier: str) -> None:

@@ -321,6 +321,7 @@ TWO_VIEWS = MixSettings(alpha=1.0, rule="mixup_and_cutmix", sampling_power=1.0)
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("sampler")
 @pytest.mark.parametrize("partners", ["batch", "sampler"])
 def test_two_views_are_mixed_by_one_coefficient_with_the_same_partners(partners: str) -> None:
     """The first as a whole, the second in a box; a third one is not mixed."""

@@ -51,6 +51,7 @@ def pairs(clean: TrainBatch, mixed: TrainBatch) -> TrainBatch:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("batches", "rule"), [(host_batches, "cutmix"), (device_batches, "mixup")])
 def test_each_image_is_there_clean_and_then_mixed(batches, rule: str) -> None:
     """The same images and the same mixture as without, whatever the rule; every view twice."""
@@ -62,6 +63,7 @@ def test_each_image_is_there_clean_and_then_mixed(batches, rule: str) -> None:
     assert (found[0].mix_weight[1::2] < 1).all()
 
 
+@pytest.mark.integration
 def test_hosts_and_devices_have_both_of_each_of_their_images() -> None:
     mix = MixSettings(alpha=10.0, regmixup=True, groups=2)
     parts = [host_batches(mix, Host(index, 2)) for index in range(2)]
@@ -69,6 +71,7 @@ def test_hosts_and_devices_have_both_of_each_of_their_images() -> None:
     assert all((batch.mix_weight[::2] == 1).all() for part in parts for batch in part)
 
 
+@pytest.mark.integration
 def test_images_of_the_networks_type() -> None:
     assert host_batches(REGMIXUP, dtype="bfloat16")[0].images.dtype.name == "bfloat16"
 

@@ -77,6 +77,7 @@ def assert_same(source: ArraySource, name: str, split: str) -> None:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_reader_gives_the_same_examples(
     name: str, archives, tmp_path: Path, monkeypatch

@@ -147,7 +147,7 @@ def test_a_contrastive_view_is_what_its_stages_make() -> None:
         np.testing.assert_array_equal(actual[i], packed_ops.unpack(image), f"row {i}")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_policy_follows_everything_else() -> None:
     """RandAugment is applied to what the settings without it make, layer by layer."""
     rows, one_layer = 60, dataclasses.replace(AugmentSettings(), policy="randaugment")

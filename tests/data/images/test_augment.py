@@ -21,6 +21,7 @@ PHOTOS = AugmentSettings(flip=True, color_jitter=(0.4, 0.4, 0.4), policy="randau
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("settings1")
 @pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])
 def test_same_source_same_images_and_another_seed_others(settings: AugmentSettings) -> None:
     images = noise(32)

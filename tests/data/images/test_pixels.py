@@ -94,6 +94,7 @@ def test_columns_are_shifted_as_rows_are() -> None:
         np.testing.assert_array_equal(columns, tf.transpose(rows))
 
 
+@pytest.mark.integration
 def test_it_runs_within_other_graphs_and_in_parallel() -> None:
     images = noise(16, 9, 9)
     dataset = tf.data.Dataset.from_tensor_slices(images)

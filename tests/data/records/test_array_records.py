@@ -69,6 +69,7 @@ def test_photographs_are_those_of_the_tfrecord_files(folders: dict[str, Path]) -
     assert files(folders["array_record"], "train") == list(other.train.paths)
 
 
+@pytest.mark.integration
 def test_batches_hold_the_images_of_their_names(folders: dict[str, Path]) -> None:
     images = []
     for name in FORMATS:
