@@ -73,6 +73,7 @@ def test_the_loss_is_its_twin(epoch: int, x64) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("early-c10", "late-c100")
 @pytest.mark.parametrize("name", ["c10", "c100"])
 @pytest.mark.parametrize("when", ["early", "late"])
 def test_the_loss_of_given_draws_is_the_authors(name: str, when: str, x64) -> None:

@@ -61,9 +61,11 @@ def test_logits_are_the_references(variant: str, x64) -> None:
     variables = as_double(reference_variables(**VARIANTS[variant]))
     every = 1 if variant == "main" else 5  # classes that the fixture keeps
     # Not jitted: layers share their compiled operations, and the whole takes longer to compile.
-    evaluated = model.apply(variables, images, train=False)
+    # Rows are evaluated each by itself, and two of them take a quarter of the time of eight.
+    evaluated = model.apply(variables, images[:2], train=False)
     trained, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    assert max_relative(evaluated.logits[..., ::every], case["logits_eval_f64"]) < 1e-9
+    expected = case["logits_eval_f64"][:, :2]
+    assert max_relative(evaluated.logits[..., ::every], expected) < 1e-9
     assert max_relative(trained.logits[..., ::every], case["logits_train_f64"]) < 1e-9
     if "feat_train_f64" in case:
         assert max_relative(trained.features[:, :2], case["feat_train_f64"]) < 1e-9

@@ -38,6 +38,7 @@ def batches(case: dict[str, np.ndarray]):
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("optimised_programs")
 def test_twelve_updates_are_the_references(x64) -> None:
     case = golden("trajectory")
     images, labels, probes = batches(case)

@@ -215,7 +215,7 @@ def test_an_epoch_has_every_photograph(data_dir: Path) -> None:
     np.testing.assert_array_equal(np.bincount(labels[: len(source)], minlength=1000), TRAIN)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_half_of_the_photographs_are_mirrored(data_dir: Path) -> None:
     source = load(data_dir).train
     pair = [
