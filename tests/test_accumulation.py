@@ -138,7 +138,7 @@ def by_hand(num_devices: int, accumulate: int, sync: bool):
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("pmap-4-False", "pmap-1-True")
+@pytest.mark.slow_cases("pmap-4-False", "shard_map-4-True")
 @pytest.mark.parametrize(
     ("mode", "num_devices", "sync"),
     [("pmap", 1, True), ("shard_map", 4, True), ("pmap", 4, False)],

@@ -223,11 +223,21 @@ BLOCKED = ("tensorflow", "tensorflow_datasets", "google_crc32c", "importlib_reso
 
 
 def test_digits_are_trained_and_evaluated_without_tensorflow(tmp_path: Path, request) -> None:
-    """In a process of its own that cannot import it, with the config's own network."""
+    """In a process of its own that cannot import it; with `--all` the config's own network."""
+    tiny = (
+        ""
+        if request.config.getoption("--all")
+        else """
+from tests.helpers import tiny_network
+from balpoe_jax.experiment import build
+build.create_model = tiny_network.create_model
+"""
+    )
     code = f"""
 import sys
 for name in {BLOCKED}:
     sys.modules[name] = None
+{tiny}
 import runpy
 sys.argv = ["main", *{["--config=configs/digits_lt.py:experts=1", "--config.total_epochs=1"]},
             "--workdir={tmp_path}/run"]

@@ -92,7 +92,7 @@ def test_convolutions_one_by_one_are_the_mapped_ones(shared: bool, width: int) -
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_stacked_experts_are_those_of_the_loop(remat: bool) -> None:
     images = np.random.default_rng(3).normal(size=(4, 8, 8, 3)).astype(np.float32)

@@ -254,7 +254,7 @@ def test_one_expert_is_one_network_however_it_is_cut(shared: int) -> None:
     )
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_bbns_network_ends_in_two_last_blocks_of_another_network() -> None:
     """ResNet-14's last stage has one block more than two: either of them is its last one."""
     options = {"num_classes": 10, "num_experts": 1, "classifier": "linear"}

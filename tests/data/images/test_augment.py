@@ -33,6 +33,7 @@ def test_same_source_same_images_and_another_seed_others(settings: AugmentSettin
 
 
 @pytest.mark.integration
+@pytest.mark.slow_cases("settings1")
 @pytest.mark.parametrize("settings", [EVERYTHING, PHOTOS])
 def test_rows_do_not_depend_on_who_makes_them(settings: AugmentSettings) -> None:
     """Two hosts make the halves of the batch that one host makes."""
