@@ -44,6 +44,7 @@ def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None
     assert os.environ["GRPC_VERBOSITY"] == "ERROR"
 
 
+@pytest.mark.slow_cases("arguments19-tfds build cifar10 --data_dir=")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -109,7 +109,7 @@ def test_rematerialisation_changes_nothing(mode: str, expert_map: str) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("False-pmap")
+@pytest.mark.slow_cases("False-pmap", "False-shard_map")
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 @pytest.mark.parametrize("sync", [True, False])
 def test_all_shards_stay_equal(mode: str, sync: bool) -> None:

@@ -138,8 +138,7 @@ def test_sam_without_a_gradient_stays_where_it_is() -> None:
     assert np.isfinite(state.params["Dense_0"]["kernel"]).all()
 
 
-@pytest.mark.integration
-@pytest.mark.slow_cases("average0")
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [MovingAverage(0.8), EpochAverage(1)])
 def test_devices_and_ways_of_mapping_agree(average) -> None:
     """With SAM and an average, four devices make what one makes; their copies do not drift."""

@@ -309,6 +309,8 @@ def save(folder: Path, restore: bool = False) -> None:
 
 def main() -> None:
     port, process_id, task, *folders = sys.argv[1:]
+    if hasattr(os, "sched_setaffinity"):  # not the one core of the test process
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     jax.config.update("jax_numpy_rank_promotion", "raise")
     sys.path.insert(0, str(ROOT))  # where the package is not installed
     from balpoe_jax import cli

@@ -28,7 +28,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
 
 
-@pytest.mark.integration
+@pytest.mark.slow  # the numbers of the code are compared in any run
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_the_loss_is_its_twin(epoch: int, x64) -> None:
     """From the network's outputs for each view by itself; in the first epoch all is plain."""

@@ -52,7 +52,7 @@ def reference_images(name: str) -> np.ndarray:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("experts7", "experts2", "nonorm", "reduce", "experts1")
+@pytest.mark.slow_cases("experts7", "experts2", "nonorm", "reduce", "main")
 @pytest.mark.usefixtures("optimised_programs")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_the_references(variant: str, x64) -> None:
@@ -154,8 +154,7 @@ def test_shapes(name: str, num_experts: int) -> None:
     assert all(x.shape[0] == num_experts for x in jax.tree.leaves(variables["params"]["expert"]))
 
 
-@pytest.mark.integration
-@pytest.mark.slow_cases("options0")
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"expert_map": "vmap"}, {"remat": True}])
 def test_expert_map_and_rematerialisation_give_one_model(options: dict) -> None:
     """The same variables from a seed, and the same function and statistics of them."""
@@ -312,9 +311,9 @@ def test_experts_start_different_and_the_trunk_is_shared() -> None:
 
 @pytest.mark.integration
 def test_initial_values_have_the_references_distributions() -> None:
-    model = create_model("resnet32", num_classes=100, num_experts=3)
+    model = create_model("resnet8", num_classes=100, num_experts=3)
     variables = init(model, jnp.zeros((1, 8, 8, 3)))
-    kernel = variables["params"]["expert"]["body"]["layer3"]["block1"]["conv2"]["kernel"]
+    kernel = variables["params"]["expert"]["body"]["layer3"]["block0"]["conv2"]["kernel"]
     # He's normal with fan-in 3 * 3 * 64; the standard error of the estimate is 0.2% here.
     np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / 576), rtol=0.01)
     head = variables["params"]["expert"]["head"]["kernel"]

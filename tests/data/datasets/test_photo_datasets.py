@@ -316,7 +316,7 @@ def test_each_photograph_is_made_in_one_of_two_ways(data_dir: Path) -> None:
     assert (as_first ^ as_second).all() and 0 < as_second.sum() < 8
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_views_for_evaluation_have_windows_by_position(data_dir: Path) -> None:
     source = load(data_dir).test
     statistics = (0.5,) * 3, (0.25,) * 3

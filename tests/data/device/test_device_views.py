@@ -120,7 +120,7 @@ def test_a_tpu_has_its_way_for_autoaugment_alone() -> None:
         assert not DeviceView(changed, SHAPE)._ways[0].has_table_alone
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_contrastive_view_is_what_its_stages_make() -> None:
     """Window, flip, jitter, grey and blur by the operations of the host, to the bit."""
     rows = 40
