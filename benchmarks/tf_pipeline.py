@@ -262,9 +262,8 @@ def _photos(data_dir: str, scratch: Path, image_size: int) -> tuple[Source, str]
         path = scratch / "photos.tfrecord"
         if not path.exists():
             _write_photos(path, 64)
-        train = RecordSource(
-            (str(path),), tfrecords.scan([str(path)], "file_name"), image_size, image_size
-        )
+        index = tfrecords.scan([str(path)], "file_name")
+        train = RecordSource(index, image_size, image_size, paths=(str(path),))
         kind = "{:,} generated photographs of 500x375"
     kilobytes = train.index.sizes.mean() / 1000
     return train, f"{kind.format(len(train))}, {kilobytes:.0f} kB on average"

@@ -20,6 +20,7 @@ SOURCES = [*sorted((ROOT / "balpoe_jax").rglob("*.py")), *sorted((ROOT / "config
 # The distribution of what is imported, where its name is another.
 DISTRIBUTIONS = {
     "absl": "absl-py",
+    "PIL": "pillow",
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",
     "tensorflow": "tensorflow-cpu",

@@ -21,7 +21,7 @@ from balpoe_jax.data.images.augment import normalize
 from balpoe_jax.data.images.views import View
 from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.records.readers import make_reader
-from balpoe_jax.data.records.sources import RecordSource, Source
+from balpoe_jax.data.records.sources import Source, StoredSource
 from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
 from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.data.types import EvalBatch, TrainBatch
@@ -80,7 +80,7 @@ def train_batches(
         if replacements is not None:
             return replacements.find(indices, step + 1)
         unreadable.refuse(
-            source, indices, "training", ", or train without it: --config.data.on_bad_image=skip"
+            source, indices, "training", "; or train without it: --config.data.on_bad_image=skip"
         )
         return False
 
@@ -137,7 +137,7 @@ def eval_batches(
     """
 
     def decode(row: Batch) -> Batch:
-        assert isinstance(source, RecordSource)
+        assert isinstance(source, StoredSource)
         image = decoding.decode_central(row["images"], source.resize, source.image_size)
         return {**row, "images": image}
 
@@ -218,7 +218,7 @@ def _examples_in_order(
 
     steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
     if not source.encoded:
-        return _iterate(steps, lambda step: finish(read(step)), host)
+        return _guarded(lambda _: _iterate(steps, lambda i: finish(read(i)), host), 0, recover)
     drawn = steps.map(no_autograph(lambda step: draw(read(step))), **_parallel(host))
     decoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
     return _guarded(lambda _: _iterate(decoded, finish, host), 0, recover)

@@ -15,7 +15,7 @@ import jax
 
 from balpoe_jax import files
 from balpoe_jax.data.batches.replacements import BadImage, Replacements
-from balpoe_jax.data.records.sources import RecordSource, Source
+from balpoe_jax.data.records.sources import Source, StoredSource
 from balpoe_jax.errors import UserError
 from balpoe_jax.run import multihost
 
@@ -37,7 +37,7 @@ def make_replacements(
     Returns:
         None for the policy "fail", and for images in memory.
     """
-    if policy == "fail" or not isinstance(source, RecordSource):
+    if policy == "fail" or not isinstance(source, StoredSource):
         return None
     number = f".{jax.process_index()}" if multihost.count() > 1 and not multihost.is_first() else ""
     path = workdir / _FILE.format(number)

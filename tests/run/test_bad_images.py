@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> RecordSource:
         {"image": jpeg(i), "label": i % 2, "file_name": f"photo{i}".encode()} for i in range(6)
     ]
     paths = (write(tmp_path / "data" / "part0", images),)
-    return RecordSource(paths, tfrecords.scan(paths, "file_name"), 16, 18)
+    return RecordSource(tfrecords.scan(paths, "file_name"), 16, 18, paths=paths)
 
 
 def record(workdir: Path, found: list[BadImage], name: str = "bad_images.jsonl") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from balpoe_jax.data.records.sources import RecordSource
+from balpoe_jax.data.records.sources import StoredSource
 from balpoe_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Replacements:
 
     def __init__(
         self,
-        source: RecordSource,
+        source: StoredSource,
         known: Iterable[BadImage] = (),
         report: Callable[[list[BadImage]], None] = lambda found: None,
     ) -> None:

@@ -12,12 +12,16 @@ import tensorflow as tf
 
 from balpoe_jax.data.batches.replacements import BadImage
 from balpoe_jax.data.images import decoding
-from balpoe_jax.data.records.sources import RecordSource, Source
-from balpoe_jax.data.records.tfrecords import DamagedRecord
+from balpoe_jax.data.records.sources import (
+    UNREADABLE,
+    SmallSource,
+    Source,
+    StoredSource,
+)
 from balpoe_jax.errors import TransientError, UserError, is_transient
 
 
-def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
+def examine(source: StoredSource, index: int, step: int = 0) -> BadImage | None:
     """Reads and decodes the whole of an image; None if nothing is wrong with it.
 
     Raises:
@@ -25,16 +29,18 @@ def examine(source: RecordSource, index: int, step: int = 0) -> BadImage | None:
             try may succeed.
     """
     try:
+        if isinstance(source, SmallSource):
+            source.read_pixels(index)
+            return None
         encoded = tf.constant(source.read_image(index))
         whole = tf.concat([[0, 0], decoding.image_shape(encoded)], axis=0)
-        decoding.decode_window(encoded, whole, tf.constant(False), source.image_size)
+        decoding.decode_window(encoded, whole, tf.constant(False), source.image_shape[0])
     except OSError as error:
-        path = source.paths[source.index.files[index]]
         raise (TransientError if is_transient(error) else UserError)(
-            f"The records {path} cannot be read ({error.strerror or error}); start again when they "
-            "are there."
+            f"The file {source.file(index)} cannot be read ({error.strerror or error}); start "
+            "again when it is there."
         ) from error
-    except (DamagedRecord, tf.errors.OpError) as error:
+    except (*UNREADABLE, tf.errors.OpError) as error:
         (name,) = source.ids(np.array([index]))
         return BadImage(step, index, name, source.where(index), explain(error))
     return None
@@ -57,11 +63,9 @@ def refuse(source: Source, indices: Iterable[int], part: str, remedy: str) -> No
         part: Name of the source, such as "training".
         remedy: End of the message, with another remedy than replacing the image, if any.
     """
-    if not isinstance(source, RecordSource):
+    if not isinstance(source, StoredSource):
         return
     for index in indices:
         bad = examine(source, int(index))
         if bad:
-            raise UserError(
-                f"The {part} image {bad}; replace it and prepare the data set again{remedy}."
-            )
+            raise UserError(f"The {part} image {bad}; {source.remedy()}{remedy}.")

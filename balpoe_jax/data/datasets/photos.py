@@ -76,7 +76,7 @@ def load_photos(
 
     def split(part: str) -> RecordSource:
         paths, index = _open_split(builder, part, published.name_feature)
-        return RecordSource(paths, index, image_size, resize)
+        return RecordSource(index, image_size, resize, paths=paths)
 
     train, test = split("train"), split(published.test)
     counts = long_tail.class_counts(train.labels, published.num_classes)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from balpoe_jax.data.records.sources import ArraySource, RecordSource, Source
+from balpoe_jax.data.records.sources import ArraySource, SmallSource, Source, StoredSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class ArrayReader:
         return tf.gather(self.images, indices), tf.gather(self.labels, indices)
 
 
-class RecordReader:
-    """Reads batches of a `RecordSource` inside a graph."""
+class StoredReader:
+    """Reads batches of encoded photographs inside a graph."""
 
-    def __init__(self, source: RecordSource) -> None:
+    def __init__(self, source: StoredSource) -> None:
         self._source = source
         self._labels = tf.constant(source.labels, tf.int32)
         source.make_room()
@@ -39,7 +39,25 @@ class RecordReader:
         return np.array([self._source.read_image(i) for i in indices], dtype=object)
 
 
-def make_reader(source: Source) -> ArrayReader | RecordReader:
+class PixelReader:
+    """Reads batches of small images as pixels inside a graph."""
+
+    def __init__(self, source: SmallSource) -> None:
+        self._source = source
+        self._labels = tf.constant(source.labels, tf.int32)
+        source.make_room()
+
+    def read(self, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """int `[B]` -> images uint8 `[B, H, W, 3]` and labels int32 `[B]`."""
+        images = tf.numpy_function(self._read, [indices], tf.uint8, stateful=False)
+        images = tf.ensure_shape(images, [*indices.shape, *self._source.image_shape])
+        return images, tf.gather(self._labels, indices)
+
+    def _read(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        return np.stack([self._source.read_pixels(i) for i in indices])
+
+
+def make_reader(source: Source) -> ArrayReader | PixelReader | StoredReader:
     """The reader of a source; makes arrays constants of the graph.
 
     Raises:
@@ -47,4 +65,4 @@ def make_reader(source: Source) -> ArrayReader | RecordReader:
     """
     if isinstance(source, ArraySource):
         return ArrayReader(tf.constant(source.images), tf.constant(source.labels, tf.int32))
-    return RecordReader(source)
+    return PixelReader(source) if isinstance(source, SmallSource) else StoredReader(source)

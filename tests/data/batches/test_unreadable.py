@@ -46,7 +46,7 @@ def write_photos(folder: Path, changed: dict[int, bytes] | None = None) -> Recor
     ]
     halves = examples[: NUM // 2], examples[NUM // 2 :]
     paths = tuple(write(folder / f"part{i}", half) for i, half in enumerate(halves))
-    return RecordSource(paths, tfrecords.scan(paths, "file_name"), SIZE, SIZE + 2)
+    return RecordSource(tfrecords.scan(paths, "file_name"), SIZE, SIZE + 2, paths=paths)
 
 
 def damage(source: RecordSource, i: int, kind: str) -> str:

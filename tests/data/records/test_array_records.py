@@ -148,7 +148,7 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(
         path.write_bytes(damaged)
         try:
             found = array_records.load_index([str(path)], "file_name", [10])
-            source = RecordSource((str(path),), found, 16, 18)
+            source = RecordSource(found, 16, 18, paths=(str(path),))
             records = [record for _, record in array_records.records(str(path))]
             assert [source.read_image(i) for i in range(10)]
         except (UserError, DamagedRecord):
@@ -166,7 +166,7 @@ def test_a_damaged_photograph_is_named(folders: dict[str, Path], tmp_path: Path)
     index = array_records.load_index([str(path)], "file_name", [10])
     content[content.index(b"JFIF")] ^= 1
     path.write_bytes(content)
-    source = RecordSource((str(path),), index, 16, 18)
+    source = RecordSource(index, 16, 18, paths=(str(path),))
     with pytest.raises(UserError, match=r"image .*\.JPEG .*record \d of .*damaged\.array_record"):
         list(eval_batches(source, 4, (0.5,) * 3, (0.25,) * 3))
     with pytest.raises(UserError, match=r"damaged\.array_record is cut off or damaged \("):
