@@ -12,6 +12,9 @@ from balpoe_jax.errors import UserError
 
 DATASETS = (*BALANCED_DATASETS, *PHOTO_DATASETS)
 
+# The name of a data set of image files, see `image_files`.
+FOLDER = "folder"
+
 
 def published(
     name: str, imbalance_ratio: float, image_size: int = 0

@@ -22,6 +22,7 @@ class LongTailed:
         class_counts: Training images of each class, int64 `[C]`.
         counts_as_published: Whether the counts are those of the published data set, as they are
             unless `verify_counts=False`.
+        class_names: Names of the classes; empty where only their numbers are known.
     """
 
     train: Source
@@ -31,6 +32,7 @@ class LongTailed:
     held_out_description: str
     class_counts: npt.NDArray[np.int64]
     counts_as_published: bool
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
