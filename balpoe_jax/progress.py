@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from balpoe_jax import files
+from balpoe_jax.experiment import label_check
 from balpoe_jax.experiment.program import Program
+from balpoe_jax.methods.balpoe import BalPoE
 from balpoe_jax.parallel import Prefetcher
 from balpoe_jax.run import non_finite
 from balpoe_jax.step import TrainState, all_finite
@@ -118,6 +120,8 @@ class Progress:
         # Metrics cannot tell whether the last update overflowed. An earlier one would show in the
         # losses after it.
         history["finite"][-1] &= mark.finite
+        if self._last_step == 0:
+            self._check_labels(history["expert_losses"][0])
         finite = self._check_finite(history)
         steps = mark.step - self._last_step
         row = {
@@ -151,6 +155,15 @@ class Progress:
             100 * row["data_wait_fraction"],
             _duration(left * per_step),
         )
+
+    def _check_labels(self, losses: np.ndarray) -> None:
+        """Says where the first step's labels are not of the prior; of BalPoE's losses alone."""
+        settings = self._program.settings
+        if isinstance(settings.method, BalPoE) and settings.data.sampler == "shuffle":
+            counts = self._program.context.class_counts
+            doubt = label_check.doubt(losses, np.asarray(counts), self._program.taus)
+            if doubt:
+                log.warning("%s; check the labels of the training images.", doubt)
 
     def _check_finite(self, history: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The metrics of the steps that are finite; records the others."""
