@@ -92,11 +92,12 @@ def _check_pipeline(path: Path, wanted: str | None, begun_in: str | None) -> Non
 
 
 def _claim(path: Path, experiment: Experiment) -> None:
-    """Writes `config.json`, unless the run was begun before."""
-    if not record.has_config(path):
-        record.write_config(
-            path, experiment.settings, experiment.resolved(), experiment.data_record()
-        )
+    """Writes `config.json`; of a run that was begun before it must name the same images."""
+    about = experiment.data_record()
+    if record.has_config(path):
+        record.check_same_images(path, about)
+    else:
+        record.write_config(path, experiment.settings, experiment.resolved(), about)
 
 
 def _train(

@@ -9,7 +9,7 @@ from balpoe_jax import config_files
 from tests.helpers import commands
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["cifar100_lt", "cifar10_lt", "digits_lt", "imagenet_lt", "inaturalist2018"]
+NAMES = ["cifar100_lt", "cifar10_lt", "digits_lt", "folder", "imagenet_lt", "inaturalist2018"]
 
 
 def test_the_packages_configs_are_those_at_the_top_of_the_repository() -> None:

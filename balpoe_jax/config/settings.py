@@ -40,13 +40,29 @@ class DataSettings(Section):
         "a folder that holds one. None: TFDS's own folder, and without TFDS the archive in the "
         "user's cache.",
     )
+    lists: str | None = setting(
+        None,
+        "Lists of the images of the data set `folder`, as FILE or train=FILE;val=FILE;test=FILE; "
+        "None for class folders. See `balpoe_jax.data.datasets.listing`.",
+    )
+    class_names: str | None = setting(
+        None,
+        "File with the names of the classes of the data set `folder`, one a line; None for the "
+        "names of folders and lists.",
+    )
+    test_share: float = setting(
+        0.2,
+        "Share of the images of the data set `folder` that becomes its test set, if it has none.",
+        0,
+        0.9,
+    )
     imbalance_ratio: float = setting(100.0, "Count of the largest class over the smallest's.", 1)
     selection_seed: int = setting(0, "Seed of the images that are kept.", 0, _SEED)
     held_out_share: float = setting(
         0.0,
         "Share of each class's training images that training does without: temperatures are fitted "
         "and choices made on them, in place of unused images (`eval.held_out_per_class`); 0 for "
-        "none.",
+        "none. Of the data set `folder` it is a share by a hash of the names.",
         0,
         0.9,
     )
@@ -107,6 +123,9 @@ class DataSettings(Section):
         "or trains on the next one of its class and records it. In a test it ends the evaluation, "
         "since the figures would be of another test set.",
         choices=("fail", "skip"),
+    )
+    chosen: str | None = setting(
+        None, "Reasons of the defaults that a config file chose for this data set, for the log."
     )
     sampler: str = setting(
         "shuffle", "Order of the examples, see `balpoe_jax.data.settings`.", choices=SAMPLERS

@@ -12,15 +12,23 @@ import numpy.typing as npt
 
 from balpoe_jax import metrics, optim, parallel
 from balpoe_jax.config import Settings
+from balpoe_jax.config.settings import DataSettings
 from balpoe_jax.data import datasets
-from balpoe_jax.data.datasets import test_distributions
+from balpoe_jax.data.datasets import test_distributions, tfds_sets
 from balpoe_jax.data.datasets.held_out import hold_out_of_training
+from balpoe_jax.data.datasets.image_files import Place, load_files, parse_lists
 from balpoe_jax.data.datasets.types import LongTailed
 from balpoe_jax.data.records.sources import ArraySource, Source
 from balpoe_jax.data.settings import steps_per_epoch
 from balpoe_jax.errors import UserError
 from balpoe_jax.experiment import phases
-from balpoe_jax.experiment.inputs import DeviceInputs, HostInputs, Inputs, choose_pipeline
+from balpoe_jax.experiment.inputs import (
+    DeviceInputs,
+    HostInputs,
+    Inputs,
+    choose_pipeline,
+    in_memory,
+)
 from balpoe_jax.experiment.phases import PhasePlan
 from balpoe_jax.experiment.program import Program, saves_kernels
 from balpoe_jax.experiment.settings import check, learning_rates, train_settings
@@ -66,7 +74,7 @@ class Experiment:
         }
 
     def data_record(self) -> dict[str, Any]:
-        """The class counts, shot groups and sizes of the data set that was loaded."""
+        """Class counts, names, shot groups and sizes of the data set that was loaded."""
         groups = metrics.shot_groups(self.data.class_counts, self.settings.data.shot_thresholds)
         return {
             "class_counts": self.data.class_counts,
@@ -75,7 +83,14 @@ class Experiment:
             "groups": {name: int(group.sum()) for name, group in groups._asdict().items()},
             "num_train": len(self.data.train),
             "num_test": len(self.data.test),
+            **self._own_images(),
         }
+
+    def _own_images(self) -> dict[str, Any]:
+        """Class names and a digest of the training images, where these are the user's own."""
+        if not self.data.class_names:
+            return {}
+        return {"class_names": self.data.class_names, "digest": _digest(self.data.train)[:32]}
 
     def shared_data(self) -> dict[str, Any]:
         """What must be the same in all processes, since each reads the data by itself."""
@@ -90,7 +105,7 @@ class Experiment:
 
 def _digest(source: Source) -> str:
     """A digest of the examples, their order and their labels; not of their pixels."""
-    which = source.keys if isinstance(source, ArraySource) else source.index.names
+    which = source.keys if isinstance(source, ArraySource) else source.names
     digest = hashlib.sha256(source.labels.tobytes())
     digest.update(which.tobytes())
     return digest.hexdigest()
@@ -133,14 +148,27 @@ def build(settings: Settings, pipeline: str | None = None) -> Experiment:
     log.info(
         "Precision of convolutions: %s; experts: %s", program.precision, program.model.expert_map
     )
-    targets = test_distributions.make_targets(
+    targets = _make_targets(settings, data)
+    chosen = choose_pipeline(settings.data.pipeline or pipeline, data, devices)
+    if chosen == "device":
+        data = in_memory(data)
+    inputs = _make_inputs(settings, chosen, devices, data)
+    return Experiment(program, data, targets, inputs)
+
+
+def _make_targets(
+    settings: Settings, data: LongTailed
+) -> list[test_distributions.TestDistribution]:
+    """The target distributions; none for test images that are of no known distribution."""
+    if data.class_names and not settings.eval.shift_ratios:
+        return []
+    return test_distributions.make_targets(
         data.test.labels,
         data.class_counts,
         settings.eval.shift_ratios,
         data.test_names,
         settings.eval.shift_lists or "",
     )
-    return Experiment(program, data, targets, _make_inputs(settings, pipeline, devices, data))
 
 
 def build_program(
@@ -225,9 +253,8 @@ def _plan_phases(
 
 
 def _make_inputs(
-    settings: Settings, pipeline: str | None, devices: parallel.Parallel, data: LongTailed
+    settings: Settings, chosen: str, devices: parallel.Parallel, data: LongTailed
 ) -> Inputs:
-    chosen = choose_pipeline(settings.data.pipeline or pipeline, data, devices)
     test_view = settings.test_view or settings.augment
     arguments = (train_settings(settings), test_view, settings.seed)
     steps = settings.data.steps_per_dispatch
@@ -245,20 +272,8 @@ def _make_inputs(
 
 def _load_data(settings: Settings) -> LongTailed:
     section = settings.data
-    size = section.image_size or 0
-    data = datasets.load(
-        section.name,
-        section.imbalance_ratio,
-        section.data_dir or "",
-        section.verify_counts,
-        section.selection_seed,
-        settings.eval.held_out_per_class,
-        size,
-        section.eval_resize or round(size * 256 / 224),
-        check_archive=section.check_archive,
-    )
-    if section.held_out_share:
-        data = hold_out_of_training(data, section.held_out_share)
+    of_own = section.name == datasets.FOLDER or section.name.startswith(tfds_sets.PREFIX)
+    data = _load_own(section) if of_own else _load_published(settings)
     counts = data.class_counts
     low, high = section.shot_thresholds
     groups = metrics.shot_groups(counts, (low, high))
@@ -278,12 +293,47 @@ def _load_data(settings: Settings) -> LongTailed:
         low,
         len(data.test),
     )
-    if not section.verify_counts:
+    if not (section.verify_counts or of_own):
         log.info(
             "Class counts are not checked (data.verify_counts=False): they are %sas published",
             "" if data.counts_as_published else "not ",
         )
     return data
+
+
+def _load_published(settings: Settings) -> LongTailed:
+    section = settings.data
+    size = section.image_size or 0
+    data = datasets.load(
+        section.name,
+        section.imbalance_ratio,
+        section.data_dir or "",
+        section.verify_counts,
+        section.selection_seed,
+        settings.eval.held_out_per_class,
+        size,
+        section.eval_resize or round(size * 256 / 224),
+        check_archive=section.check_archive,
+    )
+    if section.held_out_share:
+        data = hold_out_of_training(data, section.held_out_share)
+    return data
+
+
+def _load_own(section: DataSettings) -> LongTailed:
+    """Images of the user's own, in files or as TFDS prepared them."""
+    if section.chosen:
+        log.info("Chosen for these images: %s", section.chosen)
+    size = section.image_size or 0
+    sizes = size, section.eval_resize or round(size * 256 / 224)
+    shares = section.test_share, section.held_out_share
+    folder = section.data_dir or ""
+    if section.name.startswith(tfds_sets.PREFIX):
+        name = section.name.removeprefix(tfds_sets.PREFIX)
+        return tfds_sets.load_set(name, folder, *sizes, *shares)
+    lists = parse_lists(section.lists or "")
+    place = Place(folder, lists, section.class_names or "", *shares)
+    return load_files(place, *sizes, section.verify_counts, section.threads)
 
 
 def _make_model(settings: Settings, num_classes: int, devices: parallel.Parallel) -> ExpertEnsemble:

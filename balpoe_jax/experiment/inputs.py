@@ -26,7 +26,7 @@ from balpoe_jax.data.device.packing import pack_on_host, unpack
 from balpoe_jax.data.device.plans import Planner
 from balpoe_jax.data.device.randomness import generator
 from balpoe_jax.data.device.views import DeviceView
-from balpoe_jax.data.records.sources import ArraySource, RecordSource, Source
+from balpoe_jax.data.records.sources import ArraySource, SmallSource, Source, StoredSource
 from balpoe_jax.data.settings import (
     NO_MIXING,
     AugmentSettings,
@@ -65,14 +65,14 @@ def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) ->
             f"config.data.pipeline must be None, {' or '.join(PIPELINES)}; got {wanted!r}."
         )
     sources = [source for source in (data.train, data.test, data.held_out) if source is not None]
-    in_memory = all(isinstance(source, ArraySource) for source in sources)
+    of_one_size = all(isinstance(source, ArraySource | SmallSource) for source in sources)
     has_tensorflow = extras.has_tensorflow()
     device = parallel.mesh.devices.flat[0]
     if wanted is None:
-        fits = in_memory and sum(map(_num_bytes, sources)) <= _memory_for_data(device)
+        fits = of_one_size and sum(map(_num_bytes, sources)) <= _memory_for_data(device)
         on_device = fits and (device.platform != "cpu" or not has_tensorflow)
         wanted = "device" if on_device else "host"
-    if wanted == "device" and not in_memory:
+    if wanted == "device" and not of_one_size:
         raise UserError(
             "config.data.pipeline=device holds all images in device memory, and these are "
             "photographs that are read from files; set it to host."
@@ -80,14 +80,30 @@ def choose_pipeline(wanted: str | None, data: LongTailed, parallel: Parallel) ->
     if wanted == "host" and not has_tensorflow:
         raise UserError(
             "config.data.pipeline=host needs TensorFlow, which is not installed; "
-            f"{extras.INSTALL}{', or set it to device' if in_memory else ''}."
+            f"{extras.INSTALL}{', or set it to device' if of_one_size else ''}."
         )
     return wanted
 
 
 def _num_bytes(source: Source) -> int:
-    assert isinstance(source, ArraySource)
-    return source.images.nbytes // 3 * 4  # as packed pixels
+    height, width, _ = source.image_shape
+    return len(source) * height * width * 4  # as packed pixels
+
+
+def in_memory(data: LongTailed) -> LongTailed:
+    """The data set with small images that lie in files read into memory.
+
+    Raises:
+        UserError (a `ValueError`): an image that cannot be read.
+    """
+
+    def load(source: Source) -> Source:
+        return source.load() if isinstance(source, SmallSource) else source
+
+    held_out = data.held_out and load(data.held_out)
+    return dataclasses.replace(
+        data, train=load(data.train), test=load(data.test), held_out=held_out
+    )
 
 
 def _memory_for_data(device: jax.Device) -> float:
@@ -191,7 +207,7 @@ class HostInputs:
         train, settings = self._data.train, unmixed(self._settings[-1])
         last_step = steps_per_epoch(len(train), settings.batch_size)
         replacements = None
-        if self._skips_bad_images and isinstance(train, RecordSource):
+        if self._skips_bad_images and isinstance(train, StoredSource):
             replacements = Replacements(train)  # a function of the data, whatever the run met
         batches = pipeline.train_batches(train, settings, 0, last_step, self._host, replacements)
         return Prefetcher(batches, self._parallel)

@@ -18,6 +18,7 @@ from balpoe_jax.run.environment import environment
 _OPERATIONAL = (
     "data.data_dir",
     "data.check_archive",
+    "data.chosen",
     "data.threads",
     # What a run began with is kept, see `train`.
     "data.pipeline",
@@ -148,6 +149,22 @@ def check_same_config(workdir: Path, settings: Settings) -> None:
         raise UserError(
             f"The workdir {workdir} holds a run of another config: {'; '.join(differing)}. "
             "Choose another --workdir, or the config that the run was started with."
+        )
+
+
+def check_same_images(workdir: Path, data: Mapping[str, Any]) -> None:
+    """Raises UserError if a run was begun with other training images of the user's own.
+
+    Args:
+        workdir: Folder of the run.
+        data: The data set as it is now, see `write_config`.
+    """
+    before = (files.read_json(workdir / CONFIG) or {}).get("data") or {}
+    if before.get("digest") not in (None, data.get("digest")):
+        raise UserError(
+            f"The run in {workdir} was begun with {before.get('num_train')} training images of "
+            f"{len(before.get('class_names', ()))} classes, and those that are there now are "
+            f"others ({data.get('num_train')}); bring them back, or choose another --workdir."
         )
 
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on image files: recorded with class names, resumed bit for bit, and guarded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from balpoe_jax.config import resolve
+from balpoe_jax.errors import UserError
+from balpoe_jax.evaluate import evaluate
+from balpoe_jax.train import train
+from tests.helpers.config_files import get_config
+from tests.helpers.digits_runs import final_state
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts", "no_page")]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of one colour and noise: 60, 30 and 3 of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for label, (name, number) in enumerate({"ant": 60, "owl": 30, "yak": 3}.items()):
+        (root / name).mkdir()
+        for i in range(number):
+            pixels = random.integers(0, 64, (8, 8, 3)) + 64 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def config_of(images: Path, **fields):
+    config = get_config("folder", f"dir={images},batch_size=8,epochs=2,experts=2,backbone=resnet8")
+    config.log_every_steps = 1
+    config.checkpoint.every_epochs, config.checkpoint.keep = 1, 10
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+@pytest.mark.parametrize("pipeline", ["host", "device"])
+def test_a_run_is_recorded_and_resumed_bit_for_bit(
+    images: Path, tmp_path: Path, pipeline: str
+) -> None:
+    config = config_of(images, data__pipeline=pipeline)
+    finished, resumed = tmp_path / "finished", tmp_path / "resumed"
+    results = train(resolve(config), str(finished))
+    recorded = json.loads((finished / "config.json").read_text())["data"]
+    assert recorded["class_names"] == ["ant", "owl", "yak"] and len(recorded["digest"]) == 32
+    assert results["held_out"]["num_examples"] > 0 and results["shift"] == {}
+    shutil.copytree(finished, resumed)
+    first, last = sorted(int(path.name) for path in (resumed / "checkpoints").glob("[0-9]*"))
+    shutil.rmtree(resumed / "checkpoints" / str(last))
+    (resumed / "results.json").unlink()
+    assert train(resolve(config), str(resumed)) == results and first < last
+    states = [final_state(config, folder) for folder in (finished, resumed)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert evaluate(resolve(config), str(finished))["test"] == results["test"]
+
+
+def test_a_run_does_not_go_on_with_other_images(images: Path, tmp_path: Path) -> None:
+    config = config_of(images)
+    train(resolve(config), str(tmp_path / "run"))
+    path = images / "ant" / "new.png"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    try:
+        with pytest.raises(UserError, match="training images of 3 classes, and those that are th"):
+            train(resolve(config), str(tmp_path / "run"))
+    finally:
+        path.unlink()
