@@ -21,7 +21,7 @@ from balpoe_jax.data.images.augment import normalize
 from balpoe_jax.data.images.views import View
 from balpoe_jax.data.randomness import RowRandom, stream_seed
 from balpoe_jax.data.records.readers import make_reader
-from balpoe_jax.data.records.sources import Source, StoredSource
+from balpoe_jax.data.records.sources import FileSource, ForgivingSource, Source, StoredSource
 from balpoe_jax.data.settings import ONE_HOST, AugmentSettings, Host, TrainSettings, steps_per_epoch
 from balpoe_jax.data.tracing import no_autograph
 from balpoe_jax.data.types import EvalBatch, TrainBatch
@@ -130,11 +130,17 @@ def eval_batches(
     std: tuple[float, float, float],
     host: Host = ONE_HOST,
     dtype: str = "float32",
+    bad: dict[int, str] | None = None,
 ) -> Iterator[EvalBatch]:
     """Every example once, in order; the last batch is padded.
 
-    A batch holds NumPy arrays; its images are normalised and have the type `dtype`.
+    A batch holds NumPy arrays; its images are normalised and have the type `dtype`. An image that
+    cannot be read ends the iteration; or is blank, if its reason can be put into `bad`, by its
+    position in the source, before its batch comes.
     """
+    if bad is not None:
+        assert isinstance(source, FileSource)
+        source = ForgivingSource.reading(source, bad)
 
     def decode(row: Batch) -> Batch:
         assert isinstance(source, StoredSource)
@@ -213,15 +219,20 @@ def _examples_in_order(
 
     def recover(step: int) -> bool:
         positions = step * batch_size + np.arange(batch_size)[rows]
-        unreadable.refuse(source, positions[positions < len(source)], "test or held-out", "")
+        positions = positions[positions < len(source)]
+        if isinstance(source, ForgivingSource):
+            return unreadable.forgive(source, positions)
+        unreadable.refuse(source, positions, "test or held-out", "")
         return False
 
-    steps = tf.data.Dataset.range(steps_per_epoch(len(source), batch_size))
-    if not source.encoded:
-        return _guarded(lambda _: _iterate(steps, lambda i: finish(read(i)), host), 0, recover)
-    drawn = steps.map(no_autograph(lambda step: draw(read(step))), **_parallel(host))
-    decoded = _map_rows(drawn, decode, rows.stop - rows.start, host)
-    return _guarded(lambda _: _iterate(decoded, finish, host), 0, recover)
+    def make(step: int) -> Iterator[EvalBatch]:
+        steps = tf.data.Dataset.range(step, steps_per_epoch(len(source), batch_size))
+        if not source.encoded:
+            return _iterate(steps, lambda i: finish(read(i)), host)
+        drawn = steps.map(no_autograph(lambda i: draw(read(i))), **_parallel(host))
+        return _iterate(_map_rows(drawn, decode, rows.stop - rows.start, host), finish, host)
+
+    return _guarded(make, 0, recover)
 
 
 def _map_rows(

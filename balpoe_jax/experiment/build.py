@@ -83,6 +83,7 @@ class Experiment:
             "groups": {name: int(group.sum()) for name, group in groups._asdict().items()},
             "num_train": len(self.data.train),
             "num_test": len(self.data.test),
+            "image_shape": self.data.train.image_shape,
             **self._own_images(),
         }
 

@@ -14,6 +14,7 @@ from balpoe_jax.data.batches.replacements import BadImage
 from balpoe_jax.data.images import decoding
 from balpoe_jax.data.records.sources import (
     UNREADABLE,
+    ForgivingSource,
     SmallSource,
     Source,
     StoredSource,
@@ -52,6 +53,21 @@ def explain(error: Exception) -> str:
     # What is in double braces, and in later lines, is about the graph.
     first = re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0]
     return re.sub(r"\s*\[Op:\w+\].*", "", first)[:300].rstrip(".")
+
+
+def forgive(source: ForgivingSource, indices: Iterable[int]) -> bool:
+    """Finds the images that cannot be decoded, which are blank from then on.
+
+    Args:
+        source: Source of the images, which records them.
+        indices: Positions in the source.
+
+    Returns:
+        Whether there is one.
+    """
+    found = [bad for bad in (examine(source, int(i)) for i in indices) if bad]
+    source.bad.update({bad.index: bad.reason for bad in found})
+    return bool(found)
 
 
 def refuse(source: Source, indices: Iterable[int], part: str, remedy: str) -> None:

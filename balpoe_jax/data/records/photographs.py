@@ -143,3 +143,13 @@ def _upright_colours(image: Image.Image) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:
         raise BadFile(_explain(error, b"content")) from error
+
+
+def _blank() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# A black image of one pixel.
+BLANK = _blank()

@@ -229,6 +229,34 @@ class FileSource(StoredSource):
 
 
 @dataclasses.dataclass(frozen=True)
+class ForgivingSource(FileSource):
+    """Files in place of which a blank image is read if they cannot be used.
+
+    Attributes:
+        bad: Reasons why images cannot be used, by position; it grows while they are read.
+    """
+
+    _: dataclasses.KW_ONLY
+    bad: dict[int, str]
+
+    @classmethod
+    def reading(cls, source: FileSource, bad: dict[int, str]) -> "ForgivingSource":
+        """The files of a source."""
+        return cls(source.index, source.image_size, source.resize, root=source.root, bad=bad)
+
+    def read_image(self, i: int) -> bytes:
+        """The file, or a blank image."""
+        if i not in self.bad:
+            try:
+                return super().read_image(i)
+            except photographs.BadFile as error:
+                self.bad[int(i)] = str(error)
+            except OSError as error:
+                self.bad[int(i)] = error.strerror or str(error)
+        return photographs.BLANK
+
+
+@dataclasses.dataclass(frozen=True)
 class SmallSource(StoredSource):
     """Images of one small size: a batch is read as pixels, as from memory.
 
