@@ -60,7 +60,7 @@ def test_libraries_are_quiet_unless_they_are_told_otherwise(monkeypatch) -> None
         (["--config=configs/cifar100_lt.py:ir=20", "--workdir={dir}"], "one of 100, 50, 10"),
         (
             ["--config=configs/digits_lt.py", "--config.data.nme=x", "--workdir={dir}"],
-            "Unknown config field config.data.nme; config.data has check_archive, data_dir",
+            "Unknown config field config.data.nme; config.data has check_archive, chosen, class_n",
         ),
         (
             ["--config=configs/digits_lt.py", "--config.seed=one", "--workdir={dir}"],

@@ -109,8 +109,8 @@ RULE = (
     ("config", "step"),
     ("run",),
     ("experiment", "reporting"),
-    ("progress", "evaluate"),
-    ("train", "compare", "report", "reproduce", "aot", "torch_import"),
+    ("progress", "evaluate", "predictor"),
+    ("train", "compare", "report", "reproduce", "aot", "torch_import", "predict"),
     ("main",),
 )
 
@@ -151,7 +151,7 @@ WALLS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
 # What the walls are not for: the part of a package that has a wall of its own.
 APART = {"data": ("data.device",)}
 
-COMMANDS = ("main", "compare", "report", "aot.__main__", "reproduce.__main__")
+COMMANDS = ("main", "compare", "report", "predict", "aot.__main__", "reproduce.__main__")
 COMMANDS += ("torch_import.__main__", "methods.__main__")
 
 

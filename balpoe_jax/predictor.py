@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained run that predicts images: files of any kind, or arrays.
+
+    predictor = balpoe_jax.load("runs/mine")
+    found = predictor.predict(["a.jpg", "b.png"])
+    found.names, found.probabilities
+
+Probabilities are of the ensemble, divided by the temperature that was fitted on held-out images.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from balpoe_jax import files, parallel
+from balpoe_jax.config import Settings, from_record, with_defaults
+from balpoe_jax.data import extras
+from balpoe_jax.data.datasets import published
+from balpoe_jax.data.records import photographs
+from balpoe_jax.data.records.sources import FileIndex, FileSource
+from balpoe_jax.data.types import EvalBatch
+from balpoe_jax.errors import UserError
+from balpoe_jax.experiment.build import build_program
+from balpoe_jax.experiment.program import Program
+from balpoe_jax.files import CONFIG
+from balpoe_jax.metrics import softmax
+from balpoe_jax.run import record
+from balpoe_jax.run.checkpoint import Checkpoints
+
+# Files that are predicted in one pipeline; their paths and reasons are held in memory.
+_AT_ONCE = 2**15
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """Predictions of some images.
+
+    Attributes:
+        classes: Names of all classes.
+        probabilities: Calibrated probabilities, float64 `[N, C]`; nan where an image is bad.
+        logits: Mean logits of the experts, float32 `[N, C]`; nan where an image is bad.
+        expert_logits: Logits by expert, float32 `[E, N, C]`.
+        reasons: Reason why an image cannot be read, by position.
+    """
+
+    classes: tuple[str, ...]
+    probabilities: npt.NDArray[np.float64]
+    logits: npt.NDArray[np.float32]
+    expert_logits: npt.NDArray[np.float32]
+    reasons: Mapping[int, str]
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the most probable class of each image; empty where an image is bad."""
+        best = np.nan_to_num(self.probabilities, nan=-1.0).argmax(axis=1)
+        return ["" if i in self.reasons else self.classes[label] for i, label in enumerate(best)]
+
+
+def load(workdir: str) -> "Predictor":
+    """Restores a run for prediction; its training images are not needed.
+
+    Args:
+        workdir: Folder of the run.
+
+    Raises:
+        UserError (a `ValueError`): no run there, no checkpoint, damaged files, or a run that
+            evaluates averaged weights, whose statistics take the training images.
+    """
+    return Predictor(workdir)
+
+
+class Predictor:
+    """A restored run; see `load`.
+
+    Attributes:
+        classes: Names of the classes.
+        class_counts: Training images of each class, int64 `[C]`.
+        temperature: Divisor of the logits; 1 where none was fitted.
+        is_calibrated: Whether a temperature was fitted.
+        image_size: Height and width in pixels of the network's input.
+    """
+
+    def __init__(self, workdir: str) -> None:
+        path = record.locate(workdir)
+        about = files.read_json(path / CONFIG)
+        if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+            raise UserError(
+                f"{path} holds no run ({CONFIG} is missing or damaged); name the workdir of a "
+                "training with --workdir=DIR."
+            )
+        self._settings = from_record(with_defaults(about["config"]))
+        data = about.get("data") or {}
+        self.class_counts = np.array(data.get("class_counts") or _counts(self._settings), np.int64)
+        names = data.get("class_names") or range(len(self.class_counts))
+        self.classes = tuple(str(name) for name in names)
+        shape = data.get("image_shape") or _image_shape(self._settings)
+        self.image_size = int(shape[0])
+        self._parallel = parallel.make_parallel(self._settings.parallel.mode)
+        self._program = build_program(
+            self._settings, self._parallel, self.class_counts, tuple(shape)
+        )
+        self._variables = _restore(self._program, path)
+        fitted = ((files.read_json(path / files.RESULTS) or {}).get("temperature") or {}).get(
+            "ensemble"
+        ) or {}
+        self.temperature = float(fitted.get("value", 1.0))
+        self.is_calibrated = "value" in fitted
+
+    @functools.cached_property
+    def _step(self) -> Any:
+        return self._parallel.map_step(self._program.eval_step())
+
+    def predict(
+        self, images: Sequence[str | Path] | npt.NDArray | Sequence[npt.NDArray]
+    ) -> Predicted:
+        """Predicts images.
+
+        Args:
+            images: Paths; or images uint8 `[H, W, 3]` of any size, or an array `[N, H, W, 3]`.
+                Those of another size than the network's are resized and cropped by Pillow, which
+                differs from the files' pipeline by rare roundings.
+
+        Raises:
+            UserError (a `ValueError`): images of another shape or type.
+        """
+        paths = [str(image) for image in images if isinstance(image, str | Path)]
+        if len(paths) == len(images):
+            return _joined(list(self.stream(paths)), self.classes)
+        return self._of_pixels([self._fitted(image) for image in images], {})
+
+    def stream(self, paths: Sequence[str]) -> Iterator[Predicted]:
+        """Predicts files a batch after the other, in order and in bounded memory.
+
+        A file that cannot be read or decoded becomes a row without probabilities.
+
+        Args:
+            paths: Paths of the files.
+        """
+        for first in range(0, len(paths), _AT_ONCE):
+            yield from self._stream(paths[first : first + _AT_ONCE])
+
+    def _stream(self, paths: Sequence[str]) -> Iterator[Predicted]:
+        size = self._program.eval_batch_size
+        if self._settings.data.image_size is None:
+            for first in range(0, len(paths), size):
+                yield self._of_small_files(paths[first : first + size])
+            return
+        extras.require_tensorflow("Reading photographs")
+        from balpoe_jax.data import pipeline
+
+        index = FileIndex(np.array(paths), np.zeros(len(paths), np.int64))
+        source = FileSource(index, self.image_size, self._resize, root="")
+        data, bad = self._settings.data, dict[int, str]()
+        batches = pipeline.eval_batches(
+            source, size, data.mean, data.std, dtype=self._settings.model.dtype, bad=bad
+        )
+        done = 0
+        for outputs, mask in self._run(batches):
+            number = int(mask.sum())
+            reasons = {i - done: bad[i] for i in range(done, done + number) if i in bad}
+            yield self._finish(outputs, mask, reasons)
+            done += number
+
+    @property
+    def _resize(self) -> int:
+        data = self._settings.data
+        return data.eval_resize or round(self.image_size * 256 / 224)
+
+    def _of_small_files(self, paths: Sequence[str]) -> Predicted:
+        pixels, reasons = [], {}
+        for i, path in enumerate(paths):
+            try:
+                pixels.append(self._fitted(photographs.pixels(Path(path).read_bytes())))
+            except (photographs.BadFile, OSError) as error:
+                reasons[i] = getattr(error, "strerror", None) or str(error)
+                pixels.append(np.zeros((self.image_size, self.image_size, 3), np.uint8))
+        return self._of_pixels(pixels, reasons)
+
+    def _fitted(self, image: Any) -> npt.NDArray[np.uint8]:
+        """An image in the network's size: itself, or resized by its short side and cropped."""
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(
+                f"Images must be paths, or uint8 [H, W, 3]; got {image.dtype} {image.shape}."
+            )
+        side = self.image_size
+        if image.shape[:2] == (side, side):
+            return image
+        resize = side if self._settings.data.image_size is None else self._resize
+        height, width = image.shape[:2]
+        short = min(height, width)
+        full = resize * width // short, resize * height // short
+        resized = Image.fromarray(image).resize(full, Image.Resampling.BILINEAR)
+        left, top = (round((length - side) / 2) for length in full)
+        return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+    def _of_pixels(self, pixels: list[npt.NDArray], reasons: dict[int, str]) -> Predicted:
+        size, data = self._program.eval_batch_size, self._settings.data
+        scale = (1 / (255 * np.asarray(data.std))).astype(np.float32)
+        offset = (-np.divide(data.mean, data.std)).astype(np.float32)
+
+        def batches() -> Iterator[EvalBatch]:
+            for first in range(0, len(pixels), size):
+                chosen = np.stack(pixels[first : first + size])
+                padded = np.zeros((size, *chosen.shape[1:]), np.float32)
+                padded[: len(chosen)] = chosen.astype(np.float32) * scale + offset
+                images = padded.astype(jnp.dtype(self._settings.model.dtype))
+                yield EvalBatch(images, np.zeros(size, np.int32), np.arange(size) < len(chosen))
+
+        parts = [self._finish(outputs, mask, {}) for outputs, mask in self._run(batches())]
+        joined = _joined(parts, self.classes)
+        for i in reasons:
+            joined.probabilities[i] = joined.logits[i] = np.nan
+        return dataclasses.replace(joined, reasons=reasons)
+
+    def _run(self, batches: Iterator[EvalBatch]) -> Iterator[tuple[Any, npt.NDArray[np.bool_]]]:
+        for batch in parallel.Prefetcher(batches, self._parallel):
+            outputs = jax.device_get(self._step(self._variables, batch))
+            yield outputs, outputs["mask"]
+
+    def _finish(
+        self, outputs: Mapping[str, Any], mask: npt.NDArray[np.bool_], reasons: dict[int, str]
+    ) -> Predicted:
+        experts = np.asarray(outputs["logits"])[:, mask]
+        logits = np.asarray(outputs["ensemble"])[mask] if "ensemble" in outputs else None
+        mean = experts.mean(axis=0, dtype=np.float64) if logits is None else logits
+        probabilities = softmax(np.asarray(mean, np.float64) / self.temperature)
+        mean = np.asarray(mean, np.float32)
+        for i in reasons:
+            probabilities[i] = mean[i] = np.nan
+        return Predicted(self.classes, probabilities, mean, experts, reasons)
+
+
+def _joined(parts: Sequence[Predicted], classes: tuple[str, ...]) -> Predicted:
+    if not parts:
+        none = np.zeros((0, len(classes)))
+        return Predicted(classes, none, none.astype(np.float32), none[None].astype(np.float32), {})
+    reasons: dict[int, str] = {}
+    before = 0
+    for part in parts:
+        reasons |= {before + i: reason for i, reason in part.reasons.items()}
+        before += len(part.probabilities)
+    return Predicted(
+        classes,
+        np.concatenate([part.probabilities for part in parts]),
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.expert_logits for part in parts], axis=1),
+        reasons,
+    )
+
+
+def _counts(settings: Settings) -> npt.NDArray[np.int64]:
+    return published(settings.data.name, settings.data.imbalance_ratio)[0]
+
+
+def _image_shape(settings: Settings) -> tuple[int, int, int]:
+    data = settings.data
+    return published(data.name, data.imbalance_ratio, data.image_size or 0)[1]
+
+
+def _restore(program: Program, path: Path) -> dict[str, Any]:
+    with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
+        state = checkpoints.restore_latest(program.abstract_state())
+    if state is None:
+        raise UserError(f"There is no checkpoint in {path}; train first.")
+    if program.average is None:
+        return dict(state.variables)
+    if "batch_stats" not in state.averages:
+        raise UserError(
+            f"The run in {path} evaluates averaged weights (config.optim.ema or swa), whose "
+            "statistics are made of its training images; evaluate it with --mode=eval instead."
+        )
+    return dict(state.averages)
