@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A self-contained page of tables and figures: no scripts, no other files, no network.
+"""A self-contained page of tables and figures: no other files, no network.
+
+Its one script sorts the table of all classes; without scripts the page shows all there is.
 
 The HTML is in `templates/`. Every text is escaped there, unless a function of this module made it.
 """
@@ -39,6 +41,11 @@ def section(heading: str, *bodies: Markup) -> Markup:
 def table(content: Table, strong: str = "ensemble", heading: bool = True) -> Markup:
     """A table with its title and note; the row labelled `strong` stands out."""
     return _part("table", content, strong, heading)
+
+
+def sortable(content: Table) -> Markup:
+    """A table that a click on a heading sorts, folded away where it is long."""
+    return _part("sortable", content, len(content.rows) > 40)
 
 
 def definitions(rows: Mapping[str, object]) -> Markup:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from balpoe_jax import metrics
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions
-from balpoe_jax.reporting import figures, html, result_tables, schema, tables
+from balpoe_jax.reporting import figures, html, per_class, result_tables, schema, tables
 
 # The tables that a terminal shows; the page and the files have all.
 _PRINTED = (
@@ -78,6 +78,8 @@ def write_report_of(
 def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str") -> Path:
     recorded = schema.load_config(path)
     content = {table.name: table for table in result_tables.result_tables(results)}
+    if not isinstance(summaries, str):
+        content |= {table.name: table for table in _class_tables(results, recorded, summaries)}
     title, subtitle = _headline(results, recorded)
     folder = path / "report"
     tables.write_files(
@@ -90,6 +92,7 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
         html.section("Result", html.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),
         _classes_section(results, recorded, summaries),
+        *(_every_class_section(content) if "classes" in content else ()),
         *(_shift_section(content, results) if "shift" in content else ()),
         *(_experts_section(content, results, summaries) if "bias" in content else ()),
         html.section("Training", _curves(path, results)),
@@ -229,6 +232,29 @@ def _classes_section(
             ),
         )
     return html.section("Classes and shot groups", html.figures(*drawn, broad=True))
+
+
+def _class_tables(
+    results: Mapping[str, Any], recorded: schema.RunRecord | None, summaries: _Summaries
+) -> list[tables.Table]:
+    counts = np.array(results["class_counts"])
+    names = recorded.class_names if recorded else ()
+    if len(names) != len(counts):
+        names = tuple(str(i) for i in range(len(counts)))
+    labels, ensemble = summaries.labels, summaries.ensemble
+    bins = results.get("num_bins") or 15
+    return [
+        per_class.class_table(names, counts, labels, ensemble.predicted, ensemble.confidence, bins),
+        per_class.confused_pairs(names, labels, ensemble.predicted),
+    ]
+
+
+def _every_class_section(content: Mapping[str, tables.Table]) -> tuple[Markup, ...]:
+    classes, pairs = content["classes"], content["confused"]
+    shown = [html.sortable(classes)]
+    if pairs.rows:
+        shown.append(html.table(pairs))
+    return (html.section(classes.title, *shown),)
 
 
 def _shift_section(

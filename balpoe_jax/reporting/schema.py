@@ -83,7 +83,7 @@ _CONFIG = {
         "optim": {"learning_rate": _NUMBER, "schedule": _TEXT, "weight_decay": _NUMBER},
     },
     "resolved?": {"total_steps?": _COUNT},
-    "data?": {},
+    "data?": {"class_names?": [_TEXT]},
     "environment?": {"versions?": {}, "command?": [_TEXT]},
 }
 
@@ -113,6 +113,7 @@ class RunRecord:
         git_commit: Commit of the source; None outside of a repository.
         versions: Versions of packages by their names.
         command: Words of the command line.
+        class_names: Names of the classes; empty where only their numbers are known.
     """
 
     config: Mapping[str, Any]
@@ -138,6 +139,7 @@ class RunRecord:
     git_commit: str | None
     versions: Mapping[str, Any]
     command: tuple[str, ...]
+    class_names: tuple[str, ...]
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "RunRecord":
@@ -174,6 +176,7 @@ class RunRecord:
             git_commit=environment.get("git_commit"),
             versions=environment.get("versions") or {},
             command=tuple(environment.get("command") or ()),
+            class_names=tuple(map(str, (content.get("data") or {}).get("class_names") or ())),
         )
 
 

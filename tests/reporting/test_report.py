@@ -100,7 +100,7 @@ def test_files_hold_the_tables(tmp_path: Path) -> None:
         scores["prior"] for scores in results["shift"].values()
     ]
     markdown = (folder / "tables.md").read_text()
-    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 9
+    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 11
     row = next(line for line in markdown.splitlines() if line.startswith("| ensemble"))
     assert f" {100 * results['test']['top1']:.1f} |" in row
 
@@ -112,7 +112,7 @@ def test_the_page_stands_alone_and_says_what_the_results_say(tmp_path: Path) -> 
     parsed = parse(page)
     references = [value for _, name, value in parsed.attributes if name in ("src", "href")]
     assert not [value for value in references if not str(value).startswith(("#", "data:,"))]
-    assert "<script" not in page.read_text()
+    assert page.read_text().count("<script") == 1  # which sorts the table of classes
     for key in ("top1", "few", "ece"):
         assert f"{100 * results['test'][key]:.1f}" in parsed.text
     assert "main.py --config=a&b" in parsed.text

@@ -64,6 +64,7 @@ def test_a_record_tells_what_it_holds(tmp_path: Path) -> None:
     assert told.pop("versions") == content["environment"]["versions"]
     assert told.pop("command") == tuple(content["environment"]["command"])
     assert told == {
+        "class_names": (),
         "seed": 1,
         "total_epochs": 2,
         "batch_size": 32,
