@@ -15,6 +15,7 @@ from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import PRESETS
 from balpoe_jax.reporting.tables import as_csv, as_markdown, as_text
+from balpoe_jax.reproduce import __main__ as command
 from balpoe_jax.reproduce import jobs as reproduce
 from balpoe_jax.reproduce import scores
 from balpoe_jax.reproduce.paper import SCALES, TABLES, PaperFigure, PaperRow, PaperRun, PaperTable
@@ -419,3 +420,49 @@ def test_runs_that_were_evaluated_differently_are_not_averaged(tmp_path: Path) -
         path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(UserError, match=r"eval\.prior_strength 0\.3 and 1\.0"):
         scores.collect(tiny_table(), jobs)
+
+
+class _Flags:
+    """The command's flags, in this process."""
+
+    def __init__(self, workdir: Path, **values) -> None:
+        defaults = {
+            "table": "2", "scale": "cpu", "seeds": ["1"], "only": [], "mode": "run", "jobs": 1,
+            "workdir": str(workdir), "data_dir": "",
+        }  # fmt: skip
+        self.__dict__.update({**defaults, **values})
+
+
+def test_a_command_says_which_runs_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """And collects what there is first; the tables of our own are among those that it knows."""
+    ran = []
+
+    def fail_first(jobs, again, at_once):
+        ran.append((len(jobs), again, at_once))
+        return jobs[:1]
+
+    monkeypatch.setattr(command, "run", fail_first)
+    names = ["ablation_swa", "ablation_ema"]
+    values = {"table": "ablation", "only": names, "jobs": 2}
+    monkeypatch.setattr(command.flags, "FLAGS", _Flags(tmp_path, **values))
+    message = r"1 of 2 runs failed: .*ablation_ema/seed1; see the terminal.log there, and start this"
+    with caplog.at_level(logging.INFO), pytest.raises(UserError, match=message):
+        command.main(["reproduce"])
+    assert ran == [(2, False, 2)] and "Written to" in caplog.text
+    assert "Parts of BalPoE+" in (tmp_path / "cpu" / "ablation.md").read_text()
+    monkeypatch.setattr(command, "run", lambda *given: [])
+    monkeypatch.setattr(command.flags, "FLAGS", _Flags(tmp_path, **values, mode="eval"))
+    command.main(["reproduce"])
+    with pytest.raises(UserError, match="Unexpected argument 'more'"):
+        command.main(["reproduce", "more"])
+
+
+def test_a_command_prints_what_is_to_do(tmp_path: Path, monkeypatch, capsys) -> None:
+    flags = _Flags(tmp_path, mode="print", table="ablation-alone", seeds=["1", "2"])
+    monkeypatch.setattr(command.flags, "FLAGS", flags)
+    command.main(["reproduce"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 18
+    assert all("--config.data.held_out_share=0.2" in line for line in printed)
