@@ -25,6 +25,8 @@ from absl import flags
 from balpoe_jax import cli
 from balpoe_jax.data.records.photographs import SUFFIXES
 from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation.abstention import find_threshold
+from balpoe_jax.evaluation.priors import estimate_prior
 from balpoe_jax.files import reports_write_errors
 from balpoe_jax.metrics import softmax
 from balpoe_jax.predictor import Predicted, Predictor, load
@@ -34,13 +36,16 @@ log = logging.getLogger("balpoe_jax.predict")  # not __main__, as which it is st
 # Seconds between lines of progress.
 _PAUSE = 5.0
 
-OK = "ok"
+OK, UNSURE = "ok", "unsure"
+
+# Images from which a class distribution is estimated at most, and the weight of the uniform one.
+_ESTIMATED_FROM, _PRIOR_STRENGTH = 10_000, 0.3
 
 Adjust = Callable[[Predicted], npt.NDArray[np.float64]]
 
 
 def define_flags() -> None:
-    """Defines --workdir, --output, --top, --prior and --experts."""
+    """Defines --workdir, --output, --top, --prior, --abstain and --experts."""
     flags.DEFINE_string("workdir", "", "Folder of the run.")
     flags.DEFINE_string(
         "output",
@@ -53,7 +58,13 @@ def define_flags() -> None:
         "prior",
         "balanced",
         "Class distribution where the images come from: balanced, train (that of the training "
-        "set), or a CSV file with the header class,probability.",
+        "set), a CSV file with the header class,probability, or estimate, from the images.",
+    )
+    flags.DEFINE_float(
+        "abstain",
+        None,
+        "Precision to reach: a further column `decision` says unsure where the class is not "
+        "certain enough, by a threshold from the held-out images.",
     )
     flags.DEFINE_bool("experts", False, "Also the most probable class of each expert.")
 
@@ -73,9 +84,10 @@ def main(arguments: Sequence[str]) -> None:
     predictor = load(values.workdir)
     if not predictor.is_calibrated:
         log.warning("No temperature was fitted on held-out images: confidences are as they are.")
-    adjust = _adjustment(predictor, values.prior)
+    adjust = _adjustment(predictor, values.prior, paths)
+    threshold = _threshold(predictor, adjust, values.abstain)
     with _opened(values.output) as file:
-        bad = _write(file, paths, predictor, adjust, values)
+        bad = _write(file, paths, predictor, adjust, threshold, values)
     if values.output != "-":
         log.info(
             "%s predicted, %s that cannot be read: %s",
@@ -127,17 +139,60 @@ def _images_below(folder: str) -> Iterator[str]:
                 yield os.path.join(place, name)
 
 
-def _adjustment(predictor: Predictor, prior: str) -> Adjust:
+def _adjustment(predictor: Predictor, prior: str, paths: Sequence[str]) -> Adjust:
     """The function that makes the probabilities of a batch under a prior."""
     if prior == "balanced":
         return lambda found: found.probabilities
     if prior == "train":
         shares = predictor.class_counts / predictor.class_counts.sum()
+    elif prior == "estimate":
+        shares = _estimate(predictor, paths)
     else:
         shares = _read_prior(prior, predictor.classes)
     offset = np.log(shares + 1e-9)
     temperature = predictor.temperature
     return lambda found: softmax(found.logits.astype(np.float64) / temperature + offset)
+
+
+def _estimate(predictor: Predictor, paths: Sequence[str]) -> npt.NDArray[np.float64]:
+    """The class distribution of the images, from some of them if there are many."""
+    chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _ESTIMATED_FROM)).round())
+    found = predictor.predict([paths[int(i)] for i in chosen])
+    good = found.probabilities[~np.isnan(found.probabilities).any(axis=1)]
+    if not len(good):
+        raise UserError("--prior=estimate needs images that can be read, and none can.")
+    classes = len(predictor.classes)
+    concentration = 1 + _PRIOR_STRENGTH * len(good) / classes
+    shares = np.asarray(estimate_prior(good, concentration=concentration).prior, np.float64)
+    order = np.argsort(-shares, kind="stable")[:3]
+    most = ", ".join(f"{predictor.classes[i]} {100 * shares[i]:.1f}%" for i in order)
+    log.info("Class distribution estimated from %s images; the largest: %s", len(good), most)
+    return shares
+
+
+def _threshold(predictor: Predictor, adjust: Adjust, precision: float | None) -> float | None:
+    """The least confidence at which a class is named; None for naming all."""
+    if precision is None:
+        return None
+    held_out = predictor.held_out()
+    if held_out is None:
+        raise UserError(
+            "--abstain needs the predictions of held-out images, and the run has none; train with "
+            "config.data.held_out_share, or leave --abstain out."
+        )
+    found, labels = held_out
+    probabilities = adjust(found)
+    right = probabilities.argmax(axis=1) == labels
+    threshold = find_threshold(probabilities.max(axis=1), right, precision)
+    if threshold is None:
+        log.warning(
+            "No confidence reaches a precision of %.1f%% on %d held-out images: all are named",
+            100 * precision,
+            len(labels),
+        )
+        return 0.0
+    log.info("%s", threshold)
+    return threshold.confidence
 
 
 def _read_prior(path: str, classes: Sequence[str]) -> npt.NDArray[np.float64]:
@@ -179,7 +234,12 @@ def _opened(output: str) -> Iterator[TextIO]:
 
 
 def _write(
-    file: TextIO, paths: Sequence[str], predictor: Predictor, adjust: Adjust, values: Any
+    file: TextIO,
+    paths: Sequence[str],
+    predictor: Predictor,
+    adjust: Adjust,
+    threshold: float | None,
+    values: Any,
 ) -> int:
     """Writes a row for each image; returns how many cannot be read."""
     top = min(values.top, len(predictor.classes))
@@ -190,8 +250,10 @@ def _write(
         probabilities = adjust(found)
         for i in range(len(probabilities)):
             reason = found.reasons.get(i)
-            row = {"path": paths[done + i]}
+            row: dict[str, Any] = {"path": paths[done + i]}
             row |= _best(probabilities[i], predictor.classes, top, reason is None)
+            if threshold is not None:
+                row["decision"] = _decision(row, threshold) if reason is None else None
             if values.experts:
                 row |= _of_experts(found, i, predictor.classes, reason is None)
             write({**row, "status": reason or OK})
@@ -203,6 +265,10 @@ def _write(
             log.info("%s of %s images, %.0f a second", f"{done:,}", f"{len(paths):,}", rate)
             said = now
     return bad
+
+
+def _decision(row: dict[str, Any], threshold: float) -> str:
+    return row["class_1"] if row["probability_1"] >= round(threshold, 6) else UNSURE
 
 
 def _best(

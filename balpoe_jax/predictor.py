@@ -28,6 +28,7 @@ from balpoe_jax.data.records import photographs
 from balpoe_jax.data.records.sources import FileIndex, FileSource
 from balpoe_jax.data.types import EvalBatch
 from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation import predictions
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.experiment.program import Program
 from balpoe_jax.files import CONFIG
@@ -89,7 +90,7 @@ class Predictor:
     """
 
     def __init__(self, workdir: str) -> None:
-        path = record.locate(workdir)
+        self._path = path = record.locate(workdir)
         about = files.read_json(path / CONFIG)
         if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
             raise UserError(
@@ -135,6 +136,21 @@ class Predictor:
         if len(paths) == len(images):
             return _joined(list(self.stream(paths)), self.classes)
         return self._of_pixels([self._fitted(image) for image in images], {})
+
+    def held_out(self) -> tuple[Predicted, npt.NDArray[np.int32]] | None:
+        """The evaluation's predictions of held-out images, with their labels; None for none.
+
+        Raises:
+            UserError (a `ValueError`): predictions that are damaged.
+        """
+        try:
+            stored = predictions.load(self._path / predictions.FOLDER, predictions.HELD_OUT)
+        except FileNotFoundError:
+            return None
+        outputs = {"logits": stored.expert_logits}
+        if stored.combined is not None:
+            outputs["ensemble"] = stored.combined
+        return self._finish(outputs, np.ones(len(stored.labels), bool), {}), stored.labels
 
     def stream(self, paths: Sequence[str]) -> Iterator[Predicted]:
         """Predicts files a batch after the other, in order and in bounded memory.

@@ -16,6 +16,8 @@ from balpoe_jax import predict
 from balpoe_jax.config import from_record, resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions
+from balpoe_jax.evaluation.abstention import find_threshold
+from balpoe_jax.evaluation.priors import estimate_prior
 from balpoe_jax.experiment.build import build
 from balpoe_jax.metrics import softmax
 from balpoe_jax.predictor import Predictor
@@ -126,8 +128,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def call(monkeypatch, run: Path, *arguments: str, **options) -> None:
-    values = {"workdir": str(run), "top": 2, "prior": "balanced", "experts": False, **options}
-    fake = type("Flags", (), values)()
+    values = {"top": 2, "prior": "balanced", "experts": False, "abstain": None, **options}
+    fake = type("Flags", (), {"workdir": str(run), **values})()
     monkeypatch.setattr(flags, "FLAGS", fake)
     predict.main(["predict", *arguments])
 
@@ -162,6 +164,42 @@ def test_the_command_writes_classes_and_probabilities(
     call(monkeypatch, run, str(images / "yak"), output=str(tmp_path / "p.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and lines[0]["status"] == "ok" and 0 < lines[0]["probability_1"] <= 1
+
+
+def test_the_command_is_unsure_where_it_is_not_precise_enough(
+    trained, predictor: Predictor, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    images, run = trained
+    held_out, labels = predictor.held_out()
+    confidence = held_out.probabilities.max(axis=1)
+    right = held_out.probabilities.argmax(axis=1) == labels
+    expected = find_threshold(confidence, right, 0.5)
+    with caplog.at_level("INFO"):
+        call(monkeypatch, run, str(images), output=str(tmp_path / "p.csv"), abstain=0.5)
+    found = rows(tmp_path / "p.csv")
+    least = 0.0 if expected is None else expected.confidence
+    for row in found:
+        named = float(row["probability_1"]) >= round(least, 6)
+        assert row["decision"] == (row["class_1"] if named else "unsure")
+    said = "No confidence reaches" if expected is None else f"below a confidence of {least:.3f}"
+    assert said in caplog.text
+
+
+def test_the_prior_is_estimated_from_the_images(
+    trained, predictor: Predictor, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    images, run = trained
+    with caplog.at_level("INFO"):
+        call(
+            monkeypatch, run, str(images / "ant"), output=str(tmp_path / "p.csv"), prior="estimate"
+        )
+    assert "Class distribution estimated from 40 images" in caplog.text
+    paths = sorted(str(path) for path in (images / "ant").iterdir())
+    plain = predictor.predict(paths)
+    prior = estimate_prior(plain.probabilities, concentration=1 + 0.3 * 40 / 3).prior
+    expected = softmax(plain.logits / predictor.temperature + np.log(np.asarray(prior) + 1e-9))
+    found = [float(row["probability_1"]) for row in rows(tmp_path / "p.csv")]
+    np.testing.assert_allclose(found, expected.max(axis=1), atol=2e-6)
 
 
 def test_images_are_found_by_file_folder_pattern_and_list(tmp_path: Path) -> None:

@@ -447,7 +447,9 @@ def test_a_command_says_which_runs_failed(
     names = ["ablation_swa", "ablation_ema"]
     values = {"table": "ablation", "only": names, "jobs": 2}
     monkeypatch.setattr(command.flags, "FLAGS", _Flags(tmp_path, **values))
-    message = r"1 of 2 runs failed: .*ablation_ema/seed1; see the terminal.log there, and start this"
+    message = (
+        r"1 of 2 runs failed: .*ablation_ema/seed1; see the terminal.log there, and start this"
+    )
     with caplog.at_level(logging.INFO), pytest.raises(UserError, match=message):
         command.main(["reproduce"])
     assert ran == [(2, False, 2)] and "Written to" in caplog.text
