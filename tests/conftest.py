@@ -57,6 +57,13 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "_svg", lambda figure, name: "<svg></svg>")
 
 
+@pytest.fixture
+def with_all(request: pytest.FixtureRequest) -> None:
+    """Skips a test of what only `--all` trains or compiles."""
+    if not request.config.getoption("--all"):
+        pytest.skip("runs with --all only")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all", action="store_true", help="Compile, and train the networks, as users do."

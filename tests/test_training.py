@@ -73,6 +73,7 @@ def test_another_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("with_all")
 def test_a_quickly_compiled_state_has_the_usual_bits(monkeypatch) -> None:
     quick = jax.device_get(build(resolve(tiny_config())).program.init_state())
     monkeypatch.setattr(program, "_QUICK", None)

@@ -55,6 +55,7 @@ def test_experts_without_tau_or_of_one_tau_cannot_tell() -> None:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("tiny_experts", "no_page")
+@pytest.mark.slow_cases("False")
 @pytest.mark.parametrize("disagree", [False, True])
 def test_a_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disagree: bool) -> None:
     config = get_config("digits_lt")

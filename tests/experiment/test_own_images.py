@@ -41,6 +41,7 @@ def config_of(images: Path, **fields):
     return config
 
 
+@pytest.mark.slow_cases("device")
 @pytest.mark.parametrize("pipeline", ["host", "device"])
 def test_a_run_is_recorded_and_resumed_bit_for_bit(
     images: Path, tmp_path: Path, pipeline: str

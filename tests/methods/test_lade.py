@@ -78,7 +78,7 @@ def losses_of(method, taus=(1.0, 1.0)):
     return method.loss(network, {}, batch, Context(COUNTS, taus))
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_without_its_regulariser_it_is_balanced_softmax() -> None:
     plain = losses_of(PRESETS["balanced_softmax"].method)
     np.testing.assert_allclose(losses_of(LADE(alpha=0.0)).by_expert, plain.by_expert, rtol=1e-6)

@@ -86,7 +86,7 @@ def test_the_weights_go_to_the_optimum_of_a_grid() -> None:
     assert len(learnt.history) == 41 and learnt.history[0] == (0.5, 0.5)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_identical_views_leave_weight_decay_alone() -> None:
     first, _ = views((1.0, 2.0, 3.0), 0)
     raw = jnp.array([0.3, -0.2, 0.5])

@@ -127,9 +127,11 @@ def device_reference(tiny_experts, tmp_path_factory) -> Path:
 @pytest.mark.slow_cases("shard_map")  # of the twin mode, too
 @pytest.mark.parametrize("mode", process_runs.MODES)
 def test_two_processes_make_the_batches_of_one_on_their_devices(
-    device_reference: Path, two: Path, mode: str
+    device_reference: Path, two: Path, mode: str, request: pytest.FixtureRequest
 ) -> None:
     """Each plans its own rows; the rows of a dispatch come together as the global batch."""
+    if mode == "shard_map":
+        request.getfixturevalue("with_all")
     workdir = two / f"device-{mode}"
     expected, found = rows(device_reference), rows(workdir)
     assert [row["step"] for row in found] == [2, 3, 3]
@@ -147,6 +149,7 @@ def test_two_processes_make_the_batches_of_one_on_their_devices(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("with_all")
 def test_the_twin_mode_trains_what_one_process_does(two: Path) -> None:
     losses, state = process_runs.cifar_steps("shard_map")
     first, second = (process_runs.load(two / f"cifar-{i}.npz") for i in range(2))

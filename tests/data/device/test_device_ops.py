@@ -246,7 +246,7 @@ def test_hue_equals_pillow_to_the_bit() -> None:
     np.testing.assert_array_equal(actual, view_fixtures()["turned"])
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_whole_numbers_make_colours_of_hues_as_floats_do() -> None:
     """All 16.7 million, against Pillow's mix of single and double precision."""
     convert = jax.jit(lambda *hsv: unpack(hue.to_rgb(*hsv)))
