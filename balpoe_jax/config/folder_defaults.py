@@ -20,7 +20,7 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.methods import PRESETS
 from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
 
-# Files of which the header is read to choose defaults; all are read before training.
+# Files whose headers are read to choose defaults; all files are read before training.
 _SAMPLE = 64
 
 # Sides in pixels that photographs are resized to, and the number of images that a training of the

@@ -76,7 +76,7 @@ def confused_pairs(
     labels: npt.NDArray[np.integer],
     predicted: npt.NDArray[np.integer],
 ) -> Table:
-    """The pairs of classes of which most images of one are taken for the other.
+    """The pairs of classes with most images of one that are taken for the other.
 
     Args:
         names: Name of each class.

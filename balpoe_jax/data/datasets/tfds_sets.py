@@ -43,7 +43,7 @@ class TfdsSet:
     side: int | None
 
     def short_sides(self, positions: Sequence[int]) -> list[int]:
-        """The shorter sides in pixels of some images, of which the headers are read."""
+        """The shorter sides in pixels of some images, whose headers are read."""
         self.source.make_room()
         headers = (photographs.read_header(self.source.read_image(i)) for i in positions)
         return [min(header.height, header.width) for header in headers]

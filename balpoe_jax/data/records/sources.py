@@ -230,7 +230,7 @@ class FileSource(StoredSource):
 
 @dataclasses.dataclass(frozen=True)
 class ForgivingSource(FileSource):
-    """Files in place of which a blank image is read if they cannot be used.
+    """Files that a blank image replaces where they cannot be used.
 
     Attributes:
         bad: Reasons why images cannot be used, by position; it grows while they are read.
