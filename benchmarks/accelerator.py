@@ -92,7 +92,7 @@ class Bench:
         minutes: float,
         data_dir: str,
         toy: bool,
-        rows_to_train: Sequence[PaperRow] = (),
+        rows_to_train: Sequence[PaperRow],
     ) -> None:
         self.output, self.toy, self.rows_to_train = output, toy, rows_to_train
         self.clock = Clock(time.time() + 60 * minutes - _TABLES)
@@ -367,8 +367,8 @@ def find_rows(names: Sequence[str]) -> list[PaperRow]:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {' or '.join(close)}" if close else ""
-            raise UserError(f"No table has a row {name!r}{hint}?")
+            hint = f"did you mean {' or '.join(close)}?" if close else "see --mode=print."
+            raise UserError(f"No table of balpoe_jax.reproduce has a row {name!r}; {hint}")
         experiment = known[name].experiment
         if experiment.config != "cifar100_lt.py" or experiment.teacher:
             raise UserError(

@@ -245,7 +245,8 @@ def test_rows_are_found_by_their_folders() -> None:
         *("BalPoE", "BalPoE, no mixup", "CE", "Mixup", "balanced softmax"),
     ]
     for name, reason in (
-        ("ablation_sva", "No table has a row 'ablation_sva'; did you mean ablation_swa"),
+        ("ablation_sva", "has a row 'ablation_sva'; did you mean ablation_swa"),
+        ("@", "has a row '@'; see --mode=print.$"),
         ("cifar100_lt_ir100_ride_distill", "should be of CIFAR-100-LT and without a teacher"),
         ("imagenet_lt_resnext50_balpoe", "should be of CIFAR-100-LT and without a teacher"),
     ):

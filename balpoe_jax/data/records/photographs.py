@@ -7,6 +7,7 @@ into a file that TensorFlow decodes as Pillow does, so that training, evaluation
 the same pixels.
 """
 
+import functools
 import io
 import warnings
 from typing import NamedTuple
@@ -145,11 +146,9 @@ def _upright_colours(image: Image.Image) -> Image.Image:
         raise BadFile(_explain(error, b"content")) from error
 
 
-def _blank() -> bytes:
+@functools.cache
+def blank() -> bytes:
+    """The file of a black image of one pixel."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-# A black image of one pixel.
-BLANK = _blank()

@@ -253,7 +253,7 @@ class ForgivingSource(FileSource):
                 self.bad[int(i)] = str(error)
             except OSError as error:
                 self.bad[int(i)] = error.strerror or str(error)
-        return photographs.BLANK
+        return photographs.blank()
 
 
 @dataclasses.dataclass(frozen=True)
