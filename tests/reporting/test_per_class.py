@@ -75,3 +75,11 @@ def test_names_cannot_break_the_page() -> None:
     assert "<details open>" in text
     many = per_class.class_table([str(i) for i in range(50)], np.arange(50), *draw(), num_bins=10)
     assert "<details>" in str(html.sortable(many)) and "50 classes" in str(html.sortable(many))
+
+
+def test_a_class_that_is_predicted_but_not_tested_is_left_out_of_the_mean() -> None:
+    labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 3, 1, 1])
+    table = per_class.class_table(NAMES, COUNTS, labels, predicted, np.full(4, 0.5), num_bins=10)
+    rows = dict(table.rows)
+    assert rows["emu"][3] == 0 and math.isnan(rows["emu"][4])
+    assert f"macro-F1 {100 * (2 / 3 + 1) / 2:.1f}" in table.note
