@@ -307,7 +307,7 @@ def traced(tmp_path_factory) -> tuple[Path, list[int]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "add", add)
-        patch.setattr(report, "write_report", lambda workdir: "no page")
+        patch.setattr(report, "write_report_of", lambda *given: "no page")
         train(resolve(config), str(workdir))
     jax.monitoring.unregister_event_duration_listener(listen)
     return workdir, by_step

@@ -70,6 +70,18 @@ def figure(svg: str, alternative: str, caption: str = "") -> Markup:
     return _part("figure", Markup(svg.replace("<svg ", label, 1)), caption)
 
 
+def pictures(title: str, note: str, items: Sequence[Mapping[str, str]]) -> Markup:
+    """Small pictures with captions, as many side by side as the page has room for.
+
+    Args:
+        title: Heading.
+        note: Help to read them.
+        items: Address (`uri`), alternative text (`alternative`), file (`name`), and the two lines
+            of the caption (`label` and `predicted`) of each picture.
+    """
+    return _part("pictures", title, note, items)
+
+
 def absent(sentence: str) -> Markup:
     """A sentence in place of something that is missing."""
     return _part("absent", sentence)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from balpoe_jax.evaluation.pictures import RARE, WRONG, Picture
 from balpoe_jax.reporting.tables import Column, Table
 
 _PAIRS = 20
+_KINDS = {WRONG: "wrong with high confidence", RARE: "of a rare class"}
 
 Counts = npt.NDArray[np.int64]
 
@@ -99,6 +101,29 @@ def confused_pairs(
     columns = (Column("images", "number"), Column("of the class"))
     note = "Test images of the first class that the ensemble takes for the second, and their share."
     return Table("confused", "Most confused classes", columns, rows, note)
+
+
+def picture_table(names: Sequence[str], shown: Sequence[Picture]) -> Table:
+    """The pictures of the page by the names of their files.
+
+    Args:
+        names: Name of each class.
+        shown: Pictures.
+    """
+    rows = [
+        (
+            picture.name,
+            [
+                _KINDS[picture.kind],
+                names[picture.label],
+                names[picture.predicted],
+                picture.confidence,
+            ],
+        )
+        for picture in shown
+    ]
+    columns = (*(Column(name) for name in ("shown as", "class", "predicted", "confidence")),)
+    return Table("pictures", "Pictures", columns, rows, "Test images that the page shows.")
 
 
 def _share(part: npt.NDArray, whole: npt.NDArray) -> npt.NDArray[np.float64]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from balpoe_jax import metrics
 from balpoe_jax.errors import UserError
-from balpoe_jax.evaluation import predictions
+from balpoe_jax.evaluation import pictures, predictions
 from balpoe_jax.reporting import figures, html, per_class, result_tables, schema, tables
 
 # The tables that a terminal shows; the page and the files have all.
@@ -78,8 +78,14 @@ def write_report_of(
 def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str") -> Path:
     recorded = schema.load_config(path)
     content = {table.name: table for table in result_tables.result_tables(results)}
+    names = _class_names(results, recorded)
+    shown: list[pictures.Picture] = []
     if not isinstance(summaries, str):
-        content |= {table.name: table for table in _class_tables(results, recorded, summaries)}
+        class_tables = _class_tables(results, names, summaries)
+        content |= {table.name: table for table in class_tables}
+        shown = pictures.load(path / predictions.FOLDER, len(names))
+    if shown:
+        content["pictures"] = per_class.picture_table(names, shown)
     title, subtitle = _headline(results, recorded)
     folder = path / "report"
     tables.write_files(
@@ -93,6 +99,7 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
         _calibration_section(content, results, summaries),
         _classes_section(results, recorded, summaries),
         *(_every_class_section(content) if "classes" in content else ()),
+        *(_pictures_section(names, shown) if shown else ()),
         *(_shift_section(content, results) if "shift" in content else ()),
         *(_experts_section(content, results, summaries) if "bias" in content else ()),
         html.section("Training", _curves(path, results)),
@@ -234,13 +241,17 @@ def _classes_section(
     return html.section("Classes and shot groups", html.figures(*drawn, broad=True))
 
 
+def _class_names(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> tuple[str, ...]:
+    """The names of the classes, or their numbers where these are all that is known."""
+    number = len(results["class_counts"])
+    names = recorded.class_names if recorded else ()
+    return names if len(names) == number else tuple(str(i) for i in range(number))
+
+
 def _class_tables(
-    results: Mapping[str, Any], recorded: schema.RunRecord | None, summaries: _Summaries
+    results: Mapping[str, Any], names: Sequence[str], summaries: _Summaries
 ) -> list[tables.Table]:
     counts = np.array(results["class_counts"])
-    names = recorded.class_names if recorded else ()
-    if len(names) != len(counts):
-        names = tuple(str(i) for i in range(len(counts)))
     labels, ensemble = summaries.labels, summaries.ensemble
     bins = results.get("num_bins") or 15
     return [
@@ -255,6 +266,42 @@ def _every_class_section(content: Mapping[str, tables.Table]) -> tuple[Markup, .
     if pairs.rows:
         shown.append(html.table(pairs))
     return (html.section(classes.title, *shown),)
+
+
+def _pictures_section(
+    names: Sequence[str], shown: Sequence[pictures.Picture]
+) -> tuple[Markup, ...]:
+    parts = []
+    for kind, title, note in (
+        (
+            pictures.WRONG,
+            "Wrong with high confidence",
+            "Test images whose prediction is wrong, from the most confident on: first the class "
+            "in the data, then the prediction. A wrong label shows here first.",
+        ),
+        (
+            pictures.RARE,
+            "Of the rarest classes",
+            "Test images from the class with the fewest training images on.",
+        ),
+    ):
+        items = [_item(names, picture) for picture in shown if picture.kind == kind]
+        if items:
+            parts.append(html.pictures(title, note, items))
+    return (html.section("Pictures", *parts),)
+
+
+def _item(names: Sequence[str], picture: pictures.Picture) -> dict[str, str]:
+    label, sure = names[picture.label], f"{100 * picture.confidence:.0f}%"
+    is_right = picture.label == picture.predicted
+    said = f"right, {sure}" if is_right else f"as {names[picture.predicted]}, {sure}"
+    return {
+        "uri": picture.uri,
+        "name": picture.name,
+        "label": label,
+        "predicted": said,
+        "alternative": f"{picture.name}: {label}, predicted {said}",
+    }
 
 
 def _shift_section(

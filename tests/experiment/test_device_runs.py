@@ -59,7 +59,7 @@ def finished(tmp_path_factory) -> Path:
     """An undisturbed run, an epoch a dispatch."""
     workdir = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("balpoe_jax.evaluate.report.write_report", lambda workdir: "no page")
+        patch.setattr("balpoe_jax.reporting.report.write_report_of", lambda *given: "no page")
         train(resolve(config_of()), str(workdir))
     return workdir
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs on image files: recorded with class names, resumed bit for bit, and guarded."""
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +15,8 @@ from PIL import Image
 from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
+from balpoe_jax.evaluation import pictures
+from balpoe_jax.experiment.build import build
 from balpoe_jax.train import train
 from tests.helpers.config_files import get_config
 from tests.helpers.digits_runs import final_state
@@ -72,3 +76,27 @@ def test_a_run_does_not_go_on_with_other_images(images: Path, tmp_path: Path) ->
             train(resolve(config), str(tmp_path / "run"))
     finally:
         path.unlink()
+
+
+def test_the_pictures_of_the_page_are_test_files_with_the_labels_of_the_list(
+    images: Path, tmp_path: Path
+) -> None:
+    files = sorted(images.glob("*/*.png"))
+    rows = [f"{path.relative_to(images)},{path.parent.name}" for path in files]
+    (images / "all.csv").write_text("\n".join(["path,label", *rows, ""]))
+    config = get_config(
+        "folder", f"list={images / 'all.csv'},batch_size=8,epochs=1,experts=1,backbone=resnet8"
+    )
+    train(resolve(config), str(tmp_path / "run"))
+    shown = pictures.load(tmp_path / "run" / "predictions", 3)
+    names = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["class_names"]
+    tested = set(build(resolve(config)).data.test.names)
+    labels = dict(row.split(",") for row in rows)
+    assert len(shown) >= 16 and {picture.name for picture in shown} <= tested
+    for picture in shown:
+        assert names[picture.label] == labels[picture.name]
+        content = base64.b64decode(picture.uri.partition(",")[2])
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(io.BytesIO(content))),
+            np.asarray(Image.open(images / picture.name)),
+        )

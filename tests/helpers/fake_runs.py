@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from balpoe_jax.data.datasets.test_distributions import make_targets
+from balpoe_jax.data.records.sources import ArraySource
+from balpoe_jax.evaluation import pictures
 from balpoe_jax.evaluation.predictions import Predictions
 from balpoe_jax.evaluation.scoring import score
 from balpoe_jax.files import to_json
@@ -20,12 +22,12 @@ def make_run(
 ) -> dict:
     """Writes the files of a run with random predictions, and returns its results.
 
-    `changes` are fields of the config, with two underscores for a dot, and three more: `signal`,
-    which is added to the logit of the right class; `never`, a class that is never predicted; and
-    `note`, the results' note.
+    `changes` are fields of the config, with two underscores for a dot, and four more: `signal`,
+    which is added to the logit of the right class; `never`, a class that is never predicted;
+    `names`, the classes' names; and `note`, the results' note.
     """
     signal, never = changes.pop("signal", 2), changes.pop("never", None)
-    note = changes.pop("note", "")
+    note, names = changes.pop("note", ""), changes.pop("names", ())
     logits, labels = _draw_predictions(num_experts, seed, signal, never)
     scores = score(
         Predictions(logits, labels),
@@ -43,12 +45,15 @@ def make_run(
     (workdir / "predictions").mkdir()
     np.save(workdir / "predictions" / "expert_logits.npy", logits)
     np.save(workdir / "predictions" / "labels.npy", labels)
+    images = np.arange(100 * 4 * 4 * 3).reshape(100, 4, 4, 3).astype(np.uint8)
+    source = ArraySource(images, labels.astype(np.int64), np.arange(100))
+    pictures.save(workdir / "predictions", source, Predictions(logits, labels), COUNTS)
     (workdir / "results.json").write_text(json.dumps(results))
     (workdir / "config.json").write_text(
         json.dumps(
             {
                 "config": _make_config(num_experts, name, seed, changes),
-                "data": {},
+                "data": {"class_names": list(names)},
                 "environment": {
                     "versions": {"jax": "1.2.3"},
                     "command": ["main.py", "--config=a&b"],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from balpoe_jax.errors import UserError
+from balpoe_jax.evaluation import pictures
 from balpoe_jax.reporting import comparison
 from balpoe_jax.reporting.report import result_text, write_report
 from balpoe_jax.reporting.result_tables import result_tables
@@ -20,7 +21,7 @@ from tests.helpers.fake_runs import make_run
 
 pytestmark = pytest.mark.integration
 
-VOID = {"meta", "br", "link"}
+VOID = {"meta", "br", "link", "img"}
 
 
 class Balanced(HTMLParser):
@@ -100,7 +101,7 @@ def test_files_hold_the_tables(tmp_path: Path) -> None:
         scores["prior"] for scores in results["shift"].values()
     ]
     markdown = (folder / "tables.md").read_text()
-    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 11
+    assert markdown.count("\n## ") == len(list(folder.glob("*.csv"))) == 12
     row = next(line for line in markdown.splitlines() if line.startswith("| ensemble"))
     assert f" {100 * results['test']['top1']:.1f} |" in row
 
@@ -111,7 +112,7 @@ def test_the_page_stands_alone_and_says_what_the_results_say(tmp_path: Path) -> 
     assert page == tmp_path / "run" / "report" / "index.html"
     parsed = parse(page)
     references = [value for _, name, value in parsed.attributes if name in ("src", "href")]
-    assert not [value for value in references if not str(value).startswith(("#", "data:,"))]
+    assert not [value for value in references if not str(value).startswith(("#", "data:"))]
     assert page.read_text().count("<script") == 1  # which sorts the table of classes
     for key in ("top1", "few", "ece"):
         assert f"{100 * results['test'][key]:.1f}" in parsed.text
@@ -120,6 +121,27 @@ def test_the_page_stands_alone_and_says_what_the_results_say(tmp_path: Path) -> 
     described = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
     assert len(described) == text.count("<svg") == 4 + 3 + 1 + 4 + 1 + 1
     assert f"{100 * results['test']['ece']:.1f}%" in described[0]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_pictures_are_shown_with_names_and_listed(tmp_path: Path) -> None:
+    names = ("a<b>", "owl", "yak", "emu")
+    make_run(tmp_path / "run", signal=0, names=names)
+    page = write_report(str(tmp_path / "run"))
+    shown = pictures.load(tmp_path / "run" / "predictions", 4)
+    sources = [
+        value for tag, name, value in parse(page).attributes if (tag, name) == ("img", "src")
+    ]
+    assert sources == [picture.uri for picture in shown] and len(sources) == 32
+    assert "a<b>" in parse(page).text
+    with (page.parent / "pictures.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    labels = np.load(tmp_path / "run" / "predictions" / "labels.npy")
+    for row, picture in zip(rows, shown, strict=True):
+        assert row[0] == picture.name and row[2] == names[labels[int(row[0])]]
+        assert row[3] == names[picture.predicted] and float(row[4]) == picture.confidence
+    (tmp_path / "run" / "predictions" / pictures.FILE).unlink()
+    assert "<img" not in write_report(str(tmp_path / "run")).read_text()
 
 
 def test_figures_are_well_formed_and_their_names_do_not_clash(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def reference(tiny_experts, tmp_path_factory) -> Path:
     """The digits, trained by one process on four devices."""
     workdir = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda workdir: "no page")
+        patch.setattr(report, "write_report_of", lambda *given: "no page")
         train(resolve(process_runs.digits_config()), str(workdir))
     return workdir
 
@@ -119,7 +119,7 @@ def device_reference(tiny_experts, tmp_path_factory) -> Path:
     """The digits, by one process whose four devices make their batches."""
     workdir = tmp_path_factory.mktemp("device_reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda workdir: "no page")
+        patch.setattr(report, "write_report_of", lambda *given: "no page")
         train(resolve(process_runs.device_config("pmap")), str(workdir))
     return workdir
 
