@@ -16,7 +16,7 @@ from balpoe_jax import files
 from balpoe_jax.config import Settings
 from balpoe_jax.data.records.sources import Source
 from balpoe_jax.errors import UserError
-from balpoe_jax.evaluation import expert_weights, pictures, predictions, scoring
+from balpoe_jax.evaluation import expert_weights, pictures, predictions, scoring, statistics
 from balpoe_jax.experiment.build import Experiment, build_together
 from balpoe_jax.experiment.program import num_parameters
 from balpoe_jax.reporting import report
@@ -123,6 +123,8 @@ class Evaluator:
         if test is None:
             return {}, None
         pictures.save(folder, data.test, test, data.class_counts)
+        if experiment.program.average is not None:
+            statistics.save(folder, int(state.step), variables["batch_stats"])
         scores = scoring.score(
             test,
             data.class_counts,

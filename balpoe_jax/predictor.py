@@ -28,13 +28,14 @@ from balpoe_jax.data.records import photographs
 from balpoe_jax.data.records.sources import FileIndex, FileSource
 from balpoe_jax.data.types import EvalBatch
 from balpoe_jax.errors import UserError
-from balpoe_jax.evaluation import predictions
+from balpoe_jax.evaluation import predictions, statistics
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.experiment.program import Program
 from balpoe_jax.files import CONFIG
 from balpoe_jax.metrics import softmax
 from balpoe_jax.run import record
 from balpoe_jax.run.checkpoint import Checkpoints
+from balpoe_jax.step import TrainState
 
 # Files that are predicted in one pipeline; their paths and reasons are held in memory.
 _AT_ONCE = 2**15
@@ -73,7 +74,7 @@ def load(workdir: str) -> "Predictor":
 
     Raises:
         UserError (a `ValueError`): no run there, no checkpoint, damaged files, or a run that
-            evaluates averaged weights, whose statistics take the training images.
+            evaluates averaged weights and was not evaluated since.
     """
     return Predictor(workdir)
 
@@ -287,11 +288,29 @@ def _restore(program: Program, path: Path) -> dict[str, Any]:
         state = checkpoints.restore_latest(program.abstract_state())
     if state is None:
         raise UserError(f"There is no checkpoint in {path}; train first.")
+    return _evaluated(program, state, path)
+
+
+def _evaluated(program: Program, state: TrainState, path: Path) -> dict[str, Any]:
+    """The weights and statistics that an evaluation uses."""
+    step = int(state.step)
     if program.average is None:
         return dict(state.variables)
-    if "batch_stats" not in state.averages:
+    if program.average.describe(step, program.context.steps_per_epoch)["average"] == "none":
+        return dict(state.variables)
+    if "batch_stats" in state.averages:
+        return dict(state.averages)
+    made = statistics.load(path / predictions.FOLDER, step)
+    if made is None:
         raise UserError(
-            f"The run in {path} evaluates averaged weights (config.optim.ema or swa), whose "
-            "statistics are made of its training images; evaluate it with --mode=eval instead."
+            f"The run in {path} evaluates averaged weights (config.optim.swa), "
+            f"whose statistics after step {step} are not there; evaluate it first, with "
+            "--mode=eval, where its training images are."
         )
-    return dict(state.averages)
+    expected = jax.tree.map(np.shape, state.batch_stats)
+    if jax.tree.map(np.shape, made) != expected:
+        raise UserError(
+            f"{path / predictions.FOLDER / statistics.FILE} does not fit the run's network; "
+            "evaluate the run again, with --mode=eval."
+        )
+    return {**state.averages, "batch_stats": made}

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+import balpoe_jax
 from balpoe_jax.config import Settings, resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import Evaluator, evaluate
+from balpoe_jax.evaluation import predictions, statistics
 from balpoe_jax.experiment.build import build
 from balpoe_jax.experiment.settings import learning_rates
 from balpoe_jax.reporting import report
@@ -83,6 +85,28 @@ def test_what_is_predicted_is_of_the_averaged_weights(tmp_path: Path) -> None:
     averages = jax.tree.map(lambda x: 2 * x, state.averages)
     other = predicted(evaluator, state.replace(averages=averages), tmp_path / "d")
     assert (other != first).any()
+
+
+@pytest.mark.parametrize("name", ["swa", "ema"])
+def test_a_run_predicts_by_the_weights_that_were_evaluated(name: str, tmp_path: Path) -> None:
+    """Without its training images; before an evaluation SWA has no statistics to predict with."""
+    config = config_of(name, mix__regmixup=False, total_epochs=2, optim__sam=0.0)
+    train(resolve(config), str(tmp_path))
+    test = build(resolve(config)).data.test
+    expected = predictions.load(tmp_path / "predictions").expert_logits
+    found = balpoe_jax.load(str(tmp_path)).predict(test.images)
+    np.testing.assert_allclose(found.expert_logits, expected, rtol=1e-5, atol=1e-5)
+    if name == "swa":
+        file = tmp_path / "predictions" / statistics.FILE
+        statistics.save(file.parent, 5, {"a": np.zeros(3)})
+        with pytest.raises(UserError, match=r"statistics after step 6 are not there; evaluate it"):
+            balpoe_jax.load(str(tmp_path))
+        statistics.save(file.parent, 6, {"a": np.zeros(3)})
+        with pytest.raises(UserError, match=r"averaged_statistics\.npz does not fit the run's net"):
+            balpoe_jax.load(str(tmp_path))
+        file.write_bytes(file.read_bytes()[:90])
+        with pytest.raises(UserError, match=r"are not there; evaluate it"):
+            balpoe_jax.load(str(tmp_path))
 
 
 def test_statistics_are_of_unmixed_training_images() -> None:
