@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,11 +29,10 @@ from balpoe_jax.evaluation.priors import estimate_prior
 from balpoe_jax.files import reports_write_errors
 from balpoe_jax.metrics import softmax
 from balpoe_jax.predictor import Predicted, Predictor, load
+from balpoe_jax.progress_bar import ProgressBar
 
 log = logging.getLogger("balpoe_jax.predict")  # not __main__, as which it is started
 
-# Seconds between lines of progress.
-_PAUSE = 5.0
 
 OK, UNSURE = "ok", "unsure"
 
@@ -86,8 +84,10 @@ def main(arguments: Sequence[str]) -> None:
         log.warning("No temperature was fitted on held-out images: confidences are as they are.")
     adjust = _adjustment(predictor, values.prior, paths)
     threshold = _threshold(predictor, adjust, values.abstain)
-    with _opened(values.output) as file:
-        bad = _write(file, paths, predictor, adjust, threshold, values)
+    # Rows in the terminal are progress enough.
+    bar = ProgressBar(log, "Predicted", len(paths), silent=values.output == "-")
+    with _opened(values.output) as file, bar:
+        bad = _write(file, paths, predictor, adjust, threshold, values, bar.add)
     if values.output != "-":
         log.info(
             "%s predicted, %s that cannot be read: %s",
@@ -240,12 +240,12 @@ def _write(
     adjust: Adjust,
     threshold: float | None,
     values: Any,
+    count: Callable[[int], None],
 ) -> int:
     """Writes a row for each image; returns how many cannot be read."""
     top = min(values.top, len(predictor.classes))
     write = _jsonl_writer(file) if values.output.endswith(".jsonl") else _csv_writer(file)
     done = bad = 0
-    begun = said = time.monotonic()
     for found in predictor.stream(paths):
         probabilities = adjust(found)
         for i in range(len(probabilities)):
@@ -259,11 +259,7 @@ def _write(
             write({**row, "status": reason or OK})
             bad += reason is not None
         done += len(probabilities)
-        now = time.monotonic()
-        if values.output != "-" and now - said > _PAUSE:
-            rate = done / (now - begun)
-            log.info("%s of %s images, %.0f a second", f"{done:,}", f"{len(paths):,}", rate)
-            said = now
+        count(len(probabilities))
     return bad
 
 

@@ -9,10 +9,9 @@ import hashlib
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +20,12 @@ from balpoe_jax.data import cache
 from balpoe_jax.data.datasets.listing import some
 from balpoe_jax.data.records import photographs
 from balpoe_jax.errors import TransientError, UserError, is_transient
+from balpoe_jax.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-
 # Part of an entry's name: raise it when what is kept changes.
 _VERSION = 1
-
-# Seconds between lines of progress.
-_PAUSE = 5.0
 
 
 class FileFacts(NamedTuple):
@@ -76,24 +71,28 @@ def examine(root: str, names: Sequence[str], where: str, threads: int | None = N
     known = kept.read()
     new = [i for i, name in enumerate(names) if known.get(name, (None,))[:2] != stats[i]]
     found, bad = _read_all(root, [names[i] for i in new], threads)
+    for i, content in zip(new, found, strict=True):
+        if names[i] not in bad:
+            known[names[i]] = (*stats[i], *content)
+    if new:
+        # With what was known of other lists on this folder, and before a bad file ends the start.
+        kept.write(_facts(known, list(known)))
     if bad:
         reasons = (f"{name} ({reason})" for name, reason in bad.items())
         raise UserError(
             f"{len(bad):,} of the {len(names):,} images of {where} cannot be read: "
             f"{some(reasons)}; replace or remove them."
         )
-    for i, content in zip(new, found, strict=True):
-        known[names[i]] = (*stats[i], *content)
-    facts = FileFacts(
-        np.array(names),
-        *(
-            np.array([known[name][column] for name in names], dtype)
-            for column, dtype in enumerate((np.int64, np.int64, np.int32, np.int32, np.str_))
-        ),
+    return _facts(known, names)
+
+
+def _facts(known: Mapping[str, tuple], names: Sequence[str]) -> FileFacts:
+    dtypes = (np.int64, np.int64, np.int32, np.int32, np.str_)
+    columns = (
+        np.array([known[name][column] for name in names], dtype)
+        for column, dtype in enumerate(dtypes)
     )
-    if new:
-        kept.write(facts)
-    return facts
+    return FileFacts(np.array(names, np.str_), *columns)
 
 
 def _stat_all(root: str, names: Sequence[str], where: str) -> list[tuple[int, int]]:
@@ -144,21 +143,12 @@ def _read_all(
         return 0, 0, ""
 
     workers = threads or 4 * (os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        found = list(_announced(pool.map(read, names), len(names)))
+    found = []
+    with ProgressBar(log, "Checked", len(names)) as bar, ThreadPoolExecutor(workers) as pool:
+        for facts in pool.map(read, names):
+            found.append(facts)
+            bar.add(1)
     return found, {name: bad[name] for name in names if name in bad}
-
-
-def _announced(items: Iterable[Item], number: int) -> Iterator[Item]:
-    """The items; says now and then how many there were."""
-    begun = said = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - said > _PAUSE or (done == number and said > begun):
-            rate = done / (now - begun)
-            log.info("Checked %s of %s images, %.0f a second", f"{done:,}", f"{number:,}", rate)
-            said = now
 
 
 class _Cache:
