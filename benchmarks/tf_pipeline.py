@@ -23,7 +23,7 @@ from balpoe_jax.data.images.resize import resize
 from balpoe_jax.data.randomness import RowRandom
 from balpoe_jax.data.records import tfrecords
 from balpoe_jax.data.records.readers import make_reader
-from balpoe_jax.data.records.sources import ArraySource, RecordSource, Source
+from balpoe_jax.data.records.sources import ArraySource, FileIndex, FileSource, RecordSource, Source
 from balpoe_jax.data.settings import AUTOAUGMENT_CIFAR, AugmentSettings, MixSettings, TrainSettings
 from benchmarks.measuring import Sample
 from benchmarks.pil_transforms import Transform
@@ -89,6 +89,24 @@ def make_case(
         source, description = _photos(data_dir, scratch, image_size or config.data.image_size)
     settings = _settings(config, batch_size or config.batch_size)
     return Case(source, description, settings, _pil_transform(settings, source.image_shape[0]))
+
+
+def as_files(case: Case, folder: Path, write: Callable[[bytes], bytes]) -> Case:
+    """The case with its photographs in files of their own.
+
+    Args:
+        case: Case of photographs.
+        folder: Folder of the files, which is made.
+        write: Function that makes the content of a file of an encoded photograph.
+    """
+    source: Any = case.source
+    folder.mkdir()
+    names = np.array([f"{i}.image" for i in range(len(source))])
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(write(source.read_image(i)))
+    index = FileIndex(names, source.labels)
+    files = FileSource(index, source.image_size, source.resize, root=str(folder))
+    return dataclasses.replace(case, source=files)
 
 
 def profile(case: Case, seconds: float, mixup_alpha: float = 0.3) -> list[tuple[str, float]]:

@@ -63,6 +63,19 @@ def test_input_pipeline(tmp_path: Path) -> None:
         assert text in result.stdout
 
 
+@pytest.mark.slow
+def test_file_reader(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    small = ("--batch_size=8", "--image_size=32", "--repeats=1", "--seconds=0")
+    result = command("file_reader", f"--output={output}", *small)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(output.read_text())
+    assert list(found["kinds"]) == ["jpeg", "turned jpeg", "webp"]
+    for kind in found["kinds"].values():
+        assert_compared(kind)
+    assert "64 generated photographs" in result.stdout and "rec./cpu" in result.stdout
+
+
 def test_unknown_cases_are_refused() -> None:
     result = command("input_pipeline", "--cases=mnist")
     assert result.returncode == 2
