@@ -9,6 +9,7 @@ probable classes with their calibrated probabilities, and `ok` or the reason why
 import contextlib
 import csv
 import glob
+import io
 import json
 import logging
 import os
@@ -35,6 +36,9 @@ log = logging.getLogger("balpoe_jax.predict")  # not __main__, as which it is st
 
 
 OK, UNSURE = "ok", "unsure"
+
+# Names of files need not be text: their bytes are written as they are.
+_NAMES = "surrogateescape"
 
 # Images from which a class distribution is estimated at most, and the weight of the uniform one.
 _ESTIMATED_FROM, _PRIOR_STRENGTH = 10_000, 0.3
@@ -224,12 +228,14 @@ def _read_prior(path: str, classes: Sequence[str]) -> npt.NDArray[np.float64]:
 @contextlib.contextmanager
 def _opened(output: str) -> Iterator[TextIO]:
     if output == "-":
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=_NAMES)
         yield sys.stdout
         return
     path = Path(output)
     with reports_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with path.open("w", encoding="utf-8", newline="", errors=_NAMES) as file:
             yield file
 
 

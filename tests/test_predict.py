@@ -4,6 +4,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,16 @@ def call(monkeypatch, run: Path, *arguments: str, **options) -> None:
     fake = type("Flags", (), {"workdir": str(run), **values})()
     monkeypatch.setattr(flags, "FLAGS", fake)
     predict.main(["predict", *arguments])
+
+
+def test_names_of_files_are_any_bytes(trained, tmp_path: Path, monkeypatch) -> None:
+    images, run = trained
+    path = tmp_path / os.fsdecode(b"\xff\xfe.png")
+    shutil.copy(next((images / "ant").glob("*.png")), path)
+    for suffix in ("csv", "jsonl"):
+        output = tmp_path / f"out.{suffix}"
+        call(monkeypatch, run, str(path), output=str(output))
+        assert b"\xff\xfe.png" in output.read_bytes()
 
 
 @pytest.mark.parametrize("prior", ["balanced", "train", "file"])

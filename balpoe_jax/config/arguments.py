@@ -56,6 +56,6 @@ def _parse_value(key: str, value: str, default: Any) -> Any:
     if kind is int and abs(parsed) > _LARGEST:
         raise UserError(f"Config argument {key} must be at most {_LARGEST}, got {shown(value)!r}.")
     if choices and parsed not in choices:
-        valid = ", ".join(str(choice) for choice in choices)
+        valid = ", ".join(str(choice) for choice in choices if choice != "")
         raise UserError(f"Config argument {key} must be one of {valid}; got {shown(value)!r}.")
     return parsed

@@ -8,6 +8,7 @@ shows them without the data set.
 import base64
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +73,8 @@ def save(
     kept = []
     for kind, order in orders.items():
         for i, uri in _first_readable(source, order):
-            (name,) = source.ids(np.array([i]))
+            (given,) = source.ids(np.array([i]))
+            name = os.fsencode(given).decode(errors="backslashreplace")  # a page is text
             label, predicted = int(test.labels[i]), int(found.predicted[i])
             kept.append(Picture(kind, name, label, predicted, float(found.confidence[i]), uri))
     content = {"pictures": [picture._asdict() for picture in kept]}

@@ -90,7 +90,7 @@ def log_to_file(workdir: Path) -> Iterator[None]:
             package.setLevel(level)
         return
     with reports_write_errors(workdir / LOG):
-        handler = _LogFile(workdir / LOG, encoding="utf-8")
+        handler = _LogFile(workdir / LOG, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(min(level, logging.INFO) if level else logging.INFO)
     package.addHandler(handler)

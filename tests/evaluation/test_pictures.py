@@ -4,6 +4,7 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +75,22 @@ def test_photographs_are_made_small_and_bad_files_left_out(tmp_path: Path) -> No
     for i in range(40):
         Image.new("RGB", (300, 150), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "7.png").write_bytes(b"no image")
-    index = FileIndex(np.array([f"{i}.png" for i in range(40)]), test.labels.astype(np.int64))
+    names = [f"{i}.png" for i in range(40)]
+    # The rarest class that is tested comes first; names of files may be any bytes.
+    first = int(pictures.of_rare_classes(test.labels, COUNTS)[0])
+    odd = os.fsdecode(b"\xff.png")
+    (tmp_path / names[first]).rename(tmp_path / odd)
+    names[first] = odd
+    index = FileIndex(np.array(names), test.labels.astype(np.int64))
     pictures.save(tmp_path / ".", FileSource(index, 32, 36, root=str(tmp_path)), test, COUNTS)
     shown = pictures.load(tmp_path, 5)
     assert len(shown) == 32 and "7.png" not in {picture.name for picture in shown}
+    assert "\\xff.png" in {picture.name for picture in shown}
     for picture in shown:
         pixels = decoded(picture).astype(int)
+        number = first if "xff" in picture.name else int(picture.name.removesuffix(".png"))
         assert pixels.shape == (48, 96, 3)
-        assert abs(pixels - [6 * int(picture.name.removesuffix(".png")), 0, 0]).max() <= 2
+        assert abs(pixels - [6 * number, 0, 0]).max() <= 2
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ class _Cache:
     """The facts of a folder's files in the user's cache; a damaged entry counts as none."""
 
     def __init__(self, root: str) -> None:
-        digest = hashlib.sha256(f"{_VERSION}\n{root}".encode()).hexdigest()[:32]
+        digest = hashlib.sha256(os.fsencode(f"{_VERSION}\n{root}")).hexdigest()[:32]
         self._path = cache.folder() / f"files-{digest}.npz"
 
     def read(self) -> dict[str, tuple]:

@@ -187,6 +187,11 @@ def refuse_untrained(listing: Listing, parts: Parts, where: str) -> None:
         where: Place of the images, for messages.
     """
     counts = count(listing, parts.train)
+    if len(counts) < 2:
+        raise UserError(
+            f"{where} should have images of two classes or more, and all are of "
+            f"{listing.class_names[0]!r}; add a class."
+        )
     if not len(parts.test):
         raise UserError(
             f"{where} has {len(listing):,} images, and none of them is left for a test; add images "

@@ -260,6 +260,12 @@ def _numbered(
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Numbers of the labels, and the names of all classes."""
     found = set(labels)
+    no_text = sorted(label for label in found if not _is_text(label))
+    if no_text:
+        raise UserError(
+            f"Names of classes should be text in UTF-8, and {no_text[0]!a} in {where} is not; "
+            "rename the folder."
+        )
     numeric = all(label.isdecimal() and label.isascii() and len(label) < 7 for label in found)
     if class_names and not found <= set(class_names) and numeric:
         highest = max(map(int, found))
@@ -283,6 +289,14 @@ def _numbered(
         known = tuple(sorted(found))
     position = {name: i for i, name in enumerate(known)}
     return np.array([position[label] for label in labels], np.int64), known
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a folder's name may have any bytes
+        return False
+    return True
 
 
 def read_class_names(path: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ therefore moves no other image from one part to another. Shares hold in expectat
 
 import dataclasses
 import hashlib
+import os
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ def position(name: str) -> float:
     Args:
         name: Path below the folder of the set, with `/` between folders.
     """
-    return (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 11) / 2**53
+    return (int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 11) / 2**53
 
 
 def divide(listing: Listing, test_share: float, held_out_share: float) -> Parts:

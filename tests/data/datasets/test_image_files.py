@@ -189,6 +189,12 @@ def test_paths_that_are_not_there_are_counted_and_named(tmp_path: Path) -> None:
         load_files(place, 16, 18)
 
 
+def test_images_of_one_class_are_refused(tmp_path: Path) -> None:
+    root = make(tmp_path / "photos", {"ant": 30})
+    with pytest.raises(UserError, match=r"should have images of two classes or more, .* of 'ant'"):
+        load_files(Place(str(root)), 16, 18)
+
+
 def test_too_few_images_for_a_test_are_refused(tmp_path: Path) -> None:
     root = make(tmp_path / "photos", {"ant": 4, "owl": 3})
     with pytest.raises(UserError, match="7 images, and none of them is left for a test"):

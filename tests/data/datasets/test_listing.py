@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders and lists of images, and each mistake in them told in one sentence."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from balpoe_jax.data.datasets.listing import Listing, read_class_names, read_folder, read_lists
+from balpoe_jax.data.datasets.splitting import divide
 from balpoe_jax.errors import UserError
 
 
@@ -38,6 +40,17 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert found.names == ("ant/z.bmp", "owl/a.PNG", "owl/b.jpg", "owl/deep/c.webp")
     np.testing.assert_array_equal(found.labels, [0, 1, 1, 1])
     assert set(found.splits) == {""} and found.root == str(tmp_path)
+
+
+def test_names_of_files_may_be_any_bytes_and_those_of_classes_text(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"\xff\xfe")
+    touch(tmp_path / "a", f"ant/{odd}.png", "owl/1.png")
+    listing = read_folder(str(tmp_path / "a"))
+    assert listing.names == (f"ant/{odd}.png", "owl/1.png")
+    assert len(divide(listing, 0.5, 0.1).train) > 0
+    touch(tmp_path / "b", "ant/1.png", f"{odd}/1.png")
+    with pytest.raises(UserError, match=r"should be text in UTF-8, and '.udcff.udcfe' in .* is no"):
+        read_folder(str(tmp_path / "b"))
 
 
 def test_a_folder_of_splits(tmp_path: Path) -> None:
