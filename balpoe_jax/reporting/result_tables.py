@@ -41,7 +41,12 @@ _GROUPS = ("many", "medium", "few")
 
 
 def _result(results: Mapping[str, Any]) -> Table:
-    keys = ("tau", "top1", *_GROUPS, "ece", "mce", "nll", "brier", "adaptive_ece")
+    mean = ("balanced",) if _is_unequal(results) else ()
+    keys = ("tau", "top1", *mean, *_GROUPS, "ece", "mce", "nll", "brier", "adaptive_ece")
+    on = "on the balanced test set"
+    if mean:
+        on = "on the test set, whose classes differ in size: all is over images, balanced over "
+        on += "classes"
     used = ""
     if results.get("experts_used") is not None:
         used = f" It took {results['experts_used']:.2f} experts an example, on average."
@@ -51,7 +56,7 @@ def _result(results: Mapping[str, Any]) -> Table:
         (
             Column("tau", "number"),
             Column("all"),
-            *(Column(group) for group in _GROUPS),
+            *(Column(name) for name in (*mean, *_GROUPS)),
             Column("ECE"),
             Column("MCE"),
             Column("NLL", "decimal", wide=True),
@@ -59,10 +64,19 @@ def _result(results: Mapping[str, Any]) -> Table:
             Column("aECE", wide=True),
         ),
         [(name, [scores.get(key) for key in keys]) for name, scores in named_rows(results)],
-        "Percent on the balanced test set; tau, NLL (nats) and Brier score as they are. The figure "
+        f"Percent {on}; tau, NLL (nats) and Brier score as they are. The figure "
         "of a shot group is the mean over its classes. Each expert is trained with the prior "
         "weighted by its tau, if it has one; the ensemble is the mean of their logits, unless the "
         f"method combines them otherwise.{used}",
+    )
+
+
+def _is_unequal(results: Mapping[str, Any]) -> bool:
+    """Whether the accuracy over images differs from the mean of the classes' somewhere."""
+    pairs = [(scores["top1"], scores.get("balanced")) for _, scores in named_rows(results)]
+    return any(
+        all_images is not None and balanced is not None and abs(all_images - balanced) > 1e-6
+        for all_images, balanced in pairs
     )
 
 

@@ -90,6 +90,18 @@ def test_what_is_undefined_is_a_dash(tmp_path: Path) -> None:
     assert text_tables(results)["Accuracy and calibration"][-1].split()[4] == "-"
 
 
+def test_classes_of_unequal_size_have_a_balanced_accuracy(tmp_path: Path) -> None:
+    results = make_run(tmp_path / "run")
+    heading, *_ = text_tables(results)["Accuracy and calibration"]
+    assert heading.split()[:3] == ["tau", "all", "many"]
+    results["test"]["balanced"] = results["test"]["top1"] - 0.25
+    heading, *_, row = text_tables(results)["Accuracy and calibration"]
+    assert heading.split()[:4] == ["tau", "all", "balanced", "many"]
+    assert float(row.split()[1]) - float(row.split()[2]) == pytest.approx(25)
+    results["test"]["balanced"] = None
+    assert "balanced" not in text_tables(results)["Accuracy and calibration"][0]
+
+
 @pytest.mark.usefixtures("no_drawing")
 def test_files_hold_the_tables(tmp_path: Path) -> None:
     results = make_run(tmp_path / "run")

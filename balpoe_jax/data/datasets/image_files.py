@@ -36,6 +36,9 @@ SMALL = 64
 # Shares of the images of a set that has no splits.
 TEST_SHARE, HELD_OUT_SHARE = 0.2, 0.1
 
+# With fewer held-out images a temperature is little more than chance.
+_FEW_HELD_OUT = 50
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -247,6 +250,12 @@ def announce(listing: Listing, parts: Parts, counts: npt.NDArray[np.int64]) -> N
             "left for training or test: %s",
             LEAST,
             some(described, 10),
+        )
+    if 0 < len(parts.held_out) < _FEW_HELD_OUT:
+        log.warning(
+            "Temperatures will be fitted on %d held-out images, which is few: calibrated "
+            "probabilities may be far off; raise config.data.held_out_share, or add images",
+            len(parts.held_out),
         )
     log.info("%s", histogram(counts, listing.class_names))
 

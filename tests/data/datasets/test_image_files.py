@@ -57,6 +57,7 @@ def test_a_folder_becomes_a_long_tailed_set(tmp_path: Path, caplog) -> None:
     text = "\n".join(caplog.messages)
     assert "Trained on whole" in text and "yak (3)" in text
     assert "Training images by class" in text and "20% of the images, by a hash" in text
+    assert f"fitted on {len(data.held_out)} held-out images, which is few" in text
 
 
 def test_small_images_of_one_size_are_read_as_pixels(tmp_path: Path) -> None:
