@@ -6,7 +6,7 @@
 
 The train and the eval step are those of `balpoe_jax.main`, compiled by the device's own compiler
 (the package libtpu, or jax-cuda13-plugin and ptxas), so what does not compile there fails here.
-The data set need not be there: class counts are the published ones.
+The data set need not be there: class counts are the published ones. Your own images are counted.
 
 Nothing is measured. The times for a TPU are those of the compiler's model of a core, without
 communication, which overlaps at best. The times for a GPU are lower limits: of moving the bytes,

@@ -84,13 +84,10 @@ def examine_on(
         evaluation: Whether to compile the eval step, too.
     """
     # Here and not above, so that wrong flags are told at once.
-    from balpoe_jax.data.datasets import published
-    from balpoe_jax.experiment.build import build_program
+    from balpoe_jax.experiment.build import build_program, describe_data
     from balpoe_jax.experiment.program import num_parameters
 
-    counts, image_shape = published(
-        settings.data.name, settings.data.imbalance_ratio, settings.data.image_size or 0
-    )
+    counts, image_shape = describe_data(settings)
     parallel = make_parallel(_MODE, devices)
 
     without = dataclasses.replace(settings, model=dataclasses.replace(settings.model, remat=False))

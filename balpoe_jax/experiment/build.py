@@ -271,9 +271,26 @@ def _make_inputs(
     return HostInputs(devices, data, *arguments, settings.data.threads, policy)
 
 
+def describe_data(settings: Settings) -> tuple[npt.NDArray[np.int64], tuple[int, int, int]]:
+    """Class counts, int64 `[C]`, and the image shape: published ones, or of images of one's own.
+
+    Raises:
+        UserError (a `ValueError`): counts that no publication has, or images that are not there.
+    """
+    section = settings.data
+    if _is_own(section):
+        data = _load_own(section)
+        return data.class_counts, data.train.image_shape
+    return datasets.published(section.name, section.imbalance_ratio, section.image_size or 0)
+
+
+def _is_own(section: DataSettings) -> bool:
+    return section.name == datasets.FOLDER or section.name.startswith(tfds_sets.PREFIX)
+
+
 def _load_data(settings: Settings) -> LongTailed:
     section = settings.data
-    of_own = section.name == datasets.FOLDER or section.name.startswith(tfds_sets.PREFIX)
+    of_own = _is_own(section)
     data = _load_own(section) if of_own else _load_published(settings)
     counts = data.class_counts
     low, high = section.shot_thresholds

@@ -16,7 +16,7 @@ from balpoe_jax.config import resolve
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.evaluation import pictures
-from balpoe_jax.experiment.build import build
+from balpoe_jax.experiment.build import build, describe_data
 from balpoe_jax.train import train
 from tests.helpers.config_files import get_config
 from tests.helpers.digits_runs import final_state
@@ -64,6 +64,14 @@ def test_a_run_is_recorded_and_resumed_bit_for_bit(
     states = [final_state(config, folder) for folder in (finished, resumed)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert evaluate(resolve(config), str(finished))["test"] == results["test"]
+
+
+def test_steps_are_compiled_ahead_for_the_images_that_are_there(images: Path) -> None:
+    settings = resolve(config_of(images))
+    counts, shape = describe_data(settings)
+    data = build(settings).data
+    np.testing.assert_array_equal(counts, data.class_counts)
+    assert shape == data.train.image_shape == (8, 8, 3) and counts.sum() == len(data.train)
 
 
 def test_a_run_does_not_go_on_with_other_images(images: Path, tmp_path: Path) -> None:
