@@ -110,7 +110,7 @@ RULE = (
     ("run",),
     ("experiment", "reporting"),
     ("progress", "evaluate", "predictor"),
-    ("train", "compare", "report", "reproduce", "aot", "torch_import", "predict"),
+    ("train", "compare", "report", "reproduce", "aot", "torch_import", "predict", "calibrate"),
     ("main",),
 )
 

@@ -23,6 +23,7 @@ from balpoe_jax.reporting import figures, html, per_class, result_tables, schema
 _PRINTED = (
     "result", "calibration", "shift", "prior_estimates", "aggregation", "bias", "experts",
 )  # fmt: skip
+_POSTHOC = ("variants", "thresholds")
 
 
 def result_text(results: Mapping[str, Any], width: int = 80) -> str:
@@ -37,6 +38,17 @@ def result_text(results: Mapping[str, Any], width: int = 80) -> str:
     if results.get("note"):
         parts.insert(0, textwrap.fill(f"Note: {results['note']}", width))
     return "\n\n".join(parts)
+
+
+def posthoc_text(results: Mapping[str, Any], width: int = 80) -> str:
+    """The tables of adjusted and calibrated logits, for a terminal of `width` characters.
+
+    Args:
+        results: Content of `results.json`.
+        width: Number of characters in a line, 80 or more.
+    """
+    printed = [table for table in result_tables.result_tables(results) if table.name in _POSTHOC]
+    return "\n\n".join(f"{table.title}\n{tables.as_text(table, width)}" for table in printed)
 
 
 def write_report(workdir: str) -> Path:
@@ -95,6 +107,7 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
         note=results.get("note") or "",
     )
     sections = [
+        *(_posthoc_section(content) if "variants" in content else ()),
         html.section("Result", html.table(content["result"], heading=False)),
         _calibration_section(content, results, summaries),
         _classes_section(results, recorded, summaries),
@@ -102,9 +115,12 @@ def _write(path: Path, results: Mapping[str, Any], summaries: "_Summaries | str"
         *(_pictures_section(names, shown) if shown else ()),
         *(_shift_section(content, results) if "shift" in content else ()),
         *(_experts_section(content, results, summaries) if "bias" in content else ()),
-        html.section("Training", _curves(path, results)),
-        html.section("The run", _facts(results, recorded)),
     ]
+    if not results.get("origin"):
+        sections += [
+            html.section("Training", _curves(path, results)),
+            html.section("The run", _facts(results, recorded)),
+        ]
     return html.write(folder / "index.html", title, subtitle, sections)
 
 
@@ -135,6 +151,11 @@ def _headline(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> 
     dataset, model = (recorded.dataset, recorded.model) if recorded else ("Run", "model")
     experts = len(results["experts"])
     counts = np.array(results["class_counts"])
+    if results.get("origin"):
+        return results["origin"], (
+            f"{counts.sum():,} training examples in {len(counts)} classes, {counts.max():,} down "
+            f"to {counts.min():,} a class; adjusted and calibrated after training"
+        )
     title = f"{dataset}, {model} with {experts} expert{'s' if experts > 1 else ''}"
     flops = results.get("forward_flops")
     operations = "" if flops is None else f", {flops / 1e6:,.1f} MFLOP an image"
@@ -244,7 +265,7 @@ def _classes_section(
 def _class_names(results: Mapping[str, Any], recorded: schema.RunRecord | None) -> tuple[str, ...]:
     """The names of the classes, or their numbers where these are all that is known."""
     number = len(results["class_counts"])
-    names = recorded.class_names if recorded else ()
+    names = recorded.class_names if recorded else tuple(results.get("class_names") or ())
     return names if len(names) == number else tuple(str(i) for i in range(number))
 
 
@@ -266,6 +287,12 @@ def _every_class_section(content: Mapping[str, tables.Table]) -> tuple[Markup, .
     if pairs.rows:
         shown.append(html.table(pairs))
     return (html.section(classes.title, *shown),)
+
+
+def _posthoc_section(content: Mapping[str, tables.Table]) -> tuple[Markup, ...]:
+    gain = html.table(content["variants"], "adjusted, temperature", heading=False)
+    thresholds = html.table(content["thresholds"])
+    return (html.section(content["variants"].title, gain, thresholds),)
 
 
 def _pictures_section(

@@ -16,6 +16,8 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
         results: Content of `results.json`.
     """
     tables = [_result(results), _calibration(results)]
+    if results.get("posthoc"):
+        tables += [_variants(results), _thresholds(results)]
     if results.get("calibration_groups"):
         tables.append(_calibration_by_group(results))
     if results.get("shift"):
@@ -48,6 +50,15 @@ def _result(results: Mapping[str, Any]) -> Table:
         on = "on the test set, whose classes differ in size: all is over images, balanced over "
         on += "classes"
     used = ""
+    trained = (
+        "Each expert is trained with the prior weighted by its tau, if it has one; the ensemble is "
+        "the mean of their logits, unless the method combines them otherwise."
+    )
+    if results.get("posthoc"):
+        trained = (
+            "Logits are adjusted, without a temperature; an expert is a model, and the ensemble "
+            "the mean of their logits."
+        )
     if results.get("experts_used") is not None:
         used = f" It took {results['experts_used']:.2f} experts an example, on average."
     return Table(
@@ -65,9 +76,53 @@ def _result(results: Mapping[str, Any]) -> Table:
         ),
         [(name, [scores.get(key) for key in keys]) for name, scores in named_rows(results)],
         f"Percent {on}; tau, NLL (nats) and Brier score as they are. The figure "
-        "of a shot group is the mean over its classes. Each expert is trained with the prior "
-        "weighted by its tau, if it has one; the ensemble is the mean of their logits, unless the "
-        f"method combines them otherwise.{used}",
+        f"of a shot group is the mean over its classes. {trained}{used}",
+    )
+
+
+def _variants(results: Mapping[str, Any]) -> Table:
+    keys = ("tau", "temperature", "top1", "balanced", *_GROUPS, "ece", "nll")
+    columns = (
+        *(Column("tau", "short"), Column("T", "short"), Column("all"), Column("balanced")),
+        *(Column(group) for group in _GROUPS),
+        *(Column("ECE"), Column("NLL", "decimal")),
+    )
+    rows = [
+        (variant["name"], [variant.get(key) for key in keys])
+        for variant in results["posthoc"]["variants"]
+    ]
+    return Table(
+        "variants",
+        "What adjustment and calibration gain",
+        columns,
+        rows,
+        "Percent on the test rows. Adjusted logits are less tau times the log-frequency of each "
+        "class in training. Tau is chosen by balanced accuracy and T by the likelihood, both on "
+        "held-out rows. The estimated prior is that of the test rows, without their labels.",
+    )
+
+
+def _thresholds(results: Mapping[str, Any]) -> Table:
+    keys = (
+        *("confidence", "held_out_precision", "held_out_low", "held_out_coverage"),
+        *("test_precision", "test_coverage"),
+    )
+    columns = (
+        Column("confidence", "decimal"),
+        *(Column(name) for name in ("held-out", "at least", "coverage", "test", "coverage/test")),
+    )
+    rows = [
+        (f"{100 * row['precision']:g}%", [row.get(key) for key in keys])
+        for row in results["posthoc"]["thresholds"]
+    ]
+    return Table(
+        "thresholds",
+        "Confidence for a precision",
+        columns,
+        rows,
+        "Naming a class only above a confidence, after adjustment and temperature. The confidence "
+        "is the least that reaches the precision on held-out rows; at least is the lower end of "
+        "its 95% interval there. A dash: no confidence reaches it.",
     )
 
 
