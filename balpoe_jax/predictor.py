@@ -10,7 +10,7 @@ Probabilities are of the ensemble, divided by the temperature that was fitted on
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Predictor:
         temperature: Divisor of the logits; 1 where none was fitted.
         is_calibrated: Whether a temperature was fitted.
         image_size: Height and width in pixels of the network's input.
+        variables: The network's `params` and `batch_stats`, as they are evaluated.
     """
 
     def __init__(self, workdir: str) -> None:
@@ -109,7 +110,7 @@ class Predictor:
         self._program = build_program(
             self._settings, self._parallel, self.class_counts, tuple(shape)
         )
-        self._variables = _restore(self._program, path)
+        self.variables = _restore(self._program, path)
         fitted = ((files.read_json(path / files.RESULTS) or {}).get("temperature") or {}).get(
             "ensemble"
         ) or {}
@@ -119,6 +120,37 @@ class Predictor:
     @functools.cached_property
     def _step(self) -> Any:
         return self._parallel.map_step(self._program.eval_step())
+
+    def as_function(self) -> Callable[[Any], dict[str, jax.Array]]:
+        """A pure function of images, with weights, preprocessing and temperature inside.
+
+        It takes uint8 `[n, S, S, 3]` of the size `image_size`, and returns `expert_logits` float32
+        `[n, E, C]`, `logits` float32 `[n, C]` of the ensemble, and its calibrated `probabilities`
+        float32 `[n, C]`.
+        """
+        predict, variables = self._program.predict(), self.variables
+        scale, offset = (x.reshape(1, 1, 1, 3) for x in self.normalisation)
+        dtype, temperature = jnp.dtype(self._settings.model.dtype), self.temperature
+
+        def function(images: Any) -> dict[str, jax.Array]:
+            normalised = (images.astype(jnp.float32) * scale + offset).astype(dtype)
+            predicted = predict(variables, normalised)
+            experts = predicted.logits.astype(jnp.float32)
+            logits = experts.mean(axis=0) if predicted.ensemble is None else predicted.ensemble
+            return {
+                "expert_logits": jnp.moveaxis(experts, 0, 1),
+                "logits": logits.astype(jnp.float32),
+                "probabilities": jax.nn.softmax(logits.astype(jnp.float32) / temperature),
+            }
+
+        return function
+
+    @property
+    def normalisation(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Scale and offset of each channel that pixels from 0 to 255 are normalised by, `[3]`."""
+        data = self._settings.data
+        scale = (1 / (255 * np.asarray(data.std))).astype(np.float32)
+        return scale, (-np.divide(data.mean, data.std)).astype(np.float32)
 
     def predict(
         self, images: Sequence[str | Path] | npt.NDArray | Sequence[npt.NDArray]
@@ -165,7 +197,7 @@ class Predictor:
             yield from self._stream(paths[first : first + _AT_ONCE])
 
     def _stream(self, paths: Sequence[str]) -> Iterator[Predicted]:
-        size = self._program.eval_batch_size
+        size = self._batch_size(len(paths))
         if self._settings.data.image_size is None:
             for first in range(0, len(paths), size):
                 yield self._of_small_files(paths[first : first + size])
@@ -174,7 +206,7 @@ class Predictor:
         from balpoe_jax.data import pipeline
 
         index = FileIndex(np.array(paths), np.zeros(len(paths), np.int64))
-        source = FileSource(index, self.image_size, self._resize, root="")
+        source = FileSource(index, self.image_size, self.resize, root="")
         data, bad = self._settings.data, dict[int, str]()
         batches = pipeline.eval_batches(
             source, size, data.mean, data.std, dtype=self._settings.model.dtype, bad=bad
@@ -187,9 +219,19 @@ class Predictor:
             done += number
 
     @property
-    def _resize(self) -> int:
+    def resize(self) -> int:
+        """Length in pixels to which the short side of an image is resized before the crop."""
         data = self._settings.data
+        if data.image_size is None:
+            return self.image_size
         return data.eval_resize or round(self.image_size * 256 / 224)
+
+    def _batch_size(self, number: int) -> int:
+        """The evaluation's, or a smaller one for few images: a power of two for each device."""
+        size = self._parallel.num_devices
+        while size < min(number, self._program.eval_batch_size):
+            size *= 2
+        return min(size, self._program.eval_batch_size)
 
     def _of_small_files(self, paths: Sequence[str]) -> Predicted:
         pixels, reasons = [], {}
@@ -211,7 +253,7 @@ class Predictor:
         side = self.image_size
         if image.shape[:2] == (side, side):
             return image
-        resize = side if self._settings.data.image_size is None else self._resize
+        resize = self.resize
         height, width = image.shape[:2]
         short = min(height, width)
         full = resize * width // short, resize * height // short
@@ -220,9 +262,8 @@ class Predictor:
         return np.asarray(resized.crop((left, top, left + side, top + side)))
 
     def _of_pixels(self, pixels: list[npt.NDArray], reasons: dict[int, str]) -> Predicted:
-        size, data = self._program.eval_batch_size, self._settings.data
-        scale = (1 / (255 * np.asarray(data.std))).astype(np.float32)
-        offset = (-np.divide(data.mean, data.std)).astype(np.float32)
+        size = self._batch_size(len(pixels))
+        scale, offset = self.normalisation
 
         def batches() -> Iterator[EvalBatch]:
             for first in range(0, len(pixels), size):
@@ -240,7 +281,7 @@ class Predictor:
 
     def _run(self, batches: Iterator[EvalBatch]) -> Iterator[tuple[Any, npt.NDArray[np.bool_]]]:
         for batch in parallel.Prefetcher(batches, self._parallel):
-            outputs = jax.device_get(self._step(self._variables, batch))
+            outputs = jax.device_get(self._step(self.variables, batch))
             yield outputs, outputs["mask"]
 
     def _finish(

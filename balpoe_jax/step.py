@@ -13,7 +13,15 @@ from flax import linen as nn
 
 from balpoe_jax.averages import WeightAverage
 from balpoe_jax.data.types import EvalBatch, TrainBatch
-from balpoe_jax.methods.base import Context, Losses, Method, Network, Phase, map_by_path
+from balpoe_jax.methods.base import (
+    Context,
+    Losses,
+    Method,
+    Network,
+    Phase,
+    Prediction,
+    map_by_path,
+)
 from balpoe_jax.models.layers import BATCH_NORM_MOMENTUM
 from balpoe_jax.one_vector import join
 from balpoe_jax.optim import followed_by
@@ -279,6 +287,24 @@ def _mean_over_microbatches(
     return jax.tree.map(lambda x: x / count, total), jax.tree.map(lambda x: x.mean(axis=0), rest)
 
 
+def make_predict(
+    network: nn.Module, method: Method, context: Context
+) -> Callable[[dict[str, Any], Any], Prediction]:
+    """The prediction for images, as a pure function on one device.
+
+    The returned function takes the network's variables and normalised images, float
+    `[B, H, W, 3]`.
+    """
+
+    def predict(variables: dict[str, Any], images: Any) -> Prediction:
+        outputs, _ = Network(network, variables["params"], variables["batch_stats"])(
+            images, train=False
+        )
+        return method.predict(outputs, variables["params"], context)
+
+    return predict
+
+
 def make_eval_step(
     network: nn.Module, method: Method, context: Context
 ) -> Callable[[dict[str, Any], EvalBatch], dict[str, jax.Array]]:
@@ -289,13 +315,10 @@ def make_eval_step(
     `[B]`, and of a method that does not average its experts `ensemble` `[B, C]` and perhaps
     `experts_used` `[B]`.
     """
-    axis_name = str(context.axis_name)
+    axis_name, predict = str(context.axis_name), make_predict(network, method, context)
 
     def eval_step(variables: dict[str, Any], batch: EvalBatch) -> dict[str, jax.Array]:
-        outputs, _ = Network(network, variables["params"], variables["batch_stats"])(
-            batch.images, train=False
-        )
-        predicted = method.predict(outputs, variables["params"], context)
+        predicted = predict(variables, batch.images)
         gather = partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
         rows = {
             "labels": batch.labels,

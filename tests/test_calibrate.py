@@ -2,15 +2,18 @@
 """The command on logits of a foreign model: scikit-learn's, on long-tailed digits."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from balpoe_jax import calibrate
 from balpoe_jax.data import datasets
+from balpoe_jax.errors import UserError
 from balpoe_jax.reporting.report import write_report
-from tests.helpers import commands
+from tests.helpers import commands, flag_calls
 
 pytestmark = pytest.mark.integration
 
@@ -33,29 +36,30 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(folder: Path, *arguments: str):
-    """Runs the command; FOLDER in an argument stands for the folder."""
+def call(folder: Path, *arguments: str) -> None:
+    """Calls the command with its flags; FOLDER in an argument stands for the folder."""
     given = [argument.replace("FOLDER", str(folder)) for argument in arguments]
-    return commands.run("balpoe_jax.calibrate", *given)
+    flag_calls.call(calibrate, *given)
 
 
-def test_logits_are_adjusted_calibrated_and_reported(foreign: Path) -> None:
-    result = call(foreign, *GIVEN, "--classes=FOLDER/names.txt", "--output=FOLDER/a")
-    assert result.returncode == 0, result.stderr
+def test_logits_are_adjusted_calibrated_and_reported(foreign: Path, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="balpoe_jax"):
+        call(foreign, *GIVEN, "--classes=FOLDER/names.txt", "--output=FOLDER/a")
     results = json.loads((foreign / "a" / "results.json").read_text())
     given, *_, both, _ = results["posthoc"]["variants"]
     assert both["name"] == "adjusted, temperature"
     assert both["balanced"] > given["balanced"] + 0.03 and both["nll"] < given["nll"]
     assert both["top1"] == results["test"]["top1"]
-    stored = np.load(foreign / "a" / "calibrated.npz")
-    odds, labels = stored["probabilities"], stored["labels"]
+    with np.load(foreign / "a" / "calibrated.npz") as stored:
+        odds, labels = stored["probabilities"], stored["labels"]
     np.testing.assert_allclose(odds.sum(axis=1), 1, rtol=1e-5)
     assert np.mean(odds.argmax(axis=1) == labels) == pytest.approx(both["top1"])
     page = (foreign / "a" / "report" / "index.html").read_text()
     assert "280 rows of logits of one model" in page and "seven" in page
     assert "There is no config.json" not in page
     assert write_report(str(foreign / "a")).read_text() == page
-    assert "held out are 120 rows, 30% of each class" in result.stdout + result.stderr
+    assert "held out are 120 rows, 30% of each class" in caplog.text
+    assert "adjusted, temperature" in caplog.text and "Report: " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,29 @@ def test_logits_are_adjusted_calibrated_and_reported(foreign: Path) -> None:
     ],
 )
 def test_mistakes_are_one_sentence(foreign: Path, arguments: tuple, message: str) -> None:
-    result = call(foreign, *arguments)
-    assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert result.stderr.strip().count("\n") == 0
+    with pytest.raises(UserError, match=message):
+        call(foreign, *arguments)
+
+
+def test_the_command_itself_ends_with_code_2() -> None:
+    result = commands.run("balpoe_jax.calibrate", "--logits=none.npz", "--counts=1,2")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: The logits none.npz cannot be read (No such file")
+
+
+def test_several_models_are_averaged_and_given_rows_held_out(foreign: Path, caplog) -> None:
+    with np.load(foreign / "l.npz") as stored:
+        logits, labels = stored["logits"], stored["labels"]
+    both = np.stack([logits, logits + np.random.default_rng(0).normal(size=logits.shape)])
+    parts = {"logits": both[:, ::2], "labels": labels[::2]}
+    np.savez(
+        foreign / "two.npz", **parts, held_out_logits=both[:, 1::2], held_out_labels=labels[1::2]
+    )
+    given = "--logits=FOLDER/two.npz", "--counts=FOLDER/counts.txt", "--taus=0,1"
+    with caplog.at_level(logging.INFO, logger="balpoe_jax"):
+        call(foreign, *given, "--output=FOLDER/b")
+    results = json.loads((foreign / "b" / "results.json").read_text())
+    tau = results["posthoc"]["tau"]
+    assert [expert["tau"] for expert in results["experts"]] == [tau, 1 + tau]
+    assert results["temperature"]["fitted_on"] == "200 rows of the file"
+    assert "drawn at random" not in caplog.text

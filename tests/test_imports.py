@@ -110,7 +110,17 @@ RULE = (
     ("run",),
     ("experiment", "reporting"),
     ("progress", "evaluate", "predictor"),
-    ("train", "compare", "report", "reproduce", "aot", "torch_import", "predict", "calibrate"),
+    (
+        "train",
+        "compare",
+        "report",
+        "reproduce",
+        "aot",
+        "torch_import",
+        "predict",
+        "calibrate",
+        "export",
+    ),
     ("main",),
 )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 import balpoe_jax
@@ -24,6 +23,7 @@ from balpoe_jax.experiment.build import build
 from balpoe_jax.metrics import softmax
 from balpoe_jax.predictor import Predictor
 from balpoe_jax.train import train
+from tests.helpers import flag_calls
 from tests.helpers.config_files import get_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("tiny_experts")]
@@ -129,26 +129,24 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def call(monkeypatch, run: Path, *arguments: str, **options) -> None:
-    values = {"top": 2, "prior": "balanced", "experts": False, "abstain": None, **options}
-    fake = type("Flags", (), {"workdir": str(run), **values})()
-    monkeypatch.setattr(flags, "FLAGS", fake)
-    predict.main(["predict", *arguments])
+def call(run: Path | str, *arguments: str, **options: object) -> None:
+    given = [f"--{name}={value}" for name, value in {"top": 2, **options}.items()]
+    flag_calls.call(predict, f"--workdir={run}", *given, *arguments)
 
 
-def test_names_of_files_are_any_bytes(trained, tmp_path: Path, monkeypatch) -> None:
+def test_names_of_files_are_any_bytes(trained, tmp_path: Path) -> None:
     images, run = trained
     path = tmp_path / os.fsdecode(b"\xff\xfe.png")
     shutil.copy(next((images / "ant").glob("*.png")), path)
     for suffix in ("csv", "jsonl"):
         output = tmp_path / f"out.{suffix}"
-        call(monkeypatch, run, str(path), output=str(output))
+        call(run, str(path), output=str(output))
         assert b"\xff\xfe.png" in output.read_bytes()
 
 
 @pytest.mark.parametrize("prior", ["balanced", "train", "file"])
 def test_the_command_writes_classes_and_probabilities(
-    trained, predictor: Predictor, tmp_path: Path, monkeypatch, prior: str
+    trained, predictor: Predictor, tmp_path: Path, prior: str
 ) -> None:
     images, run = trained
     shares = predictor.class_counts / predictor.class_counts.sum()
@@ -158,7 +156,7 @@ def test_the_command_writes_classes_and_probabilities(
         prior = str(tmp_path / "prior.csv")
         Path(prior).write_text("\n".join(["class,probability", *lines]))
     output = tmp_path / "out" / "p.csv"
-    call(monkeypatch, run, str(images), output=str(output), prior=prior, experts=True)
+    call(run, str(images), output=str(output), prior=prior, experts=True)
     found = rows(output)
     paths = sorted(str(path) for path in images.rglob("*.*"))
     assert [row["path"] for row in found] == paths and {row["status"] for row in found} == {"ok"}
@@ -173,13 +171,13 @@ def test_the_command_writes_classes_and_probabilities(
         )
         assert float(row["probability_1"]) == pytest.approx(values[best], abs=2e-6)
     assert {"expert_1", "expert_2_probability"} <= set(found[0])
-    call(monkeypatch, run, str(images / "yak"), output=str(tmp_path / "p.jsonl"))
+    call(run, str(images / "yak"), output=str(tmp_path / "p.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and lines[0]["status"] == "ok" and 0 < lines[0]["probability_1"] <= 1
 
 
 def test_the_command_is_unsure_where_it_is_not_precise_enough(
-    trained, predictor: Predictor, tmp_path: Path, monkeypatch, caplog
+    trained, predictor: Predictor, tmp_path: Path, caplog
 ) -> None:
     images, run = trained
     held_out, labels = predictor.held_out()
@@ -187,7 +185,7 @@ def test_the_command_is_unsure_where_it_is_not_precise_enough(
     right = held_out.probabilities.argmax(axis=1) == labels
     expected = find_threshold(confidence, right, 0.5)
     with caplog.at_level("INFO"):
-        call(monkeypatch, run, str(images), output=str(tmp_path / "p.csv"), abstain=0.5)
+        call(run, str(images), output=str(tmp_path / "p.csv"), abstain=0.5)
     found = rows(tmp_path / "p.csv")
     least = 0.0 if expected is None else expected.confidence
     for row in found:
@@ -198,13 +196,11 @@ def test_the_command_is_unsure_where_it_is_not_precise_enough(
 
 
 def test_the_prior_is_estimated_from_the_images(
-    trained, predictor: Predictor, tmp_path: Path, monkeypatch, caplog
+    trained, predictor: Predictor, tmp_path: Path, caplog
 ) -> None:
     images, run = trained
     with caplog.at_level("INFO"):
-        call(
-            monkeypatch, run, str(images / "ant"), output=str(tmp_path / "p.csv"), prior="estimate"
-        )
+        call(run, str(images / "ant"), output=str(tmp_path / "p.csv"), prior="estimate")
     assert "Class distribution estimated from 40 images" in caplog.text
     paths = sorted(str(path) for path in (images / "ant").iterdir())
     plain = predictor.predict(paths)
@@ -243,6 +239,37 @@ def test_priors_that_cannot_be(tmp_path: Path, content: str, message: str) -> No
     (tmp_path / "prior.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         predict._read_prior(str(tmp_path / "prior.csv"), tuple(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("workdir", "options", "message"),
+    [
+        ("", {}, "Expected the workdir of a trained run"),
+        ("run", {"output": "a.xlsx"}, r"must end in \.csv or \.jsonl, or be -; got 'a\.xlsx'"),
+        ("run", {"prior": "none.csv"}, r"balanced, train, or a CSV file .* cannot be read so"),
+        ("run", {"abstain": 1.5}, r"above 0 and at most 1, got 1\.5"),
+    ],
+)
+def test_flags_that_cannot_be(trained, workdir: str, options: dict, message: str) -> None:
+    images, run = trained
+    with pytest.raises(UserError, match=message):
+        call(run if workdir else "", str(images), **options)
+
+
+def test_rows_go_to_standard_output(trained, capsys) -> None:
+    images, run = trained
+    call(run, str(images / "yak"), output="-")
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading == "path,class_1,probability_1,class_2,probability_2,status"
+    assert [line.partition(",")[0] for line in lines] == sorted(
+        map(str, (images / "yak").iterdir())
+    )
+
+
+def test_a_prior_needs_an_image_that_can_be_read(trained, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="--prior=estimate needs images that can be read"):
+        call(trained[1], str(tmp_path / "a.png"), output=tmp_path / "p.csv", prior="estimate")
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from balpoe_jax.step import (
     TrainState,
     create_state,
     make_eval_step,
+    make_predict,
     make_statistics_step,
     make_train_step,
     phase_optimizer,
@@ -183,6 +184,11 @@ class Program:
     def eval_step(self) -> Callable[..., Any]:
         """The prediction of one device, which takes the network's variables."""
         step = make_eval_step(self.network, self.method, self.phases[-1].context)
+        return self._with_precision(step)
+
+    def predict(self) -> Callable[..., Any]:
+        """The prediction for images, see `step.make_predict`."""
+        step = make_predict(self.network, self.method, self.phases[-1].context)
         return self._with_precision(step)
 
     def statistics_step(self) -> Callable[..., Any]:
