@@ -19,9 +19,9 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import expert_weights, pictures, predictions, scoring, statistics
 from balpoe_jax.experiment.build import Experiment, build_together
 from balpoe_jax.experiment.program import num_parameters
+from balpoe_jax.experiment.restoring import restore
 from balpoe_jax.reporting import report
 from balpoe_jax.run import bad_images, metric_writer, multihost, non_finite, record
-from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,7 @@ def evaluate(settings: Settings, workdir: str) -> dict[str, Any]:
         # Statistics for averaged weights come from the images as the training saw them.
         begun_in = record.recorded_pipeline(path) if settings.optim.swa is not None else None
         experiment = build_together(settings, begun_in)
-        with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
-            state = checkpoints.restore_latest(experiment.program.abstract_state())
+        state = restore(experiment.program, path)
         if state is None:
             raise UserError(f"There is no checkpoint in {path}; train first, without --mode=eval.")
         log.info("Evaluating the checkpoint of step %d", int(state.step))

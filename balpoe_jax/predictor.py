@@ -31,10 +31,10 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation import predictions, statistics
 from balpoe_jax.experiment.build import build_program
 from balpoe_jax.experiment.program import Program
+from balpoe_jax.experiment.restoring import restore
 from balpoe_jax.files import CONFIG
 from balpoe_jax.metrics import softmax
 from balpoe_jax.run import record
-from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.step import TrainState
 
 # Files that are predicted in one pipeline; their paths and reasons are held in memory.
@@ -83,6 +83,7 @@ class Predictor:
     """A restored run; see `load`.
 
     Attributes:
+        path: Folder of the run.
         classes: Names of the classes.
         class_counts: Training images of each class, int64 `[C]`.
         temperature: Divisor of the logits; 1 where none was fitted.
@@ -92,7 +93,7 @@ class Predictor:
     """
 
     def __init__(self, workdir: str) -> None:
-        self._path = path = record.locate(workdir)
+        self.path = path = record.locate(workdir)
         about = files.read_json(path / CONFIG)
         if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
             raise UserError(
@@ -177,7 +178,7 @@ class Predictor:
             UserError (a `ValueError`): predictions that are damaged.
         """
         try:
-            stored = predictions.load(self._path / predictions.FOLDER, predictions.HELD_OUT)
+            stored = predictions.load(self.path / predictions.FOLDER, predictions.HELD_OUT)
         except FileNotFoundError:
             return None
         outputs = {"logits": stored.expert_logits}
@@ -325,8 +326,7 @@ def _image_shape(settings: Settings) -> tuple[int, int, int]:
 
 
 def _restore(program: Program, path: Path) -> dict[str, Any]:
-    with Checkpoints(str(path / "checkpoints"), read_only=True) as checkpoints:
-        state = checkpoints.restore_latest(program.abstract_state())
+    state = restore(program, path)
     if state is None:
         raise UserError(f"There is no checkpoint in {path}; train first.")
     return _evaluated(program, state, path)

@@ -20,14 +20,19 @@ from balpoe_jax.errors import UserError
 
 log = logging.getLogger("balpoe_jax.export")  # not __main__, as which it is started
 
-FORMATS = ("stablehlo", "savedmodel", "onnx", "safetensors")
+FORMATS = ("stablehlo", "savedmodel", "onnx", "safetensors", "hub")
 ABOUT = "model.json"
 
 
 def define_flags() -> None:
-    """Defines --workdir, --format and --output."""
+    """Defines --workdir, --format, --push and --output."""
     flags.DEFINE_string("workdir", "", "Folder of the run.")
     flags.DEFINE_list("format", ["stablehlo"], f"Formats, from {', '.join(FORMATS)}.")
+    flags.DEFINE_string(
+        "push",
+        "",
+        "Repository OWNER/NAME of Hugging Face's hub that --format=hub is uploaded to.",
+    )
     flags.DEFINE_string("output", "", "Folder of what is written; empty for RUN/export.")
 
 
@@ -48,6 +53,8 @@ def main(arguments: Sequence[str]) -> None:
             f"--format must be one or more of {', '.join(FORMATS)}; got "
             f"{','.join(values.format)!r}."
         )
+    if values.push and "hub" not in values.format:
+        raise UserError("--push uploads the folder of --format=hub; add this format.")
     from balpoe_jax.predictor import load
 
     predictor = load(values.workdir)
@@ -57,6 +64,10 @@ def main(arguments: Sequence[str]) -> None:
     for name in values.format:
         log.info("Written: %s", _writer(name)(predictor, folder))
     files.write_atomically(folder / ABOUT, json.dumps(describe(predictor), indent=2) + "\n")
+    if values.push:
+        from balpoe_jax.export import hub
+
+        log.info("Uploaded: %s", hub.push(folder, values.push))
     if not predictor.is_calibrated:
         log.warning("No temperature was fitted on held-out images: probabilities are as they are.")
 
@@ -86,13 +97,14 @@ def describe(predictor: Any) -> dict[str, Any]:
 
 
 def _writer(name: str) -> Callable[[Any, Path], Path]:
-    from balpoe_jax.export import onnx_model, saved_model, stablehlo, weights
+    from balpoe_jax.export import hub, onnx_model, saved_model, stablehlo, weights
 
     return {
         "stablehlo": stablehlo.write,
         "savedmodel": saved_model.write,
         "onnx": onnx_model.write,
         "safetensors": weights.write,
+        "hub": hub.write,
     }[name]
 
 

@@ -7,15 +7,8 @@ weights = load_file("model.safetensors")
 
 from pathlib import Path
 
-import jax
-import numpy as np
-from flax import traverse_util
-
-from balpoe_jax.errors import UserError
-from balpoe_jax.files import reports_write_errors
 from balpoe_jax.predictor import Predictor
-
-FILE = "model.safetensors"
+from balpoe_jax.run import weights_file
 
 
 def write(predictor: Predictor, folder: Path) -> Path:
@@ -28,15 +21,4 @@ def write(predictor: Predictor, folder: Path) -> Path:
     Raises:
         UserError (a `ValueError`): safetensors is not installed, or the file cannot be written.
     """
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise UserError(
-            "Exporting weights needs the package safetensors, which is not installed; install it "
-            "with pip install 'balpoe_jax[export]'."
-        ) from error
-    flat = traverse_util.flatten_dict(jax.device_get(predictor.variables), sep="/")
-    path = folder / FILE
-    with reports_write_errors(path):
-        save_file({name: np.ascontiguousarray(value) for name, value in flat.items()}, path)
-    return path
+    return weights_file.write(folder, predictor.variables)

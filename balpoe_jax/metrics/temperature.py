@@ -25,7 +25,9 @@ class Correction(NamedTuple):
     bias: npt.NDArray[np.float64]
 
 
-def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+def fit_temperature(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None
+) -> float:
     """The temperature `T` for which `softmax(logits / T)` has the least negative log-likelihood.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The loss is convex in `1 / T`,
@@ -35,16 +37,21 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     Args:
         logits: Logits float `[N, C]`.
         labels: True classes, int `[N]`.
+        weights: Weight of each example, float `[N]`; None for equal ones.
 
     Raises:
         UserError (a `ValueError`): shapes that do not fit, or no example.
     """
     logits, labels = _checked(logits, labels)
-    rows = np.arange(len(labels))
+    rows, shares = np.arange(len(labels)), None
+    if weights is not None:
+        shares = np.asarray(weights, np.float64)
+        if shares.shape != labels.shape:
+            raise UserError(f"Expected {len(labels)} weights, got a shape of {shares.shape}.")
 
     def loss(log_scale: float) -> float:
         values = special.log_softmax(logits * np.exp(log_scale), axis=1)
-        return float(-np.mean(values[rows, labels]))
+        return float(-np.average(values[rows, labels], weights=shares))
 
     bound = np.log(_LARGEST_TEMPERATURE)
     from scipy import optimize  # not above: its import takes a while
