@@ -120,6 +120,7 @@ RULE = (
         "predict",
         "calibrate",
         "export",
+        "sklearn",
     ),
     ("main",),
 )
