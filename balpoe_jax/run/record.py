@@ -17,6 +17,8 @@ from balpoe_jax.run.environment import environment
 # read, written, computed and scored, and which trouble is let pass.
 _OPERATIONAL = (
     "data.data_dir",
+    "data.lists",  # as the folder: what is in them is compared by a digest
+    "data.class_names",
     "data.check_archive",
     "data.chosen",
     "data.threads",

@@ -66,6 +66,23 @@ def test_a_run_is_recorded_and_resumed_bit_for_bit(
     assert evaluate(resolve(config), str(finished))["test"] == results["test"]
 
 
+def test_a_list_may_move(images: Path, tmp_path: Path) -> None:
+    """What is in it is compared, not where it is."""
+    files = sorted(images.glob("*/*.png"))
+    rows = [f"{path.relative_to(images)},{path.parent.name}" for path in files]
+    paths = [tmp_path / "first.csv", tmp_path / "second.csv"]
+    configs = []
+    for path in paths:
+        path.write_text("\n".join(["path,label", *rows, ""]))
+        options = "batch_size=8,epochs=1,experts=1,backbone=resnet8"
+        configs.append(get_config("folder", f"dir={images},list={path},{options}"))
+    results = train(resolve(configs[0]), str(tmp_path / "run"))
+    assert evaluate(resolve(configs[1]), str(tmp_path / "run"))["test"] == results["test"]
+    paths[1].write_text("\n".join(["path,label", *rows[:-9], ""]))
+    with pytest.raises(UserError, match="those that are there"):
+        train(resolve(configs[1]), str(tmp_path / "run"))
+
+
 def test_steps_are_compiled_ahead_for_the_images_that_are_there(images: Path) -> None:
     settings = resolve(config_of(images))
     counts, shape = describe_data(settings)
