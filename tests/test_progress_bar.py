@@ -41,6 +41,19 @@ def test_a_log_has_a_line_now_and_then_and_a_last_one(clock: Clock, caplog) -> N
     ]
 
 
+def test_what_is_interrupted_has_no_last_line(clock: Clock, caplog) -> None:
+    def interrupted() -> None:
+        with ProgressBar(log, "Checked", 3000) as bar:
+            clock.now += 6
+            bar.add(1000)
+            clock.now += 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert caplog.messages == ["Checked 1,000 of 3,000 images, 167 a second"]
+
+
 def test_what_is_done_at_once_or_silent_says_nothing(clock: Clock, caplog) -> None:
     with ProgressBar(log, "Checked", 10) as bar:
         bar.add(10)

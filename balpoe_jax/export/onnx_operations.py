@@ -92,6 +92,12 @@ def _square(graph: Graph, equation: Any, given: Sequence[Value]) -> Value:
     return _lazy(found, _shape(equation), _actual(given[0]))
 
 
+def _erfc(graph: Graph, equation: Any, given: Sequence[Value]) -> Value:
+    found = graph.add("Erf", given, (), _dtype(equation))
+    rest = graph.add("Sub", [np.array(1, np.float32), found], (), _dtype(equation))
+    return _lazy(rest, _shape(equation), _actual(given[0]))
+
+
 def _integer_pow(graph: Graph, equation: Any, given: Sequence[Value]) -> Value:
     exponent = np.array(equation.params["y"], np.float32)
     found = graph.add("Pow", [given[0], exponent], (), _dtype(equation))
@@ -326,6 +332,7 @@ RULES: dict[str, Rule] = {
     "cumprod": _cumprod,
     "cumsum": _cumsum,
     "dot_general": _dot,
+    "erfc": _erfc,
     "integer_pow": _integer_pow,
     "pad": _pad,
     "reshape": _reshape,

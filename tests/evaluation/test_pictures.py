@@ -44,6 +44,9 @@ def test_rare_classes_take_turns() -> None:
     labels = np.array([0, 0, 1, 3, 2, 3, 1, 0])
     # Class 4 has the fewest training images and no test image.
     assert pictures.of_rare_classes(labels, COUNTS).tolist() == [2, 3, 4, 0, 6, 5, 1, 7]
+    # An untested class takes no place of the sixteen.
+    rarer = pictures.of_rare_classes(np.arange(1, 18), np.arange(1, 19))
+    assert rarer.tolist() == list(range(16))
     many = np.repeat(np.arange(30), 2)
     first = pictures.of_rare_classes(many, np.arange(30, 0, -1))
     assert many[first[:16]].tolist() == list(range(29, 13, -1)) and set(many[first]) == set(
