@@ -24,7 +24,7 @@ class ProgressBar:
 
     def __init__(self, log: logging.Logger, done: str, total: int, silent: bool = False) -> None:
         self._log, self._word, self._total, self._silent = log, done, total, silent
-        self._count = 0
+        self._count = self._told = 0
         self._begun = self._said = time.monotonic()
         self._bar = (
             tqdm(desc=done, total=total, unit=" images")
@@ -43,7 +43,7 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._said > self._begun and self._count == self._total:
+        elif 0 < self._told < self._count == self._total:
             self._say()
 
     def add(self, images: int) -> None:
@@ -61,7 +61,7 @@ class ProgressBar:
     def _say(self) -> None:
         if self._silent:
             return
-        self._said = time.monotonic()
+        self._said, self._told = time.monotonic(), self._count
         rate = self._count / max(self._said - self._begun, 1e-9)
         done, total = f"{self._count:,}", f"{self._total:,}"
         self._log.info("%s %s of %s images, %.0f a second", self._word, done, total, rate)

@@ -41,6 +41,13 @@ def test_a_log_has_a_line_now_and_then_and_a_last_one(clock: Clock, caplog) -> N
     ]
 
 
+def test_a_last_line_is_not_said_twice(clock: Clock, caplog) -> None:
+    with ProgressBar(log, "Checked", 30) as bar:
+        clock.now += 6
+        bar.add(30)
+    assert caplog.messages == ["Checked 30 of 30 images, 5 a second"]
+
+
 def test_what_is_interrupted_has_no_last_line(clock: Clock, caplog) -> None:
     def interrupted() -> None:
         with ProgressBar(log, "Checked", 3000) as bar:
