@@ -108,10 +108,11 @@ def calibrate(
         thresholds: Thresholds of the shot groups.
 
     Raises:
-        UserError (a `ValueError`): the folder cannot be written.
+        UserError (a `ValueError`): no held-out rows, or a folder that cannot be written.
     """
     test, held_out = stored
-    assert held_out is not None
+    if held_out is None:
+        raise UserError("Calibrating needs held-out rows; divide the rows with hold_out first.")
     given, given_held_out = _means(test), _means(held_out)
     fitted = posthoc.fit(given_held_out, held_out.labels, counts)
     found = posthoc.variants(given, given_held_out, held_out.labels, counts, fitted)

@@ -26,7 +26,7 @@ from balpoe_jax import cli
 from balpoe_jax.data.records.photographs import SUFFIXES
 from balpoe_jax.errors import UserError
 from balpoe_jax.evaluation.abstention import find_threshold
-from balpoe_jax.evaluation.priors import estimate_prior
+from balpoe_jax.evaluation.priors import concentration, estimate_prior
 from balpoe_jax.files import reports_write_errors
 from balpoe_jax.metrics import softmax
 from balpoe_jax.predictor import Predicted, Predictor, load
@@ -40,8 +40,8 @@ OK, UNSURE = "ok", "unsure"
 # Names of files need not be text: their bytes are written as they are.
 _NAMES = "surrogateescape"
 
-# Images from which a class distribution is estimated at most, and the weight of the uniform one.
-_ESTIMATED_FROM, _PRIOR_STRENGTH = 10_000, 0.3
+# Images from which a class distribution is estimated at most.
+_ESTIMATED_FROM = 10_000
 
 Adjust = Callable[[Predicted], npt.NDArray[np.float64]]
 
@@ -165,9 +165,8 @@ def _estimate(predictor: Predictor, paths: Sequence[str]) -> npt.NDArray[np.floa
     good = found.probabilities[~np.isnan(found.probabilities).any(axis=1)]
     if not len(good):
         raise UserError("--prior=estimate needs images that can be read, and none can.")
-    classes = len(predictor.classes)
-    concentration = 1 + _PRIOR_STRENGTH * len(good) / classes
-    shares = np.asarray(estimate_prior(good, concentration=concentration).prior, np.float64)
+    weight = concentration(len(good), len(predictor.classes))
+    shares = np.asarray(estimate_prior(good, concentration=weight).prior, np.float64)
     order = np.argsort(-shares, kind="stable")[:3]
     most = ", ".join(f"{predictor.classes[i]} {100 * shares[i]:.1f}%" for i in order)
     log.info("Class distribution estimated from %s images; the largest: %s", len(good), most)

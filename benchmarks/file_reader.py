@@ -61,19 +61,7 @@ def as_text(found: dict[str, Any]) -> str:
     """The figures for a terminal."""
     columns = [tables.Column(name, "number") for name in ("files", "records", "ratio", "range")]
     columns += [tables.Column(name, "number") for name in ("files/cpu", "rec./cpu", "ratio/cpu")]
-    rows = []
-    for name, kind in found["kinds"].items():
-        ours, theirs = kind["ours"], kind["theirs"]
-        values = [
-            f"{ours['per_second']:,.0f}",
-            f"{theirs['per_second']:,.0f}",
-            f"{kind['ratio']:.2f}",
-            "{:.2f}-{:.2f}".format(*kind["ratio_range"]),
-            f"{ours['per_cpu_second']:,.0f}",
-            f"{theirs['per_cpu_second']:,.0f}",
-            f"{kind['cpu_ratio']:.2f}",
-        ]
-        rows.append((name, values))
+    rows = [(name, measuring.shown(kind)) for name, kind in found["kinds"].items()]
     return "\n".join(
         [
             measuring.machine_line(found["machine"]),

@@ -45,19 +45,7 @@ def as_text(found: dict[str, Any]) -> str:
     columns = [tables.Column(name, "number") for name in ("ours", "PIL", "ratio")]
     columns += [tables.Column("range", "number")]
     columns += [tables.Column(name, "number") for name in ("ours/cpu", "PIL/cpu", "ratio/cpu")]
-    rows = []
-    for name, case in found["cases"].items():
-        ours, theirs = case["ours"], case["theirs"]
-        values = [
-            f"{ours['per_second']:,.0f}",
-            f"{theirs['per_second']:,.0f}",
-            f"{case['ratio']:.2f}",
-            "{:.2f}-{:.2f}".format(*case["ratio_range"]),
-            f"{ours['per_cpu_second']:,.0f}",
-            f"{theirs['per_cpu_second']:,.0f}",
-            f"{case['cpu_ratio']:.2f}",
-        ]
-        rows.append((name, values))
+    rows = [(name, measuring.shown(case)) for name, case in found["cases"].items()]
     text = [
         measuring.machine_line(found["machine"]),
         *dict.fromkeys(

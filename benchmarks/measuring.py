@@ -152,6 +152,20 @@ def compare(ours: Sequence[Sample], theirs: Sequence[Sample], cores: int) -> dic
     }
 
 
+def shown(compared: Mapping[str, Any]) -> list[str]:
+    """What `compare` returned, for a table: rates and ratios by the clock, and by the processor."""
+    ours, theirs = compared["ours"], compared["theirs"]
+    return [
+        f"{ours['per_second']:,.0f}",
+        f"{theirs['per_second']:,.0f}",
+        f"{compared['ratio']:.2f}",
+        "{:.2f}-{:.2f}".format(*compared["ratio_range"]),
+        f"{ours['per_cpu_second']:,.0f}",
+        f"{theirs['per_cpu_second']:,.0f}",
+        f"{compared['cpu_ratio']:.2f}",
+    ]
+
+
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
     """Processor, cores, load, and versions of Python and of those `packages` that are installed."""
     return {

@@ -7,6 +7,7 @@ models whose logits are averaged, and `labels`, int `[N]`. It may have `held_out
 """
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -155,7 +156,7 @@ def read_counts(given: str, num_classes: int) -> npt.NDArray[np.int64]:
 
 def _numbers(given: str) -> npt.ArrayLike:
     path = Path(given)
-    if not path.is_file():
+    if not os.path.isfile(given):  # and not Path's, which refuses long names
         return [float(part) for part in given.split(",")]
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)

@@ -13,14 +13,12 @@ import numpy.typing as npt
 from balpoe_jax import metrics
 from balpoe_jax.evaluation.abstention import Threshold, find_threshold
 from balpoe_jax.evaluation.predictions import Predictions
-from balpoe_jax.evaluation.priors import estimate_prior
+from balpoe_jax.evaluation.priors import concentration, estimate_prior
 from balpoe_jax.metrics import softmax
 
 # The taus that are tried, and the precisions for which thresholds are found.
 TAUS = np.linspace(0, 2, 41)
 PRECISIONS = (0.8, 0.9, 0.95, 0.99)
-
-_PRIOR_STRENGTH = 0.3
 
 
 class Fitted(NamedTuple):
@@ -98,8 +96,8 @@ def variants(
     plain = metrics.fit_temperature(held_out, labels)
     adjusted = adjust(test, class_counts, fitted.tau)
     balanced = softmax(adjusted / fitted.temperature)
-    concentration = 1 + _PRIOR_STRENGTH * len(test) / len(class_counts)
-    prior = np.asarray(estimate_prior(balanced, concentration=concentration).prior, np.float64)
+    weight = concentration(len(test), len(class_counts))
+    prior = np.asarray(estimate_prior(balanced, concentration=weight).prior, np.float64)
     estimated = balanced * prior
     return {
         "as given": (0.0, 1.0, softmax(np.asarray(test, np.float64))),

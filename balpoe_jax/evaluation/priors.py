@@ -60,6 +60,17 @@ def log_target_prior(prior: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.f
     return np.log(values + _EPSILON)
 
 
+def concentration(examples: int, classes: int, strength: float = 0.3) -> float:
+    """The concentration of a Dirichlet prior that grows with the examples.
+
+    Args:
+        examples: Number of examples.
+        classes: Number of classes.
+        strength: Weight of the uniform distribution against the examples.
+    """
+    return 1 + strength * examples / classes
+
+
 def estimate_prior(
     probabilities: npt.ArrayLike,
     weights: npt.ArrayLike | None = None,

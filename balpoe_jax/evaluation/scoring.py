@@ -15,7 +15,13 @@ from balpoe_jax import metrics
 from balpoe_jax.data.datasets.test_distributions import TestDistribution
 from balpoe_jax.evaluation.expert_weights import Aggregation
 from balpoe_jax.evaluation.predictions import Predictions, summarize_experts
-from balpoe_jax.evaluation.priors import TOLERANCE, PriorEstimate, estimate_prior, log_target_prior
+from balpoe_jax.evaluation.priors import (
+    TOLERANCE,
+    PriorEstimate,
+    concentration,
+    estimate_prior,
+    log_target_prior,
+)
 from balpoe_jax.metrics import Correction, MeanLogits, Summary, summarize
 
 GROUPS = ("many", "medium", "few")
@@ -391,17 +397,17 @@ def _estimate_priors(
 ) -> dict[str, PriorEstimate]:
     """The prior of a distribution, estimated in each way, from what `_evidence_of_priors` gives."""
     num_examples, num_classes = evidence["raw"].shape
-    concentration = 1 + prior_strength * len(target.indices) / num_classes
+    weight = concentration(len(target.indices), num_classes, prior_strength)
     # The examples of the target count once, the others not at all: one shape for all targets.
     members = np.zeros(num_examples, np.float32)
     members[target.indices] = 1
     best = evidence.get("corrected", evidence["raw"])
     estimates = {
-        "map": estimate_prior(best, members, concentration),
+        "map": estimate_prior(best, members, weight),
         "ml": estimate_prior(best, members),
     }
     if "corrected" in evidence:
-        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, concentration)
+        estimates["map_uncorrected"] = estimate_prior(evidence["raw"], members, weight)
     return estimates
 
 

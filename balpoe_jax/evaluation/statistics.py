@@ -55,8 +55,8 @@ def load(folder: Path, step: int) -> dict[str, Any] | None:
     try:
         with (folder / FILE).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             flat = dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    if int(flat.pop(_STEP, -1)) != step:
+    if flat.pop(_STEP, np.int64(-1)).tolist() != step:
         return None
     return traverse_util.unflatten_dict(flat, sep="/")

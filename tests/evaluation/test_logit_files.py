@@ -109,6 +109,8 @@ def test_counts_are_numbers_or_a_file(tmp_path: Path) -> None:
     given = ["5,3,1", *(str(tmp_path / f"counts.{kind}") for kind in ("npy", "json", "txt", "csv"))]
     for counts in given:
         assert read_counts(counts, 3).tolist() == [5, 3, 1]
+    many = list(range(1000, 0, -1))
+    assert read_counts(",".join(map(str, many)), 1000).tolist() == many
 
 
 @pytest.mark.parametrize(

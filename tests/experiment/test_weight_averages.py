@@ -104,7 +104,14 @@ def test_a_run_predicts_by_the_weights_that_were_evaluated(name: str, tmp_path: 
         statistics.save(file.parent, 6, {"a": np.zeros(3)})
         with pytest.raises(UserError, match=r"averaged_statistics\.npz does not fit the run's net"):
             balpoe_jax.load(str(tmp_path))
-        file.write_bytes(file.read_bytes()[:90])
+        cut = file.read_bytes()[:90]
+        with file.open("wb") as other:
+            np.savez(other, step=np.arange(3))
+        assert statistics.load(file.parent, 6) is None
+        with file.open("wb") as other:
+            np.save(other, np.arange(3))  # an array alone
+        assert statistics.load(file.parent, 6) is None
+        file.write_bytes(cut)
         with pytest.raises(UserError, match=r"are not there; evaluate it"):
             balpoe_jax.load(str(tmp_path))
 

@@ -39,6 +39,20 @@ def test_a_temperature_is_the_least_of_a_grid() -> None:
     assert best == pytest.approx(min(grid), rel=1e-4)
 
 
+def test_a_weight_is_a_number_of_examples() -> None:
+    random = np.random.default_rng(3)
+    logits, labels = 2 * random.normal(size=(60, 4)), random.integers(0, 4, 60)
+    times = random.integers(0, 4, 60)
+    found = recalibration.fit_temperature(logits, labels, times)
+    repeated = np.repeat(np.arange(60), times)
+    assert found == pytest.approx(
+        recalibration.fit_temperature(logits[repeated], labels[repeated]), rel=1e-5
+    )
+    assert abs(found - recalibration.fit_temperature(logits, labels)) > 1e-2 * found
+    with pytest.raises(UserError, match=r"Expected 60 weights, got a shape of \(59,\)"):
+        recalibration.fit_temperature(logits, labels, times[:-1])
+
+
 def test_a_temperature_has_an_end() -> None:
     labels = np.array([0, 1, 2])
     assert 1e-3 <= fit_temperature(np.eye(3), labels) < 0.05
