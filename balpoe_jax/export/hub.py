@@ -30,9 +30,14 @@ def write(predictor: Predictor, folder: Path) -> Path:
         folder: Folder of the files.
 
     Raises:
-        UserError (a `ValueError`): a run that is not evaluated, safetensors is not installed, or
-            files that cannot be written.
+        UserError (a `ValueError`): the run's own folder, a run that is not evaluated, safetensors
+            is not installed, or files that cannot be written.
     """
+    if folder.resolve() == predictor.path.resolve():
+        raise UserError(
+            f"The folder for a hub has a record of its own, and {folder} is the run's; choose "
+            "another --output."
+        )
     results = files.read_json(predictor.path / files.RESULTS)
     record = files.read_json(predictor.path / files.CONFIG) or {}
     if not results or "test" not in results:

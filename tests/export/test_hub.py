@@ -107,6 +107,13 @@ def test_a_run_without_results_has_no_card(tmp_path: Path) -> None:
         hub.write(balpoe_jax.load(str(made)), tmp_path)
 
 
+def test_the_runs_own_record_stays(run: Path) -> None:
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"is the run's; choose another --output"):
+        flag_calls.call(exporting, f"--workdir={run}", "--format=hub", f"--output={run}/.")
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_the_folder_is_uploaded(run: Path, tmp_path: Path, monkeypatch) -> None:
     made: list[tuple] = []
 
