@@ -169,8 +169,8 @@ MUTATIONS = (
     ),
     Mutation(
         "evaluation/scoring.py",
-        "concentration = 1 + prior_strength * len(target.indices)",
-        "concentration = 1 + prior_strength * len(test.labels)",
+        "weight = concentration(len(target.indices), ",
+        "weight = concentration(num_examples, ",
         "evaluation/test_scoring.py",
         "the strength follows the whole test set",
     ),
