@@ -73,7 +73,7 @@ def assert_close(found: dict, wanted: dict[str, np.ndarray]) -> None:
         assert np.asarray(found[name]).dtype == np.float32
 
 
-@pytest.mark.slow_cases(*OTHERS)
+@pytest.mark.slow  # the formats are compared with the evaluation, too
 def test_the_function_is_the_evaluation(predictor: Predictor) -> None:
     for number in NUMBERS:
         assert_close(

@@ -37,7 +37,7 @@ def batches(case: dict[str, np.ndarray]):
     return images, labels, probes
 
 
-@pytest.mark.integration
+@pytest.mark.slow  # `make test` compares logits, losses and updates one by one
 @pytest.mark.usefixtures("optimised_programs")
 def test_twelve_updates_are_the_references(x64) -> None:
     case = golden("trajectory")
