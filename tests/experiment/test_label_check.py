@@ -47,6 +47,20 @@ def test_classes_in_reverse_are_noticed(classes: int, ratio: float, noise: float
     assert "most likely disagree" in label_check.doubt(losses(wrong, counts, noise), counts, TAUS)
 
 
+def test_the_excess_of_classes_in_reverse_is_that_of_its_losses() -> None:
+    counts = np.array([70, 20, 10])
+    reverse = losses(np.repeat([2, 1, 0], counts), counts)
+    expected = label_check.excess_by_tau(reverse, counts, TAUS)
+    assert label_check.reversed_excess(counts[[1, 0, 2]]) == pytest.approx(expected)
+
+
+def test_classes_that_hardly_differ_in_size_cannot_tell() -> None:
+    counts = np.array([181, 91, 49, 25])
+    assert label_check.doubt([0.7, 2.0, 3.0], counts, TAUS) == ""
+    counts[0] *= 9
+    assert label_check.doubt([0.7, 2.0, 6.0], counts, TAUS) != ""
+
+
 def test_experts_without_tau_or_of_one_tau_cannot_tell() -> None:
     counts = np.array([90, 10])
     for taus in ((1.0,), (1.0, 1.0), (0.0, None)):
