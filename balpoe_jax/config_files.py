@@ -3,8 +3,13 @@
 
 import os
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from balpoe_jax.errors import UserError
 
 _PACKAGE = Path(__file__).parent
 
@@ -41,6 +46,27 @@ def locate(given: str) -> str:
     if named and named[1] in names():
         return f"{folder() / named[1]}.py{colon}{arguments}"
     return given
+
+
+def load(given: str) -> ConfigDict:
+    """The config that a value of `--config` means.
+
+    Args:
+        given: `FILE.py[:arguments]`, or `NAME[:arguments]` for one of the package's.
+
+    Raises:
+        UserError (a `ValueError`): a file that does not exist or has no `get_config`, or arguments
+            that the file does not take.
+    """
+    file, _, arguments = locate(given).partition(":")
+    if not os.path.isfile(file):
+        raise UserError(
+            f"There is no config file {file}; give the path of one, or one of {', '.join(names())}."
+        )
+    found = runpy.run_path(file).get("get_config")
+    if not callable(found):
+        raise UserError(f"{file} is no config file: it does not define get_config.")
+    return found(arguments or None)
 
 
 def is_name(given: str) -> bool:

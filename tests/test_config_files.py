@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from balpoe_jax import config_files
+from balpoe_jax.errors import UserError
 from tests.helpers import commands
 
 ROOT = Path(__file__).parents[1]
@@ -95,3 +96,22 @@ def test_unknown_names_are_one_sentence(tmp_path: Path, given: str, expected: st
     assert line.startswith(expected)
     if "nonsense" in given:
         assert ", ".join(NAMES) in line
+
+
+def test_a_config_is_loaded_by_name_or_by_path(tmp_path: Path) -> None:
+    assert config_files.load("digits_lt:epochs=3").total_epochs == 3
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config(arguments=None):\n    return arguments\n")
+    assert config_files.load(f"{file}:a=b:c") == "a=b:c"
+    assert config_files.load(str(file)) is None
+
+
+def test_what_is_no_config_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no config file mine; .*digits_lt"):
+        config_files.load("mine")
+    file = tmp_path / "mine.py"
+    file.touch()
+    with pytest.raises(
+        UserError, match=r"mine\.py is no config file: it does not define get_config"
+    ):
+        config_files.load(str(file))

@@ -6,7 +6,6 @@ Every run is a `balpoe_jax.main` in a folder of its own; what is there is resume
 
 import dataclasses
 import logging
-import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,8 +74,7 @@ class Job:
         return "done" if last is not None and step == last else "begun"
 
     def _settings(self) -> Settings:
-        file, _, arguments = self.config.partition(":")
-        config = runpy.run_path(file)["get_config"](arguments)
+        config = config_files.load(self.config)
         config.update_from_flattened_dict({"seed": self.seed, **dict(self.fields)})
         if self.teacher:
             config.method.teacher = str(self.teacher)
