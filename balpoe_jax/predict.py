@@ -147,15 +147,14 @@ def _adjustment(predictor: Predictor, prior: str, paths: Sequence[str]) -> Adjus
     """The function that makes the probabilities of a batch under a prior."""
     if prior == "balanced":
         return lambda found: found.probabilities
+    shares: npt.NDArray[Any]
     if prior == "train":
-        shares = predictor.class_counts / predictor.class_counts.sum()
+        shares = predictor.class_counts
     elif prior == "estimate":
         shares = _estimate(predictor, paths)
     else:
         shares = _read_prior(prior, predictor.classes)
-    offset = np.log(shares + 1e-9)
-    temperature = predictor.temperature
-    return lambda found: softmax(found.logits.astype(np.float64) / temperature + offset)
+    return lambda found: predictor.under_prior(found, shares)
 
 
 def _estimate(predictor: Predictor, paths: Sequence[str]) -> npt.NDArray[np.float64]:

@@ -40,6 +40,9 @@ from balpoe_jax.step import TrainState
 # Files that are predicted in one pipeline; their paths and reasons are held in memory.
 _AT_ONCE = 2**15
 
+# Added to the share of a class, so that one which never came stays possible.
+_LEAST_SHARE = 1e-9
+
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
@@ -154,7 +157,9 @@ class Predictor:
         return scale, (-np.divide(data.mean, data.std)).astype(np.float32)
 
     def predict(
-        self, images: Sequence[str | Path] | npt.NDArray | Sequence[npt.NDArray]
+        self,
+        images: Sequence[str | Path] | npt.NDArray | Sequence[npt.NDArray],
+        prior: npt.ArrayLike | None = None,
     ) -> Predicted:
         """Predicts images.
 
@@ -162,10 +167,46 @@ class Predictor:
             images: Paths; or images uint8 `[H, W, 3]` of any size, or an array `[N, H, W, 3]`.
                 Those of another size than the network's are resized and cropped by Pillow, which
                 differs from the files' pipeline by rare roundings.
+            prior: Share of each class among such images, float `[C]`, not all zero; the
+                `class_counts` for images that come as in training. None for equal shares.
 
         Raises:
-            UserError (a `ValueError`): images of another shape or type.
+            UserError (a `ValueError`): images of another shape or type, or shares that are not.
         """
+        found = self._predict(images)
+        if prior is None:
+            return found
+        return dataclasses.replace(found, probabilities=self.under_prior(found, prior))
+
+    def under_prior(self, found: Predicted, prior: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Calibrated probabilities of predictions, for another distribution of classes.
+
+        Args:
+            found: Predictions.
+            prior: Share of each class, float `[C]`; they need not sum to 1.
+
+        Returns:
+            Probabilities, float64 `[N, C]`.
+
+        Raises:
+            UserError (a `ValueError`): shares of another shape, or that are no shares.
+        """
+        shares = np.asarray(prior, np.float64)
+        if (
+            shares.shape != (len(self.classes),)
+            or not (np.isfinite(shares).all() and (shares >= 0).all())
+            or not shares.any()
+        ):
+            raise UserError(
+                f"A prior has a share for each of the {len(self.classes)} classes, none negative "
+                f"and not all 0; got {shares.tolist()} of shape {shares.shape}."
+            )
+        offset = np.log(shares / shares.sum() + _LEAST_SHARE)
+        return softmax(found.logits.astype(np.float64) / self.temperature + offset)
+
+    def _predict(
+        self, images: Sequence[str | Path] | npt.NDArray | Sequence[npt.NDArray]
+    ) -> Predicted:
         paths = [str(image) for image in images if isinstance(image, str | Path)]
         if len(paths) == len(images):
             return _joined(list(self.stream(paths)), self.classes)

@@ -176,6 +176,29 @@ def test_the_command_writes_classes_and_probabilities(
     assert len(lines) == 3 and lines[0]["status"] == "ok" and 0 < lines[0]["probability_1"] <= 1
 
 
+def test_a_prior_in_python_is_that_of_the_command(
+    trained, predictor: Predictor, tmp_path: Path
+) -> None:
+    images, run = trained
+    call(run, str(images), output=str(tmp_path / "p.csv"), prior="train")
+    paths = [row["path"] for row in rows(tmp_path / "p.csv")]
+    found = predictor.predict(paths, predictor.class_counts)
+    assert found.names == [row["class_1"] for row in rows(tmp_path / "p.csv")]
+    plain = predictor.predict(paths)
+    np.testing.assert_array_equal(found.logits, plain.logits)
+    odds = found.probabilities / plain.probabilities / predictor.class_counts
+    np.testing.assert_allclose(odds, np.repeat(odds[:, :1], len(CLASSES), axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "prior", [[0.5, 0.5], [1.0, -0.5, 0.5], [0.0, 0.0, 0.0], [np.nan, 1, 1], 1.0]
+)
+def test_shares_that_are_none(predictor: Predictor, prior) -> None:
+    image = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(UserError, match="A prior has a share for each of the 3 classes"):
+        predictor.predict([image], prior)
+
+
 def test_the_command_is_unsure_where_it_is_not_precise_enough(
     trained, predictor: Predictor, tmp_path: Path, caplog
 ) -> None:
