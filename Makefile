@@ -15,12 +15,13 @@ KIND := $(if $(filter no,$(LOCKED)),txt,lock)
 # A file's tests share what they train and compile; `tests/conftest.py` puts the long files first.
 SPREAD := --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all test-newest lint format types lock audit clean
+.PHONY: help demo test test-all test-newest notebooks lint format types lock audit clean
 
 help:
 	@echo "make demo    train BalPoE on long-tailed digits and write a report (about a minute)"
 	@echo "make test    run the tests;  make test-all: also those that take long"
 	@echo "make test-newest   run the tests with the newest versions that pyproject.toml allows"
+	@echo "make notebooks  execute the notebooks in docs/notebooks as they are (about five minutes)"
 	@echo "make lint    check style and format;  make format: mend them;  make types: check types"
 	@echo "make lock    pin everything anew, with hashes;  make audit: ask for known vulnerabilities"
 	@echo "make clean   remove the virtual environments and the demo's run"
@@ -36,6 +37,11 @@ test-all: $(VENV)/.dev
 
 test-newest: $(VENV_NEWEST)/.dev
 	$(VENV_NEWEST)/bin/python -m pytest -n 2 $(SPREAD) -m 'not slow'
+
+# In a folder of its own, and not here: a notebook writes its data and runs where it is executed.
+notebooks: $(VENV)/.dev
+	rm -rf runs/notebooks && mkdir -p runs/notebooks && cp docs/notebooks/*.ipynb runs/notebooks
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter execute --inplace runs/notebooks/*.ipynb
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -144,6 +144,7 @@ def test_names_of_files_are_any_bytes(trained, tmp_path: Path) -> None:
         assert b"\xff\xfe.png" in output.read_bytes()
 
 
+@pytest.mark.slow_cases("photographs-balanced", "photographs-file", "small images-file")
 @pytest.mark.parametrize("prior", ["balanced", "train", "file"])
 def test_the_command_writes_classes_and_probabilities(
     trained, predictor: Predictor, tmp_path: Path, prior: str

@@ -146,6 +146,7 @@ def test_folds_leave_a_row_of_each_class_and_follow_the_features() -> None:
     np.testing.assert_array_equal(twice, np.repeat(folds, 2))
 
 
+@pytest.mark.slow_cases("options0", "options1")
 @pytest.mark.parametrize(
     "options", [{"mixup": 0.4}, {"bootstrap": True}, {"max_features": 0.5}, {"hidden_layers": (8,)}]
 )

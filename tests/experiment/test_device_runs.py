@@ -105,6 +105,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     assert (workdir / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_run_after_the_dispatch(
     finished: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_what_is_predicted_is_of_the_averaged_weights(tmp_path: Path) -> None:
     assert (other != first).any()
 
 
+@pytest.mark.slow_cases("ema")
 @pytest.mark.parametrize("name", ["swa", "ema"])
 def test_a_run_predicts_by_the_weights_that_were_evaluated(name: str, tmp_path: Path) -> None:
     """Without its training images; before an evaluation SWA has no statistics to predict with."""

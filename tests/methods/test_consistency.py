@@ -75,6 +75,7 @@ def twin(method, batch, epoch: int, teacher) -> float:
     return both.mean(axis=1).sum() + weight * added
 
 
+@pytest.mark.slow_cases("cs")
 @pytest.mark.integration
 @pytest.mark.parametrize("method", [BalPoECS(0.6, 4), MDCS(0.6, 4)], ids=["cs", "mdcs"])
 def test_losses_are_the_twins(method, x64) -> None:

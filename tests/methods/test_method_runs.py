@@ -81,6 +81,7 @@ def test_a_run(name: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> None:
     """From views of the test images: every target has a history, and nothing else is touched."""
     config = config_of("sade")
@@ -107,7 +108,7 @@ def test_weights_of_experts_are_learnt_at_test_time(tmp_path: Path, request) -> 
     assert "mean tau is" not in (tmp_path / "with" / "train.log").read_text()
 
 
-@pytest.mark.slow_cases("mislas-classifier tuning")
+@pytest.mark.slow_cases("los_new-classifier re-training", "mislas-classifier tuning")
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize(
     ("name", "phase"), [("mislas", "classifier tuning"), ("los_new", "classifier re-training")]

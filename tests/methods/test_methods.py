@@ -48,6 +48,11 @@ CASES = [(name, phase) for name in DISTINCT for phase in phases(name)]
 
 @pytest.mark.integration
 @pytest.mark.slow_cases(
+    "bcl-0",
+    "ride_distill-0",
+    "paco-0",
+    "balpoe_cs-0",
+    "los-1",
     "mdcs-0",
     "sade-0",
     "gpaco-0",

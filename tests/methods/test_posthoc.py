@@ -45,6 +45,7 @@ def test_with_uniform_counts_nothing_changes_but_a_constant() -> None:
     np.testing.assert_allclose(difference, np.log(5), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_it_is_trained_as_cross_entropy_is() -> None:
     network = tiny_network.experts(2)

@@ -93,6 +93,7 @@ def random_batch() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(2 * random.normal(size=(2, 9, 5))), jnp.asarray(random.integers(0, 5, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_without_weights_and_exponent_all_are_cross_entropy(x64) -> None:
     logits, labels = random_batch()

@@ -52,7 +52,7 @@ def reference_images(name: str) -> np.ndarray:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("experts7", "experts2", "nonorm", "reduce", "main")
+@pytest.mark.slow_cases("experts1", "experts7", "experts2", "nonorm", "reduce", "main")
 @pytest.mark.usefixtures("optimised_programs")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_the_references(variant: str, x64) -> None:

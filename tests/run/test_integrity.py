@@ -77,6 +77,7 @@ def test_damage_to_any_file_is_noticed(folder: Path, damage: Callable[[Path], No
     assert restore(folder) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_every_bit_of_the_checksums_counts(folder: Path) -> None:
     path = folder / "9" / checksums.SUMS

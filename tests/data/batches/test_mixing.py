@@ -217,6 +217,7 @@ def chi_squared(observed: np.ndarray, odds: np.ndarray) -> float:
     return float(((observed - expected) ** 2 / expected).sum())
 
 
+@pytest.mark.slow_cases("0.0", "1.0")
 @pytest.mark.integration
 @pytest.mark.parametrize("exponent", [0.0, -0.5, 1.0])
 def test_unimix_draws_partners_with_odds_by_image(exponent: float) -> None:

@@ -168,7 +168,7 @@ def test_training_batches_are_a_function_of_the_step(data_dir: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.slow_cases("augment0")
+@pytest.mark.slow_cases("augment1", "augment0")
 @pytest.mark.parametrize("augment", [LONG, dataclasses.replace(JITTERED, rotation=30.0)])
 def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: AugmentSettings) -> None:
     """Done here by batch and on bytes: a rotation comes before the changes of colour."""
@@ -194,6 +194,7 @@ def test_a_training_batch_is_what_its_stages_make(data_dir: Path, augment: Augme
     np.testing.assert_allclose(batch.images, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_hosts_make_the_parts_of_the_same_batches(data_dir: Path) -> None:
     """With mixup within each host's group, which is where hosts could differ from one."""

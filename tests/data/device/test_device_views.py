@@ -57,6 +57,7 @@ def moved_by_hand(drawn: dict[str, np.ndarray], degrees: np.ndarray | None, padd
     return batch_ops.crop_flip_rotate(images, top, left, drawn["flip"], degrees, padding).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_batch_of_the_long_recipe_is_what_its_stages_make() -> None:
     """Crop, flip, rotation, AutoAugment and Cutout by the operations of the host, to the bit."""

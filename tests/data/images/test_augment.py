@@ -201,6 +201,7 @@ def test_color_jitter_draws_factors_and_orders_evenly() -> None:
     np.testing.assert_allclose(np.corrcoef(factors[:, 0], factors[:, 1])[0, 1], 0, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_packed_images_come_back_packed_and_are_changed_alike() -> None:
     images = noise(12)

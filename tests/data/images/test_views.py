@@ -189,6 +189,7 @@ def test_views_for_evaluation_without_augmentation_are_the_examples() -> None:
     assert_equal(list(view_batches(*given, AugmentSettings(), 3, 0)), list(eval_batches(*given)))
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_each_image_is_augmented_in_one_of_two_ways() -> None:
     """With even odds; the ways are those of batches that are augmented in one way alone."""
