@@ -73,6 +73,7 @@ def test_what_is_shown_is_of_one_execution_from_the_top(name: str) -> None:
     assert kinds == {("stream", "stdout"), ("display_data", None)}
 
 
+@pytest.mark.slow_cases("balpoe_in_two_minutes")
 @pytest.mark.parametrize("name", NAMES)
 def test_all_cells_run_with_little_training(name: str, tmp_path: Path, monkeypatch) -> None:
     book, shown = read(name), pictures(read(name))

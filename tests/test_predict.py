@@ -134,6 +134,7 @@ def call(run: Path | str, *arguments: str, **options: object) -> None:
     flag_calls.call(predict, f"--workdir={run}", *given, *arguments)
 
 
+@pytest.mark.slow_cases("photographs")
 def test_names_of_files_are_any_bytes(trained, tmp_path: Path) -> None:
     images, run = trained
     path = tmp_path / os.fsdecode(b"\xff\xfe.png")
@@ -219,6 +220,7 @@ def test_the_command_is_unsure_where_it_is_not_precise_enough(
     assert said in caplog.text
 
 
+@pytest.mark.slow_cases("photographs")
 def test_the_prior_is_estimated_from_the_images(
     trained, predictor: Predictor, tmp_path: Path, caplog
 ) -> None:

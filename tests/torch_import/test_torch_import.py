@@ -519,7 +519,8 @@ def test_the_epoch_of_a_checkpoint_becomes_the_step(
 @pytest.mark.integration
 def test_refuses_a_workdir_with_a_run(tmp_path: Path, digits_file: Path) -> None:
     workdir = tmp_path / "run"
-    import_checkpoint(digits_file, resolve(digits_config()), str(workdir))
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"already holds a run \(config\.json, checkpoints\)"):
         import_checkpoint(digits_file, resolve(digits_config()), str(workdir))
 

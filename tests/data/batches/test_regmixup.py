@@ -63,6 +63,7 @@ def test_each_image_is_there_clean_and_then_mixed(batches, rule: str) -> None:
     assert (found[0].mix_weight[1::2] < 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_hosts_and_devices_have_both_of_each_of_their_images() -> None:
     mix = MixSettings(alpha=10.0, regmixup=True, groups=2)

@@ -144,6 +144,7 @@ def batches(threads: int, as_one: bool) -> list[np.ndarray]:
     return list(images.with_options(options).as_numpy_iterator())
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_graphs_of_batches_and_of_images_make_the_same_bytes_with_any_threads() -> None:
     reference = batches(1, as_one=True)

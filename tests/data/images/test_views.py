@@ -173,6 +173,7 @@ def views(batch_size: int, host: Host = Host(), seed: int = 3, epoch: int = 1) -
     return np.concatenate([batch.images[batch.mask] for batch in batches])
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_views_for_evaluation_are_a_function_of_the_position() -> None:
     whole = views(21)
