@@ -79,7 +79,7 @@ def push(folder: Path, repository: str) -> str:
         interface = huggingface_hub.HfApi()
         interface.create_repo(repository, exist_ok=True)
         return str(interface.upload_folder(folder_path=str(folder), repo_id=repository))
-    except (OSError, ValueError) as error:  # what the network and the hub raise is an OSError
+    except Exception as error:  # of its HTTP client, which is another one in each major version
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{folder} was not uploaded to {repository} ({first}); check the name, your login and "

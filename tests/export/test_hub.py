@@ -135,10 +135,17 @@ def test_the_folder_is_uploaded(run: Path, tmp_path: Path, monkeypatch) -> None:
     assert made == [("me/digits", True), ([*names, "results.json"], "me/digits")]
 
 
-def test_an_upload_that_fails_and_one_without_the_package(tmp_path: Path, monkeypatch) -> None:
+class ConnectError(Exception):
+    """As that of an HTTP client, which is no OSError."""
+
+
+@pytest.mark.parametrize("kind", [OSError, ConnectError])
+def test_an_upload_that_fails_and_one_without_the_package(
+    tmp_path: Path, monkeypatch, kind: type[Exception]
+) -> None:
     class Interface:
         def create_repo(self, name: str, exist_ok: bool) -> None:
-            raise OSError("401 Client Error: no login\nmore")
+            raise kind("401 Client Error: no login\nmore")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Interface))
     with pytest.raises(UserError, match=r"to me/digits \(401 Client Error: no login\); check the"):
