@@ -178,7 +178,7 @@ def _apply(graph: Graph, equation: Any, given: Sequence[Value]) -> list[Value]:
     if inner is not None:
         return _run(graph, inner.jaxpr, inner.consts, given)
     if name == "scan":
-        return _unrolled(graph, parameters, given)
+        return _unrolled(graph, equation, given)
     if not any(isinstance(value, Tensor) for value in given) and _is_known(equation):
         found = equation.primitive.bind(*given, **parameters)
         return [_array(x) for x in (found if equation.primitive.multiple_results else [found])]
@@ -214,15 +214,22 @@ def _inner(name: str, parameters: dict[str, Any]) -> Any:
     }
     if name not in keys:
         return None
-    inner = parameters[keys[name]]
+    return _closed(parameters[keys[name]])
+
+
+def _closed(inner: Any) -> Any:
     return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
 
 
-def _unrolled(graph: Graph, parameters: dict[str, Any], given: Sequence[Value]) -> list[Value]:
+def _unrolled(graph: Graph, equation: Any, given: Sequence[Value]) -> list[Value]:
     """A scan, such as that over the experts, step by step."""
-    consts, carried = parameters["num_consts"], parameters["num_carry"]
+    parameters, body = equation.params, _closed(equation.params["jaxpr"])
+    # JAX's versions say in different ways which variables are carried. These and the constants have
+    # the same shape inside, and those of the steps have a dimension less.
+    carried = _whole(equation.outvars, body.jaxpr.outvars)
+    consts = _whole(equation.invars, body.jaxpr.invars) - carried
     fixed, carry = list(given[:consts]), list(given[consts : consts + carried])
-    steps, body = given[consts + carried :], parameters["jaxpr"]
+    steps = given[consts + carried :]
     order = range(parameters["length"])
     rows: list[list[Value]] = []
     for i in reversed(order) if parameters["reverse"] else order:
@@ -233,6 +240,12 @@ def _unrolled(graph: Graph, parameters: dict[str, Any], given: Sequence[Value]) 
     if parameters["reverse"]:
         rows.reverse()
     return [*carry, *(_stacked(graph, column) for column in zip(*rows, strict=True))]
+
+
+def _whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """The number of variables that have as many dimensions inside a scan as outside."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(outer.aval.shape) == len(inner.aval.shape) for outer, inner in pairs)
 
 
 def _row(graph: Graph, value: Value, i: int) -> Value:
