@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares `BalancedProductClassifier` with what is usual for unequal classes.
 
-    python -m benchmarks.tabular [--output=FILE]
+    python -m benchmarks.tabular [--features=FILE.npz] [--output=FILE]
 
-All are fitted in one run on the same rows: long-tailed digits, and drawn clusters of 10,000 rows.
-imbalanced-learn's are skipped with a sentence where it is not installed.
+All are fitted in one run on the same rows: long-tailed digits, drawn clusters of 10,000 rows, and
+the features of a file, such as those of images by a pretrained network. The file has the arrays
+`train_features` [N, D], `train_labels` [N], `test_features` and `test_labels`. imbalanced-learn's
+are skipped with a sentence where it is not installed.
 """
 
 import functools
@@ -20,6 +22,7 @@ from absl import flags
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.preprocessing import StandardScaler
 
 from balpoe_jax import cli, metrics
 from balpoe_jax.data import datasets
@@ -65,6 +68,28 @@ def clusters(rows: int = 10_000, classes: int = 20) -> Data:
         train.append(members[200 : 200 + count])
     chosen, apart = np.concatenate(train), np.concatenate(test)
     return features[chosen], labels[chosen], features[apart], labels[apart]
+
+
+def stored(path: str) -> Data:
+    """Features of a file, standardised by those of training.
+
+    Raises:
+        UserError (a `ValueError`): a file that cannot be read, or arrays that do not fit.
+    """
+    names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("features", "labels")]
+    try:
+        with np.load(path) as arrays:
+            train, labels, test, truth = (arrays[name] for name in names)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} should have the arrays {', '.join(names)} ({error}).") from error
+    fits = train.ndim == test.ndim == 2 and train.shape[1:] == test.shape[1:]
+    classes = np.arange(labels.max() + 1) if labels.size else labels
+    if not fits or labels.shape != train.shape[:1] or truth.shape != test.shape[:1]:
+        raise UserError(f"{path} should have features [N, D] and labels [N] of the same N.")
+    if not np.array_equal(np.unique(labels), classes) or not np.isin(truth, classes).all():
+        raise UserError(f"The labels in {path} should be 0 to C - 1, each with a training row.")
+    scaler = StandardScaler().fit(train)
+    return scaler.transform(train), labels, scaler.transform(test), truth
 
 
 def peers() -> tuple[dict[str, Fit], str]:
@@ -147,20 +172,28 @@ def as_table(name: str, rows: dict[str, dict[str, float]]) -> tables.Table:
 
 
 def define_flags() -> None:
-    """Defines --output and --rows."""
+    """Defines --output, --rows and --features."""
     flags.DEFINE_string("output", "", "JSON file for the figures, which are printed as well.")
     flags.DEFINE_integer("rows", 10_000, "Training rows of the clusters.", lower_bound=400)
+    flags.DEFINE_string("features", "", "File of features and labels to compare on as well.")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Fits and prints, following the flags."""
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every option starts with --.")
+    sets: dict[str, Callable[[], Data]] = {
+        "digits": digits,
+        "clusters": functools.partial(clusters, flags.FLAGS.rows),
+    }
+    if flags.FLAGS.features:
+        sets = {"features": functools.partial(stored, flags.FLAGS.features), **sets}
     compared, missing = peers()
     machine = measuring.describe_machine(("scikit-learn", "imbalanced-learn"))
     print(measuring.machine_line(machine), missing, sep="\n")
     found: dict[str, Any] = {"machine": machine}
-    for name, data in (("digits", digits()), ("clusters", clusters(flags.FLAGS.rows))):
+    for name, load in sets.items():
+        data = load()
         rows = {label: measure(fit, data) for label, fit in compared.items()}
         found[name] = rows
         print(f"\n{name}: {len(data[1]):,} rows, {data[0].shape[1]} features")
