@@ -21,6 +21,8 @@ from tests.helpers.xla_flags import flags_of_xla, quick_flags
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The lines of every caller of every operation, for nobody: a twentieth of the time.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 
 @pytest.fixture
