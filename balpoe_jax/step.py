@@ -64,12 +64,16 @@ def create_state(
     image_shape: Any,
     init_method_state: Callable[[Network, jax.Array], Any] | None = None,
     average: WeightAverage | None = None,
+    begin_with: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """A fresh state; `image_shape` is `(H, W, 3)` and `init_method_state` a method's.
 
-    With an `average` of the weights it holds one, which begins with them.
+    With an `average` of the weights it holds one, which begins with them. A function `begin_with`
+    makes the variables that are begun with of the random ones, such as pretrained ones.
     """
     variables = network.init(key, jnp.zeros((1, *image_shape)), train=False)
+    if begin_with is not None:
+        variables = begin_with(variables)
     params, batch_stats = variables["params"], variables["batch_stats"]
     method_state = {}
     if init_method_state is not None:

@@ -159,7 +159,7 @@ def _restore_or_initialise(
         state = checkpoints.restore_latest(program.abstract_state())
     if state is None:
         with start_up.measure("initialise"):
-            state = jax.block_until_ready(program.init_state())
+            state = jax.block_until_ready(program.init_state(program.read_pretrained()))
     else:
         log.info("Resumed from the checkpoint of step %d", int(state.step))
     log.info("%s parameters", f"{num_parameters(state.params):,}")

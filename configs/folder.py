@@ -15,6 +15,7 @@ Arguments:
   classes=FILE          names of the classes, one a line, in the order of their numbers
   test_share=0.2, held_out_share=0.1
   backbone=resnet50     (small images: resnet32), method=balpoe, experts=E, mixup=true|false
+  pretrained=FILE       published weights of the backbone, for efficientnet_lite0
   recipe=standard|strong|long, epochs=N, batch_size=B, image_size=PIXELS
 
 What is not given has a default that suits the images, which the start prints with its reason.

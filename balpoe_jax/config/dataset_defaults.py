@@ -16,7 +16,7 @@ from balpoe_jax.config.arguments import parse_arguments
 from balpoe_jax.config.resolve import AUGMENTATIONS, default_config, section_config
 from balpoe_jax.config.settings import Phase2Settings
 from balpoe_jax.methods import METHODS, PRESETS, scaled_fields
-from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
+from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS, MOBILE_MODELS, efficientnet
 
 # Values of the argument `recipe`, for schedule and augmentation: the method's own, or one of
 # BalPoE's, with which all methods can be compared.
@@ -184,6 +184,23 @@ def set_method(
     _scale_epochs(config, fields, own_epochs, args.epochs or config.total_epochs)
 
 
+def fit_trunk(config: ConfigDict) -> None:
+    """Adapts a finished config to a trunk that is no ResNet.
+
+    Methods narrow or share the stages of a ResNet, which are others. The published weights of a
+    trunk go with their own normalisation of images.
+
+    Args:
+        config: Config of photographs; changed in place.
+    """
+    if config.model.name not in MOBILE_MODELS:
+        return
+    config.model.reduce_dimension = False
+    if (config.model.shared_stages or 0) > 0:
+        config.model.shared_stages = None
+    config.data.mean, config.data.std = efficientnet.MEAN, efficientnet.STD
+
+
 def _is_of_schedule(field: str) -> bool:
     """Whether a field is one of those that BalPoE's recipes set for all methods.
 
@@ -255,7 +272,7 @@ def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict
     """
     args = parse_arguments(
         arguments,
-        backbone=tuple(IMAGENET_MODELS),
+        backbone=(*IMAGENET_MODELS, *MOBILE_MODELS),
         recipe=RECIPE_CHOICES,
         method=tuple(PRESETS),
         mixup=bool,
@@ -290,6 +307,7 @@ def photo_config(defaults: DatasetDefaults, arguments: str | None) -> ConfigDict
     if args.batch_size:  # with the linear scaling rule
         config.optim.learning_rate *= args.batch_size / config.batch_size
         config.batch_size = args.batch_size
+    fit_trunk(config)
     return config
 
 

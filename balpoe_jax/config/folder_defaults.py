@@ -10,7 +10,12 @@ import numpy.typing as npt
 from ml_collections import ConfigDict
 
 from balpoe_jax.config.arguments import parse_arguments
-from balpoe_jax.config.dataset_defaults import IMAGENET_LT, RECIPE_CHOICES, set_method
+from balpoe_jax.config.dataset_defaults import (
+    IMAGENET_LT,
+    RECIPE_CHOICES,
+    fit_trunk,
+    set_method,
+)
 from balpoe_jax.config.resolve import default_config
 from balpoe_jax.data.datasets import image_files, tfds_sets
 from balpoe_jax.data.datasets.listing import Listing
@@ -18,7 +23,7 @@ from balpoe_jax.data.datasets.splitting import divide
 from balpoe_jax.data.records import photographs
 from balpoe_jax.errors import UserError
 from balpoe_jax.methods import PRESETS
-from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS
+from balpoe_jax.models import CIFAR_MODELS, IMAGENET_MODELS, MOBILE_MODELS
 
 # Files whose headers are read to choose defaults; all files are read before training.
 _SAMPLE = 64
@@ -27,6 +32,8 @@ _SAMPLE = 64
 # published length sees: 180 epochs of ImageNet-LT, 200 of CIFAR-100-LT at ratio 100.
 _SIDES = (224, 160, 128, 96, 64)
 _SEEN = {"photographs": 20_000_000, "small images": 2_000_000}
+# Factor of the learning rate where a training begins with pretrained weights.
+_PRETRAINED_RATE = 0.1
 _EPOCHS = (30, 200)
 
 
@@ -60,8 +67,8 @@ def folder_config(arguments: str | None) -> ConfigDict:
 
     Args:
         arguments: Arguments dir, list, tfds, val_list, test_list, classes, test_share,
-            held_out_share, backbone, recipe, method, mixup, experts, epochs, batch_size,
-            image_size; see `configs/folder.py`.
+            held_out_share, backbone, pretrained, recipe, method, mixup, experts, epochs,
+            batch_size, image_size; see `configs/folder.py`.
 
     Raises:
         UserError (a `ValueError`): an argument that is not valid, or images that cannot be listed.
@@ -76,7 +83,7 @@ def folder_config(arguments: str | None) -> ConfigDict:
         classes="",
         test_share=image_files.TEST_SHARE,
         held_out_share=image_files.HELD_OUT_SHARE,
-        backbone=("", *CIFAR_MODELS, *IMAGENET_MODELS),
+        backbone=("", *CIFAR_MODELS, *IMAGENET_MODELS, *MOBILE_MODELS),
         recipe=RECIPE_CHOICES[1:],  # the lengths that authors chose are for other sets
         method=tuple(PRESETS),
         mixup=bool,
@@ -84,11 +91,18 @@ def folder_config(arguments: str | None) -> ConfigDict:
         epochs=0,
         batch_size=0,
         image_size=0,
+        pretrained="",
     )
+    if args.pretrained and args.backbone not in MOBILE_MODELS:
+        raise UserError(
+            f"The argument pretrained needs backbone={' or backbone='.join(MOBILE_MODELS)}."
+        )
     config = default_config()
     images = _look_at_set(config, args) if args.tfds else _look_at_files(config, args)
     reasons = _set_training(config, args, images)
     set_method(config, "cifar100_lt" if images.side else "imagenet_lt", args)
+    fit_trunk(config)
+    config.model.pretrained = os.path.abspath(args.pretrained) if args.pretrained else None
     config.data.chosen = "; ".join(reasons)
     return config
 
@@ -211,6 +225,12 @@ def _set_training(config: ConfigDict, args: SimpleNamespace, images: ImageSet) -
         reasons.append(f"batch_size={batch}, for {number:,} training images")
     config.batch_size = batch
     config.optim.learning_rate = rate * batch / full_batch
+    if args.pretrained:
+        config.optim.learning_rate *= _PRETRAINED_RATE
+        reasons.append(
+            f"a learning rate of {config.optim.learning_rate:.3g}, a tenth for a start "
+            "from pretrained weights"
+        )
     config.optim.schedule, config.optim.decay_epochs = "cosine", ()
     epochs = int(np.clip(round(_SEEN[images.kind] / number), *_EPOCHS))
     epochs *= 2 if args.recipe == "long" else 1

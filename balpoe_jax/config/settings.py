@@ -162,7 +162,12 @@ class ModelSettings(Section):
         "Number of stages that the experts share; -1 if not even the stem is shared, None for the "
         "trunk's own number.",
         -1,
-        4,
+        8,
+    )
+    pretrained: str | None = setting(
+        None,
+        "File of published weights with which trunk and bodies begin, .safetensors, .npz or .pth; "
+        "None for a training from scratch. A run that is resumed does not read it.",
     )
     expert_map: str | None = setting(
         None,

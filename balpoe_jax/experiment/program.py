@@ -19,7 +19,7 @@ from balpoe_jax.experiment import phases
 from balpoe_jax.experiment.phases import PhasePlan
 from balpoe_jax.flops import count_flops
 from balpoe_jax.methods import Context, Method, Network, Phase
-from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble
+from balpoe_jax.models import CIFAR_MODELS, ExpertEnsemble, pretrained
 from balpoe_jax.run import teachers
 from balpoe_jax.step import (
     TrainState,
@@ -80,15 +80,28 @@ class Program:
         """The average of the weights that a state holds; None for none."""
         return self.settings.optim.average
 
-    def init_state(self) -> TrainState:
-        """A fresh state, a function of the seed alone, on every device."""
+    def read_pretrained(self) -> pretrained.Weights:
+        """The weights that the config begins with; nothing for a training from scratch.
+
+        Raises:
+            UserError (a `ValueError`): a file that cannot be read, or of another network.
+        """
+        model, variables = self.settings.model, self.abstract_state().variables
+        return pretrained.read(model.pretrained, model.name, variables) if model.pretrained else {}
+
+    def init_state(self, weights: pretrained.Weights | None = None) -> TrainState:
+        """A fresh state, a function of the seed and of pretrained weights, on every device.
+
+        Args:
+            weights: Weights of `read_pretrained`; None for random ones.
+        """
         create = jax.jit(
-            lambda seed: self._create_state(jax.random.key(seed)),
+            lambda seed, weights: self._create_state(jax.random.key(seed), weights),
             out_shardings=self.parallel.replicated,
             compiler_options=_quick(),
         )
         # A NumPy value: an array of one process's device could not be spread over all processes.
-        state: TrainState = create(np.int32(self.settings.seed))
+        state: TrainState = create(np.int32(self.settings.seed), weights or {})
         return state
 
     def load_constants(self) -> dict[str, Any]:
@@ -109,7 +122,9 @@ class Program:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), shapes
         )
 
-    def _create_state(self, key: jax.Array) -> TrainState:
+    def _create_state(
+        self, key: jax.Array, weights: Mapping[str, jax.Array] | None = None
+    ) -> TrainState:
         return create_state(
             self.network,
             self._optimizer(0),
@@ -117,6 +132,7 @@ class Program:
             self.image_shape,
             lambda network, key: self.method.init_state(network, self.context, key),
             self.average,
+            (lambda variables: pretrained.insert(variables, weights)) if weights else None,
         )
 
     def begin_phase(self, phase: int, state: TrainState) -> TrainState:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 
 from balpoe_jax.errors import UserError
-from balpoe_jax.models import heads, resnet_cifar, resnet_imagenet
+from balpoe_jax.models import efficientnet, heads, resnet_cifar, resnet_imagenet
 from balpoe_jax.models.batch_norm import BatchNormInParts
 from balpoe_jax.models.convolutions import conv_by_expert
 from balpoe_jax.models.ensemble import EXPERT_MAPS, Expert, ExpertEnsemble, Outputs
@@ -17,6 +17,7 @@ from balpoe_jax.models.layers import BatchNorm
 __all__ = [
     "CIFAR_MODELS",
     "IMAGENET_MODELS",
+    "MOBILE_MODELS",
     "MODELS",
     "ExpertEnsemble",
     "Outputs",
@@ -57,7 +58,13 @@ IMAGENET_MODELS = {
     "resnext50": Architecture((3, 4, 6, 3), groups=32, group_width=4),
 }
 
-MODELS = CIFAR_MODELS | IMAGENET_MODELS
+# For large images on small machines: see `efficientnet`.
+MOBILE_MODELS = {"efficientnet_lite0": Architecture((1, 2, 2, 3, 3, 4, 1, 1))}
+
+MODELS = CIFAR_MODELS | IMAGENET_MODELS | MOBILE_MODELS
+
+# Number of stages that the experts share by default, by the number of stages.
+_SHARED = {3: 1, 4: 2, 8: 5}
 
 
 def create_model(
@@ -95,15 +102,16 @@ def create_model(
         classifier: "cosine" (scaled cosine similarity, no bias), "cosine_bias" or "linear".
         scale: Scale of the cosine classifier.
         classifier_init: Initial values of a linear classifier, "he" or "torch" (PyTorch's own);
-            None for He's in `CIFAR_MODELS` and PyTorch's in `IMAGENET_MODELS`.
+            None for He's in `CIFAR_MODELS` and PyTorch's in all others.
         reduce_dimension: Whether the experts have reduced widths: 24 and 48 instead of 32 and 64;
-            for `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512.
+            for `IMAGENET_MODELS`, 192 and 384 instead of 256 and 512; not for `MOBILE_MODELS`.
         width: Factor of the channels of the stem and all stages, for `CIFAR_MODELS` only: a
             ResNet-32 has 0.5 M parameters, and 7.4 M with a width of 4.
-        shared_stages: Number of stages that the experts share: None for one, or two of
-            `IMAGENET_MODELS`; 0 for the stem alone; -1 for nothing, E complete networks.
+        shared_stages: Number of stages that the experts share: None for one, two of
+            `IMAGENET_MODELS`, or five of `MOBILE_MODELS`; 0 for the stem alone; -1 for nothing, E
+            complete networks.
         stage_sizes: Blocks in each stage instead of the model's own: three numbers, four for
-            `IMAGENET_MODELS`.
+            `IMAGENET_MODELS`, or eight for `MOBILE_MODELS`, of which the last is not used.
         dtype: Type of the computations in trunk and bodies, such as `jnp.bfloat16`; None for that
             of images and parameters. Parameters, statistics, features and heads stay in float32.
         remat: Whether the backward pass computes the inside of blocks again instead of storing it:
@@ -114,7 +122,7 @@ def create_model(
     Raises:
         UserError (a `ValueError`): an unknown name or option.
 
-    The architecture and its initialisers are the reference repository's, with one exception: Flax
+    The ResNets and their initialisers are the reference repository's, with one exception: Flax
     averages the biased variance of batches, PyTorch the unbiased one.
     """
     _check_choice("model", name, tuple(MODELS))
@@ -127,6 +135,8 @@ def create_model(
     architecture = MODELS[name]
     if stage_sizes is not None:
         architecture = architecture._replace(stage_sizes=_checked_sizes(name, stage_sizes))
+    if reduce_dimension and name in MOBILE_MODELS:
+        raise UserError(f"reduce_dimension is not for {name}; leave it out.")
     trunk, body = _make_trunk_and_body(
         name,
         architecture,
@@ -168,12 +178,25 @@ def _make_trunk_and_body(
         remat: Whether blocks are computed again in the backward pass.
         **options: `axis_name`, `dtype` and `norm` of all layers.
     """
-    family = resnet_cifar if name in CIFAR_MODELS else resnet_imagenet
+    stem, cut = shared >= 0, max(0, shared)
+    both: dict[str, Any] = {"remat": remat, **options}
     sizes = architecture.stage_sizes
+    if name in MOBILE_MODELS:
+        widths = efficientnet.WIDTHS
+        return (
+            efficientnet.Trunk(sizes[:cut], widths[:cut], stem=stem, **both),
+            efficientnet.ExpertBody(
+                sizes[cut:],
+                widths[cut:],
+                first_stage=cut + 1,
+                stem=not stem,
+                convolve=convolve,
+                **both,
+            ),
+        )
+    family = resnet_cifar if name in CIFAR_MODELS else resnet_imagenet
     base = family.REDUCED_WIDTHS if reduce_dimension else family.WIDTHS
     widths = tuple(width * own for own in base)
-    stem, cut = shared >= 0, max(0, shared)
-    both = {"remat": remat, **options}
     if family is resnet_cifar:
         both["stem_width"] = width * family.STEM_WIDTH
     else:
@@ -211,7 +234,7 @@ def _make_head(
 def _checked_shared_stages(name: str, shared_stages: int | None) -> int:
     stages = len(MODELS[name].stage_sizes)
     if shared_stages is None:
-        return 1 if name in CIFAR_MODELS else 2
+        return _SHARED[stages]
     if not -1 <= shared_stages <= stages:
         raise UserError(
             f"shared_stages of {name} must be from -1 (nothing is shared) to {stages}, got "
@@ -221,10 +244,10 @@ def _checked_shared_stages(name: str, shared_stages: int | None) -> int:
 
 
 def _checked_width(name: str, width: int) -> int:
-    if width < 1 or (width > 1 and name in IMAGENET_MODELS):
+    if width < 1 or (width > 1 and name not in CIFAR_MODELS):
         raise UserError(
-            f"Expected a width of at least 1, and of 1 for {', '.join(IMAGENET_MODELS)}, got "
-            f"{width} for {name}."
+            "Expected a width of at least 1, and of 1 for all but "
+            f"{', '.join(CIFAR_MODELS)}, got {width} for {name}."
         )
     return width
 
@@ -233,7 +256,7 @@ def _checked_sizes(name: str, stage_sizes: Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(stage_sizes)
     expected = len(MODELS[name].stage_sizes)
     if len(sizes) != expected or min(sizes) < 1:
-        count = {3: "three", 4: "four"}[expected]
+        count = {3: "three", 4: "four", 8: "eight"}[expected]
         raise UserError(
             f"stage_sizes of {name} must be {count} numbers of at least 1, got {sizes}."
         )

@@ -17,10 +17,10 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.experiment.build import build
 from balpoe_jax.experiment.phases import step_at
 from balpoe_jax.experiment.program import Program
+from balpoe_jax.models.weight_files import load_checkpoint
 from balpoe_jax.run import metric_writer, record
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.torch_import.conversion import check_against, convert, refuse_non_finite
-from balpoe_jax.torch_import.files import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def import_checkpoint(path: str | os.PathLike[str], settings: Settings, workdir:
     config if the file tells no epoch), and an optimizer without momentum.
 
     Args:
-        path: Path of the file, see `balpoe_jax.torch_import.files.load_checkpoint`.
+        path: Path of the file, see `balpoe_jax.models.weight_files.load_checkpoint`.
         settings: Settings of the experiment; its model must be the checkpoint's.
         workdir: Folder without a run, created when missing.
 

@@ -216,7 +216,7 @@ def test_a_width_multiplies_the_channels_of_all_layers(options: dict) -> None:
 @pytest.mark.parametrize(("name", "width"), [("resnet50", 2), ("resnet8", 0)])
 def test_a_width_that_a_network_cannot_have_is_refused(name: str, width: int) -> None:
     with pytest.raises(
-        UserError, match=f"width of at least 1, and of 1 for resnet50.* got {width}"
+        UserError, match=f"width of at least 1, and of 1 for all but resnet8.* got {width}"
     ):
         create_model(name, num_classes=3, num_experts=1, width=width)
 

@@ -18,10 +18,10 @@ from balpoe_jax.data import long_tail
 from balpoe_jax.data.datasets import test_distributions
 from balpoe_jax.losses import log_prior
 from balpoe_jax.metrics import shot_groups
+from balpoe_jax.models.weight_files import load_checkpoint
 from balpoe_jax.reporting.report import result_text
 from balpoe_jax.reporting.schema import load_config, load_results
 from balpoe_jax.torch_import import convert
-from balpoe_jax.torch_import.files import load_checkpoint
 from tests.helpers.fake_runs import make_run
 from tests.helpers.fuzzing import fuzzed, sentence_of
 from tests.helpers.reference_weights import small_state

@@ -29,9 +29,9 @@ from balpoe_jax.errors import UserError
 from balpoe_jax.evaluate import evaluate
 from balpoe_jax.experiment.build import build
 from balpoe_jax.models import create_model
+from balpoe_jax.models.weight_files import load_checkpoint, load_state_dict
 from balpoe_jax.run.checkpoint import Checkpoints
 from balpoe_jax.torch_import import check_against, convert
-from balpoe_jax.torch_import.files import load_checkpoint, load_state_dict
 from balpoe_jax.torch_import.workdir import import_checkpoint
 from tests.helpers import commands
 from tests.helpers.config_files import get_config

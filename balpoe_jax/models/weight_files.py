@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State dicts from files of PyTorch, NumPy and safetensors, without running code in a file.
 
-Nothing here knows a network: `balpoe_jax.torch_import` gives the names a meaning.
+Nothing here knows a network: `pretrained` and `balpoe_jax.torch_import` give names a meaning.
 """
 
 import os
