@@ -132,11 +132,15 @@ class Predictor:
         `[n, E, C]`, `logits` float32 `[n, C]` of the ensemble, and its calibrated `probabilities`
         float32 `[n, C]`.
         """
-        predict, variables = self._program.predict(), self.variables
+        return functools.partial(self.as_function_of_variables(), self.variables)
+
+    def as_function_of_variables(self) -> Callable[[Any, Any], dict[str, jax.Array]]:
+        """As `as_function`, for `variables` and images: the weights are not inside."""
+        predict = self._program.predict()
         scale, offset = (x.reshape(1, 1, 1, 3) for x in self.normalisation)
         dtype, temperature = jnp.dtype(self._settings.model.dtype), self.temperature
 
-        def function(images: Any) -> dict[str, jax.Array]:
+        def function(variables: Any, images: Any) -> dict[str, jax.Array]:
             normalised = (images.astype(jnp.float32) * scale + offset).astype(dtype)
             predicted = predict(variables, normalised)
             experts = predicted.logits.astype(jnp.float32)

@@ -7,6 +7,9 @@ found = program(images=images)
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from balpoe_jax.data import extras
 from balpoe_jax.errors import UserError
@@ -33,14 +36,21 @@ def write(predictor: Predictor, folder: Path) -> Path:
 
     side = predictor.image_size
     converted = jax2tf.convert(
-        predictor.as_function(),
-        polymorphic_shapes=[f"(n, {side}, {side}, 3)"],
+        predictor.as_function_of_variables(),
+        polymorphic_shapes=[None, f"(n, {side}, {side}, 3)"],
         with_gradient=False,
         native_serialization_platforms=("cpu", "cuda", "tpu"),
     )
     images = tf.TensorSpec([None, side, side, 3], tf.uint8, name="images")
     module = tf.Module()
-    module.serve = tf.function(converted, input_signature=[images], autograph=False)
+    # No constants of the program: TensorFlow's compiler folds them, which takes a ResNeXt 18 GB.
+    weights = jax.tree.map(tf.Variable, jax.device_get(predictor.variables))
+    module.weights = jax.tree.leaves(weights)
+
+    def serve(images: Any) -> Any:
+        return converted(weights, images)
+
+    module.serve = tf.function(serve, input_signature=[images], autograph=False)
     path = folder / FOLDER
     with reports_write_errors(path):
         tf.saved_model.save(module, str(path), signatures=module.serve)
