@@ -18,6 +18,7 @@ _TRUNKS = {
     "resnet101": "ResNet-101",
     "resnet152": "ResNet-152",
     "resnext50": "ResNeXt-50",
+    "efficientnet_lite0": "EfficientNet-Lite0",
 }
 
 

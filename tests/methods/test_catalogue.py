@@ -143,7 +143,7 @@ def test_a_network_of_several_times_the_width_says_so() -> None:
 def test_every_trunk_has_a_name() -> None:
     for name in MODELS:
         found = PRESETS["paco"].trained_network("cifar100_lt", f"backbone={name}")
-        assert re.fullmatch(r"ResNeX?t-\d+( of BBN)?", found)
+        assert re.fullmatch(r"ResNeX?t-\d+( of BBN)?|EfficientNet-Lite0", found)
 
 
 @pytest.mark.slow_cases(*(cost_name(cost) for cost in COSTS if cost.dataset != "cifar100_lt"))
