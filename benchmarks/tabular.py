@@ -78,7 +78,7 @@ def stored(path: str) -> Data:
     """
     names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("features", "labels")]
     try:
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             train, labels, test, truth = (arrays[name] for name in names)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} should have the arrays {', '.join(names)} ({error}).") from error
