@@ -44,7 +44,7 @@ def run(book: NotebookNode, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def pictures(book: NotebookNode) -> list[int]:
-    """The number of pictures of each cell, none of which is empty."""
+    """The number of pictures of each cell; none is empty."""
     found = []
     for cell in code_cells(book):
         pngs = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]

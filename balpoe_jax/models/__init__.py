@@ -111,7 +111,7 @@ def create_model(
             `IMAGENET_MODELS`, or five of `MOBILE_MODELS`; 0 for the stem alone; -1 for nothing, E
             complete networks.
         stage_sizes: Blocks in each stage instead of the model's own: three numbers, four for
-            `IMAGENET_MODELS`, or eight for `MOBILE_MODELS`, of which the last is not used.
+            `IMAGENET_MODELS`, or eight for `MOBILE_MODELS`, whose last is not used.
         dtype: Type of the computations in trunk and bodies, such as `jnp.bfloat16`; None for that
             of images and parameters. Parameters, statistics, features and heads stay in float32.
         remat: Whether the backward pass computes the inside of blocks again instead of storing it:

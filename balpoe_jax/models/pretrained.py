@@ -20,13 +20,6 @@ from balpoe_jax.models import MOBILE_MODELS, efficientnet, weight_files
 Path = tuple[str, ...]
 Weights = dict[str, npt.NDArray[np.float32]]
 
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 # Names that a file may have for nothing here: counters of batches.
 _COUNTERS = "num_batches_tracked"
 _SHOWN = 3
@@ -132,7 +125,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _efficientnet_name(place: Path) -> str:
     """The name in the files of `efficientnet-lite-pytorch`, which counts blocks through."""
-    leaf, module, block = _LEAVES[place[-1]], place[-2], place[-3]
+    leaf, module, block = weight_files.TORCH_LEAVES[place[-1]], place[-2], place[-3]
     if not block.startswith("layer"):
         outside = {
             "stem_conv": "_conv_stem",

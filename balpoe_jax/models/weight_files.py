@@ -17,6 +17,15 @@ from balpoe_jax.errors import UserError
 
 StateDict = dict[str, np.ndarray]
 
+# PyTorch's word for each array of a convolution, a product or a BatchNorm, by Flax's.
+TORCH_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
 # The classes that a genuine checkpoint pickles, apart from tensors and plain containers: its
 # config, with paths, and NumPy scalars among the scores. None is needed, so none is ever called.
 _INERT_GLOBALS = (

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from balpoe_jax.errors import UserError
 from balpoe_jax.models import IMAGENET_MODELS, create_model
+from balpoe_jax.models.weight_files import TORCH_LEAVES
 
 # Our module's path -> the reference's name, where {expert} is empty if there is only one expert.
 _MODULES = (
@@ -27,15 +28,6 @@ _MODULES = (
 
 # Modules of a block that the reference only numbers.
 _SHORTCUTS = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}
-
-# The last part of a name.
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 
 # PyTorch's axes in our order, by the rank of a kernel: OIHW to HWIO, and [C, F] to [F, C].
 _KERNEL_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
@@ -146,7 +138,7 @@ def _torch_names(path: tuple[str, ...], experts: int) -> tuple[str, ...]:
     for pattern, replacement in _MODULES:
         match = re.fullmatch(pattern, module)
         if match:
-            name = f"{match.expand(replacement)}.{_LEAVES[path[-1]]}"
+            name = f"{match.expand(replacement)}.{TORCH_LEAVES[path[-1]]}"
             numbers = [""] if experts == 1 else [f"s.{expert}" for expert in range(experts)]
             return tuple(dict.fromkeys(name.format(expert=number) for number in numbers))
     raise NotImplementedError(f"the reference's name of {'/'.join(path)}")
